@@ -1,0 +1,1 @@
+"""Codecs: how one tensor's delta is encoded."""

@@ -1,0 +1,1 @@
+"""HTTP layer: fastapi and pydantic, no torch."""

@@ -1,0 +1,1 @@
+"""Registry, loading and slots of resident deltas."""

@@ -1,0 +1,1 @@
+"""Scheduling, paged KV cache, forward pass, sampling; no HTTP."""

@@ -1,0 +1,113 @@
+"""Every error the server raises on purpose; `status` is the one map to HTTP.
+
+    ServeError
+    ├── ClientError
+    │   ├── InvalidRequest 400      a field is wrong; `param` names it
+    │   ├── ModelNotFound 404       no base, variant or alias of that name
+    │   └── BodyTooLarge 413
+    ├── Unavailable 503             try again; `retry_after_s` says when
+    │   ├── QueueFull
+    │   ├── Draining
+    │   ├── NoSlot                  every slot is in use and stayed so
+    │   └── DeltaUnusable           this variant's artifact failed to load; others are served
+    ├── DeadlineExceeded 504
+    └── EngineError
+        ├── GenerationFailed 500    this request only
+        └── EngineDead 503          every request; the process exits non-zero
+    ConfigError                     wrong settings at start-up; exit code 2
+
+Messages go to clients: they name the remedy and hold no path, address or traceback.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class ServeError(Exception):
+    """Root of the tree."""
+
+    status: ClassVar[int] = 500
+    kind: ClassVar[str] = "InternalServerError"
+
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+
+class ClientError(ServeError):
+    """The caller can fix it."""
+
+    status = 400
+    kind = "BadRequestError"
+
+
+class InvalidRequest(ClientError):
+    """A field of the request is wrong."""
+
+
+class ModelNotFound(ClientError):
+    """No base, variant or alias of that name."""
+
+    status = 404
+    kind = "NotFoundError"
+
+
+class BodyTooLarge(ClientError):
+    """The request body exceeds the cap."""
+
+    status = 413
+    kind = "RequestEntityTooLarge"
+
+
+class Unavailable(ServeError):
+    """Cannot be served now."""
+
+    status = 503
+    kind = "ServiceUnavailableError"
+
+
+class QueueFull(Unavailable):
+    """The waiting queue is at its limit."""
+
+
+class Draining(Unavailable):
+    """The server is shutting down."""
+
+
+class NoSlot(Unavailable):
+    """Every slot is held by running requests."""
+
+
+class DeltaUnusable(Unavailable):
+    """The variant's artifact could not be loaded."""
+
+
+class DeadlineExceeded(ServeError):
+    """The request ran out of its time."""
+
+    status = 504
+    kind = "TimeoutError"
+
+
+class EngineError(ServeError):
+    """Something failed inside the engine."""
+
+
+class GenerationFailed(EngineError):
+    """One request failed; the engine goes on."""
+
+
+class EngineDead(EngineError):
+    """The engine cannot go on."""
+
+    status = 503
+    kind = "ServiceUnavailableError"
+
+
+class ConfigError(ServeError):
+    """The settings are wrong; raised before serving starts."""

@@ -1,0 +1,66 @@
+"""All server settings in one frozen dataclass. Read from flags and ``IMPART_*`` only here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from server.errors import ConfigError
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Every field has a unit and a reason.
+
+    mode_overrides maps a variant name to its mode where it differs from `mode`.
+    """
+
+    base: Path
+    deltas: Path | None = None
+    served_base_name: str | None = None  # default: the base folder's name
+    host: str = "127.0.0.1"
+    port: int = 8000
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as stored
+    mode: Literal["apply", "reconstruct"] = "apply"
+    mode_overrides: dict[str, Literal["apply", "reconstruct"]] = field(default_factory=dict)
+    delta_budget_bytes: int = 4 * GIB  # device memory for resident deltas, LRU beyond
+    max_resident_variants: int = 64  # slots
+    max_variants_per_step: int = 32  # distinct variants mixed in one engine step
+    kv_cache_bytes: int = 1 * GIB
+    kv_block_tokens: int = 16
+    max_model_len: int | None = None  # default: the base's own limit
+    max_num_seqs: int = 64  # running at once
+    max_batch_tokens: int = 512  # per engine step: decode first, then prefill chunks
+    max_queued_requests: int = 256  # waiting; beyond: 503 + Retry-After
+    request_timeout_s: float = 300.0
+    drain_timeout_s: float = 30.0
+    max_body_bytes: int = 4 << 20
+    template_timeout_s: float = 5.0
+    torch_threads: int | None = None  # default: torch's own choice
+    log_level: str = "info"
+
+    def __post_init__(self) -> None:
+        positive = (
+            "delta_budget_bytes",
+            "max_resident_variants",
+            "max_variants_per_step",
+            "kv_cache_bytes",
+            "kv_block_tokens",
+            "max_num_seqs",
+            "max_batch_tokens",
+            "max_queued_requests",
+            "request_timeout_s",
+            "max_body_bytes",
+            "template_timeout_s",
+        )
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.drain_timeout_s < 0:
+            raise ConfigError(f"drain_timeout_s must not be negative, got {self.drain_timeout_s}")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be within 0..65535, got {self.port}")
