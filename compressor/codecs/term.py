@@ -55,7 +55,7 @@ class Term(Protocol):
         ...
 
     def apply(self, x: Tensor) -> Tensor:
-        """Return ``x @ dW^T``: ``x [T, n]`` any float dtype -> ``[T, m]`` float32. Reference path."""
+        """Return ``x @ dW^T`` in float32: ``x [T, n]`` of any float dtype -> ``[T, m]``. Reference."""
         ...
 
     def to_dense(self) -> Tensor:
