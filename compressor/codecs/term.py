@@ -55,7 +55,7 @@ class Term(Protocol):
         ...
 
     def apply(self, x: Tensor) -> Tensor:
-        """Return ``x @ dW^T`` in float32: ``x [T, n]`` of any float dtype -> ``[T, m]``. Reference."""
+        """Return ``x @ dW^T`` in float32, the reference: ``x [T, n]`` any float -> ``[T, m]``."""
         ...
 
     def to_dense(self) -> Tensor:
