@@ -1,0 +1,1 @@
+"""Measurements: load on a server (`serve`) and what compression costs in quality (`quality`)."""
