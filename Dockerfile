@@ -1,0 +1,50 @@
+# impart-serve in a container: non-root, offline, health-checked.
+#
+#   CPU    docker build -t impart-serve .
+#   CUDA   docker build -t impart-serve:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
+#          docker run --gpus all ...
+#   run    docker run -p 8000:8000 -v /srv/base:/models/base:ro -v /srv/deltas:/models/deltas:ro impart-serve
+ARG PYTHON=3.12
+
+FROM python:${PYTHON}-slim AS build
+# TORCH chooses the version, TORCH_INDEX the build: the CPU one unless told otherwise.
+ARG TORCH=torch==2.13.0
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN python -m venv /opt/venv
+ENV PATH=/opt/venv/bin:$PATH
+WORKDIR /src
+# torch first and in a layer of its own: gigabytes that change least often.
+RUN pip install "${TORCH}" --index-url "${TORCH_INDEX}"
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY compressor compressor
+COPY server server
+RUN pip install -c constraints.txt .
+
+FROM python:${PYTHON}-slim AS run
+# libgomp1: torch's CPU threads.
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends libgomp1 \
+    && rm -rf /var/lib/apt/lists/* \
+    && useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin impart
+COPY --from=build /opt/venv /opt/venv
+# The server never reaches out: models come from the mounted folders. Compiled kernels (Triton,
+# numba) go to /tmp, the only place this user may write to.
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    HF_HUB_OFFLINE=1 \
+    HF_HOME=/tmp/huggingface \
+    TRITON_CACHE_DIR=/tmp/triton \
+    NUMBA_CACHE_DIR=/tmp/numba \
+    IMPART_HOST=0.0.0.0 \
+    IMPART_PORT=8000 \
+    IMPART_BASE=/models/base \
+    IMPART_DELTAS=/models/deltas
+USER 10001:10001
+WORKDIR /tmp
+EXPOSE 8000
+# Loading a large base takes minutes; /health tells alive, /health/ready tells "send traffic".
+HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --retries=3 \
+    CMD ["python", "-c", "import os, urllib.request as u; u.urlopen('http://127.0.0.1:' + os.environ['IMPART_PORT'] + '/health', timeout=4)"]
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["impart-serve"]
