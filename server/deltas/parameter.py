@@ -1,0 +1,155 @@
+"""One parameter of the base model and the deltas of it that are resident, by slot.
+
+A slot's life on a parameter: `stage` (any thread, host memory) -> `reserve` (engine thread) ->
+`store` (loader thread; no step reads the slot yet) -> `show` (engine thread) -> `hide`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from compressor.codecs.term import TensorDelta
+from compressor.errors import WrongShape
+from server.deltas.pools import Layout, Staged, TermPool, layout_of, make_pool
+from server.ops.rows import RowPlan
+
+Mode = Literal["apply", "reconstruct"]
+PoolKey = tuple[int, Layout]
+
+
+@dataclass(frozen=True, slots=True)
+class StagedParameter:
+    """A decoded delta of one parameter, on the host, ready to be copied into a slot.
+
+    terms   parts by pool; empty in reconstruct mode
+    merged  [m, n] ``W_base + dW`` over the base's rows (reconstruct mode)
+    extra   [h, n] rows past the base's end (added vocabulary)
+    vector  [m] the fine-tune's own 1-D value (norm weight, bias)
+    """
+
+    parameter: DeltaParameter
+    terms: tuple[tuple[PoolKey, Staged], ...] = ()
+    merged: Tensor | None = None
+    extra: Tensor | None = None
+    vector: Tensor | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        parts = [part for _, staged in self.terms for part in staged]
+        parts += [t for t in (self.merged, self.extra, self.vector) if t is not None]
+        return sum(part.numel() * part.element_size() for part in parts)
+
+
+class DeltaParameter:
+    """Base value and resident deltas of one parameter, in ``[out, in]`` orientation."""
+
+    def __init__(self, name: str, base: Tensor) -> None:
+        self.name = name
+        self.base = base  # [m, n] or [m], on the device, in the compute dtype
+        self.pools: dict[PoolKey, TermPool] = {}
+        self.merged: dict[int, Tensor] = {}
+        self.extra: dict[int, Tensor] = {}
+        self.vectors = base.unsqueeze(0) if base.dim() == 1 else None  # [1 + slots, m]
+        self.vector_slots: frozenset[int] = frozenset()
+
+    def stage(self, delta: TensorDelta, mode: Mode) -> StagedParameter:
+        """Decode `delta` on the host. Raises WrongShape if it does not fit this parameter."""
+        if tuple(self.base.shape) != delta.base_shape:
+            raise WrongShape(
+                f"{self.name}: this base has shape {tuple(self.base.shape)}, "
+                f"the delta expects {delta.base_shape}"
+            )
+        if self.base.dim() == 1:
+            return self._stage_vector(delta)
+        extra = self._stage_extra(delta)
+        if mode == "reconstruct" or self._replaces_base_rows(delta):
+            base = self.base.detach().cpu()
+            merged = delta.merge(base)[: len(base)]
+            if mode == "reconstruct":
+                return StagedParameter(self, merged=merged.to(self.base.dtype), extra=extra)
+            dense = (merged - base.float()).to(self.base.dtype)
+            return StagedParameter(self, terms=(((0, ("dense",)), (dense,)),), extra=extra)
+        terms = []
+        for i, term in enumerate(delta.terms):
+            key = (i, layout_of(term))
+            terms.append((key, self._new_pool(key).stage(term)))
+        return StagedParameter(self, terms=tuple(terms), extra=extra)
+
+    def _stage_vector(self, delta: TensorDelta) -> StagedParameter:
+        if delta.exact is None or len(delta.exact.values) != len(self.base):
+            raise WrongShape(f"{self.name}: a 1-D parameter must be stored exactly and whole")
+        return StagedParameter(self, vector=delta.exact.values.to(self.base.dtype))
+
+    def _stage_extra(self, delta: TensorDelta) -> Tensor | None:
+        if delta.shape == delta.base_shape:
+            return None
+        n_base = delta.base_shape[0]
+        if delta.exact is None or delta.exact.row_start > n_base:
+            raise WrongShape(f"{self.name}: rows past the base's end must be stored exactly")
+        return delta.exact.values[n_base - delta.exact.row_start :].to(self.base.dtype)
+
+    def _replaces_base_rows(self, delta: TensorDelta) -> bool:
+        return delta.exact is not None and delta.exact.row_start < delta.base_shape[0]
+
+    def _new_pool(self, key: PoolKey) -> TermPool:
+        m, n = self.base.shape
+        return make_pool(key[1], (m, n), self.base.dtype, self.base.device)
+
+    def reserve(self, staged: StagedParameter, n_slots: int) -> None:
+        """Make room for the staged parts in slots below `n_slots`."""
+        for key, parts in staged.terms:
+            if key not in self.pools:
+                self.pools[key] = self._new_pool(key)
+            self.pools[key].reserve(parts, n_slots)
+        if staged.vector is not None:
+            assert self.vectors is not None
+            missing = n_slots + 1 - len(self.vectors)
+            if missing > 0:
+                room = self.base.new_zeros((missing, len(self.base)))
+                self.vectors = torch.cat([self.vectors, room])
+
+    def store(self, slot: int, staged: StagedParameter) -> None:
+        """Copy the parts into a slot that no step reads yet."""
+        for key, parts in staged.terms:
+            self.pools[key].store(slot, parts)
+        if staged.vector is not None:
+            assert self.vectors is not None
+            self.vectors[slot + 1].copy_(staged.vector)
+        if staged.merged is not None:
+            self.merged[slot] = staged.merged.to(self.base.device)
+        if staged.extra is not None:
+            self.extra[slot] = staged.extra.to(self.base.device)
+
+    def show(self, slot: int, staged: StagedParameter) -> None:
+        """Apply the slot from the next step on."""
+        for key, _ in staged.terms:
+            self.pools[key].show(slot)
+        if staged.vector is not None:
+            self.vector_slots |= {slot}
+
+    def hide(self, slot: int) -> None:
+        """Forget the slot. Only when no running request holds it."""
+        for pool in self.pools.values():
+            pool.hide(slot)
+        self.vector_slots -= {slot}
+        self.merged.pop(slot, None)
+        self.extra.pop(slot, None)
+
+    def touches(self, rows: RowPlan) -> bool:
+        """Whether any row of the batch needs this parameter's deltas."""
+        if rows.slots.isdisjoint(self.vector_slots):
+            return any(not rows.slots.isdisjoint(pool.present) for pool in self.pools.values())
+        return True
+
+    def vector_rows(self, rows: RowPlan) -> Tensor:
+        """1-D parameter: the value for every row, ``[T, m]`` (or ``[1, m]`` if all rows agree)."""
+        assert self.vectors is not None
+        active = rows.slots & self.vector_slots
+        if len(rows.segments) == 1:
+            slot = rows.segments[0].slot
+            return self.vectors[slot + 1 : slot + 2] if active else self.vectors[:1]
+        return self.vectors.index_select(0, rows.row_of_vector(self.vector_slots))

@@ -1,0 +1,107 @@
+"""Names and digests: which variants exist, read from the deltas directory.
+
+A variant's name is its folder's name; its identity is the digest of its bytes. `rescan` compares
+digests, so a changed artifact is a new variant under the old name: requests already running keep
+the digest they were opened with.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from compressor.artifact import read_config, read_digest
+
+from compressor.errors import ArtifactError
+
+log = logging.getLogger(__name__)
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredDelta:
+    """One discovered artifact. `error` is set if it cannot be served (safe to show)."""
+
+    name: str
+    path: Path
+    digest: str
+    n_bytes: int
+    codec: str
+    fidelity: dict[str, object]
+    created_s: int
+    error: str | None = None
+
+
+class DeltaRegistry:
+    """Name -> artifact. `rescan` is the only writer; readers see one whole map or the next."""
+
+    def __init__(
+        self, root: Path | None, base_identity: str, reserved: frozenset[str] = frozenset()
+    ) -> None:
+        self._root = root
+        self._base_identity = base_identity
+        self._reserved = reserved
+        self._by_name: dict[str, RegisteredDelta] = {}
+        self._lock = threading.Lock()
+
+    def get(self, name: str) -> RegisteredDelta | None:
+        return self._by_name.get(name)
+
+    def all(self) -> list[RegisteredDelta]:
+        return sorted(self._by_name.values(), key=lambda d: d.name)
+
+    def rescan(self) -> None:
+        """Read the directory again. A bad artifact is listed with its error, never hidden."""
+        if self._root is None:
+            return
+        with self._lock:
+            found: dict[str, RegisteredDelta] = {}
+            for path in sorted(self._root.iterdir()):
+                if not path.is_dir() or path.name.startswith("."):
+                    continue
+                found[path.name] = self._read(path)
+            self._by_name = found
+        for delta in found.values():
+            if delta.error:
+                log.error("delta %s cannot be served: %s", delta.name, delta.error)
+
+    def _read(self, path: Path) -> RegisteredDelta:
+        old = self._by_name.get(path.name)
+        digest = ""
+        try:
+            if not NAME_PATTERN.fullmatch(path.name) or path.name in self._reserved:
+                raise _Refused("its folder name cannot be served as a model name; rename it")
+            digest = read_digest(path)
+            if old is not None and old.digest == digest and old.error is None:
+                return old
+            config = read_config(path)
+            if config.base.identity != self._base_identity:
+                raise _Refused("it was made for another base model; compress it against this one")
+            return RegisteredDelta(
+                name=path.name,
+                path=path,
+                digest=digest,
+                n_bytes=sum(f.stat().st_size for f in path.iterdir() if f.is_file()),
+                codec=config.codec,
+                fidelity=dict(config.fidelity),
+                created_s=int(time.time()),
+            )
+        except (ArtifactError, OSError, _Refused) as error:
+            return RegisteredDelta(
+                path.name, path, digest, 0, "", {}, int(time.time()), error=_safe(error)
+            )
+
+
+class _Refused(Exception):
+    """The artifact is fine but this server cannot serve it."""
+
+
+def _safe(error: Exception) -> str:
+    """What may be shown to a client: no paths."""
+    if isinstance(error, OSError):
+        return f"cannot be read ({error.strerror})"
+    return f"{type(error).__name__}: {error}" if isinstance(error, ArtifactError) else str(error)

@@ -1,0 +1,114 @@
+"""The hook that lets Hugging Face model definitions run on our paged cache.
+
+transformers calls the registered function with the new tokens' q, k, v (after RoPE); for a name it
+has no mask builder for, it builds no mask. State hangs on the attention modules, never in globals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from server.errors import ConfigError
+from server.ops.attention import AttentionPlan, paged_attention
+
+ATTENTION_NAME = "impart_paged"
+# Keyword arguments that change the result and that `paged_attention` does not implement.
+UNSUPPORTED = ("s_aux", "sinks", "head_mask", "position_bias")
+
+
+@dataclass(slots=True)
+class LayerPages:
+    """One layer's pages ``[n_pages, page, Hkv, D]``."""
+
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(slots=True)
+class KVStore:
+    """All layers' pages and the plan of the step in progress.
+
+    Layers are found by a probing forward pass: each attention module that calls `attention_forward`
+    for the first time registers its ``(Hkv, D)`` here.
+    """
+
+    plan: AttentionPlan | None = None
+    probed: dict[nn.Module, tuple[int, int, torch.dtype]] = field(default_factory=dict)
+    layers: dict[nn.Module, LayerPages] = field(default_factory=dict)
+
+    def bytes_per_token(self) -> int:
+        return sum(2 * heads * dim * dtype.itemsize for heads, dim, dtype in self.probed.values())
+
+    def allocate(self, n_pages: int, page_tokens: int, device: torch.device) -> None:
+        """Create the pages. zeros, not empty: padding is read (masked), so it must be finite."""
+        for module, (heads, dim, dtype) in self.probed.items():
+            shape = (n_pages, page_tokens, heads, dim)
+            self.layers[module] = LayerPages(
+                torch.zeros(shape, dtype=dtype, device=device),
+                torch.zeros(shape, dtype=dtype, device=device),
+            )
+
+    def wipe(self, pages: list[int]) -> None:
+        """Zero pages that may hold NaN or infinity before somebody else gets them."""
+        for layer in self.layers.values():
+            layer.k[pages] = 0
+            layer.v[pages] = 0
+
+
+def register_attention() -> None:
+    """Make ``attn_implementation="impart_paged"`` known to transformers (idempotent)."""
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)
+
+
+def attach_store(model: nn.Module, store: KVStore) -> None:
+    """Let every module of the model find the store; attention modules will use it."""
+    for module in model.modules():
+        object.__setattr__(module, "impart_kv_store", store)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query [1, H, T, D], key and value [1, Hkv, T, D] -> ([1, T, H, D], None)."""
+    store: KVStore = module.impart_kv_store  # type: ignore[assignment]
+    if not store.layers:
+        return _probe(store, module, query, key, value, kwargs), None
+    pages = store.layers[module]
+    assert store.plan is not None, "attention called outside an engine step"
+    out = paged_attention(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        pages.k,
+        pages.v,
+        store.plan,
+        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=sliding_window,
+        softcap=softcap,
+    )
+    return out.unsqueeze(0), None
+
+
+def _probe(
+    store: KVStore, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any]
+) -> Tensor:
+    for name in UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ConfigError(f"this base model's attention uses `{name}`, which is not supported")
+    if v.shape != k.shape:
+        raise ConfigError("this base model's keys and values differ in shape: not supported")
+    store.probed[module] = (k.shape[1], k.shape[3], k.dtype)
+    return q.transpose(1, 2)

@@ -1,0 +1,151 @@
+"""From a model name in a request to a Variant: artifacts opened, verified and given their text."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+
+from compressor.artifact import Artifact, read_artifact
+
+from compressor.errors import ArtifactError
+from server.deltas.loader import LoadJob
+from server.deltas.parameter import Mode
+from server.deltas.registry import DeltaRegistry, RegisteredDelta
+from server.engine.text import TextAssets, load_variant_text
+from server.engine.variant import BASE_KEY, Variant
+from server.errors import DeltaUnusable, ModelNotFound
+from server.settings import Settings
+
+FINGERPRINT_CHARS = 12
+MAX_HELD_ARTIFACTS = 4  # opened and not yet decoded into a slot
+
+
+class VariantCatalog:
+    """Opened variants by key. Called from worker threads; one lock guards the maps."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        registry: DeltaRegistry,
+        base_name: str,
+        base_identity: str,
+        base_text: TextAssets,
+        base_vocab_size: int,
+    ) -> None:
+        self.registry = registry
+        self.base_name = base_name
+        self.created_s = int(time.time())
+        self._settings = settings
+        self._identity = base_identity
+        self._base_text = base_text
+        self._base_vocab_size = base_vocab_size
+        self._base = Variant(
+            base_name, BASE_KEY, None, self._fingerprint(None), base_vocab_size, base_text
+        )
+        self._opened: dict[str, Variant] = {}
+        self._paths: dict[str, RegisteredDelta] = {}
+        self._held: OrderedDict[str, Artifact] = OrderedDict()
+        self._errors: dict[str, str] = {}
+        self._lock = threading.Lock()
+
+    def mode_of(self, name: str) -> Mode:
+        return self._settings.mode_overrides.get(name, self._settings.mode)
+
+    def key_of(self, delta: RegisteredDelta) -> str:
+        return f"{delta.digest}:{self.mode_of(delta.name)}"
+
+    def load_error(self, key: str) -> str | None:
+        return self._errors.get(key)
+
+    def cached(self, model: str) -> Variant | None:
+        """The variant if it needs no reading from disk. Raises ModelNotFound, DeltaUnusable."""
+        if model == self.base_name:
+            return self._base
+        delta = self._registered(model)
+        variant = self._opened.get(self.key_of(delta))
+        if variant is None or variant.name == delta.name:
+            return variant
+        return _renamed(variant, delta.name)
+
+    def open(self, model: str) -> Variant:
+        """Read and verify the artifact behind a name. Worker thread."""
+        known = self.cached(model)
+        if known is not None:
+            return known
+        delta = self._registered(model)
+        key = self.key_of(delta)
+        try:
+            artifact = self._read(delta)
+            text = load_variant_text(self._settings.base, self._base_text, artifact.aux)
+        except (ArtifactError, OSError, ValueError) as error:
+            self._errors[key] = f"{type(error).__name__}: {error}"
+            raise DeltaUnusable(
+                f"`{model}` cannot be served: its artifact is {type(error).__name__}; "
+                "an operator must compress or copy it again",
+                param="model",
+            ) from error
+        variant = Variant(
+            name=delta.name,
+            key=key,
+            digest=delta.digest,
+            fingerprint=self._fingerprint(delta.digest),
+            vocab_size=max(self._base_vocab_size, *_vocabulary_rows(artifact)),
+            text=text,
+        )
+        with self._lock:
+            self._errors.pop(key, None)
+            self._paths[key] = delta
+            self._opened[key] = variant
+            self._held[key] = artifact
+            while len(self._held) > MAX_HELD_ARTIFACTS:
+                self._held.popitem(last=False)
+        return variant
+
+    def job_for(self, variant: Variant) -> LoadJob:
+        """How the loader gets this variant's bytes, now or after an eviction."""
+        delta = self._paths[variant.key]
+
+        def read() -> Artifact:
+            with self._lock:
+                held = self._held.pop(variant.key, None)
+            return self._read(delta) if held is None else held
+
+        return LoadJob(variant.key, variant.name, self.mode_of(delta.name), read)
+
+    def rescan(self) -> None:
+        self.registry.rescan()
+
+    def _registered(self, model: str) -> RegisteredDelta:
+        prefix = f"{self.base_name}:"
+        delta = self.registry.get(model.removeprefix(prefix))
+        if delta is None:
+            raise ModelNotFound(f"The model `{model[:200]}` does not exist.", param="model")
+        if delta.error is not None:
+            raise DeltaUnusable(f"`{delta.name}` cannot be served: {delta.error}", param="model")
+        return delta
+
+    def _read(self, delta: RegisteredDelta) -> Artifact:
+        artifact = read_artifact(delta.path, base_identity=self._identity)
+        if artifact.digest != delta.digest:
+            raise DeltaUnusable(
+                f"the files of `{delta.name}` changed after they were registered; "
+                "rescan and try again",
+                retry_after_s=1,
+            )
+        return artifact
+
+    def _fingerprint(self, digest: str | None) -> str:
+        delta = "base" if digest is None else digest[:FINGERPRINT_CHARS]
+        return f"impart-{self._identity[:FINGERPRINT_CHARS]}-{delta}"
+
+
+def _vocabulary_rows(artifact: Artifact) -> list[int]:
+    """Rows of every matrix that grew: the fine-tune's vocabulary if tokens were added."""
+    return [0, *(d.shape[0] for d in artifact.tensors if d.shape != d.base_shape)]
+
+
+def _renamed(variant: Variant, name: str) -> Variant:
+    return Variant(
+        name, variant.key, variant.digest, variant.fingerprint, variant.vocab_size, variant.text
+    )

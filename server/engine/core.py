@@ -1,0 +1,376 @@
+"""The engine loop: one thread, one step at a time.
+
+    commands -> scheduler.schedule -> build_batch -> runner.forward -> sampler -> events
+
+All engine state belongs to this thread. Others talk to it through the inbox and hear from it
+through `publish`, once per step.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from server.deltas.loader import DeltaLoader, LoaderMessage, LoadFailed, LoadJob, Staged, Stored
+from server.deltas.slots import Slot, SlotTable
+from server.engine.batch import Batch, LogitRows, build_batch
+from server.engine.pages import PagePool
+from server.engine.postprocess import Postprocessor
+from server.engine.request import Event, Request, Status
+from server.engine.runner import Runner
+from server.engine.sampler import Sampled, Sampler
+from server.engine.scheduler import Scheduled, Scheduler
+from server.engine.variant import BASE_KEY, Variant
+from server.errors import (
+    DeadlineExceeded,
+    DeltaUnusable,
+    Draining,
+    EngineDead,
+    GenerationFailed,
+    QueueFull,
+    ServeError,
+)
+from server.settings import Settings
+
+log = logging.getLogger(__name__)
+IDLE_WAIT_S = 0.5
+LOAD_WAIT_S = 0.05
+MAX_FAILED_STEPS = 3  # in a row; then the engine is considered broken
+Events = list[tuple[Request, Event]]
+
+
+class Observer(Protocol):
+    """Told about requests and steps; implemented by the metrics."""
+
+    def on_finished(self, request: Request) -> None: ...
+    def on_step(self, n_prompt_tokens: int, n_generated_tokens: int) -> None: ...
+    def on_loaded(self, name: str, seconds: float) -> None: ...
+    def on_load_failed(self, name: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CoreStats:
+    """A snapshot for metrics and tests."""
+
+    n_running: int
+    n_waiting: int
+    n_pages: int
+    n_free_pages: int
+    n_preemptions: int
+    resident: dict[str, Slot]
+
+
+class EngineCore:
+    """See the module's docstring."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        settings: Settings,
+        pages: PagePool,
+        job_for: Callable[[Variant], LoadJob],
+        publish: Callable[[Events], None],
+        observer: Observer | None = None,
+    ) -> None:
+        self._runner = runner
+        self._settings = settings
+        self._job_for = job_for
+        self._publish = publish
+        self._observer = observer
+        self._max_len = settings.max_model_len or runner.base.max_len
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self.slots = SlotTable(settings.max_resident_variants, settings.delta_budget_bytes)
+        self.loader = DeltaLoader(runner.base.parameters, self.slots, self._post_load)
+        self.scheduler = Scheduler(
+            pages,
+            max_num_seqs=settings.max_num_seqs,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_variants=settings.max_variants_per_step,
+            acquire=self._acquire,
+        )
+        self._sampler = Sampler()
+        self._post = Postprocessor()
+        self._events: Events = []
+        self._failed_steps = 0
+        self._lock = threading.Lock()
+        self._n_open = 0  # submitted and not finished
+        self._queue_wait_s = 1.0  # moving average, for Retry-After
+        self._draining = False
+        self._stop = False
+        self.dead = False
+        self.heartbeat = time.monotonic()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # -- called from other threads -------------------------------------------------------------
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, request: Request) -> None:
+        """Queue a request. Raises QueueFull, Draining or EngineDead at once."""
+        with self._lock:
+            if self.dead:
+                raise EngineDead("the engine has stopped; the server is restarting")
+            if self._draining:
+                raise Draining("the server is shutting down", retry_after_s=5)
+            limit = self._settings.max_queued_requests + self._settings.max_num_seqs
+            if self._n_open >= limit:
+                wait_s = min(30, max(1, math.ceil(self._queue_wait_s)))
+                raise QueueFull(
+                    f"the queue is full ({self._settings.max_queued_requests} requests wait); "
+                    f"try again in {wait_s} s",
+                    retry_after_s=wait_s,
+                )
+            self._n_open += 1
+        self._inbox.put(lambda: self.scheduler.add(request))
+
+    def abort(self, request: Request) -> None:
+        """Forget a request whose client is gone. Its memory is free after the running step."""
+        self._inbox.put(lambda: self._abort(request))
+
+    def begin_drain(self) -> None:
+        with self._lock:
+            self._draining = True
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    @property
+    def n_open(self) -> int:
+        return self._n_open
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """Fail what is left with Draining and end the thread."""
+        self.begin_drain()
+        self._inbox.put(self._halt)
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+        self.loader.close()
+
+    def is_alive(self, max_age_s: float) -> bool:
+        fresh = time.monotonic() - self.heartbeat < max_age_s
+        return self._thread.is_alive() and not self.dead and fresh
+
+    def stats(self) -> CoreStats:
+        pages = self.scheduler.pages
+        return CoreStats(
+            n_running=len(self.scheduler.running),
+            n_waiting=len(self.scheduler.waiting),
+            n_pages=pages.n_pages,
+            n_free_pages=pages.n_free,
+            n_preemptions=self.scheduler.n_preemptions,
+            resident={s.key: s for s in self.slots.residents()},
+        )
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while not self._stop:
+                self._take_commands()
+                self.step()
+        except Exception:
+            log.exception("the engine failed")
+            self._die()
+
+    def _take_commands(self) -> None:
+        """Run queued commands; wait for one if there is nothing to compute."""
+        self.heartbeat = time.monotonic()
+        block = not self.scheduler.running
+        wait_s = LOAD_WAIT_S if self.scheduler.waiting else IDLE_WAIT_S
+        while True:
+            try:
+                command = self._inbox.get(block=block, timeout=wait_s)
+            except queue.Empty:
+                return
+            command()
+            block = False
+
+    def step(self) -> None:
+        """One engine step: schedule, run, sample, publish."""
+        self._expire()
+        scheduled = self.scheduler.schedule()
+        if scheduled:
+            self._run_batch(scheduled)
+        if self._events:
+            events, self._events = self._events, []
+            self._publish(events)
+
+    def _run_batch(self, scheduled: list[Scheduled]) -> None:
+        page_tokens = self.scheduler.pages.page_tokens
+        try:
+            batch = build_batch(scheduled, page_tokens, self._runner.base.device)
+            logits = self._runner.forward(batch)
+            sampled = self._sample(batch, logits)
+        except Exception as error:
+            self._step_failed(scheduled, error)
+            return
+        self._failed_steps = 0
+        n_generated = 0
+        for item, rows in zip(batch.scheduled, batch.outputs, strict=True):
+            n_generated += self._finish_chunk(item, rows, logits, sampled)
+        if self._observer is not None:
+            n_tokens = sum(s.n_tokens for s in batch.scheduled)
+            self._observer.on_step(n_tokens - n_generated, n_generated)
+
+    def _sample(self, batch: Batch, logits: Tensor) -> dict[Request, Sampled]:
+        pairs = [
+            (item.request, rows.first + rows.n - 1)
+            for item, rows in zip(batch.scheduled, batch.outputs, strict=True)
+            if rows.samples
+        ]
+        if not pairs:
+            return {}
+        requests = [request for request, _ in pairs]
+        chosen = logits[[row for _, row in pairs]]
+        return dict(zip(requests, self._sampler.sample(requests, chosen), strict=True))
+
+    def _finish_chunk(
+        self, item: Scheduled, rows: LogitRows, logits: Tensor, sampled: dict[Request, Sampled]
+    ) -> int:
+        """Account for one chunk; a failure here fails this request only."""
+        request = item.request
+        if request.status is not Status.RUNNING:
+            return 0
+        try:
+            self._post.collect_prompt_logprobs(request, rows, logits)
+            request.n_computed += item.n_tokens
+            if request not in sampled:
+                return 0
+            outcome = sampled[request]
+            if outcome.failed:
+                raise GenerationFailed(
+                    f"`{request.variant.name}` produced logits that are not finite"
+                )
+            event = self._post.token(request, outcome, self._max_len)
+            self._emit(request, event)
+            if event.finish_reason is not None:
+                request.finish_reason = event.finish_reason
+                self._close(request)
+            return 1
+        except Exception as error:
+            self._fail(request, _as_serve_error(error))
+            return 0
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def _acquire(self, request: Request) -> Slot | bool:
+        """Take a slot for the request, or see to it that its delta is being loaded."""
+        variant = request.variant
+        if variant.key == BASE_KEY:
+            return True
+        slot = self.slots.acquire(variant.key)
+        if slot is not None:
+            return slot
+        if self.slots.get(variant.key) is None:
+            self.loader.request(self._job_for(variant))
+        return False
+
+    def _emit(self, request: Request, event: Event) -> None:
+        self._events.append((request, event))
+
+    def _fail(self, request: Request, error: ServeError) -> None:
+        if request.status is Status.FINISHED:
+            return
+        if isinstance(error, GenerationFailed):
+            # Its pages may hold values that are not finite, and padding is read (masked).
+            self._runner.base.store.wipe(request.pages)
+        request.finish_reason = "error"
+        self._emit(request, error)
+        self._close(request)
+
+    def _abort(self, request: Request) -> None:
+        if request.status is not Status.FINISHED:
+            request.finish_reason = "abort"
+            self._close(request)
+
+    def _close(self, request: Request) -> None:
+        """End a request: pages, slot and generator go back."""
+        self.scheduler.remove(request)
+        self._sampler.forget(request)
+        if request.slot is not None:
+            self.slots.release(request.slot)
+            request.slot = None
+            self.loader.place_waiting()
+        with self._lock:
+            self._n_open -= 1
+        if request.admitted is not None:
+            waited = request.admitted - request.arrived
+            self._queue_wait_s = 0.9 * self._queue_wait_s + 0.1 * waited
+        if self._observer is not None:
+            self._observer.on_finished(request)
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        for request in [*self.scheduler.running, *self.scheduler.waiting]:
+            if request.deadline is not None and now > request.deadline:
+                self._fail(request, DeadlineExceeded("the request ran out of its time"))
+
+    def _open_requests(self) -> list[Request]:
+        return [*self.scheduler.running, *self.scheduler.waiting]
+
+    # -- loads ---------------------------------------------------------------------------------
+
+    def _post_load(self, message: LoaderMessage) -> None:
+        self._inbox.put(lambda: self._on_load(message))
+
+    def _on_load(self, message: LoaderMessage) -> None:
+        ended = self.loader.handle(message)
+        if isinstance(ended, Stored) and self._observer is not None:
+            staged: Staged = ended.staged
+            self._observer.on_loaded(staged.job.name, time.monotonic() - staged.started)
+        if isinstance(ended, LoadFailed):
+            for request in self._open_requests():
+                if request.variant.key == ended.key and request.slot is None:
+                    if self._observer is not None:
+                        self._observer.on_load_failed(request.variant.name)
+                    self._fail(request, DeltaUnusable(ended.message, retry_after_s=30))
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def _step_failed(self, scheduled: list[Scheduled], error: Exception) -> None:
+        log.exception("an engine step failed", exc_info=error)
+        self._failed_steps += 1
+        broken = "CUDA" in str(error) and not isinstance(error, torch.OutOfMemoryError)
+        if broken or self._failed_steps >= MAX_FAILED_STEPS:
+            raise error
+        for item in scheduled:
+            message = "the engine step of this request failed; other requests go on"
+            self._fail(item.request, GenerationFailed(message))
+
+    def _halt(self) -> None:
+        for request in self._open_requests():
+            self._fail(request, Draining("the server is shutting down", retry_after_s=5))
+        self._stop = True
+
+    def _die(self) -> None:
+        with self._lock:
+            self.dead = True
+        while True:  # requests still in the inbox must hear of it too
+            try:
+                self._inbox.get_nowait()()
+            except queue.Empty:
+                break
+            except Exception:
+                log.exception("a command failed while the engine was dying")
+        for request in self._open_requests():
+            self._emit(request, EngineDead("the engine has stopped; the server is restarting"))
+        self._publish(self._events)
+        self._events = []
+
+
+def _as_serve_error(error: Exception) -> ServeError:
+    if isinstance(error, ServeError):
+        return error
+    log.exception("a request failed", exc_info=error)
+    return GenerationFailed("this request failed inside the engine; other requests go on")

@@ -1,0 +1,76 @@
+"""Token ids -> text, incrementally, and stop strings.
+
+Text that could be the beginning of a stop string is held back until it is known not to be one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+
+@dataclass(slots=True)
+class Detokenizer:
+    """Incremental decoder of one request.
+
+    held  decoded but not yet shown
+    """
+
+    backend: Tokenizer
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    held: str = ""
+    stopped_by: str | None = None
+    _stream: DecodeStream = field(init=False)
+    _ids: list[int] = field(default_factory=list)
+    _n_chars: int = 0
+
+    def __post_init__(self) -> None:
+        self._stream = DecodeStream(skip_special_tokens=self.skip_special_tokens)
+
+    def push(self, token_id: int, *, check_stop: bool = True) -> str:
+        """Add one token; return the text that may be shown. Sets `stopped_by` on a stop string."""
+        self._ids.append(token_id)
+        piece = self._stream.step(self.backend, token_id) or ""
+        self._n_chars += len(piece)
+        self.held += piece
+        if check_stop and self._cut_at_stop(len(piece)):
+            return self._show(len(self.held))
+        return self._show(len(self.held) - self._possible_stop_length())
+
+    def finish(self) -> str:
+        """Return what is still held, incomplete UTF-8 shown as the tokenizer's decode shows it."""
+        if self.stopped_by is None:
+            text = self.backend.decode(self._ids, skip_special_tokens=self.skip_special_tokens)
+            self.held += text[self._n_chars :]
+        return self._show(len(self.held))
+
+    def _show(self, n_chars: int) -> str:
+        shown, self.held = self.held[:n_chars], self.held[n_chars:]
+        return shown
+
+    def _cut_at_stop(self, n_new: int) -> bool:
+        """Find the earliest stop string that ends in the new text; cut the text there."""
+        best: tuple[int, str] | None = None
+        for stop in self.stop:
+            at = self.held.find(stop, max(0, len(self.held) - n_new - len(stop) + 1))
+            if at >= 0 and (best is None or at < best[0]):
+                best = (at, stop)
+        if best is None:
+            return False
+        at, self.stopped_by = best
+        self.held = self.held[: at + len(self.stopped_by) if self.include_stop else at]
+        return True
+
+    def _possible_stop_length(self) -> int:
+        """Length of the longest tail of `held` that begins a stop string."""
+        longest = 0
+        for stop in self.stop:
+            for n in range(min(len(stop) - 1, len(self.held)), longest, -1):
+                if self.held.endswith(stop[:n]):
+                    longest = n
+                    break
+        return longest

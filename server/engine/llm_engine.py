@@ -1,0 +1,299 @@
+"""The async face of the engine: names, tokenising and streams. Implements `EngineClient`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Self, TypeVar
+
+import torch
+from compressor.identity import base_identity
+
+from server.deltas.registry import DeltaRegistry, RegisteredDelta
+from server.engine.catalog import VariantCatalog
+from server.engine.core import CoreStats, EngineCore, Events, Observer
+from server.engine.detokenizer import Detokenizer
+from server.engine.model import BaseModel, load_base_model
+from server.engine.pages import PagePool
+from server.engine.request import Event, Request
+from server.engine.runner import Runner
+from server.engine.text import load_base_text
+from server.engine.types import ModelInfo, OutputDelta, SamplingParams
+from server.engine.variant import Variant
+from server.errors import ConfigError, InvalidRequest, ServeError
+from server.settings import Settings
+
+log = logging.getLogger(__name__)
+HEARTBEAT_MAX_AGE_S = 30.0
+T = TypeVar("T")
+
+
+class LLMEngine:
+    """Create with `from_settings` (loads the base), then `start` inside the event loop."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        base: BaseModel,
+        catalog: VariantCatalog,
+        observer: Observer | None = None,
+    ) -> None:
+        self._settings = settings
+        self._base = base
+        self._catalog = catalog
+        self.base_name = catalog.base_name
+        self.max_model_len = settings.max_model_len or base.max_len
+        pages = _allocate_pages(base, settings)
+        self._max_request_tokens = pages.n_pages * pages.page_tokens
+        self.core = EngineCore(
+            Runner(base), settings, pages, catalog.job_for, self._publish, observer
+        )
+        self._workers = ThreadPoolExecutor(4, thread_name_prefix="text")
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._started = False
+
+    @classmethod
+    def from_settings(cls, settings: Settings, observer: Observer | None = None) -> Self:
+        """Load the base and register the deltas. Raises ConfigError."""
+        if not settings.base.is_dir():
+            raise ConfigError("the base is not a directory; give a Hugging Face model directory")
+        if settings.deltas is not None and not settings.deltas.is_dir():
+            raise ConfigError("the deltas path is not a directory")
+        if settings.torch_threads is not None:
+            torch.set_num_threads(settings.torch_threads)
+        base = load_base_model(settings.base, _device(settings), _dtype(settings))
+        name = settings.served_base_name or settings.base.resolve().name
+        identity = base_identity(settings.base)
+        registry = DeltaRegistry(settings.deltas, identity, reserved=frozenset({name}))
+        registry.rescan()
+        catalog = VariantCatalog(
+            settings, registry, name, identity, load_base_text(settings.base), base.vocab_size
+        )
+        return cls(settings, base, catalog, observer)
+
+    def start(self) -> None:
+        """Start the engine thread; events go to the running event loop."""
+        self._loop = asyncio.get_running_loop()
+        self.core.start()
+        self._started = True
+
+    async def shutdown(self, drain_timeout_s: float) -> None:
+        """Refuse new requests, let running ones finish, fail the rest, stop the thread."""
+        self.core.begin_drain()
+        deadline = asyncio.get_running_loop().time() + drain_timeout_s
+        while self.core.n_open and not self.core.dead:
+            if asyncio.get_running_loop().time() > deadline:
+                break
+            await asyncio.sleep(0.05)
+        await asyncio.to_thread(self.core.stop)
+        self._workers.shutdown(wait=False, cancel_futures=True)
+
+    # -- names -----------------------------------------------------------------------------------
+
+    def models(self) -> Sequence[ModelInfo]:
+        resident = {key: slot for key, slot in self.core.stats().resident.items() if slot.ready}
+        infos = [
+            ModelInfo(
+                self.base_name, None, None, "ready", self._catalog.created_s, self.max_model_len
+            )
+        ]
+        for delta in self._catalog.registry.all():
+            key = self._catalog.key_of(delta)
+            slot = resident.get(key)
+            infos.append(self._info(delta, key, 0 if slot is None else slot.n_bytes))
+        return infos
+
+    def _info(self, delta: RegisteredDelta, key: str, resident_bytes: int) -> ModelInfo:
+        error = delta.error or self._catalog.load_error(key)
+        loading = self.core.loader.is_loading(key)
+        return ModelInfo(
+            name=delta.name,
+            parent=self.base_name,
+            digest=delta.digest or None,
+            state=(
+                "ready"
+                if resident_bytes
+                else "loading"
+                if loading
+                else "failed"
+                if error
+                else "registered"
+            ),
+            created_s=delta.created_s,
+            max_model_len=self.max_model_len,
+            n_bytes=delta.n_bytes,
+            resident_bytes=resident_bytes,
+            mode=self._catalog.mode_of(delta.name),
+            codec=delta.codec,
+            error=error,
+            fidelity=dict(delta.fidelity),
+        )
+
+    async def open(self, model: str) -> Variant:
+        """See EngineClient. Reading and verifying an artifact happens on a worker thread."""
+        known = self._catalog.cached(model)
+        if known is not None:
+            return known
+        return await self._in_thread(lambda: self._catalog.open(model))
+
+    def rescan(self) -> None:
+        self._catalog.rescan()
+
+    # -- text ------------------------------------------------------------------------------------
+
+    async def encode(self, variant: Variant, text: str) -> list[int]:
+        return await self._in_thread(lambda: variant.text.encode(text))
+
+    async def decode(self, variant: Variant, token_ids: Sequence[int]) -> str:
+        return await self._in_thread(lambda: variant.text.decode(list(token_ids)))
+
+    async def render_chat(
+        self,
+        variant: Variant,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]:
+        rendering = self._in_thread(
+            lambda: variant.text.render_chat(
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
+        )
+        try:
+            return await asyncio.wait_for(rendering, self._settings.template_timeout_s)
+        except TimeoutError as error:
+            raise InvalidRequest(
+                "rendering the chat template took too long", param="messages"
+            ) from error
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
+
+    # -- generation ------------------------------------------------------------------------------
+
+    async def generate(
+        self,
+        variant: Variant,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        deadline_s: float | None = None,
+    ) -> AsyncIterator[OutputDelta]:
+        """See EngineClient."""
+        self._check(variant, prompt_ids, params)
+        events: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        timeout_s = self._settings.request_timeout_s if deadline_s is None else deadline_s
+        request = Request(
+            # Clients choose request ids; inside the engine they must be unique.
+            request_id=f"{request_id}-{uuid.uuid4().hex}",
+            variant=variant,
+            prompt_ids=list(prompt_ids),
+            params=params,
+            detokenizer=Detokenizer(
+                variant.text.backend,
+                params.stop,
+                params.include_stop_str_in_output,
+                params.skip_special_tokens,
+            ),
+            deliver=events.put_nowait,
+            deadline=loop.time() + timeout_s,
+        )
+        self.core.submit(request)
+        finished = False
+        try:
+            while not finished:
+                event = await events.get()
+                finished = isinstance(event, ServeError) or event.finish_reason is not None
+                if isinstance(event, ServeError):
+                    raise event
+                yield event
+        finally:
+            if not finished:
+                self.core.abort(request)
+
+    def _check(self, variant: Variant, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        if not prompt_ids:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        if min(prompt_ids) < 0 or max(prompt_ids) >= variant.vocab_size:
+            raise InvalidRequest(
+                f"token ids must lie within 0..{variant.vocab_size - 1}", param="prompt"
+            )
+        longest = min(self.max_model_len, self._max_request_tokens)
+        total = len(prompt_ids) + params.max_tokens
+        if total > longest:
+            raise InvalidRequest(
+                f"the prompt has {len(prompt_ids)} tokens and max_tokens is {params.max_tokens}: "
+                f"together they exceed the {longest} tokens this server can hold per request",
+                param="max_tokens",
+            )
+        bias_ids = [token for token, _ in params.logit_bias]
+        ids = [*bias_ids, *params.stop_token_ids]
+        if ids and (min(ids) < 0 or max(ids) >= variant.vocab_size):
+            raise InvalidRequest(
+                f"token ids in logit_bias and stop_token_ids must lie within "
+                f"0..{variant.vocab_size - 1}",
+                param="logit_bias" if bias_ids else "stop_token_ids",
+            )
+
+    def _publish(self, events: Events) -> None:
+        """Engine thread: hand a whole step's events to the event loop at once."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_deliver, events)
+
+    # -- health ----------------------------------------------------------------------------------
+
+    def stats(self) -> CoreStats:
+        return self.core.stats()
+
+    def is_alive(self) -> bool:
+        return self._started and self.core.is_alive(HEARTBEAT_MAX_AGE_S)
+
+    def is_dead(self) -> bool:
+        return self.core.dead
+
+    def is_ready(self) -> bool:
+        return self.is_alive() and not self.core.draining
+
+
+def _deliver(events: Events) -> None:
+    for request, event in events:
+        request.deliver(event)
+
+
+def _device(settings: Settings) -> torch.device:
+    if settings.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda but torch sees no GPU; use --device cpu")
+    return torch.device(settings.device)
+
+
+def _dtype(settings: Settings) -> torch.dtype | None:
+    names = {
+        "auto": None,
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
+    return names[settings.dtype]
+
+
+def _allocate_pages(base: BaseModel, settings: Settings) -> PagePool:
+    """Reserve the KV cache. Raises ConfigError if it cannot hold one request of a page."""
+    page_bytes = base.store.bytes_per_token() * settings.kv_block_tokens
+    n_pages = settings.kv_cache_bytes // page_bytes
+    if n_pages < 2:
+        raise ConfigError(
+            f"kv_cache_bytes is {settings.kv_cache_bytes}, but two pages of "
+            f"{settings.kv_block_tokens} tokens need {2 * page_bytes} bytes"
+        )
+    base.store.allocate(n_pages, settings.kv_block_tokens, base.device)
+    return PagePool(n_pages, settings.kv_block_tokens)

@@ -1,0 +1,143 @@
+"""Load the base model from its Hugging Face definition and make its layers delta-aware."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from server.deltas.layers import DeltaEmbedding, DeltaLinear, DeltaNorm, StepContext
+from server.deltas.parameter import DeltaParameter
+from server.engine.attention import ATTENTION_NAME, KVStore, attach_store, register_attention
+from server.errors import ConfigError
+
+
+@dataclass(slots=True)
+class BaseModel:
+    """The one model in device memory.
+
+    parameters  every parameter that can carry a delta, by its name in the checkpoint (a tied
+                weight appears under both names with the same object)
+    """
+
+    model: PreTrainedModel
+    context: StepContext
+    store: KVStore
+    parameters: dict[str, DeltaParameter]
+    device: torch.device
+    dtype: torch.dtype
+    vocab_size: int
+    max_len: int
+
+
+def load_base_model(path: Path, device: torch.device, dtype: torch.dtype | None) -> BaseModel:
+    """Load, check that the engine can run this architecture, and replace its layers.
+
+    Raises ConfigError naming what is not supported.
+    """
+    config = _read_config(path)
+    register_attention()
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype="auto" if dtype is None else dtype,
+        attn_implementation=ATTENTION_NAME,
+        local_files_only=True,
+        use_safetensors=True,
+    )
+    model = model.eval().requires_grad_(False).to(device)
+    context, store = StepContext(), KVStore()
+    parameters = install_delta_layers(model, context)
+    attach_store(model, store)
+    text_config = config.get_text_config()
+    base = BaseModel(
+        model=model,
+        context=context,
+        store=store,
+        parameters=parameters,
+        device=device,
+        dtype=model.dtype,
+        vocab_size=model.get_input_embeddings().weight.shape[0],
+        max_len=int(getattr(text_config, "max_position_embeddings", 2048)),
+    )
+    _probe(base)
+    return base
+
+
+def _read_config(path: Path) -> PretrainedConfig:
+    if not (path / "config.json").is_file():
+        raise ConfigError("the base directory holds no config.json; give a Hugging Face directory")
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if getattr(config, "auto_map", None):
+        raise ConfigError("this base model needs code from its repository (auto_map); refused")
+    return config
+
+
+def _probe(base: BaseModel) -> None:
+    """One forward pass without a cache: learns the layers' KV shapes, checks the hook is used."""
+    ids = torch.zeros((1, 1), dtype=torch.int64, device=base.device)
+    with torch.inference_mode():
+        base.model(input_ids=ids, position_ids=ids, use_cache=False)
+    if not base.store.probed:
+        name = type(base.model).__name__
+        raise ConfigError(f"{name} does not use transformers' attention interface; not supported")
+
+
+def install_delta_layers(model: PreTrainedModel, context: StepContext) -> dict[str, DeltaParameter]:
+    """Replace every linear, embedding and norm by its delta-aware form, on the instance."""
+    output = model.get_output_embeddings()
+    shared: dict[int, DeltaParameter] = {}
+    parameters: dict[str, DeltaParameter] = {}
+
+    def parameter(name: str, value: Tensor, transposed: bool = False) -> DeltaParameter:
+        key = id(value)
+        if key not in shared:
+            data = value.data.t().contiguous() if transposed else value.data
+            shared[key] = DeltaParameter(name, data)
+        parameters[name] = shared[key]
+        return shared[key]
+
+    for path, module in list(_replaceable(model)):
+        weight_name, bias_name = f"{path}.weight", f"{path}.bias"
+        bias_value = getattr(module, "bias", None)
+        replacement: nn.Module
+        if isinstance(module, nn.Embedding):
+            replacement = DeltaEmbedding(module, parameter(weight_name, module.weight), context)
+        else:
+            weight = parameter(
+                weight_name, module.get_parameter("weight"), isinstance(module, Conv1D)
+            )
+            bias = None if bias_value is None else parameter(bias_name, bias_value)
+            if isinstance(module, nn.Linear | Conv1D):
+                is_output = module is output
+                replacement = DeltaLinear(weight, bias, context, is_output=is_output)
+            else:
+                replacement = DeltaNorm(module, weight, bias, context)
+        _set_module(model, path, replacement)
+    return parameters
+
+
+def _replaceable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding | Conv1D) or _is_norm(module):
+            yield path, module
+
+
+def _is_norm(module: nn.Module) -> bool:
+    own = dict(module.named_parameters(recurse=False))
+    has_children = next(module.children(), None) is not None
+    return (
+        "Norm" in type(module).__name__
+        and not has_children
+        and set(own) in ({"weight"}, {"weight", "bias"})
+        and own["weight"].dim() == 1
+    )
+
+
+def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

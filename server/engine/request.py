@@ -1,0 +1,67 @@
+"""One generation inside the engine: WAITING -> RUNNING -> FINISHED (and back on preemption)."""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from server.deltas.slots import Slot
+from server.engine.detokenizer import Detokenizer
+from server.engine.types import FinishReason, OutputDelta, SamplingParams, TokenLogprob
+from server.engine.variant import Variant
+from server.errors import ServeError
+
+Event = OutputDelta | ServeError
+
+
+class Status(enum.Enum):
+    """Where a request is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """Everything the engine knows about one generation.
+
+    tokens      prompt, then output
+    n_computed  tokens whose keys and values are in the cache
+    slot        held from admission to the end; None for the base
+    deliver     takes each event; called by whoever `publish` hands the step's events to
+    """
+
+    request_id: str
+    variant: Variant
+    prompt_ids: list[int]
+    params: SamplingParams
+    detokenizer: Detokenizer
+    deliver: Callable[[Event], None]
+    deadline: float | None = None  # time.monotonic()
+    status: Status = Status.WAITING
+    tokens: list[int] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    n_computed: int = 0
+    slot: Slot | None = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    n_preemptions: int = 0
+    aborted: bool = False
+    arrived: float = field(default_factory=time.monotonic)
+    admitted: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    finish_reason: FinishReason | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.prompt_ids)
+
+    @property
+    def n_output(self) -> int:
+        return len(self.tokens) - len(self.prompt_ids)
+
+    @property
+    def slot_index(self) -> int:
+        return -1 if self.slot is None else self.slot.index

@@ -1,0 +1,142 @@
+"""Grouped delta application in plain torch: every variant of the batch in one call.
+
+Each function adds ``x @ dW[slot]^T`` to the rows of one run (see `rows.py`). Slot arrays hold
+values already dequantised to the compute dtype, slot-major, so that a run reads a contiguous slice.
+
+Shapes: T rows, n inputs, m outputs, C slots in the array, s blocks, S kept components, r ranks.
+Numerics: products in the dtype of the arrays with the backend's accumulation (float32 inside a
+GEMM); one rounding when the result is added to y. Nothing is raised: shapes are checked on load.
+The oracle of each is the codec's own `apply` (float32) in `compressor.codecs`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from server.ops.rows import SlotRun, add_rows_, pad_rows
+
+
+def blockdiag_add_(
+    y: Tensor,
+    x: Tensor,
+    run: SlotRun,
+    weights: Tensor,
+    col_map: Tensor | None,
+    row_map: Tensor | None,
+) -> None:
+    """Block-diagonal terms.
+
+    y [T, m]; x [T, n]; weights [C, s, mb, nb] (mb, nb: the longest block, zero-padded)
+    col_map  [s * nb] int64, column of x at each padded place, n for padding; None if s divides n
+    row_map  [m] int64, padded place of each output; None if s divides m
+    """
+    k, w = run.n_slots, run.width
+    s, mb, nb = weights.shape[1:]
+    rows = pad_rows(x, run)
+    if col_map is not None:
+        rows = torch.nn.functional.pad(rows, (0, 1)).index_select(2, col_map)
+    rows = rows.view(k, w, s, nb).transpose(1, 2).reshape(k * s, w, nb)
+    blocks = weights[run.slot : run.slot + k].view(k * s, mb, nb)
+    out = torch.bmm(rows, blocks.transpose(1, 2))
+    out = out.view(k, s, w, mb).transpose(1, 2).reshape(k * w, s * mb)
+    if row_map is not None:
+        out = out.index_select(1, row_map)
+    add_rows_(y, out, run)
+
+
+def lowrank_add_(y: Tensor, x: Tensor, run: SlotRun, a: Tensor, b: Tensor) -> None:
+    """Low-rank terms ``dW = b^T a``: y [T, m]; x [T, n]; a [C, r, n]; b [C, r, m]."""
+    slots = slice(run.slot, run.slot + run.n_slots)
+    hidden = torch.bmm(pad_rows(x, run), a[slots].transpose(1, 2))
+    add_rows_(y, torch.bmm(hidden, b[slots]).flatten(0, 1), run)
+
+
+def dense_add_(y: Tensor, x: Tensor, run: SlotRun, weights: Tensor) -> None:
+    """Whole matrices: y [T, m]; x [T, n]; weights [C, m, n]."""
+    slots = slice(run.slot, run.slot + run.n_slots)
+    out = torch.bmm(pad_rows(x, run), weights[slots].transpose(1, 2))
+    add_rows_(y, out.flatten(0, 1), run)
+
+
+def impart_add_(
+    y: Tensor,
+    x: Tensor,
+    run: SlotRun,
+    u_values: Tensor,
+    u_index: Tensor,
+    v_values: Tensor,
+    v_index: Tensor,
+    sigma: Tensor,
+) -> None:
+    """Block-systematic ImPart terms ``dW = Uhat diag(sigma) Vhat^T`` (arXiv 2504.13237, eq. 6).
+
+    y [T, m]; x [T, n]; u_values [C, bu, R, S]; u_index [C, bu * S] int64 into ranks;
+    v_values [C, bv, R, S]; v_index [C, bv * S]; sigma [C, r]
+    """
+    k, w = run.n_slots, run.width
+    slots = slice(run.slot, run.slot + k)
+    bu, block_rows, kept = u_values.shape[1:]
+    bv = v_values.shape[1]
+    rows = torch.nn.functional.pad(pad_rows(x, run), (0, bv * block_rows - x.shape[1]))
+    rows = rows.view(k, w, bv, block_rows).transpose(1, 2).reshape(k * bv, w, block_rows)
+    parts = torch.bmm(rows, v_values[slots].reshape(k * bv, block_rows, kept))
+    parts = parts.view(k, bv, w, kept).transpose(1, 2).reshape(k, w, bv * kept)
+    z = parts.new_zeros((k, w, sigma.shape[1]))
+    z.scatter_add_(2, v_index[slots].unsqueeze(1).expand(k, w, -1), parts)
+    z *= sigma[slots].unsqueeze(1)
+    kept_z = z.gather(2, u_index[slots].unsqueeze(1).expand(k, w, -1))
+    kept_z = kept_z.view(k, w, bu, kept).transpose(1, 2).reshape(k * bu, w, kept)
+    out = torch.bmm(kept_z, u_values[slots].reshape(k * bu, block_rows, kept).transpose(1, 2))
+    out = out.view(k, bu, w, block_rows).transpose(1, 2).reshape(k * w, bu * block_rows)
+    add_rows_(y, out[:, : y.shape[1]], run)
+
+
+def blockdiag_rows_add_(
+    y: Tensor,
+    ids: Tensor,
+    slots: Tensor,
+    weights: Tensor,
+    place_of_row: Tensor,
+    col_map: Tensor | None,
+) -> None:
+    """Embedding look-up: add ``dW[slot][id]`` to each row of ``y [T, n]``.
+
+    ids [T], slots [T] int64; weights [C, s, mb, nb]; place_of_row [m] padded place of each row
+    """
+    _, s, mb, nb = weights.shape
+    place = place_of_row[ids]
+    block = place // mb
+    values = weights.view(-1, s * mb, nb)[slots, place]
+    padded = values.new_zeros((len(ids), s, nb))
+    padded[torch.arange(len(ids), device=ids.device), block] = values
+    flat = padded.view(len(ids), s * nb)
+    if col_map is None:
+        y += flat
+    else:
+        grown = torch.nn.functional.pad(y, (0, 1))
+        grown.index_add_(1, col_map, flat.to(y.dtype))
+        y.copy_(grown[:, :-1])
+
+
+def impart_rows(
+    ids: Tensor,
+    u_values: Tensor,
+    u_index: Tensor,
+    v_values: Tensor,
+    v_index: Tensor,
+    sigma: Tensor,
+    n_columns: int,
+) -> Tensor:
+    """Embedding look-up in one slot's ImPart term: ids [t] -> [t, n].
+
+    Arrays as in `impart_add_` without the slot axis.
+    """
+    bu, block_rows, kept = u_values.shape
+    bv = v_values.shape[0]
+    values = u_values.view(bu * block_rows, kept)[ids]
+    index = u_index.view(bu, kept)[ids // block_rows]
+    z = values.new_zeros((len(ids), sigma.shape[0])).scatter_(1, index, values) * sigma
+    kept_z = z[:, v_index].view(len(ids), bv, kept).transpose(0, 1)
+    out = torch.bmm(kept_z, v_values.transpose(1, 2))  # [bv, t, R]
+    return out.transpose(0, 1).reshape(len(ids), bv * block_rows)[:, :n_columns]

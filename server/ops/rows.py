@@ -1,0 +1,149 @@
+"""Which rows of a batch belong to which slot, planned once per engine step.
+
+Rows are sorted by slot (base first, slot -1), so one variant's rows are contiguous: a segment.
+Grouped delta ops work on runs: consecutive slots whose rows are padded to a common width, so that
+one batched GEMM over a contiguous slice of the slot arrays serves them all without copying weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BASE_SLOT = -1
+# A run is cut where padding its rows to the widest segment would more than double the work.
+MAX_PADDING_FACTOR = 2
+MIN_PADDED_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows ``[start, end)`` belong to `slot`."""
+
+    slot: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class SlotRun:
+    """Slots ``[slot, slot + n_slots)`` with rows ``[start, end)``, padded to `width` rows each.
+
+    gather   [n_slots * width] int64, row (from `start`) at each place; None if none is padded
+    scatter  [end - start] int64, padded place of each row; None if none is padded
+    """
+
+    slot: int
+    n_slots: int
+    start: int
+    end: int
+    width: int
+    gather: Tensor | None
+    scatter: Tensor | None
+
+
+class RowPlan:
+    """The segments of one batch, and the runs derived from them (cached: every layer asks)."""
+
+    def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
+        self.segments = tuple(segments)
+        self.device = device
+        self.n_rows = self.segments[-1].end if self.segments else 0
+        self.slots = frozenset(s.slot for s in self.segments if s.slot != BASE_SLOT)
+        counts = torch.tensor([s.end - s.start for s in self.segments])
+        slots = torch.tensor([s.slot for s in self.segments])
+        self.slot_of_row = torch.repeat_interleave(slots, counts).to(device)  # [T], base -1
+        self._runs: dict[frozenset[int], tuple[SlotRun, ...]] = {}
+        self._spans: dict[frozenset[int], tuple[Segment, ...]] = {}
+        self._rows_of: dict[frozenset[int], Tensor] = {}
+
+    def row_of_vector(self, present: frozenset[int]) -> Tensor:
+        """[T] int64: ``slot + 1`` where the row's slot is in `present`, else 0 (the base's row)."""
+        active = present & self.slots
+        if active not in self._rows_of:
+            counts = torch.tensor([s.end - s.start for s in self.segments])
+            rows = torch.tensor([s.slot + 1 if s.slot in active else 0 for s in self.segments])
+            self._rows_of[active] = torch.repeat_interleave(rows, counts).to(self.device)
+        return self._rows_of[active]
+
+    def runs(self, present: frozenset[int]) -> tuple[SlotRun, ...]:
+        """Runs over the slots in `present` that have rows in this batch."""
+        active = present & self.slots
+        if active not in self._runs:
+            wanted = [s for s in self.segments if s.slot in active]
+            self._runs[active] = tuple(
+                _make_run(group, self.device) for group in _group_consecutive(wanted)
+            )
+        return self._runs[active]
+
+    def spans(self, merged: frozenset[int]) -> tuple[Segment, ...]:
+        """Cut all rows into spans: one per slot in `merged`, the rest joined as base spans."""
+        active = merged & self.slots
+        if active not in self._spans:
+            spans: list[Segment] = []
+            for segment in self.segments:
+                slot = segment.slot if segment.slot in active else BASE_SLOT
+                if spans and slot == BASE_SLOT and spans[-1].slot == BASE_SLOT:
+                    spans[-1] = Segment(BASE_SLOT, spans[-1].start, segment.end)
+                else:
+                    spans.append(Segment(slot, segment.start, segment.end))
+            self._spans[active] = tuple(spans)
+        return self._spans[active]
+
+
+def _group_consecutive(segments: Iterable[Segment]) -> list[list[Segment]]:
+    """Split into groups of consecutive slots and rows whose padding stays acceptable."""
+    groups: list[list[Segment]] = []
+    for segment in segments:
+        if groups and _may_join(groups[-1], segment):
+            groups[-1].append(segment)
+        else:
+            groups.append([segment])
+    return groups
+
+
+def _may_join(group: list[Segment], segment: Segment) -> bool:
+    last = group[-1]
+    if segment.slot != last.slot + 1 or segment.start != last.end:
+        return False
+    rows = segment.end - group[0].start
+    width = max(s.end - s.start for s in [*group, segment])
+    padded = width * (len(group) + 1)
+    return padded <= max(MAX_PADDING_FACTOR * rows, MIN_PADDED_ROWS)
+
+
+def _make_run(group: list[Segment], device: torch.device) -> SlotRun:
+    start, end = group[0].start, group[-1].end
+    counts = torch.tensor([s.end - s.start for s in group])
+    width = int(counts.max())
+    if bool((counts == width).all()):
+        return SlotRun(group[0].slot, len(group), start, end, width, None, None)
+    within = torch.arange(width).expand(len(group), width)
+    first = torch.tensor([s.start - start for s in group]).unsqueeze(1)
+    valid = within < counts.unsqueeze(1)
+    gather = torch.where(valid, first + within, 0).flatten()
+    scatter = valid.flatten().nonzero().flatten()
+    return SlotRun(
+        group[0].slot, len(group), start, end, width, gather.to(device), scatter.to(device)
+    )
+
+
+def pad_rows(x: Tensor, run: SlotRun) -> Tensor:
+    """Lay the run's rows out by slot: ``x [T, n]`` -> ``[n_slots, width, n]``.
+
+    Padded places repeat the run's first row: finite, and never read back.
+    """
+    rows = x[run.start : run.end]
+    if run.gather is not None:
+        rows = rows.index_select(0, run.gather)
+    return rows.reshape(run.n_slots, run.width, x.shape[1])
+
+
+def add_rows_(y: Tensor, out: Tensor, run: SlotRun) -> None:
+    """Add ``out [n_slots * width, m]`` to the run's rows of ``y [T, m]``, in place."""
+    if run.scatter is not None:
+        out = out.index_select(0, run.scatter)
+    y[run.start : run.end] += out
