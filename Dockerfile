@@ -15,6 +15,7 @@ RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /src
 # torch first and in a layer of its own: gigabytes that change least often.
+# hadolint ignore=DL3013
 RUN pip install "${TORCH}" --index-url "${TORCH_INDEX}"
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY compressor compressor
@@ -23,6 +24,7 @@ RUN pip install -c constraints.txt .
 
 FROM python:${PYTHON}-slim AS run
 # libgomp1: torch's CPU threads.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends libgomp1 \
     && rm -rf /var/lib/apt/lists/* \

@@ -1,0 +1,69 @@
+"""The two benchmark tasks, in the prompt formats their fine-tunes were trained on.
+
+Data sets: banking77 and restaurant8k of PolyAI's task-specific-datasets (CC BY 4.0); not shipped.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+INTENT = "Classify the banking request.\nRequest: {}\nIntent:"
+SLOTS = "Extract the booking slots as JSON.\nMessage: {}\nSlots:"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One test item. The gold answer starts with a space, as in training."""
+
+    prompt: str
+    answer: str
+
+
+def load_items(task: str, path: Path, n: int | None, seed: int = 0) -> list[Item]:
+    """Read the test file of `task` and draw `n` items (all if None), the same for a seed."""
+    items = TASKS[task](path)
+    if n is None or n >= len(items):
+        return items
+    return random.Random(seed).sample(items, n)
+
+
+def read_intent(path: Path) -> list[Item]:
+    """Read banking77's ``test.csv``: columns text, category."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            Item(INTENT.format(row["text"]), " " + row["category"].replace("_", " "))
+            for row in csv.DictReader(file)
+        ]
+
+
+def read_slots(path: Path) -> list[Item]:
+    """Read restaurant8k's ``test.json``: spans of the text by slot name."""
+    items = []
+    for entry in json.loads(path.read_text(encoding="utf-8")):
+        text = entry["userInput"]["text"]
+        slots = {
+            label["slot"]: _span(text, label["valueSpan"]) for label in entry.get("labels", [])
+        }
+        items.append(Item(SLOTS.format(text), " " + json.dumps(slots, sort_keys=True)))
+    return items
+
+
+def _span(text: str, span: dict[str, Any]) -> str:
+    return text[span.get("startIndex", 0) : span.get("endIndex", len(text))]
+
+
+def read_texts(path: Path) -> list[str]:
+    """Read generic text: a ``.jsonl`` file with a field ``text``, or plain lines."""
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if path.suffix == ".jsonl":
+        return [json.loads(line)["text"] for line in lines]
+    return lines
+
+
+TASKS: dict[str, Callable[[Path], list[Item]]] = {"intent": read_intent, "slots": read_slots}
