@@ -1,7 +1,7 @@
 """The layers of the design, checked on the source: who may import whom, and what nobody may do.
 
     server.api -> server.engine -> server.deltas -> server.ops        (each may use those after it)
-    server     -> compressor.{artifact, errors, codecs}               (the format, nothing else)
+    server     -> compressor.{artifact, identity, errors, codecs}     (the format, nothing else)
     compressor -> never server
 
 Every check is a function from a parsed file to complaints, and is itself tested on a bad line.
@@ -33,7 +33,12 @@ MAY_IMPORT = {
 WEB = {"fastapi", "starlette", "pydantic", "uvicorn"}
 TENSOR = {"torch", "transformers", "safetensors", "numpy", "triton", "numba"}
 OPS_ONLY = {"torch", "numpy", "numba", "triton"}
-FORMAT = ("compressor.artifact", "compressor.errors", "compressor.codecs")
+FORMAT = (
+    "compressor.artifact",
+    "compressor.identity",
+    "compressor.errors",
+    "compressor.codecs",
+)
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {("torch", "load"), ("yaml", "load"), ("yaml", "unsafe_load")}
 MUTABLE_CALLS = {"list", "dict", "set", "defaultdict", "deque", "Counter", "OrderedDict"}
