@@ -1,1 +1,47 @@
-"""Codecs: how one tensor's delta is encoded."""
+"""Codecs: how one tensor's delta is encoded.
+
+`term_class` finds the reader of a stored codec; `make_encoder` makes the writer of one.
+"""
+
+from __future__ import annotations
+
+from compressor.codecs.blockdiag import BlockDiagTerm
+from compressor.codecs.encoder import Codec, make_encoder
+from compressor.codecs.lowrank import LowRankTerm, lowrank_from_factors
+from compressor.codecs.term import (
+    DenseRows,
+    MatrixSource,
+    Params,
+    Shape,
+    TensorDelta,
+    Term,
+)
+from compressor.errors import UnsupportedVersion
+
+__all__ = [
+    "BlockDiagTerm",
+    "Codec",
+    "DenseRows",
+    "LowRankTerm",
+    "MatrixSource",
+    "Params",
+    "Shape",
+    "TensorDelta",
+    "Term",
+    "lowrank_from_factors",
+    "make_encoder",
+    "term_class",
+]
+
+
+def term_class(codec: str) -> type[Term]:
+    """Return the class that reads terms stored by `codec`; unknown: UnsupportedVersion."""
+    match codec:
+        case BlockDiagTerm.codec:
+            return BlockDiagTerm
+        case LowRankTerm.codec:
+            return LowRankTerm
+        case _:
+            raise UnsupportedVersion(
+                f"codec {codec!r:.40} is unknown to this version; upgrade impart-serve"
+            )

@@ -23,7 +23,8 @@ Params = dict[str, Any]
 class MatrixSource(Protocol):
     """One matrix ``dW`` read piece by piece, so that encoders never need all of it in memory."""
 
-    shape: Shape
+    @property
+    def shape(self) -> Shape: ...
 
     def block(self, row_start: int, row_end: int, col_start: int, col_end: int) -> Tensor:
         """Return ``dW[row_start:row_end, col_start:col_end]`` as a new float32 tensor."""
@@ -35,7 +36,9 @@ class Term(Protocol):
     """One summand of an encoded matrix ``[m, n]``. Immutable once built."""
 
     codec: ClassVar[str]
-    shape: Shape
+
+    @property
+    def shape(self) -> Shape: ...
 
     def params(self) -> Params:
         """JSON-able settings that, with the shape and `tensors`, rebuild the term exactly."""

@@ -1,0 +1,189 @@
+"""Encoder of `blockdiag`: chooses the number of blocks, reads only them, quantises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from compressor.codecs.blockdiag import BLOCKDIAG_BITS, BlockDiagTerm
+from compressor.codecs.lowrank import LOWRANK_BITS, LowRankTerm, lowrank_from_factors, lowrank_size
+from compressor.codecs.packing import packed_size
+from compressor.codecs.partition import Band, bands, kept_values
+from compressor.codecs.quantize import from_half, quantize_rows, to_half, unit_for
+from compressor.codecs.sources import Residual, finite_block
+from compressor.codecs.svd import factors
+from compressor.codecs.term import MatrixSource, Params, Shape, Term
+from compressor.errors import InputError
+
+_BATCH = 1 << 20  # values read and quantised at once
+
+
+@dataclass(frozen=True, slots=True)
+class BlockDiagCodec:
+    """Options of the codec.
+
+    bits           2, 3, 4, 8 or 16 a value
+    head_fraction  share of the bytes for a dense low-rank head; 0 for none (and then no
+                   decomposition, and only the diagonal blocks are read)
+    head_bits      bits of the head's values: 2, 3, 4, 8, 16
+    divisor_slack  prefer a number of blocks that divides both sides (serving is faster then)
+                   if one lies within this share of what the budget asks for; 0 to forgo
+    """
+
+    name: ClassVar[str] = "blockdiag"
+    bits: int = 4
+    head_fraction: float = 0.0
+    head_bits: int = 4
+    divisor_slack: float = 0.25
+
+    def __post_init__(self) -> None:
+        if self.bits not in BLOCKDIAG_BITS:
+            raise InputError(
+                f"blockdiag: bits must be one of {list(BLOCKDIAG_BITS)}, got {self.bits}"
+            )
+        if not 0 <= self.head_fraction < 1:
+            raise InputError(
+                f"blockdiag: head_fraction must be within [0, 1), got {self.head_fraction}"
+            )
+        if self.head_bits not in LOWRANK_BITS[:-1]:
+            raise InputError(
+                f"blockdiag: head_bits must be one of {list(LOWRANK_BITS[:-1])}, "
+                f"got {self.head_bits}"
+            )
+        if not 0 <= self.divisor_slack < 1:
+            raise InputError(
+                f"blockdiag: divisor_slack must be within [0, 1), got {self.divisor_slack}"
+            )
+
+    def options(self) -> Params:
+        """Resolved options, JSON-able."""
+        return asdict(self)
+
+    def plan(self, shape: Shape, budget_bytes: float) -> Params:
+        """Return the setting whose size is nearest `budget_bytes`."""
+        params: Params = {"bits": self.bits}
+        per_component = lowrank_size(shape, 8, self.head_bits) / 8
+        head_rank = min(round(self.head_fraction * budget_bytes / per_component), min(shape) // 2)
+        if head_rank > 0:
+            params |= {"head_rank": head_rank, "head_bits": self.head_bits}
+            budget_bytes -= lowrank_size(shape, head_rank, self.head_bits)
+        params["n_blocks"] = self._choose_blocks(shape, budget_bytes)
+        return params
+
+    def size_bytes(self, shape: Shape, params: Params) -> int:
+        """Exact payload bytes."""
+        size = _blocks_size(shape, params["n_blocks"], params["bits"])
+        if params.get("head_rank"):
+            size += lowrank_size(shape, params["head_rank"], params["head_bits"])
+        return size
+
+    def encode(
+        self, name: str, source: MatrixSource, params: Params, seed: int
+    ) -> tuple[Term, ...]:
+        """Return the blocks, and before them the head if `params` has one.
+
+        seed is not used: nothing here is random.
+        """
+        del seed
+        if not params.get("head_rank"):
+            return (encode_blocks(name, source, params["n_blocks"], params["bits"]),)
+        a, b = factors(name, source, params["head_rank"])
+        head: LowRankTerm = lowrank_from_factors(a, b, params["head_bits"])
+        rest = Residual(source, head)
+        return head, encode_blocks(name, rest, params["n_blocks"], params["bits"])
+
+    def _choose_blocks(self, shape: Shape, budget_bytes: float) -> int:
+        m, n = shape
+        most = min(m, n)
+        fixed = 0 if self.bits == 16 else 2 * m
+        values = (budget_bytes - fixed) * 8 / self.bits
+        ideal = m * n / values if values > 0 else float(most)
+        ideal = min(max(ideal, 1.0), float(most))
+        slack = 1 - self.divisor_slack
+        friendly = [
+            s
+            for s in range(int(ideal * slack), int(ideal / slack) + 2)
+            if s >= 1 and ideal * slack < s < ideal / slack and m % s == 0 and n % s == 0
+        ]
+        nearby = range(max(1, int(ideal) - 2), min(most, int(ideal) + 3) + 1)
+        return min(
+            friendly or nearby,
+            key=lambda s: abs(_blocks_size(shape, s, self.bits) - budget_bytes),
+        )
+
+
+def encode_blocks(name: str, source: MatrixSource, n_blocks: int, bits: int) -> BlockDiagTerm:
+    """Encode the diagonal blocks of `source`, reading nothing else (twice for 16 bits).
+
+    Raises UnsupportedTensor naming `name` if a value read is not finite.
+    """
+    if bits == 16:
+        return _encode_halves(name, source, n_blocks)
+    shape = source.shape
+    codes = torch.empty(kept_values(shape, n_blocks), dtype=torch.uint8)
+    scales = torch.empty(shape[0], dtype=torch.float32)
+    row = code = 0
+    for values, rescale in _batches(name, source, n_blocks):
+        rows = values.shape[0]
+        part, part_scales = quantize_rows(values, bits)
+        codes[code : code + part.numel()] = part.view(-1)
+        scales[row : row + rows] = part_scales * rescale
+        row += rows
+        code += part.numel()
+    unit = unit_for(scales)
+    # The scales as a reader will see them: what is written and what is served are one thing.
+    stored = from_half(to_half(scales, unit), unit)
+    return BlockDiagTerm(shape, n_blocks, bits, codes, stored, unit)
+
+
+def _encode_halves(name: str, source: MatrixSource, n_blocks: int) -> BlockDiagTerm:
+    """16 bits: one pass for the unit, one for the values, so that memory stays small."""
+    shape = source.shape
+    largest = torch.zeros(1)
+    for values, rescale in _batches(name, source, n_blocks):
+        largest = torch.maximum(largest, values.abs().max() * rescale)
+    unit = unit_for(largest)
+    halves = torch.empty(kept_values(shape, n_blocks), dtype=torch.float16)
+    start = 0
+    for values, rescale in _batches(name, source, n_blocks):
+        halves[start : start + values.numel()] = to_half(values * rescale, unit).view(-1)
+        start += values.numel()
+    scales = torch.full((shape[0],), unit, dtype=torch.float32)
+    return BlockDiagTerm(shape, n_blocks, 16, halves, scales, unit)
+
+
+def _batches(name: str, source: MatrixSource, n_blocks: int) -> Iterator[tuple[Tensor, float]]:
+    """Yield the kept values as ``[rows, n_b]``, in row order, with their rescale ``n / n_b``."""
+    for band in bands(source.shape, n_blocks):
+        rescale = source.shape[1] / band.cols
+        together = max(1, _BATCH // (band.rows * band.cols))
+        for block in range(0, band.count, together):
+            end = min(block + together, band.count)
+            for values in _strips(name, source, band, block, end):
+                yield values, rescale
+
+
+def _strips(name: str, source: MatrixSource, band: Band, block: int, end: int) -> Iterator[Tensor]:
+    """Several small blocks at once, or one large block a few rows at a time."""
+    step = max(1, _BATCH // band.cols)
+    if end - block > 1:
+        parts = [_read(name, source, band, index, 0, band.rows) for index in range(block, end)]
+        yield torch.cat(parts)
+        return
+    for start in range(0, band.rows, step):
+        yield _read(name, source, band, block, start, min(start + step, band.rows))
+
+
+def _read(name: str, source: MatrixSource, band: Band, block: int, start: int, end: int) -> Tensor:
+    row, col = band.row + block * band.rows, band.col + block * band.cols
+    return finite_block(name, source, row + start, row + end, col, col + band.cols)
+
+
+def _blocks_size(shape: Shape, n_blocks: int, bits: int) -> int:
+    """Payload bytes of a `BlockDiagTerm`."""
+    n_values = kept_values(shape, n_blocks)
+    return packed_size(n_values, bits) + (0 if bits == 16 else 2 * shape[0])

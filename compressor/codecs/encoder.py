@@ -1,0 +1,62 @@
+"""What an encoder is, and how to make one by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+from compressor.codecs.blockdiag_encoder import BlockDiagCodec
+from compressor.codecs.lowrank_encoder import LowRankCodec
+from compressor.codecs.term import MatrixSource, Params, Shape, Term
+from compressor.errors import InputError
+
+
+class Codec(Protocol):
+    """One way to encode a matrix within a byte budget."""
+
+    @property
+    def name(self) -> str:
+        """Name in artifacts and on the command line."""
+        ...
+
+    def options(self) -> Params:
+        """Resolved options, JSON-able; `make_encoder(name, **options)` gives the same codec."""
+        ...
+
+    def plan(self, shape: Shape, budget_bytes: float) -> Params:
+        """Return the setting whose size is nearest `budget_bytes`; it may exceed it a little.
+
+        JSON-able and complete: with the seed it determines what `encode` does.
+        """
+        ...
+
+    def size_bytes(self, shape: Shape, params: Params) -> int:
+        """Exact bytes of all `tensors()` of all terms that `encode` returns for `params`."""
+        ...
+
+    def encode(
+        self, name: str, source: MatrixSource, params: Params, seed: int
+    ) -> tuple[Term, ...]:
+        """Encode one matrix; same name, source, params and seed give identical bytes.
+
+        Raises UnsupportedTensor naming `name` if the source holds NaN or infinity.
+        """
+        ...
+
+
+def make_encoder(codec: str, **options: Any) -> Codec:
+    """Return the codec named `codec`. An unknown name, option or value raises InputError."""
+    classes: dict[str, type[BlockDiagCodec] | type[LowRankCodec]] = {
+        "blockdiag": BlockDiagCodec,
+        "lowrank": LowRankCodec,
+    }
+    if codec not in classes:
+        raise InputError(f"unknown codec {codec!r}; choose from {sorted(classes)}")
+    known = [field.name for field in dataclasses.fields(classes[codec])]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise InputError(f"codec {codec} has no option {', '.join(unknown)}; it has {known}")
+    try:
+        return classes[codec](**options)
+    except TypeError as error:  # a value that cannot even be compared
+        raise InputError(f"codec {codec}: unusable option value: {error}") from error
