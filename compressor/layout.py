@@ -1,0 +1,143 @@
+"""What every parameter of an architecture is: linear, embedding, vector, or nothing we can encode.
+
+The answer comes from the model's own modules, built on the meta device (no memory, no weights),
+never from guessing by names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from compressor.errors import CheckpointError, UnsupportedTensor
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+Kind = Literal["linear", "embedding", "vector", "other"]
+
+# Masks and tables that old checkpoints carry and that the model computes for itself.
+_COMPUTED = (r"\.rotary_emb\.inv_freq$", r"(^|\.)attn\.(masked_)?bias$")
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter as the model declares it.
+
+    shape       in ``[out, in]`` orientation for matrices
+    transposed  True if the checkpoint stores ``[in, out]`` (GPT-2's Conv1D)
+    """
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    transposed: bool
+    module: str
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The parameters of one architecture.
+
+    parameters  by name, in the model's order; of tied ones only the one that is stored
+    tied        (alias, stored name) pairs
+    prefix      of the inner model (``model``, ``transformer``): checkpoints of the bare model
+                leave it out
+    ignored     patterns of checkpoint names that are not parameters
+    """
+
+    parameters: dict[str, Parameter]
+    tied: tuple[tuple[str, str], ...]
+    prefix: str
+    ignored: tuple[str, ...]
+
+    def keys(self, stored: Iterable[str], owner: str) -> dict[str, str]:
+        """Map each parameter (and each tied alias stored too) to its name in the checkpoint.
+
+        Raises UnsupportedTensor for a stored tensor that is no parameter, CheckpointError for a
+        parameter that is not stored. `owner` names the checkpoint in messages.
+        """
+        aliases = dict(self.tied)
+        found: dict[str, str] = {}
+        for key in stored:
+            name = self._parameter_name(key, aliases)
+            if name is None:
+                continue
+            if name in found:
+                raise UnsupportedTensor(f"{owner}: {key} and {found[name]} are the same parameter")
+            found[name] = key
+        for name in self.parameters:
+            if name in found:
+                continue
+            alias = next((a for a, target in self.tied if target == name and a in found), None)
+            if alias is None:
+                raise CheckpointError(f"{owner}: tensor {name} is missing from the checkpoint")
+            found[name] = found[alias]  # only the tied twin was saved
+        return found
+
+    def _parameter_name(self, key: str, aliases: dict[str, str]) -> str | None:
+        for name in (key, f"{self.prefix}.{key}"):
+            if name in self.parameters or name in aliases:
+                return name
+        if any(re.search(pattern, key) for pattern in self.ignored):
+            return None
+        raise UnsupportedTensor(
+            f"{key}: the architecture has no parameter of that name (mixture-of-experts and other "
+            "layouts that transformers converts on loading are not supported)"
+        )
+
+
+def read_layout(path: Path) -> Layout:
+    """Build the architecture of the model in `path` on the meta device and describe it."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{path / 'config.json'}: transformers cannot build a causal language model from it "
+            f"({first[:200]})"
+        ) from error
+    tied = tuple(sorted((model.all_tied_weights_keys or {}).items()))
+    return Layout(
+        parameters={p.name: p for p in _parameters(model, {alias for alias, _ in tied})},
+        tied=tied,
+        prefix=model.base_model_prefix,
+        ignored=(*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())),
+    )
+
+
+def _parameters(model: Module, aliases: set[str]) -> list[Parameter]:
+    found = []
+    for prefix, module in model.named_modules():
+        for part, tensor in module.named_parameters(recurse=False):
+            name = f"{prefix}.{part}" if prefix else part
+            if name not in aliases:
+                found.append(_describe(name, part, module, tuple(tensor.shape)))
+    return found
+
+
+def _describe(name: str, part: str, module: Module, shape: tuple[int, ...]) -> Parameter:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    kind: Kind = "other"
+    transposed = False
+    if len(shape) == 1:
+        kind = "vector"
+    elif len(shape) == 2 and part == "weight":
+        if isinstance(module, torch.nn.Embedding):
+            kind = "embedding"
+        elif isinstance(module, torch.nn.Linear):
+            kind = "linear"
+        elif isinstance(module, Conv1D):
+            kind, transposed = "linear", True
+            shape = (shape[1], shape[0])
+    return Parameter(name, kind, shape, transposed, type(module).__name__)
