@@ -177,11 +177,15 @@ class EngineCore:
     def _run(self) -> None:
         try:
             while not self._stop:
-                self._take_commands()
-                self.step()
+                self.turn()
         except Exception:
             log.exception("the engine failed")
             self._die()
+
+    def turn(self) -> None:
+        """Take commands, then run one step. Public so that tests can drive the loop."""
+        self._take_commands()
+        self.step()
 
     def _take_commands(self) -> None:
         """Run queued commands; wait for one if there is nothing to compute."""

@@ -46,7 +46,7 @@ class LLMEngine:
         self._catalog = catalog
         self.base_name = catalog.base_name
         self.max_model_len = settings.max_model_len or base.max_len
-        pages = _allocate_pages(base, settings)
+        pages = allocate_pages(base, settings)
         self._max_request_tokens = pages.n_pages * pages.page_tokens
         self.core = EngineCore(
             Runner(base), settings, pages, catalog.job_for, self._publish, observer
@@ -286,7 +286,7 @@ def _dtype(settings: Settings) -> torch.dtype | None:
     return names[settings.dtype]
 
 
-def _allocate_pages(base: BaseModel, settings: Settings) -> PagePool:
+def allocate_pages(base: BaseModel, settings: Settings) -> PagePool:
     """Reserve the KV cache. Raises ConfigError if it cannot hold one request of a page."""
     page_bytes = base.store.bytes_per_token() * settings.kv_block_tokens
     n_pages = settings.kv_cache_bytes // page_bytes

@@ -1,0 +1,118 @@
+"""Grouped application of every codec against the codec's own dense matrix in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from compressor.codecs.encoder import make_encoder
+from compressor.codecs.sources import TensorSource
+from compressor.codecs.term import Term
+from server.deltas.pools import TermPool, layout_of, make_pool
+from server.ops.rows import BASE_SLOT
+from tests.server.ops.test_rows import plan_of
+
+CPU = torch.device("cpu")
+SHAPES = [(64, 48), (50, 37), (96, 24), (33, 80)]
+OPTIONS = {
+    "blockdiag": [{"bits": 2}, {"bits": 3}, {"bits": 16}, {"bits": 4, "head_fraction": 0.3}],
+    "lowrank": [{"bits": 16}, {"bits": 4}],
+    "impart": [{"block_rows": 16}],
+}
+CASES = [
+    (codec, o, shape) for codec, options in OPTIONS.items() for o in options for shape in SHAPES
+]
+BATCHES = [
+    {0: 1},
+    {-1: 3, 0: 2, 1: 2},
+    {-1: 1, 0: 1, 1: 5, 2: 3},
+    {0: 40, 1: 1, 2: 1},
+    {-1: 2, 2: 4},
+]
+
+
+def encode_all(
+    codec: str, options: dict[str, object], shape: tuple[int, int]
+) -> list[tuple[Term, ...]]:
+    encoder = make_encoder(codec, **options)
+    terms = []
+    for seed in range(3):
+        dense = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.01
+        params = encoder.plan(shape, shape[0] * shape[1] * 2 / 6)
+        terms.append(encoder.encode(f"w{seed}", TensorSource(dense), params, seed))
+    return terms
+
+
+def fill(term_index: int, variants: list[tuple[Term, ...]]) -> TermPool:
+    first = variants[0][term_index]
+    pool = make_pool(layout_of(first), first.shape, torch.float32, CPU)
+    for slot, terms in enumerate(variants):
+        staged = pool.stage(terms[term_index])
+        pool.reserve(staged, 1 << slot.bit_length())
+        pool.store(slot, staged)
+        pool.show(slot)
+    return pool
+
+
+def expected(x: Tensor, slots: list[int], dense: list[Tensor], m: int) -> Tensor:
+    rows = [
+        dense[slot] @ x[i].double() if slot != BASE_SLOT else torch.zeros(m, dtype=torch.float64)
+        for i, slot in enumerate(slots)
+    ]
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("codec", "options", "shape"), CASES)
+@pytest.mark.parametrize("counts", BATCHES)
+def test_pool_mixed_batch_equals_dense_products(
+    codec: str, options: dict[str, object], shape: tuple[int, int], counts: dict[int, int]
+) -> None:
+    variants = encode_all(codec, options, shape)
+    plan = plan_of(counts)
+    x = torch.randn(plan.n_rows, shape[1], generator=torch.Generator().manual_seed(9))
+    for t in range(len(variants[0])):
+        pool = fill(t, variants)
+        y = torch.zeros(plan.n_rows, shape[0])
+        pool.add_(y, x, plan)
+        dense = [terms[t].to_dense().double() for terms in variants]
+        want = expected(x, plan.slot_of_row.tolist(), dense, shape[0])
+        torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("codec", "options", "shape"), CASES)
+def test_pool_embedding_look_up_equals_dense_rows(
+    codec: str, options: dict[str, object], shape: tuple[int, int]
+) -> None:
+    variants = encode_all(codec, options, shape)
+    plan = plan_of({-1: 2, 0: 5, 1: 1, 2: 7})
+    ids = torch.randint(0, shape[0], (plan.n_rows,), generator=torch.Generator().manual_seed(1))
+    for t in range(len(variants[0])):
+        pool = fill(t, variants)
+        y = torch.zeros(plan.n_rows, shape[1])
+        pool.add_rows_(y, ids, plan)
+        for row, slot in enumerate(plan.slot_of_row.tolist()):
+            want = torch.zeros(shape[1]) if slot < 0 else variants[slot][t].to_dense()[ids[row]]
+            torch.testing.assert_close(y[row], want, rtol=1e-4, atol=1e-7)
+
+
+def test_pool_hidden_slot_full_of_nan_is_never_read() -> None:
+    variants = encode_all("blockdiag", {"bits": 4}, (64, 48))
+    pool = fill(0, variants)
+    pool.hide(1)
+    pool.arrays[0][1].fill_(float("nan"))
+    plan = plan_of({0: 2, 1: 2, 2: 2})
+    y = torch.zeros(plan.n_rows, 64)
+    pool.add_(y, torch.randn(plan.n_rows, 48), plan)
+    assert y.isfinite().all()
+    assert not y[2:4].any()
+
+
+def test_pool_result_does_not_depend_on_neighbours() -> None:
+    variants = encode_all("blockdiag", {"bits": 4}, (64, 48))
+    pool = fill(0, variants)
+    x = torch.randn(6, 48, generator=torch.Generator().manual_seed(2))
+    together, alone = torch.zeros(6, 64), torch.zeros(2, 64)
+    pool.add_(together, x, plan_of({0: 2, 1: 2, 2: 2}))
+    pool.add_(alone, x[2:4].contiguous(), plan_of({1: 2}))
+    torch.testing.assert_close(together[2:4], alone, rtol=1e-6, atol=1e-7)

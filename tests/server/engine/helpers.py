@@ -1,0 +1,118 @@
+"""An engine core without HTTP or asyncio: submit, step until done, read the events."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compressor.identity import base_identity
+from server.deltas.registry import DeltaRegistry
+from server.engine.catalog import VariantCatalog
+from server.engine.core import EngineCore, Events
+from server.engine.detokenizer import Detokenizer
+from server.engine.llm_engine import allocate_pages
+from server.engine.model import load_base_model
+from server.engine.request import Event, Request
+from server.engine.runner import Runner
+from server.engine.text import load_base_text
+from server.engine.types import OutputDelta, SamplingParams
+from server.errors import ServeError
+from server.settings import Settings
+
+STEP_TIMEOUT_S = 60.0
+
+
+@dataclass(eq=False)
+class Recorded:
+    """A request and what it received."""
+
+    request: Request
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def output_ids(self) -> list[int]:
+        return self.request.tokens[len(self.request.prompt_ids) :]
+
+    @property
+    def text(self) -> str:
+        return "".join(e.text for e in self.events if isinstance(e, OutputDelta))
+
+    @property
+    def error(self) -> ServeError | None:
+        return next((e for e in self.events if isinstance(e, ServeError)), None)
+
+    @property
+    def done(self) -> bool:
+        return any(isinstance(e, ServeError) or e.finish_reason is not None for e in self.events)
+
+
+class CoreHarness:
+    """Drives `EngineCore.step` on the test's own thread: deterministic, nothing to wait for but
+    the loader's workers.
+    """
+
+    def __init__(self, base: Path, deltas: Path | None = None, **settings: Any) -> None:
+        fields = {"dtype": "float32", "device": "cpu", "kv_cache_bytes": 8 << 20} | settings
+        self.settings = Settings(base=base, deltas=deltas, **fields)
+        model = load_base_model(base, torch.device("cpu"), torch.float32)
+        identity = base_identity(base)
+        registry = DeltaRegistry(deltas, identity, frozenset({"base"}))
+        registry.rescan()
+        self.catalog = VariantCatalog(
+            self.settings, registry, "base", identity, load_base_text(base), model.vocab_size
+        )
+        pages = allocate_pages(model, self.settings)
+        self.core = EngineCore(
+            Runner(model), self.settings, pages, self.catalog.job_for, self._deliver
+        )
+        self.n_free_at_start = pages.n_free
+        self._count = 0
+
+    @staticmethod
+    def _deliver(events: Events) -> None:
+        for request, event in events:
+            request.deliver(event)
+
+    def submit(self, model: str, prompt: str | list[int], **params: Any) -> Recorded:
+        variant = self.catalog.open(model)
+        ids = variant.text.encode(prompt) if isinstance(prompt, str) else prompt
+        chosen = SamplingParams(**({"max_tokens": 16, "temperature": 0.0} | params))
+        self._count += 1
+        events: list[Event] = []
+        request = Request(
+            request_id=f"r{self._count}",
+            variant=variant,
+            prompt_ids=ids,
+            params=chosen,
+            detokenizer=Detokenizer(
+                variant.text.backend,
+                chosen.stop,
+                chosen.include_stop_str_in_output,
+                chosen.skip_special_tokens,
+            ),
+            deliver=events.append,
+        )
+        self.core.submit(request)
+        return Recorded(request, events)
+
+    def run(self, *recorded: Recorded) -> None:
+        """Step until all given requests have ended."""
+        deadline = time.monotonic() + STEP_TIMEOUT_S
+        while not all(r.done for r in recorded):
+            if time.monotonic() > deadline:
+                raise AssertionError("requests did not finish")
+            self.core.turn()
+
+    def assert_idle(self) -> None:
+        """No page, slot reference or request is left behind."""
+        stats = self.core.stats()
+        assert stats.n_free_pages == self.n_free_at_start
+        assert (stats.n_running, stats.n_waiting, self.core.n_open) == (0, 0, 0)
+        assert all(slot.refs == 0 for slot in stats.resident.values())
+
+    def close(self) -> None:
+        self.core.loader.close()
