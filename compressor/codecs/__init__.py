@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from compressor.codecs.blockdiag import BlockDiagTerm
 from compressor.codecs.encoder import Codec, make_encoder
+from compressor.codecs.impart import ImpartTerm
 from compressor.codecs.lowrank import LowRankTerm, lowrank_from_factors
 from compressor.codecs.term import (
     DenseRows,
@@ -22,6 +23,7 @@ __all__ = [
     "BlockDiagTerm",
     "Codec",
     "DenseRows",
+    "ImpartTerm",
     "LowRankTerm",
     "MatrixSource",
     "Params",
@@ -39,6 +41,8 @@ def term_class(codec: str) -> type[Term]:
     match codec:
         case BlockDiagTerm.codec:
             return BlockDiagTerm
+        case ImpartTerm.codec:
+            return ImpartTerm
         case LowRankTerm.codec:
             return LowRankTerm
         case _:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
+import inspect
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from compressor.codecs.blockdiag_encoder import BlockDiagCodec
+from compressor.codecs.impart_encoder import ImpartCodec
 from compressor.codecs.lowrank_encoder import LowRankCodec
 from compressor.codecs.term import MatrixSource, Params, Shape, Term
 from compressor.errors import InputError
@@ -46,17 +48,20 @@ class Codec(Protocol):
 
 def make_encoder(codec: str, **options: Any) -> Codec:
     """Return the codec named `codec`. An unknown name, option or value raises InputError."""
-    classes: dict[str, type[BlockDiagCodec] | type[LowRankCodec]] = {
+    made_by: dict[str, Callable[..., Codec]] = {
         "blockdiag": BlockDiagCodec,
+        "impart": ImpartCodec,
         "lowrank": LowRankCodec,
     }
-    if codec not in classes:
-        raise InputError(f"unknown codec {codec!r}; choose from {sorted(classes)}")
-    known = [field.name for field in dataclasses.fields(classes[codec])]
+    if codec not in made_by:
+        raise InputError(f"unknown codec {codec!r}; choose from {', '.join(made_by)}")
+    known = list(inspect.signature(made_by[codec]).parameters)
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise InputError(f"codec {codec} has no option {', '.join(unknown)}; it has {known}")
+        raise InputError(
+            f"codec {codec} has no option {', '.join(unknown)}; it has {', '.join(known)}"
+        )
     try:
-        return classes[codec](**options)
+        return made_by[codec](**options)
     except TypeError as error:  # a value that cannot even be compared
         raise InputError(f"codec {codec}: unusable option value: {error}") from error

@@ -85,13 +85,16 @@ def _assign(x: Tensor, scale: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     return codes, torch.where(scale > 0, refined, scale)
 
 
-def unit_for(*tensors: Tensor) -> float:
-    """The power of two in whose units `tensors` fill float16's normal range; 1.0 if all zero."""
+def unit_for(*tensors: Tensor, headroom_bits: int = 15) -> float:
+    """The power of two in whose units the largest number is ``2^(headroom_bits - 1)`` or more.
+
+    At most 15: then it lies in ``[2^14, 2^15)``, half of float16's range, where rounding cannot
+    overflow. 1.0 if all are zero.
+    """
     largest = max((float(t.abs().max()) for t in tensors if t.numel()), default=0.0)
     if largest == 0.0:
         return 1.0
-    # largest / unit lies in [2^14, 2^15): half of float16's range, so rounding cannot overflow.
-    return 2.0 ** max(math.frexp(largest)[1] - 15, -126)
+    return 2.0 ** max(math.frexp(largest)[1] - headroom_bits, -126)
 
 
 def to_half(x: Tensor, unit: float) -> Tensor:
