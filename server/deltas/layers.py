@@ -40,44 +40,58 @@ class DeltaLinear(nn.Module):
         is_output: bool = False,
     ) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight.base, requires_grad=False)
-        self._weight, self._bias = weight, bias
+        self.delta_weight, self.delta_bias = weight, bias
+        self.group: ProjectionGroup | None = None
         self._context = context
         self._is_output = is_output
+
+    @property
+    def weight(self) -> Tensor:
+        return self.delta_weight.base
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.delta_bias is None else self.delta_bias.base
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., n]`` -> ``[..., m]``; wider than m if a slot has added vocabulary rows."""
         rows = self._context.output_rows if self._is_output else self._context.rows
-        flat = x.reshape(-1, x.shape[-1])
-        if rows is None or not rows.slots:
-            bias = None if self._bias is None else self._bias.base
-            return F.linear(flat, self._weight.base, bias).view(*x.shape[:-1], -1)
-        y = self._base(flat, rows)
-        for pool in self._weight.pools.values():
-            pool.add_(y, flat, rows)
-        if self._bias is not None:
-            y += self._bias.vector_rows(rows)
-        if self._weight.extra:
-            y = self._with_extra(y, flat, rows)
+        y = None if self.group is None else self.group.take(self, x, rows)
+        if y is None:
+            y = self._alone(x.reshape(-1, x.shape[-1]), rows)
         return y.view(*x.shape[:-1], y.shape[-1])
 
+    def _alone(self, flat: Tensor, rows: RowPlan | None) -> Tensor:
+        if rows is None or not rows.slots:
+            return F.linear(flat, self.weight, self.bias)
+        y = self._base(flat, rows)
+        self.add_deltas_(y, flat, rows)
+        return self._with_extra(y, flat, rows) if self.delta_weight.extra else y
+
+    def add_deltas_(self, y: Tensor, flat: Tensor, rows: RowPlan) -> None:
+        """Add every resident term and each row's own bias to ``y [T, m]`` (computed without)."""
+        for pool in self.delta_weight.pools.values():
+            pool.add_(y, flat, rows)
+        if self.delta_bias is not None:
+            y += self.delta_bias.vector_rows(rows)
+
+    def has_merged(self, rows: RowPlan) -> bool:
+        """Whether some rows use a reconstructed weight instead of the base's."""
+        return not rows.slots.isdisjoint(self.delta_weight.merged)
+
     def _base(self, flat: Tensor, rows: RowPlan) -> Tensor:
-        merged = frozenset(self._weight.merged)
-        if rows.slots.isdisjoint(merged):
-            return F.linear(flat, self._weight.base)
+        if not self.has_merged(rows):
+            return F.linear(flat, self.weight)
         parts = []
-        for span in rows.spans(merged):
-            held = self._weight.merged.get(span.slot)
-            weight = self._weight.base if held is None else held
+        for span in rows.spans(frozenset(self.delta_weight.merged)):
+            merged = self.delta_weight.merged.get(span.slot)
+            weight = self.weight if merged is None else merged
             parts.append(F.linear(flat[span.start : span.end], weight))
         return torch.cat(parts)
 
     def _with_extra(self, y: Tensor, flat: Tensor, rows: RowPlan) -> Tensor:
-        extra = {
-            s.slot: self._weight.extra[s.slot]
-            for s in rows.segments
-            if s.slot in self._weight.extra
-        }
+        owned = self.delta_weight.extra
+        extra = {s: owned[s] for s in rows.slots if s in owned}
         if not extra:
             return y
         # Columns a variant does not have stay 0 here; the sampler masks ids past its vocabulary.
@@ -90,16 +104,75 @@ class DeltaLinear(nn.Module):
         return grown
 
 
+class ProjectionGroup:
+    """Linears that read the same input (q, k, v; gate, up): one base GEMM for all of them.
+
+    The members' weights become views of one fused matrix. The model definition still calls each
+    member; the first call computes all of them, the others take their columns. If a member is
+    called with another tensor than the first was, it computes alone.
+    """
+
+    def __init__(self, members: list[DeltaLinear]) -> None:
+        self._members = members
+        self._weight = torch.cat([m.weight for m in members])
+        biases = [m.bias for m in members]
+        self._bias = (
+            torch.cat([b for b in biases if b is not None])
+            if any(b is not None for b in biases)
+            else None
+        )
+        self._ends: list[int] = []
+        start = 0
+        for member in members:
+            end = start + len(member.weight)
+            member.delta_weight.base = self._weight[start:end]
+            member.group = self
+            self._ends.append(end)
+            start = end
+        self._input: Tensor | None = None
+        self._outputs: dict[DeltaLinear, Tensor] = {}
+
+    def take(self, member: DeltaLinear, x: Tensor, rows: RowPlan | None) -> Tensor | None:
+        """The member's ``[T, m]`` for this input, or None if it must compute alone."""
+        if member is self._members[0]:
+            self._compute(x, rows)
+        if x is not self._input:
+            return None
+        y = self._outputs.pop(member, None)
+        if not self._outputs:
+            self._input = None
+        return y
+
+    def _compute(self, x: Tensor, rows: RowPlan | None) -> None:
+        self._input, self._outputs = None, {}
+        with_deltas = rows is not None and bool(rows.slots)
+        if with_deltas and rows is not None and any(m.has_merged(rows) for m in self._members):
+            return
+        flat = x.reshape(-1, x.shape[-1])
+        y = F.linear(flat, self._weight, None if with_deltas else self._bias)
+        start = 0
+        for member, end in zip(self._members, self._ends, strict=True):
+            part = y[:, start:end]
+            if with_deltas and rows is not None:
+                member.add_deltas_(part, flat, rows)
+            self._outputs[member] = part
+            start = end
+        self._input = x
+
+
 class DeltaEmbedding(nn.Module):
     """``E_base[id]``, then each slot's delta row; ids past the base's end are the slot's own."""
 
     def __init__(self, inner: nn.Embedding, weight: DeltaParameter, context: StepContext) -> None:
         super().__init__()
-        self.weight = inner.weight
         self._weight = weight
         self._context = context
         # Gemma's embedding multiplies its result.
         self._scale = getattr(inner, "embed_scale", None)
+
+    @property
+    def weight(self) -> Tensor:
+        return self._weight.base
 
     def forward(self, ids: Tensor) -> Tensor:
         """``ids [...]`` int64 -> ``[..., n]``."""

@@ -11,10 +11,19 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from server.deltas.layers import DeltaEmbedding, DeltaLinear, DeltaNorm, StepContext
+from server.deltas.layers import (
+    DeltaEmbedding,
+    DeltaLinear,
+    DeltaNorm,
+    ProjectionGroup,
+    StepContext,
+)
 from server.deltas.parameter import DeltaParameter
 from server.engine.attention import ATTENTION_NAME, KVStore, attach_store, register_attention
 from server.errors import ConfigError
+
+# Read the same input in every architecture that names them so; checked at run time all the same.
+SIBLING_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(slots=True)
@@ -118,7 +127,18 @@ def install_delta_layers(model: PreTrainedModel, context: StepContext) -> dict[s
             else:
                 replacement = DeltaNorm(module, weight, bias, context)
         _set_module(model, path, replacement)
+    _fuse_projections(model)
     return parameters
+
+
+def _fuse_projections(model: nn.Module) -> None:
+    """Join sibling linears that the known model definitions feed with one tensor."""
+    for module in model.modules():
+        for names in SIBLING_PROJECTIONS:
+            members = [getattr(module, name, None) for name in names]
+            linears = [m for m in members if isinstance(m, DeltaLinear)]
+            if len(linears) == len(names) and len({m.bias is None for m in linears}) == 1:
+                ProjectionGroup(linears)
 
 
 def _replaceable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

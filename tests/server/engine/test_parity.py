@@ -1,0 +1,143 @@
+"""The engine's greedy tokens are those of Hugging Face `generate` on the reconstructed weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from compressor.pipeline import CompressOptions
+from tests.server.engine.conftest import Served
+from tests.server.engine.helpers import CoreHarness, Recorded
+
+PROMPTS = [
+    "The quick brown fox",
+    "book a table for four people at seven in the evening, please. Classify the request: my card",
+    "x",
+    "def add(left, right): return left + right and then some more words to cross a page",
+]
+PAIR = {
+    "blockdiag": CompressOptions(codec="blockdiag", ratio=4),
+    "impart": CompressOptions(codec="impart", ratio=3),
+}
+ALL_CODECS = PAIR | {
+    "head": CompressOptions(codec="blockdiag", ratio=4, codec_options={"head_fraction": 0.3}),
+    "lowrank": CompressOptions(codec="lowrank", ratio=4),
+    "other-blocks": CompressOptions(codec="blockdiag", ratio=6, codec_options={"bits": 3}),
+}
+N_NEW = 20
+
+
+def truth(served: Served, name: str, prompts: list[list[int]]) -> list[list[int]]:
+    model = served.oracle(name)
+    eos = model.generation_config.eos_token_id
+    rows = []
+    for ids in prompts:
+        out = model.generate(
+            torch.tensor([ids]), do_sample=False, max_new_tokens=N_NEW, pad_token_id=0
+        )[0].tolist()[len(ids) :]
+        stops = eos if isinstance(eos, list) else [eos]
+        rows.append(out[: next((i + 1 for i, t in enumerate(out) if t in stops), len(out))])
+    return rows
+
+
+@pytest.fixture
+def harness() -> Iterator[Callable[..., CoreHarness]]:
+    made: list[CoreHarness] = []
+
+    def make(served: Served, **settings: object) -> CoreHarness:
+        made.append(CoreHarness(served.base, served.deltas, **settings))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def assert_parity(harness: CoreHarness, served: Served) -> None:
+    """All prompts to all models, interleaved in one go, against the oracle one by one."""
+    names = list(served.checkpoints)
+    sent: dict[tuple[str, int], Recorded] = {}
+    for i, prompt in enumerate(PROMPTS):
+        for name in names:
+            sent[name, i] = harness.submit(name, prompt, max_tokens=N_NEW)
+    harness.run(*sent.values())
+    harness.assert_idle()
+    for name in names:
+        prompts = [sent[name, i].request.prompt_ids for i in range(len(PROMPTS))]
+        for i, want in enumerate(truth(served, name, prompts)):
+            assert sent[name, i].error is None
+            assert sent[name, i].output_ids == want, (name, i)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("mode", ["apply", "reconstruct"])
+def test_engine_mixed_batch_equals_generate(served, harness, kind: str, mode: str) -> None:
+    pair = served(kind, PAIR)
+    assert_parity(harness(pair, mode=mode), pair)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "mistral", "gemma"])
+def test_engine_other_architecture_equals_generate(served, harness, kind: str) -> None:
+    pair = served(kind, PAIR)
+    assert_parity(harness(pair), pair)
+
+
+def test_engine_every_codec_in_one_batch_equals_generate(served, harness) -> None:
+    many = served("llama", ALL_CODECS)
+    assert_parity(harness(many), many)
+
+
+def test_engine_tied_embeddings_equals_generate(served, harness) -> None:
+    pair = served("llama", PAIR, tied=True)
+    assert_parity(harness(pair), pair)
+
+
+def test_engine_added_vocabulary_equals_generate(served, harness) -> None:
+    pair = served("llama", PAIR, extra_vocab=3)
+    assert_parity(harness(pair), pair)
+
+
+def test_engine_sliding_window_equals_generate(served, harness) -> None:
+    pair = served("mistral", PAIR, sliding_window=8)
+    assert_parity(harness(pair), pair)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_engine_chunked_prefill_equals_generate(served, harness, kind: str) -> None:
+    pair = served(kind, PAIR)
+    assert_parity(harness(pair, max_batch_tokens=7, max_num_seqs=5), pair)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_engine_preemption_equals_generate(served, harness, kind: str) -> None:
+    pair = served(kind, PAIR)
+    page_bytes = harness(pair).core._runner.base.store.bytes_per_token() * 8
+    small = harness(pair, kv_block_tokens=8, kv_cache_bytes=page_bytes * 18)
+    assert_parity(small, pair)
+    assert small.core.stats().n_preemptions > 0
+
+
+@pytest.mark.parametrize("name", ["base", "blockdiag", "impart"])
+def test_engine_alone_equals_mixed(served, harness, name: str) -> None:
+    pair = served("llama", PAIR)
+    alone = harness(pair)
+    request = alone.submit(name, PROMPTS[1], max_tokens=N_NEW)
+    alone.run(request)
+    prompts = [request.request.prompt_ids]
+    assert request.output_ids == truth(pair, name, prompts)[0]
+
+
+def test_engine_variants_evicted_and_reloaded_equals_generate(served, harness) -> None:
+    many = served("llama", ALL_CODECS)
+    tight = harness(many, max_resident_variants=2, max_variants_per_step=2)
+    assert_parity(tight, many)
+    assert_parity(tight, many)
+
+
+def test_engine_variants_differ_from_base_and_each_other(served) -> None:
+    pair = served("llama", PAIR)
+    prompts = [[5, 6, 7, 8, 9]]
+    outputs = [truth(pair, name, prompts)[0] for name in pair.checkpoints]
+    assert len({tuple(o) for o in outputs}) == len(outputs)
