@@ -11,6 +11,7 @@ import math
 import os
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -43,26 +44,22 @@ class StoredTensor:
     n_bytes: int
 
 
-class Checkpoint:
-    """One model directory. Use as a context manager, or `close` it.
+class TensorFiles:
+    """Tensors in one or several safetensors files. Use as a context manager, or `close` it.
 
-    name     what to call it in records: the Hub id as given, or the folder's name
-    config   the parsed ``config.json``
+    name     what to call them in messages and records
     tensors  every tensor by its name in the files
-    n_bytes  size of the safetensors files on disk
+    n_bytes  size of the files on disk
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = resolve(path)
-        self.name = str(path) if not Path(path).exists() else self.path.resolve().name
-        self.config = read_config(self.path)
-        files = _weight_files(self.path)
+    def __init__(self, name: str, files: Sequence[Path]) -> None:
+        self.name = name
         self.tensors: dict[str, StoredTensor] = {}
         for file in files:
-            for name, tensor in _read_header(file).items():
-                if name in self.tensors:
-                    raise CheckpointError(f"{self.path}: tensor {name} is in two shards")
-                self.tensors[name] = tensor
+            for key, tensor in _read_header(file).items():
+                if key in self.tensors:
+                    raise CheckpointError(f"{name}: tensor {key} is in two shards")
+                self.tensors[key] = tensor
         self.n_bytes = sum(file.stat().st_size for file in files)
         self._fds: dict[Path, int] = {}
 
@@ -82,7 +79,7 @@ class Checkpoint:
         stored = self.tensors[name]
         if stored.dtype not in DTYPES:
             raise CheckpointError(
-                f"{self.path.name}: tensor {name} is stored as {stored.dtype}; only "
+                f"{self.name}: tensor {name} is stored as {stored.dtype}; only "
                 f"{', '.join(DTYPES)} can be read. Convert the model to bfloat16 first"
             )
         return DTYPES[stored.dtype]
@@ -134,6 +131,20 @@ class Checkpoint:
         if file not in self._fds:
             self._fds[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
         return self._fds[file]
+
+
+class Checkpoint(TensorFiles):
+    """One model directory, given by its path or its Hub id (which is then its `name`).
+
+    path    the local directory
+    config  the parsed ``config.json``
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = resolve(path)
+        self.config = read_config(self.path)
+        name = self.path.resolve().name if Path(path).is_dir() else str(path)
+        super().__init__(name, _weight_files(self.path))
 
 
 def resolve(path: str | Path) -> Path:

@@ -60,10 +60,9 @@ class Layout:
         Raises UnsupportedTensor for a stored tensor that is no parameter, CheckpointError for a
         parameter that is not stored. `owner` names the checkpoint in messages.
         """
-        aliases = dict(self.tied)
         found: dict[str, str] = {}
         for key in stored:
-            name = self._parameter_name(key, aliases)
+            name = self._parameter_name(key)
             if name is None:
                 continue
             if name in found:
@@ -78,10 +77,17 @@ class Layout:
             found[name] = found[alias]  # only the tied twin was saved
         return found
 
-    def _parameter_name(self, key: str, aliases: dict[str, str]) -> str | None:
+    def find(self, key: str) -> str | None:
+        """Return the parameter, or the tied alias of one, that a checkpoint calls `key`."""
+        aliases = dict(self.tied)
         for name in (key, f"{self.prefix}.{key}"):
             if name in self.parameters or name in aliases:
                 return name
+        return None
+
+    def _parameter_name(self, key: str) -> str | None:
+        if (name := self.find(key)) is not None:
+            return name
         if any(re.search(pattern, key) for pattern in self.ignored):
             return None
         raise UnsupportedTensor(
