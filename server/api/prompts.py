@@ -64,11 +64,3 @@ def check_length(n_chars: int, max_model_len: int, param: str) -> None:
             "cannot fit. Shorten the text.",
             param=param,
         )
-
-
-def resolve_name(engine: EngineClient, model: str) -> str:
-    """Return the served name for `model`, which may be written ``base:variant``."""
-    prefix = f"{engine.base_name}:"
-    if model.startswith(prefix) and all(info.name != model for info in engine.models()):
-        return model[len(prefix) :]
-    return model

@@ -65,4 +65,6 @@ class EventStream:
             "x-accel-buffering": "no",  # nginx: pass events on at once
             **self._headers,
         }
-        return [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        return [
+            (name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()
+        ]

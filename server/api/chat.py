@@ -1,0 +1,105 @@
+"""``POST /v1/chat/completions``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from server.api.body import parse_body
+from server.api.context import api_of
+from server.api.generation import GenerationResponse
+from server.api.prompts import Prompt, render_messages
+from server.api.reply import Choice, clamp
+from server.api.sampling import check_token_ids, output_budget, sampling_params
+from server.api.schemas import ChatRequest
+from server.engine.types import (
+    EngineClient,
+    OutputDelta,
+    SamplingParams,
+    TokenLogprob,
+    VariantHandle,
+)
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions")
+async def create_chat_completion(request: Request) -> Response:
+    """Answer a conversation."""
+    body = await parse_body(request, ChatRequest)
+    return GenerationResponse(request, api_of(request), ChatReply(body))
+
+
+class ChatReply:
+    """The chat format; see `Reply`."""
+
+    id_prefix = "chatcmpl"
+    object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+    n_prompts = 1
+
+    def __init__(self, body: ChatRequest) -> None:
+        self.body = body
+
+    async def prompts(self, engine: EngineClient, variant: VariantHandle) -> list[Prompt]:
+        check_token_ids(self.body, variant.vocab_size)
+        return [await render_messages(engine, variant, self.body)]
+
+    def params(
+        self, prompt: Prompt, variant: VariantHandle, max_model_len: int, child: int
+    ) -> SamplingParams:
+        default = variant.defaults.get("max_new_tokens")  # None: the rest of the context
+        asked = self.body.output_limit
+        return sampling_params(
+            self.body,
+            variant.defaults,
+            max_tokens=output_budget(len(prompt.ids), asked, default, max_model_len),
+            child=child,
+            logprobs=(self.body.top_logprobs or 0) if self.body.logprobs else None,
+        )
+
+    def opening(self, choice: Choice) -> list[dict[str, Any]]:
+        delta = {"role": "assistant", "content": ""}
+        return [{"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}]
+
+    def piece(self, choice: Choice, delta: OutputDelta) -> dict[str, Any] | None:
+        if not delta.text and not delta.logprobs and delta.finish_reason is None:
+            return None
+        return {
+            "index": choice.index,
+            "delta": {"content": delta.text} if delta.text else {},
+            "logprobs": self._logprobs(delta.logprobs),
+            "finish_reason": delta.finish_reason,
+            "stop_reason": delta.stop_reason,
+        }
+
+    def whole(self, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
+            "logprobs": self._logprobs(choice.logprobs),
+            "finish_reason": choice.finish_reason,
+            "stop_reason": choice.stop_reason,
+        }
+
+    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if not self.body.logprobs:
+            return None
+        n_top = self.body.top_logprobs or 0
+        return {"content": [_token(token, n_top) for token in tokens], "refusal": None}
+
+
+def _token(token: TokenLogprob, n_top: int) -> dict[str, Any]:
+    top = [_entry(item.token, item.logprob) for item in token.top[:n_top]]
+    own = _entry(token.token, 0.0 if token.logprob is None else token.logprob)
+    return {**own, "top_logprobs": top}
+
+
+def _entry(token: str, logprob: float) -> dict[str, Any]:
+    return {
+        "token": token,
+        "logprob": clamp(logprob),
+        "bytes": list(token.encode("utf-8", "replace")),
+    }

@@ -1,0 +1,50 @@
+"""``/v1/deltas``: what is known of each variant's delta, and reading the directory again."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from server.api.context import Api, api_of
+from server.engine.types import ModelInfo
+
+router = APIRouter()
+
+
+@router.get("/v1/deltas")
+async def list_deltas(request: Request) -> JSONResponse:
+    """List every registered delta, with its state and sizes."""
+    return _listing(api_of(request))
+
+
+@router.post("/v1/deltas/rescan")
+async def rescan(request: Request) -> JSONResponse:
+    """Read the deltas directory again and list what it holds now."""
+    api = api_of(request)
+    await asyncio.to_thread(api.engine.rescan)
+    return _listing(api)
+
+
+def _listing(api: Api) -> JSONResponse:
+    infos = [info for info in api.engine.models() if info.parent is not None]
+    return JSONResponse({"object": "list", "data": [_delta(info) for info in infos]})
+
+
+def _delta(info: ModelInfo) -> dict[str, Any]:
+    return {
+        "id": info.name,
+        "object": "delta",
+        "created": info.created_s,
+        "parent": info.parent,
+        "digest": info.digest,
+        "state": info.state,
+        "error": info.error,
+        "codec": info.codec,
+        "mode": info.mode,
+        "bytes": info.n_bytes,
+        "resident_bytes": info.resident_bytes,
+        "fidelity": info.fidelity,
+    }

@@ -1,0 +1,210 @@
+"""One generation request from validated body to answered client.
+
+The response object does the work itself, because there it has `receive` and `send` at hand:
+
+    admit -> open variant -> tokenise -> fan out -> stream or collect
+
+all of it raced against the client's disconnect. Errors before the first byte become HTTP errors;
+after it, a last event.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from server.api import sse
+from server.api.context import Api, log_fields
+from server.api.errors import body_of, internal_error_body
+from server.api.fanout import Fanout
+from server.api.gate import Ticket
+from server.api.reply import Choice, Envelope, Reply, usage_of
+from server.engine.types import OutputDelta, SamplingParams, VariantHandle
+from server.errors import GenerationFailed, QueueFull, ServeError
+from server.metrics import SequenceTimer
+
+
+class GenerationResponse(Response):
+    """Answers one completions or chat request."""
+
+    def __init__(self, request: Request, api: Api, reply: Reply) -> None:
+        super().__init__()
+        self._api = api
+        self._reply = reply
+        self._request_id: str = request.scope["impart.request_id"]
+        self._log = log_fields(request)
+        self._arrived = time.monotonic()
+        self._n = reply.body.n_choices
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            with self._api.gate.admit(self._reply.n_prompts * self._n) as ticket:
+                await self._until_disconnect(ticket, receive, send)
+        except QueueFull:
+            self._api.metrics.rejected(self._log.get("model"))
+            raise
+
+    async def _until_disconnect(self, ticket: Ticket, receive: Receive, send: Send) -> None:
+        work = asyncio.create_task(self._run(ticket, send))
+        gone = asyncio.create_task(_disconnected(receive))
+        ticket.work = work
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            work.cancel()
+            gone.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+        if not work.cancelled():
+            work.result()
+        elif ticket.error is not None:
+            raise ticket.error
+        else:
+            self._log["ended"] = "disconnected"
+
+    async def _run(self, ticket: Ticket, send: Send) -> None:
+        engine, reply = self._api.engine, self._reply
+        variant = await engine.open(reply.body.model)
+        self._log["model"] = variant.name
+        prompts = await reply.prompts(engine, variant)
+        plan = [
+            (prompt, reply.params(prompt, variant, engine.max_model_len, child))
+            for prompt in prompts
+            for child in range(self._n)
+        ]
+        choices = [Choice(i, prompt) for i, (prompt, _) in enumerate(plan)]
+        kind = reply.chunk_object if reply.body.stream else reply.object
+        envelope = Envelope.of(reply.id_prefix, kind, variant)
+        self._observe_params(variant, plan[0][1])
+        streams = [
+            self._generate(variant, envelope.id, choice, params)
+            for choice, (_, params) in zip(choices, plan, strict=True)
+        ]
+        headers = {"x-impart-delta": variant.digest or "base"}
+        try:
+            async with Fanout(streams) as fanout:
+                ticket.output = fanout
+                if reply.body.stream:
+                    await self._stream(fanout, choices, envelope, headers, send)
+                else:
+                    await self._collect(fanout, choices, envelope, headers, send)
+        finally:
+            ticket.output = None
+            self._log["prompt_tokens"] = sum(len(prompt.ids) for prompt in prompts)
+            self._log["completion_tokens"] = sum(choice.n_tokens for choice in choices)
+
+    async def _generate(
+        self, variant: VariantHandle, request_id: str, choice: Choice, params: SamplingParams
+    ) -> AsyncIterator[OutputDelta]:
+        """Stream one choice from the engine and time it."""
+        n_prompt = len(choice.prompt.ids)
+        timer: SequenceTimer = self._api.metrics.sequence(variant.name, n_prompt, self._arrived)
+        stream: Any = self._api.engine.generate(
+            variant,
+            choice.prompt.ids,
+            params,
+            request_id=f"{request_id}-{choice.index}",
+            deadline_s=self._api.settings.request_timeout_s,
+        )
+        reason = "abort"
+        try:
+            async with aclosing(stream):
+                async for delta in stream:
+                    timer.tokens(len(delta.token_ids), delta.n_cached_tokens)
+                    reason = delta.finish_reason or reason
+                    if reason == "error":
+                        raise GenerationFailed("This generation failed; others go on. Try again.")
+                    yield delta
+        except Exception:
+            reason = "error"
+            raise
+        finally:
+            timer.finish(reason)
+
+    async def _collect(
+        self,
+        fanout: Fanout,
+        choices: list[Choice],
+        envelope: Envelope,
+        headers: dict[str, str],
+        send: Send,
+    ) -> None:
+        async for event in fanout.events():
+            if event is not None:
+                choices[event[0]].collect(event[1])
+        whole = [self._reply.whole(choice) for choice in choices]
+        body = envelope.wrap(whole, usage_of(choices, self._n), with_usage=True)
+        await send_json(send, body, headers)
+
+    async def _stream(
+        self,
+        fanout: Fanout,
+        choices: list[Choice],
+        envelope: Envelope,
+        headers: dict[str, str],
+        send: Send,
+    ) -> None:
+        out = sse.EventStream(send, headers)
+        try:
+            await self._write_events(out, fanout, choices, envelope)
+            if self._reply.body.include_usage:
+                usage = usage_of(choices, self._n)
+                await out.write(sse.frame(envelope.wrap([], usage, with_usage=True)))
+            await out.write(sse.DONE)
+        except (ServeError, ValueError) as error:
+            if not out.started:
+                raise
+            await out.write(sse.frame(self._last_words(error)))
+        await out.end()
+
+    async def _write_events(
+        self, out: sse.EventStream, fanout: Fanout, choices: list[Choice], envelope: Envelope
+    ) -> None:
+        body = self._reply.body
+        # Nothing is written before the first event, so that what fails early has a status.
+        async for event in fanout.events(sse.KEEP_ALIVE_S):
+            if event is None:
+                await out.write(sse.COMMENT)
+                continue
+            choice, delta = choices[event[0]], event[1]
+            choice.count(delta)
+            pieces = self._reply.opening(choice) if choice.n_events == 1 else []
+            piece = self._reply.piece(choice, delta)
+            if piece is not None:
+                pieces.append(piece)
+            for one in pieces:
+                usage = usage_of([choice], 1) if body.continuous_usage else None
+                wrapped = envelope.wrap([one], usage, with_usage=body.include_usage)
+                await out.write(sse.frame(wrapped))
+
+    def _last_words(self, error: Exception) -> dict[str, Any]:
+        if isinstance(error, ServeError):
+            self._log["ended"] = type(error).__name__
+            return body_of(error)
+        self._log["ended"] = "failed"  # NaN among the logprobs
+        return internal_error_body(self._request_id)
+
+    def _observe_params(self, variant: VariantHandle, params: SamplingParams) -> None:
+        series = self._api.metrics.model(variant.name)
+        series.params_n.observe(self._n)
+        series.params_max_tokens.observe(params.max_tokens)
+
+
+async def send_json(send: Send, body: dict[str, Any], headers: dict[str, str]) -> None:
+    """Send a whole 200 answer."""
+    data = sse.encode_json(body)
+    fields = {"content-type": "application/json", "content-length": str(len(data)), **headers}
+    raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in fields.items()]
+    await send({"type": "http.response.start", "status": 200, "headers": raw})
+    await send({"type": "http.response.body", "body": data})
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

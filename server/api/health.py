@@ -1,0 +1,56 @@
+"""Probes and other things that machines ask: live, ready, load, version, metrics."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+
+from server.api.context import api_of
+from server.metrics import CONTENT_TYPE
+
+router = APIRouter()
+
+
+@router.get("/health")
+@router.get("/health/live")
+@router.api_route("/ping", methods=["GET", "POST"])
+async def live(request: Request) -> JSONResponse:
+    """200 while the engine's loop has a recent heartbeat; restart the process when it is not."""
+    alive = api_of(request).engine.is_alive()
+    return JSONResponse({"status": "alive" if alive else "dead"}, 200 if alive else 503)
+
+
+@router.get("/health/ready")
+async def ready(request: Request) -> JSONResponse:
+    """200 while requests are welcome; a variant that fails to load does not change it."""
+    api = api_of(request)
+    is_ready = api.engine.is_ready() and not api.gate.draining
+    return JSONResponse({"status": "ready" if is_ready else "not ready"}, 200 if is_ready else 503)
+
+
+@router.get("/load")
+async def load(request: Request) -> JSONResponse:
+    """Requests being answered now (vLLM's shape)."""
+    return JSONResponse({"server_load": api_of(request).gate.n_requests})
+
+
+@router.get("/version")
+async def show_version() -> JSONResponse:
+    """The version of this server."""
+    return JSONResponse({"version": package_version()})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus' text format."""
+    return Response(api_of(request).metrics.render(), media_type=CONTENT_TYPE)
+
+
+def package_version() -> str:
+    """Return the installed version; a source tree on the path without installation has none."""
+    try:
+        return version("impart-serve")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,155 @@
+"""Pure ASGI middleware: request id and log line, and the cap on bodies.
+
+No BaseHTTPMiddleware: it hides the client's disconnect from everything below.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.api.errors import http_error, internal_error_body, response_of
+from server.api.sse import Stalled
+from server.errors import BodyTooLarge
+from server.metrics import Metrics
+
+BODY_TIMEOUT_S = 30.0  # from the first byte after the headers to the last
+QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping", "/metrics"})
+METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"})
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,128}")
+log = logging.getLogger("server.access")
+
+
+class RequestContext:
+    """Outermost: names the request, logs one line for it, turns surprises into a constant 500."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = time.monotonic()
+        asked = Headers(scope=scope).get("x-request-id", "")
+        request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
+        scope["impart.request_id"] = request_id
+        fields: dict[str, Any] = scope.setdefault("impart.log", {})
+        status = 0
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        self._metrics.http_in_flight.inc()
+        try:
+            await self._app(scope, receive, send_named)
+        except Stalled:
+            fields["ended"] = "stalled"  # the server closes an unfinished response
+        except Exception:
+            log.exception("unforeseen failure", extra={"request_id": request_id})
+            if status == 0:
+                response = JSONResponse(internal_error_body(request_id), 500)
+                await response(scope, receive, send_named)
+            else:
+                fields["ended"] = "failed"
+        finally:
+            self._metrics.http_in_flight.dec()
+            self._finish(scope, request_id, status, time.monotonic() - started, fields)
+
+    def _finish(
+        self, scope: Scope, request_id: str, status: int, seconds: float, fields: dict[str, Any]
+    ) -> None:
+        route = getattr(scope.get("route"), "path", "other")
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        self._metrics.http_request(route, method, status)
+        level = logging.DEBUG if route in QUIET_PATHS else logging.INFO
+        log.log(
+            level,
+            "%s %s %d",
+            method,
+            route,
+            status,
+            extra={"request_id": request_id, "duration_s": round(seconds, 4), **fields},
+        )
+
+
+class BodyCap:
+    """Reads the body before the application runs: bounded in bytes and in time.
+
+    With a Content-Length beyond the cap nothing is read at all. The body is kept as one buffer,
+    because a list of one-byte chunks would take a hundred times its size.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._check_declared(Headers(scope=scope))
+            async with asyncio.timeout(self._timeout_s):
+                body = await self._read(receive)
+        except BodyTooLarge as error:
+            await response_of(error)(scope, receive, send)
+            return
+        except TimeoutError:
+            message = f"The body did not arrive within {self._timeout_s:g} seconds."
+            response = http_error(408, message, {"connection": "close"})
+            await response(scope, receive, send)
+            return
+        if body is not None:
+            await self._app(scope, replay(body, receive), send)
+
+    def _check_declared(self, headers: Headers) -> None:
+        declared = headers.get("content-length", "")
+        # h11 refuses a length that is no number; another server may not
+        if declared.isdecimal() and int(declared[:20]) > self._max_bytes:
+            raise self._too_large()
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        """Return the whole body, None if the client left meanwhile. Raises BodyTooLarge."""
+        body = bytearray()
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            if len(body) > self._max_bytes:
+                raise self._too_large()
+            if not message.get("more_body", False):
+                return bytes(body)
+
+    def _too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(f"The body exceeds {self._max_bytes} bytes. Send less at once.")
+
+
+def replay(body: bytes, receive: Receive) -> Receive:
+    """Return a `receive` that gives the body once and then whatever `receive` gives."""
+    given = False
+
+    async def receive_again() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return receive_again

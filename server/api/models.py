@@ -1,0 +1,46 @@
+"""``GET /v1/models``: the base and every variant, resident or not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from server.api.context import api_of
+from server.engine.types import ModelInfo
+from server.errors import ModelNotFound
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> JSONResponse:
+    """List what can be named in a request's `model`."""
+    cards = [model_card(info) for info in api_of(request).engine.models()]
+    return JSONResponse({"object": "list", "data": cards})
+
+
+@router.get("/v1/models/{name}")
+async def get_model(request: Request, name: str) -> JSONResponse:
+    """Describe one model."""
+    for info in api_of(request).engine.models():
+        if info.name == name:
+            return JSONResponse(model_card(info))
+    raise ModelNotFound(f"The model `{name[:256]}` does not exist.", param="model")
+
+
+def model_card(info: ModelInfo) -> dict[str, Any]:
+    """Return vLLM's model card with our digest and state."""
+    return {
+        "id": info.name,
+        "object": "model",
+        "created": info.created_s,
+        "owned_by": "impart",
+        "root": info.name,  # vLLM gives a path here; paths are nobody's business
+        "parent": info.parent,
+        "max_model_len": info.max_model_len,
+        "permission": [],
+        "digest": info.digest,
+        "state": info.state,
+    }

@@ -1,0 +1,64 @@
+"""``/tokenize`` and ``/detokenize`` in vLLM's shape, with the variant's own tokenizer."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from server.api.body import parse_body
+from server.api.context import api_of
+from server.api.prompts import check_length, render_messages
+from server.api.schemas import ChatInput, DetokenizeRequest, TokenizeRequest
+from server.errors import InvalidRequest
+
+MAX_TOKEN_STRINGS = 4096  # each is one call of the tokenizer
+
+router = APIRouter()
+
+
+@router.post("/tokenize")
+async def tokenize(request: Request) -> JSONResponse:
+    """Return the token ids of a text or a conversation."""
+    api = api_of(request)
+    body = await parse_body(request, TokenizeRequest)
+    variant = await api.engine.open(body.model)
+    if body.messages is None:
+        text = body.prompt or ""
+        check_length(len(text), api.engine.max_model_len, "prompt")
+        ids = await api.engine.encode(variant, text)
+    else:
+        chat = ChatInput(
+            messages=body.messages,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+        )
+        ids = list((await render_messages(api.engine, variant, chat)).ids)
+    strings = None
+    if body.return_token_strs:
+        if len(ids) > MAX_TOKEN_STRINGS:
+            raise InvalidRequest(
+                f"return_token_strs is limited to {MAX_TOKEN_STRINGS} tokens.",
+                param="return_token_strs",
+            )
+        strings = [await api.engine.decode(variant, [token]) for token in ids]
+    return JSONResponse(
+        {
+            "count": len(ids),
+            "max_model_len": api.engine.max_model_len,
+            "tokens": ids,
+            "token_strs": strings,
+        }
+    )
+
+
+@router.post("/detokenize")
+async def detokenize(request: Request) -> JSONResponse:
+    """Return the text of token ids."""
+    api = api_of(request)
+    body = await parse_body(request, DetokenizeRequest)
+    variant = await api.engine.open(body.model)
+    if body.tokens and max(body.tokens) >= variant.vocab_size:
+        raise InvalidRequest(
+            f"This model's token ids are below {variant.vocab_size}.", param="tokens"
+        )
+    return JSONResponse({"prompt": await api.engine.decode(variant, body.tokens)})
