@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.tasks import Item
+from compressor.fidelity import kl_per_token
 
 BATCH_TOKENS = 1024  # of padded input; bounds the logits in memory
 GENERATE_BATCH = 32
@@ -115,12 +116,6 @@ class Reference:
             n_answer=n[True],
             n_prompt=n[False],
         )
-
-
-def kl_per_token(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """Return KL(p || q) in nats: logits ``[T, V]`` float32 -> ``[T]`` float32."""
-    p, q = torch.log_softmax(p_logits, -1), torch.log_softmax(q_logits, -1)
-    return (p.exp() * (p - q)).sum(-1)
 
 
 def _same_width(theirs: Tensor, ours: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,12 +58,4 @@ def _span(text: str, span: dict[str, Any]) -> str:
     return text[span.get("startIndex", 0) : span.get("endIndex", len(text))]
 
 
-def read_texts(path: Path) -> list[str]:
-    """Read generic text: a ``.jsonl`` file with a field ``text``, or plain lines."""
-    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if path.suffix == ".jsonl":
-        return [json.loads(line)["text"] for line in lines]
-    return lines
-
-
 TASKS: dict[str, Callable[[Path], list[Item]]] = {"intent": read_intent, "slots": read_slots}

@@ -138,7 +138,7 @@ async def show_memory(
             cells = (
                 delta["digest"][:12],
                 delta["codec"],
-                _mb(delta["n_bytes"]),
+                _mb(delta["bytes"]),
                 _mb(delta["resident_bytes"]),
             )
         table.add_row(f"{model} (base)" if model == base else model, *cells, tokens, speed)

@@ -19,7 +19,7 @@ from benchmarks.evaluate import (
     task_samples,
     text_samples,
 )
-from benchmarks.tasks import Item, load_items, read_texts
+from benchmarks.tasks import Item, load_items
 
 ITEMS = [
     Item("Request: my card\nIntent:", " card arrival"),
@@ -137,9 +137,3 @@ def test_load_items_same_seed_same_draw(tmp_path: Path) -> None:
     assert load_items("intent", path, 10) == load_items("intent", path, 10)
     assert load_items("intent", path, 10) != load_items("intent", path, 10, seed=1)
     assert len(set(load_items("intent", path, 10))) == 10
-
-
-def test_read_texts_lines_or_jsonl(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    (tmp_path / "b.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
-    assert read_texts(tmp_path / "a.txt") == read_texts(tmp_path / "b.jsonl") == ["one", "two"]
