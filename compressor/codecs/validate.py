@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ from compressor.codecs.term import Params, Shape
 from compressor.errors import Corrupt, NonFinite, UnsupportedVersion, WrongShape
 
 _MAX_DIM = 1 << 31
+_MAX_NUMBER = 1e300
 _MAX_UNIT = 2.0**100  # times float16's largest still fits float32
 
 
@@ -64,8 +63,8 @@ def float_param(codec: str, params: Params, key: str) -> float:
     value = params.get(key)
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise Corrupt(f"{codec}: parameter {key} should be a number, found {value!r:.40}")
-    if not math.isfinite(value):
-        raise NonFinite(f"{codec}: parameter {key} is {value}")
+    if not abs(value) <= _MAX_NUMBER:  # also false for NaN
+        raise NonFinite(f"{codec}: parameter {key} is not finite")
     return float(value)
 
 

@@ -1,0 +1,309 @@
+"""Writing a delta artifact: tensors staged one by one, resumable, then published at once.
+
+Beside the output ``NAME`` stand, while a run lasts or after it was interrupted:
+
+    .NAME.lock       held by the running writer
+    .NAME.partial/   one verified part per finished tensor, and ``run`` naming what run it is
+
+A later run with the same `run_key` takes the finished parts over and writes the same bytes as an
+uninterrupted one; with another key it starts afresh.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from torch import Tensor
+
+from compressor.artifact import build_delta
+from compressor.artifact_config import (
+    DeltaConfig,
+    TensorEntry,
+    TermEntry,
+    dump_config,
+    dump_entry,
+    load_entry,
+)
+from compressor.artifact_files import (
+    CHECKSUMS,
+    CONFIG,
+    README,
+    TENSORS,
+    format_checksums,
+    is_auxiliary,
+)
+from compressor.atomic import (
+    RunLock,
+    durable_write,
+    publish_directory,
+    recover_directory,
+    write_synced,
+)
+from compressor.codecs import TensorDelta
+from compressor.errors import ImpartError, OutputError
+from compressor.tensor_file import (
+    METADATA,
+    Stored,
+    header_bytes,
+    is_storable,
+    parse_tensor_file,
+    storage_order,
+    tensor_file_chunks,
+)
+
+_ENTRY_KEY = "entry"
+_SUFFIX = ".part"
+_COPY_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One staged tensor: its entry, and where its tensors lie in its file."""
+
+    entry: TensorEntry
+    path: Path
+    tensors: dict[str, Stored]
+    data_start: int
+
+
+class ArtifactWriter:
+    """Use as a context manager; `finish` publishes.
+
+    out        the artifact directory to be
+    run_key    names inputs and settings; staged tensors of a run with another key are discarded
+    overwrite  replace an artifact that is already there (never anything else)
+
+    Entering takes the lock and raises OutputError if another run holds it or `out` exists.
+    Leaving without `finish` keeps the staged tensors for the next run.
+    """
+
+    def __init__(self, out: str | Path, *, run_key: str, overwrite: bool = False) -> None:
+        self.out = Path(os.path.abspath(out))
+        self._staging = self.out.with_name(f".{self.out.name}.partial")
+        self._run_key = run_key
+        self._overwrite = overwrite
+        self._parts: dict[str, _Part] = {}
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            try:
+                self.out.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(RunLock(self.out))
+                recover_directory(self.out)
+                self._check_output()
+                self._take_over()
+            except OSError as error:
+                raise OutputError(f"cannot write {self.out}: {error.strerror}") from error
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    # --- staging --------------------------------------------------------------------------------
+
+    def staged(self) -> dict[str, TensorEntry]:
+        """Return the tensors already written, by name, in their final order."""
+        return {name: self._parts[name].entry for name in sorted(self._parts)}
+
+    def staged_bytes(self, name: str) -> int:
+        """Payload bytes of one staged tensor."""
+        return sum(stored.n_bytes for stored in self._parts[name].tensors.values())
+
+    def add(self, delta: TensorDelta, error: float | None = None) -> TensorEntry:
+        """Write one tensor durably. error is the relative Frobenius error of its dW."""
+        assert delta.name not in self._parts
+        entry = TensorEntry(
+            name=delta.name,
+            shape=tuple(delta.shape),
+            base_shape=tuple(delta.base_shape),
+            transposed=delta.transposed,
+            terms=tuple(TermEntry(term.codec, term.params()) for term in delta.terms),
+            exact_row_start=None if delta.exact is None else delta.exact.row_start,
+            error=error,
+        )
+        tensors = _parts_of(delta)
+        metadata = {_ENTRY_KEY: dump_entry(entry)}
+        entry = load_entry(metadata[_ENTRY_KEY].encode())  # as a reader will see it
+        digest = hashlib.sha256()
+        for chunk in tensor_file_chunks(tensors, metadata):
+            digest.update(chunk)
+        path = self._staging / f"{_short(delta.name.encode())}-{digest.hexdigest()}{_SUFFIX}"
+        durable_write(path, tensor_file_chunks(tensors, metadata))
+        header = header_bytes(tensors, metadata)
+        self._parts[delta.name] = _Part(entry, path, _places(tensors), len(header))
+        return entry
+
+    def read_staged(self, name: str) -> TensorDelta:
+        """Read one staged tensor back, decoded and validated as a reader of the artifact would."""
+        part = self._parts[name]
+        file = parse_tensor_file(part.path.read_bytes(), what=f"staged {name}")
+        return build_delta(part.entry, {key: file.tensor(key) for key in file.tensors})
+
+    def tensor_file_bytes(self) -> int:
+        """Return the size ``delta.safetensors`` would have now, header included."""
+        final = self._final_tensors()
+        return len(header_bytes(final, METADATA)) + sum(s.n_bytes for s in final.values())
+
+    # --- publishing -----------------------------------------------------------------------------
+
+    def finish(
+        self,
+        config: DeltaConfig,
+        aux: Mapping[str, bytes] | None = None,
+        readme: bytes | Callable[[int], bytes] = b"",
+    ) -> str:
+        """Write all files, put the directory into place, and return its digest.
+
+        config  its `tensors` are filled in from what was added
+        aux     tokenizer files and the like, by name
+        readme  the model card, or a function of the bytes of all other files that returns it
+        """
+        aux = dict(aux or {})
+        for name in aux:
+            if not is_auxiliary(name):
+                raise OutputError(f"{name} cannot travel in a delta artifact")
+        complete = config.with_tensors(tuple(self.staged().values()))
+        folder = self._staging / "artifact"
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            sums, size = {}, 0
+            for name, chunks in self._files(complete, aux):
+                digest = hashlib.sha256()
+                size += write_synced(folder / name, _hashed(chunks, digest.update))
+                sums[name] = digest.hexdigest()
+            listing = format_checksums(sums)
+            size += write_synced(folder / CHECKSUMS, [listing])
+            card = readme if isinstance(readme, bytes) else readme(size)
+            if card:
+                write_synced(folder / README, [card])
+            publish_directory(folder, self.out)
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OutputError(f"cannot write {self.out.name}: {error.strerror or error}") from error
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(self._staging, ignore_errors=True)
+        return hashlib.sha256(listing).hexdigest()
+
+    def _files(
+        self, config: DeltaConfig, aux: Mapping[str, bytes]
+    ) -> Iterator[tuple[str, Iterable[bytes | memoryview]]]:
+        yield TENSORS, self._tensor_chunks()
+        yield CONFIG, [dump_config(config)]
+        for name in sorted(aux):
+            yield name, [aux[name]]
+
+    def _final_tensors(self) -> dict[str, Stored]:
+        return {
+            f"{index}.{key}": stored
+            for index, name in enumerate(sorted(self._parts))
+            for key, stored in self._parts[name].tensors.items()
+        }
+
+    def _tensor_chunks(self) -> Iterator[bytes | memoryview]:
+        """Stream delta.safetensors out of the parts."""
+        final = self._final_tensors()
+        by_index = [self._parts[name] for name in sorted(self._parts)]
+        yield header_bytes(final, METADATA)
+        for key in storage_order(final):
+            index, _, inner = key.partition(".")
+            part = by_index[int(index)]
+            stored = part.tensors[inner]
+            with part.path.open("rb") as stream:
+                stream.seek(part.data_start + stored.start)
+                left = stored.n_bytes
+                while left:
+                    chunk = stream.read(min(left, _COPY_BYTES))
+                    if not chunk:
+                        raise OutputError(f"staged part of {part.entry.name} was cut short")
+                    left -= len(chunk)
+                    yield chunk
+
+    # --- opening --------------------------------------------------------------------------------
+
+    def _check_output(self) -> None:
+        if not (self.out.exists() or self.out.is_symlink()):
+            return
+        if self.out.is_dir() and not self.out.is_symlink() and not any(self.out.iterdir()):
+            return  # an empty directory, made for us
+        if not self._overwrite:
+            raise OutputError(f"{self.out} exists; remove it or ask for it to be overwritten")
+        if self.out.is_symlink() or not (self.out / CHECKSUMS).is_file():
+            raise OutputError(f"{self.out} exists and is not a delta artifact; not overwritten")
+
+    def _take_over(self) -> None:
+        """Collect what an interrupted run with the same key has staged."""
+        marker = self._staging / "run"
+        key = _short(self._run_key.encode()).encode()
+        if not marker.is_file() or marker.read_bytes() != key:
+            if self._staging.exists():
+                shutil.rmtree(self._staging)
+            self._staging.mkdir()
+            durable_write(marker, [key])
+            return
+        for path in sorted(self._staging.glob(f"*{_SUFFIX}")):
+            part = _read_part(path)
+            if part is None:
+                path.unlink()
+            else:
+                self._parts[part.entry.name] = part
+
+
+def _parts_of(delta: TensorDelta) -> dict[str, Tensor]:
+    tensors = {
+        f"{index}.{name}": part
+        for index, term in enumerate(delta.terms)
+        for name, part in term.tensors().items()
+    }
+    if delta.exact is not None:
+        tensors["exact"] = delta.exact.values
+    for key, part in tensors.items():
+        if not is_storable(part.dtype):
+            raise OutputError(f"{delta.name}: {key} is {part.dtype}, which the format lacks")
+    return tensors
+
+
+def _places(tensors: Mapping[str, Tensor]) -> dict[str, Stored]:
+    """Where each tensor lies in a file written by `tensor_file_chunks`."""
+    places, offset = {}, 0
+    for key in storage_order(tensors):
+        tensor = tensors[key]
+        places[key] = Stored(tensor.dtype, tuple(tensor.shape), offset, offset + tensor.nbytes)
+        offset += tensor.nbytes
+    return places
+
+
+def _read_part(path: Path) -> _Part | None:
+    """Verify one staged part; None if it is not whole (a run killed while writing it)."""
+    raw = path.read_bytes()
+    if path.name.removesuffix(_SUFFIX).partition("-")[2] != hashlib.sha256(raw).hexdigest():
+        return None
+    try:
+        file = parse_tensor_file(raw)
+        entry = load_entry(file.metadata.get(_ENTRY_KEY, "").encode())
+    except ImpartError:
+        return None
+    return _Part(entry, path, file.tensors, len(raw) - len(file.data))
+
+
+def _hashed(
+    chunks: Iterable[bytes | memoryview], update: Callable[[bytes | memoryview], None]
+) -> Iterator[bytes | memoryview]:
+    for chunk in chunks:
+        update(chunk)
+        yield chunk
+
+
+def _short(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()[:24]

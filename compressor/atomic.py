@@ -1,0 +1,155 @@
+"""Durable, all-or-nothing writes.
+
+A file or directory appears under its final name complete and flushed, or not at all: write
+beside it, fsync, rename, fsync the parent directory. A failed fsync is never retried, because
+the kernel may have dropped the pages (PostgreSQL's lesson of 2018): the write fails.
+Every OSError becomes an OutputError that says what could not be done.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Self
+
+from compressor.errors import OutputError
+
+
+def write_synced(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
+    """Create `path` (which must not exist) from `chunks`, flushed to disk; return its size.
+
+    On failure nothing is left behind.
+    """
+    with _as_output_error(f"cannot write {path.name}"):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                for chunk in chunks:
+                    stream.write(chunk)
+                stream.flush()
+                os.fsync(stream.fileno())
+                return stream.tell()
+        except BaseException:
+            with suppress(OSError):
+                path.unlink()
+            raise
+
+
+def durable_write(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
+    """Create or replace `path` atomically; return its size."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with _as_output_error(f"cannot write {path.name}"):
+        temporary.unlink(missing_ok=True)  # of a run that was killed; the caller holds a lock
+        size = write_synced(temporary, chunks)
+        try:
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink()
+            raise
+        sync_directory(path.parent)
+    return size
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory's entries."""
+    with _as_output_error(f"cannot flush directory {path.name}"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def publish_directory(staged: Path, final: Path) -> None:
+    """Rename the complete directory `staged` to `final`, replacing what is there.
+
+    Two renames replace a directory, so a crash between them leaves the old one under the name
+    `replaced_name`; `recover_directory` puts it back. Files must be flushed already.
+    """
+    old = replaced_name(final)
+    with _as_output_error(f"cannot put {final.name} into place"):
+        sync_directory(staged)
+        exists = final.exists()
+        if exists:
+            os.rename(final, old)
+        try:
+            os.rename(staged, final)
+        except BaseException:
+            if exists:
+                os.rename(old, final)
+            raise
+        sync_directory(final.parent)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_directory(final: Path) -> None:
+    """Finish or undo a `publish_directory` that a crash interrupted. The caller holds the lock."""
+    old = replaced_name(final)
+    if not old.exists():
+        return
+    with _as_output_error(f"cannot restore {final.name}"):
+        if final.exists():
+            shutil.rmtree(old)
+        else:
+            os.rename(old, final)
+
+
+def replaced_name(final: Path) -> Path:
+    """Where the previous directory waits while a new one takes its name."""
+    return final.with_name(f".{final.name}.replaced")
+
+
+class RunLock:
+    """An exclusive lock on writing `target`; a second run gets OutputError at once.
+
+    The kernel drops it when the process ends, however it ends, so there are no stale locks.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        self._path = target.with_name(f".{target.name}.lock")
+        self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        with _as_output_error(f"cannot lock {self._target.name}"):
+            while True:
+                descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    os.close(descriptor)
+                    raise OutputError(
+                        f"{self._target} is being written by another run; wait for it, "
+                        "or choose another output"
+                    ) from None
+                except BaseException:
+                    os.close(descriptor)
+                    raise
+                if self._is_current(descriptor):
+                    self._descriptor = descriptor
+                    return self
+                os.close(descriptor)  # its last holder removed it between our open and lock
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(OSError):
+            self._path.unlink()
+        os.close(self._descriptor)
+
+    def _is_current(self, descriptor: int) -> bool:
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self._path))
+        except FileNotFoundError:
+            return False
+
+
+@contextmanager
+def _as_output_error(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{what}: {error.strerror or error}") from error
