@@ -41,10 +41,9 @@ from compressor.artifact_files import (
 )
 from compressor.atomic import (
     RunLock,
-    durable_write,
     publish_directory,
     recover_directory,
-    write_synced,
+    write_new,
 )
 from compressor.codecs import TensorDelta
 from compressor.errors import ImpartError, OutputError
@@ -119,7 +118,7 @@ class ArtifactWriter:
         return sum(stored.n_bytes for stored in self._parts[name].tensors.values())
 
     def add(self, delta: TensorDelta, error: float | None = None) -> TensorEntry:
-        """Write one tensor durably. error is the relative Frobenius error of its dW."""
+        """Write one tensor. error is the relative Frobenius error of its dW."""
         assert delta.name not in self._parts
         entry = TensorEntry(
             name=delta.name,
@@ -137,7 +136,8 @@ class ArtifactWriter:
         for chunk in tensor_file_chunks(tensors, metadata):
             digest.update(chunk)
         path = self._staging / f"{_short(delta.name.encode())}-{digest.hexdigest()}{_SUFFIX}"
-        durable_write(path, tensor_file_chunks(tensors, metadata))
+        # Not flushed: a part that a crash tore does not match the hash in its name.
+        write_new(path, tensor_file_chunks(tensors, metadata), sync=False)
         header = header_bytes(tensors, metadata)
         self._parts[delta.name] = _Part(entry, path, _places(tensors), len(header))
         return entry
@@ -179,13 +179,13 @@ class ArtifactWriter:
             sums, size = {}, 0
             for name, chunks in self._files(complete, aux):
                 digest = hashlib.sha256()
-                size += write_synced(folder / name, _hashed(chunks, digest.update))
+                size += write_new(folder / name, _hashed(chunks, digest.update))
                 sums[name] = digest.hexdigest()
             listing = format_checksums(sums)
-            size += write_synced(folder / CHECKSUMS, [listing])
+            size += write_new(folder / CHECKSUMS, [listing])
             card = readme if isinstance(readme, bytes) else readme(size)
             if card:
-                write_synced(folder / README, [card])
+                write_new(folder / README, [card])
             publish_directory(folder, self.out)
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
@@ -250,7 +250,7 @@ class ArtifactWriter:
             if self._staging.exists():
                 shutil.rmtree(self._staging)
             self._staging.mkdir()
-            durable_write(marker, [key])
+            write_new(marker, [key])
             return
         for path in sorted(self._staging.glob(f"*{_SUFFIX}")):
             part = _read_part(path)

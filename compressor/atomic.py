@@ -19,9 +19,10 @@ from typing import Self
 from compressor.errors import OutputError
 
 
-def write_synced(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
+def write_new(path: Path, chunks: Iterable[bytes | memoryview], *, sync: bool = True) -> int:
     """Create `path` (which must not exist) from `chunks`, flushed to disk; return its size.
 
+    sync=False leaves flushing to the kernel, for files whose reader checks them.
     On failure nothing is left behind.
     """
     with _as_output_error(f"cannot write {path.name}"):
@@ -31,28 +32,13 @@ def write_synced(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
                 for chunk in chunks:
                     stream.write(chunk)
                 stream.flush()
-                os.fsync(stream.fileno())
+                if sync:
+                    os.fsync(stream.fileno())
                 return stream.tell()
         except BaseException:
             with suppress(OSError):
                 path.unlink()
             raise
-
-
-def durable_write(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
-    """Create or replace `path` atomically; return its size."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with _as_output_error(f"cannot write {path.name}"):
-        temporary.unlink(missing_ok=True)  # of a run that was killed; the caller holds a lock
-        size = write_synced(temporary, chunks)
-        try:
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink()
-            raise
-        sync_directory(path.parent)
-    return size
 
 
 def sync_directory(path: Path) -> None:
