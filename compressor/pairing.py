@@ -138,9 +138,10 @@ def config_changes(base: Checkpoint, tuned: Checkpoint) -> dict[str, Any]:
 
 
 def is_unchanged(base: Checkpoint, tuned: Checkpoint, pair: TensorPair) -> bool:
-    """Compare bit by bit (by exact float32 value if the dtypes differ), stopping early."""
-    if pair.shape != pair.base_shape:
-        return False
+    """Tell whether the fine-tune left the base's rows as they are (it may have added some).
+
+    Compares bit by bit (by exact float32 value if the dtypes differ) and stops early.
+    """
     stored = base.tensors[pair.base_key].shape
     if not stored:
         return _same(base.rows(pair.base_key), tuned.rows(pair.tuned_key))

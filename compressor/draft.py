@@ -1,0 +1,131 @@
+"""What an artifact will hold: which tensors are stored, how, and in how many bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from compressor.artifact_config import DeltaConfig, TensorEntry, TermEntry
+from compressor.checkpoint import Checkpoint
+from compressor.codecs import Codec, Params, Shape
+from compressor.pairing import TensorPair, check_encodable
+from compressor.plan import check_ratio, share_out
+from compressor.sizing import TermForm, entry_estimate, header_bytes, surroundings_bytes, term_forms
+
+_ROUNDS = 4  # metadata depends on the settings a little, so size and plan are iterated
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One tensor to store.
+
+    params         settings of its codec, or None if no row of it is encoded
+    exact_start    first row stored exactly, or None
+    exact_bytes    of those rows
+    """
+
+    pair: TensorPair
+    is_encoded: bool
+    exact_start: int | None
+    exact_bytes: int
+    params: Params | None = None
+
+    @property
+    def matrix_shape(self) -> Shape:
+        m, n = self.pair.base_shape
+        return m, n
+
+    def entry(self) -> TensorEntry:
+        """The record of the tensor, as far as it is known before encoding."""
+        pair = self.pair
+        terms = (TermEntry("", {}),) if self.is_encoded else ()
+        return TensorEntry(
+            pair.name, pair.shape, pair.base_shape, pair.transposed, terms, self.exact_start
+        )
+
+
+def make_job(tuned: Checkpoint, pair: TensorPair, *, unchanged: bool) -> Job | None:
+    """Decide how a tensor is stored; None if it is not (its base rows equal the fine-tune's).
+
+    Vectors and added rows are stored exactly, matrices encoded. Raises UnsupportedTensor.
+    """
+    added = pair.shape[0] - pair.base_shape[0] if pair.shape else 0
+    if unchanged and not added:
+        return None
+    check_encodable(pair)
+    row_bytes = math.prod(pair.shape[1:]) * tuned.dtype(pair.tuned_key).itemsize
+    if not pair.is_matrix:
+        return Job(pair, False, 0, pair.shape[0] * row_bytes)
+    start = pair.base_shape[0] if added else None
+    return Job(pair, not unchanged, start, added * row_bytes)
+
+
+def plan_jobs(
+    jobs: Sequence[Job],
+    codec: Codec,
+    config: DeltaConfig,
+    companions: Mapping[str, bytes],
+) -> list[Job]:
+    """Choose every matrix's settings so that the whole artifact meets the ratio in `config`.
+
+    Raises BudgetError, saying what can be had, if it cannot be met within the tolerance.
+    """
+    ratio = config.ratio_requested or 1.0
+    target = config.finetuned_bytes / ratio
+    encoded = [index for index, job in enumerate(jobs) if job.is_encoded]
+    shapes = [jobs[index].matrix_shape for index in encoded]
+    forms = term_forms(codec)
+    planned = list(jobs)
+    fixed, payload = _fixed_bytes(planned, forms, config, companions, 0), 0
+    for _ in range(_ROUNDS):
+        allotments = share_out(codec, shapes, target - fixed)
+        for index, allotment in zip(encoded, allotments, strict=True):
+            planned[index] = replace(planned[index], params=allotment.params)
+        payload = sum(allotment.n_bytes for allotment in allotments)
+        fixed = _fixed_bytes(planned, forms, config, companions, payload)
+    reason = _reason(codec, fixed, payload, target)
+    check_ratio(ratio, config.finetuned_bytes / (fixed + payload), reason)
+    return planned
+
+
+def _fixed_bytes(
+    jobs: Sequence[Job],
+    forms: Sequence[TermForm],
+    config: DeltaConfig,
+    companions: Mapping[str, bytes],
+    payload: int,
+) -> int:
+    entries = [
+        entry_estimate(job.entry(), forms, job.params or {}) if job.is_encoded else job.entry()
+        for job in jobs
+    ]
+    exact = sum(job.exact_bytes for job in jobs)
+    header = header_bytes(entries, forms, payload + exact)
+    return exact + header + surroundings_bytes(config.with_tensors(tuple(entries)), companions)
+
+
+def _reason(codec: Codec, fixed: int, payload: int, target: float) -> str:
+    if fixed + payload > target:
+        return (
+            f"norms, biases, added rows, tokenizer files and metadata take {fixed:,} bytes and "
+            f"{codec.name} at its smallest setting {payload:,}, of {target:,.0f} asked for"
+        )
+    return (
+        f"{codec.name} at its largest setting takes only {payload:,} bytes "
+        f"of {target - fixed:,.0f} allowed (more bits a value take more)"
+    )
+
+
+def group_of(pair: TensorPair) -> str:
+    """Name the group a tensor's bytes are counted in."""
+    if not pair.is_matrix:
+        return "norms and biases"
+    if pair.kind == "embedding":
+        return "embeddings"
+    words = pair.name.lower()
+    if "lm_head" in words or "embed_out" in words:
+        return "lm_head"
+    if "attn" in words or "attention" in words:
+        return "attention"
+    return "mlp" if "mlp" in words or "feed_forward" in words else "other matrices"
