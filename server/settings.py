@@ -42,6 +42,7 @@ class Settings:
     template_timeout_s: float = 5.0
     torch_threads: int | None = None  # default: torch's own choice
     log_level: str = "info"
+    log_format: Literal["plain", "json"] = "plain"
 
     def __post_init__(self) -> None:
         positive = (

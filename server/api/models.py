@@ -21,7 +21,7 @@ async def list_models(request: Request) -> JSONResponse:
     return JSONResponse({"object": "list", "data": cards})
 
 
-@router.get("/v1/models/{name}")
+@router.get("/v1/models/{name:path}")
 async def get_model(request: Request, name: str) -> JSONResponse:
     """Describe one model."""
     for info in api_of(request).engine.models():

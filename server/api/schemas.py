@@ -233,6 +233,17 @@ class TokenizeRequest(Strict):
             raise conflict("prompt", "give either prompt or messages")
         return self
 
+    @property
+    def chat(self) -> ChatInput | None:
+        """The conversation, None when a prompt was given. Raises ValidationError."""
+        if self.messages is None:
+            return None
+        return ChatInput(
+            messages=self.messages,
+            add_generation_prompt=self.add_generation_prompt,
+            continue_final_message=self.continue_final_message,
+        )
+
 
 class DetokenizeRequest(Strict):
     """Body of ``POST /detokenize``."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 
 from server.api.body import parse_body
 from server.api.context import api_of
+from server.api.errors import invalid_request
 from server.api.prompts import check_length, render_messages
-from server.api.schemas import ChatInput, DetokenizeRequest, TokenizeRequest
+from server.api.schemas import DetokenizeRequest, TokenizeRequest
 from server.errors import InvalidRequest
 
 MAX_TOKEN_STRINGS = 4096  # each is one call of the tokenizer
@@ -22,16 +24,15 @@ async def tokenize(request: Request) -> JSONResponse:
     api = api_of(request)
     body = await parse_body(request, TokenizeRequest)
     variant = await api.engine.open(body.model)
-    if body.messages is None:
+    try:
+        chat = body.chat
+    except ValidationError as error:
+        raise invalid_request(error) from None
+    if chat is None:
         text = body.prompt or ""
         check_length(len(text), api.engine.max_model_len, "prompt")
         ids = await api.engine.encode(variant, text)
     else:
-        chat = ChatInput(
-            messages=body.messages,
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
-        )
         ids = list((await render_messages(api.engine, variant, chat)).ids)
     strings = None
     if body.return_token_strs:

@@ -1,0 +1,56 @@
+"""``impart-serve`` and ``python -m server``: settings -> engine -> HTTP server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+from typing import cast
+
+import typer
+
+from server import logs
+from server.cli import command
+from server.errors import ConfigError
+from server.metrics import Metrics
+from server.settings import Settings
+
+CONFIG_EXIT_CODE = 2
+
+
+def serve(settings: Settings) -> None:
+    """Run the server; ends the process with its exit code."""
+    try:
+        logs.configure(settings.log_level, settings.log_format)
+        exit_code = _serve(settings)
+    except ConfigError as error:
+        typer.echo(f"impart-serve: {error.message}", err=True)
+        raise typer.Exit(CONFIG_EXIT_CODE) from None
+    logging.shutdown()
+    sys.stdout.flush()
+    # A thread that hangs (a dead engine's) must not keep the process from ending.
+    os._exit(exit_code)
+
+
+def _serve(settings: Settings) -> int:
+    # Here, because they import torch: `--help` and wrong flags should answer at once.
+    from server.engine.llm_engine import LLMEngine
+    from server.run import RunnableEngine, run
+
+    metrics = Metrics()
+    engine = LLMEngine.from_settings(settings, metrics)
+    metrics.watch(engine, settings.max_variants_per_step)
+    # The engine takes the Variant its own `open` returned; the protocol says any VariantHandle.
+    return asyncio.run(run(cast(RunnableEngine, engine), settings, metrics))
+
+
+def main() -> None:
+    """Console script."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(command(serve))
+    app()
+
+
+if __name__ == "__main__":
+    main()

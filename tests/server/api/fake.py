@@ -1,0 +1,217 @@
+"""A deterministic engine for tests of the HTTP layer.
+
+Tokens are the bytes of the text. Each model writes its own letter followed by digits, so that an
+answer from the wrong model is visible: base `0`, alpha `A`, beta `B`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from server.engine.types import ModelInfo, OutputDelta, SamplingParams, TokenLogprob, TopLogprob
+from server.errors import (
+    DeltaUnusable,
+    Draining,
+    GenerationFailed,
+    InvalidRequest,
+    ModelNotFound,
+    ServeError,
+)
+
+BASE = "tiny-base"
+LETTERS = {BASE: "0", "alpha": "A", "beta": "B"}
+VOCAB = 300  # bytes, then ids that decode to nothing
+
+
+@dataclass(frozen=True)
+class FakeVariant:
+    name: str
+    digest: str | None
+    fingerprint: str
+    vocab_size: int = VOCAB
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class FakeStats:
+    n_running: int = 0
+    n_waiting: int = 0
+    n_pages: int = 10
+    n_free_pages: int = 10
+    n_preemptions: int = 0
+
+
+class FakeEngine:
+    """Knobs: delay_s per token, hold (an Event that must be set before each token after the
+    first `hold_after`), fail_at (token number that raises `error`)."""
+
+    base_name = BASE
+
+    def __init__(self, max_model_len: int = 512) -> None:
+        self.max_model_len = max_model_len
+        self.delay_s = 0.0
+        self.hold: asyncio.Event | None = None
+        self.hold_after = 0
+        self.fail_at: int | None = None
+        self.error: ServeError = GenerationFailed("It failed.")
+        self.defaults: dict[str, dict[str, Any]] = {}
+        self.open_error: ServeError | None = None
+        self.alive = True
+        self.draining = False
+        self.rescans = 0
+        self.n_active = 0
+        self.n_encoded = 0
+        self.aborted: list[str] = []
+        self.finished: list[str] = []
+        self.params: list[SamplingParams] = []
+        self.prompts: list[list[int]] = []
+
+    # -- process
+
+    def start(self) -> None: ...
+
+    async def shutdown(self, drain_timeout_s: float) -> None:
+        self.draining = True
+
+    def stats(self) -> FakeStats:
+        return FakeStats(n_running=self.n_active)
+
+    def is_alive(self) -> bool:
+        return self.alive
+
+    def is_ready(self) -> bool:
+        return self.alive and not self.draining
+
+    def rescan(self) -> None:
+        self.rescans += 1
+
+    # -- names
+
+    def models(self) -> Sequence[ModelInfo]:
+        infos = [ModelInfo(BASE, None, None, "ready", 1, self.max_model_len)]
+        for name in ("alpha", "beta"):
+            digest = name[0] * 64
+            infos.append(
+                ModelInfo(
+                    name, BASE, digest, "ready", 1, self.max_model_len, 1000, 500, codec="blockdiag"
+                )
+            )
+        infos.append(ModelInfo("broken", BASE, "d" * 64, "failed", 1, 0, error="Corrupt"))
+        return infos
+
+    async def open(self, model: str) -> FakeVariant:
+        await asyncio.sleep(0)
+        if self.open_error is not None:
+            raise self.open_error
+        if self.draining:
+            raise Draining("Shutting down.")
+        name = model if model == BASE else model.removeprefix(f"{BASE}:")
+        if name == "broken":
+            raise DeltaUnusable("`broken` cannot be served.", param="model")
+        if name not in LETTERS:
+            raise ModelNotFound(f"The model `{model}` does not exist.", param="model")
+        digest = None if name == BASE else name[0] * 64
+        suffix = "base" if digest is None else digest[:12]
+        return FakeVariant(
+            name, digest, f"impart-fake-{suffix}", defaults=self.defaults.get(name, {})
+        )
+
+    # -- text
+
+    async def encode(self, variant: FakeVariant, text: str) -> list[int]:
+        self.n_encoded += 1
+        return list(text.encode())
+
+    async def decode(self, variant: FakeVariant, token_ids: Sequence[int]) -> str:
+        return bytes(i for i in token_ids if i < 256).decode("utf-8", "replace")
+
+    async def render_chat(
+        self,
+        variant: FakeVariant,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]:
+        if any(m["content"] == "template fails" for m in messages):
+            raise InvalidRequest("the template refuses this", param="messages")
+        text = "".join(f"<{m['role']}>{m['content']}\n" for m in messages)
+        if continue_final_message:
+            text = text[:-1]
+        if add_generation_prompt:
+            text += "<assistant>"
+        return await self.encode(variant, text)
+
+    # -- generation
+
+    async def generate(
+        self,
+        variant: FakeVariant,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        deadline_s: float | None = None,
+    ) -> AsyncIterator[OutputDelta]:
+        self.params.append(params)
+        self.prompts.append(list(prompt_ids))
+        self.n_active += 1
+        done = False
+        try:
+            async for delta in self._tokens(variant, prompt_ids, params):
+                done = delta.finish_reason is not None
+                yield delta
+        except ServeError:
+            done = True
+            raise
+        finally:
+            self.n_active -= 1
+            (self.finished if done else self.aborted).append(request_id)
+
+    async def _tokens(
+        self, variant: FakeVariant, prompt_ids: Sequence[int], params: SamplingParams
+    ) -> AsyncIterator[OutputDelta]:
+        text = ""
+        first = self._prompt_logprobs(prompt_ids, params)
+        if params.max_tokens == 0:
+            yield OutputDelta("", (), prompt_logprobs=first, finish_reason="length")
+            return
+        for i in range(params.max_tokens):
+            await asyncio.sleep(self.delay_s)
+            if self.fail_at == i:
+                raise self.error
+            if self.hold is not None and i >= self.hold_after:
+                await self.hold.wait()
+            token = LETTERS[variant.name] if i % 5 == 0 else str(i % 10)
+            text += token
+            stopped = next((stop for stop in params.stop if text.endswith(stop)), None)
+            last = i + 1 == params.max_tokens
+            yield OutputDelta(
+                "" if stopped else token,
+                (ord(token),),
+                logprobs=self._logprobs(token, params),
+                prompt_logprobs=first if i == 0 else (),
+                finish_reason="stop" if stopped else "length" if last else None,
+                stop_reason=stopped,
+            )
+            if stopped:
+                return
+
+    def _logprobs(self, token: str, params: SamplingParams) -> tuple[TokenLogprob, ...]:
+        if params.logprobs is None:
+            return ()
+        best = [(ord(token), token, -0.25), (ord("?"), "?", -1.5), (ord("!"), "!", float("-inf"))]
+        top = tuple(TopLogprob(*one) for one in best[: params.logprobs])
+        return (TokenLogprob(ord(token), token, -0.25, top),)
+
+    def _prompt_logprobs(
+        self, ids: Sequence[int], params: SamplingParams
+    ) -> tuple[TokenLogprob, ...]:
+        if not params.prompt_logprobs:
+            return ()
+        first = TokenLogprob(ids[0], chr(ids[0]), None)
+        rest = (self._logprobs(chr(i), params)[0] for i in ids[1:])
+        return (first, *rest)
