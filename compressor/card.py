@@ -29,7 +29,7 @@ def model_card(config: DeltaConfig, n_bytes: int | None) -> str:
 ---
 # {name}, as a delta of {base}
 
-The full fine-tune `{name}` of `{base}`, stored as the compressed difference of their weights
+The fine-tune `{name}` of `{base}`, stored as the compressed difference of their weights
 (codec `{config.codec}`): {size:,} bytes instead of {config.finetuned_bytes:,}, {ratio:.1f} times
 smaller. It is no model by itself; the base it was made from is needed, and no other fits:
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from compressor.artifact_config import DeltaConfig, TensorEntry, TermEntry
 from compressor.checkpoint import Checkpoint
 from compressor.codecs import Codec, Params, Shape
+from compressor.layout import Parameter
 from compressor.pairing import TensorPair, check_encodable
 from compressor.plan import check_ratio, share_out
 from compressor.sizing import TermForm, entry_estimate, header_bytes, surroundings_bytes, term_forms
@@ -117,9 +118,9 @@ def _reason(codec: Codec, fixed: int, payload: int, target: float) -> str:
     )
 
 
-def group_of(pair: TensorPair) -> str:
+def group_of(pair: TensorPair | Parameter) -> str:
     """Name the group a tensor's bytes are counted in."""
-    if not pair.is_matrix:
+    if pair.kind not in ("linear", "embedding"):
         return "norms and biases"
     if pair.kind == "embedding":
         return "embeddings"

@@ -14,6 +14,7 @@ from compressor.layout import Kind, Layout, Parameter, read_layout
 
 # How many elements to compare or convert at a time.
 CHUNK_ELEMENTS = 4 << 20
+_FIRST_LOOK_BYTES = 64 << 10  # what a full fine-tune changed shows at once
 
 # Settings of config.json that say nothing about the computation: neither compared nor kept.
 _VOLATILE = frozenset(
@@ -146,11 +147,12 @@ def is_unchanged(base: Checkpoint, tuned: Checkpoint, pair: TensorPair) -> bool:
     if not stored:
         return _same(base.rows(pair.base_key), tuned.rows(pair.tuned_key))
     per_row = max(1, base.tensors[pair.base_key].n_bytes // max(1, stored[0]))
-    step = max(1, 2 * CHUNK_ELEMENTS // per_row)
-    for start in range(0, stored[0], step):
-        end = min(start + step, stored[0])
+    start, n_bytes = 0, _FIRST_LOOK_BYTES
+    while start < stored[0]:
+        end = min(start + max(1, n_bytes // per_row), stored[0])
         if not _same(base.rows(pair.base_key, start, end), tuned.rows(pair.tuned_key, start, end)):
             return False
+        start, n_bytes = end, min(2 * n_bytes, 2 * CHUNK_ELEMENTS)
     return True
 
 

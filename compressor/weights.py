@@ -31,8 +31,10 @@ class Outgoing:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_weights(folder: Path, tensors: Sequence[Outgoing], max_shard_bytes: int) -> Iterator[str]:
-    """Write ``model.safetensors``, or shards with their index; yields each name when written."""
+def write_weights(
+    folder: Path, tensors: Sequence[Outgoing], max_shard_bytes: int
+) -> Iterator[Outgoing]:
+    """Write ``model.safetensors``, or shards with their index; yields each tensor when written."""
     shards = _split(tensors, max_shard_bytes)
     if len(shards) == 1:
         yield from _write(folder / "model.safetensors", shards[0])
@@ -61,7 +63,7 @@ def _split(tensors: Sequence[Outgoing], max_bytes: int) -> list[list[Outgoing]]:
     return shards
 
 
-def _write(file: Path, tensors: Sequence[Outgoing]) -> Iterator[str]:
+def _write(file: Path, tensors: Sequence[Outgoing]) -> Iterator[Outgoing]:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     for tensor in tensors:
@@ -78,4 +80,4 @@ def _write(file: Path, tensors: Sequence[Outgoing]) -> Iterator[str]:
         for tensor in tensors:
             values = tensor.load().to(tensor.dtype).contiguous()
             values.reshape(-1).view(torch.uint8).numpy().tofile(stream)
-            yield tensor.name
+            yield tensor
