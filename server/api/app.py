@@ -7,7 +7,7 @@ from fastapi import FastAPI
 from server.api import chat, completions, deltas, errors, health, models, tokens
 from server.api.context import Api
 from server.api.gate import Gate
-from server.api.middleware import BodyCap, RequestContext
+from server.api.middleware import RequestCap, RequestContext
 from server.engine.types import EngineClient
 from server.metrics import Metrics
 from server.settings import Settings
@@ -35,6 +35,6 @@ def create_app(engine: EngineClient, settings: Settings, metrics: Metrics | None
     for module in (completions, chat, models, deltas, tokens, health):
         app.include_router(module.router)
     # The last added is the outermost.
-    app.add_middleware(BodyCap, max_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestCap, max_bytes=settings.max_body_bytes)
     app.add_middleware(RequestContext, metrics=metrics)
     return app

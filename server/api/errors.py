@@ -30,6 +30,7 @@ _KINDS = {
     408: "TimeoutError",
     413: "RequestEntityTooLarge",
     415: "UnsupportedMediaTypeError",
+    431: "RequestHeaderFieldsTooLarge",
 }
 
 

@@ -11,6 +11,7 @@ after it, a last event.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -29,6 +30,8 @@ from server.api.reply import Choice, Envelope, Reply, usage_of
 from server.engine.types import OutputDelta, SamplingParams, VariantHandle
 from server.errors import GenerationFailed, QueueFull, ServeError
 from server.metrics import SequenceTimer
+
+log = logging.getLogger(__name__)
 
 
 class GenerationResponse(Response):
@@ -157,7 +160,9 @@ class GenerationResponse(Response):
                 usage = usage_of(choices, self._n)
                 await out.write(sse.frame(envelope.wrap([], usage, with_usage=True)))
             await out.write(sse.DONE)
-        except (ServeError, ValueError) as error:
+        except sse.Stalled:
+            raise
+        except Exception as error:
             if not out.started:
                 raise
             await out.write(sse.frame(self._last_words(error)))
@@ -187,7 +192,8 @@ class GenerationResponse(Response):
         if isinstance(error, ServeError):
             self._log["ended"] = type(error).__name__
             return body_of(error)
-        self._log["ended"] = "failed"  # NaN among the logprobs
+        self._log["ended"] = "failed"
+        log.error("unforeseen failure", exc_info=error, extra={"request_id": self._request_id})
         return internal_error_body(self._request_id)
 
     def _observe_params(self, variant: VariantHandle, params: SamplingParams) -> None:

@@ -1,4 +1,4 @@
-"""Pure ASGI middleware: request id and log line, and the cap on bodies.
+"""Pure ASGI middleware: request id and log line, and caps on headers and body.
 
 No BaseHTTPMiddleware: it hides the client's disconnect from everything below.
 """
@@ -21,6 +21,8 @@ from server.api.sse import Stalled
 from server.errors import BodyTooLarge
 from server.metrics import Metrics
 
+MAX_HEADERS = 128
+MAX_HEADER_BYTES = 16 << 10  # h11 only bounds headers that come in several reads
 BODY_TIMEOUT_S = 30.0  # from the first byte after the headers to the last
 QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping", "/metrics"})
 METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"})
@@ -87,8 +89,8 @@ class RequestContext:
         )
 
 
-class BodyCap:
-    """Reads the body before the application runs: bounded in bytes and in time.
+class RequestCap:
+    """Bounds headers, and reads the body before the application runs: bounded in bytes and in time.
 
     With a Content-Length beyond the cap nothing is read at all. The body is kept as one buffer,
     because a list of one-byte chunks would take a hundred times its size.
@@ -102,6 +104,12 @@ class BodyCap:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        raw_headers = scope["headers"]
+        n_header_bytes = sum(len(name) + len(value) for name, value in raw_headers)
+        if len(raw_headers) > MAX_HEADERS or n_header_bytes > MAX_HEADER_BYTES:
+            response = http_error(431, "Too many or too long headers.", {"connection": "close"})
+            await response(scope, receive, send)
             return
         try:
             self._check_declared(Headers(scope=scope))

@@ -253,7 +253,9 @@ async def test_default_max_tokens_is_cut_to_the_room_left(http, engine):
 async def test_text_beyond_any_token_length_is_refused_before_tokenising(http, engine):
     text = "a" * (engine.max_model_len * 256 + 1)
 
-    check_error(await http.post(COMPLETIONS, json=body_for(COMPLETIONS, prompt=text)), 400, "prompt")
+    check_error(
+        await http.post(COMPLETIONS, json=body_for(COMPLETIONS, prompt=text)), 400, "prompt"
+    )
     message = [{"role": "user", "content": text}]
     check_error(await http.post(CHAT, json=body_for(CHAT, messages=message)), 400, "messages")
     assert engine.n_encoded == 0

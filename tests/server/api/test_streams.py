@@ -1,0 +1,418 @@
+"""Streams under stress: clients that leave, readers that stall, errors half way, draining.
+
+Driven through the bare ASGI callable with hand-made `receive` and `send`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from server.api import sse
+from server.api.app import create_app
+from server.api.context import Api
+from server.errors import (
+    DeadlineExceeded,
+    DeltaUnusable,
+    Draining,
+    EngineDead,
+    GenerationFailed,
+    QueueFull,
+)
+from tests.server.api.conftest import make_settings
+from tests.server.api.fake import BASE, FakeEngine
+
+
+class Call:
+    """One request through an ASGI application; the test plays the network."""
+
+    def __init__(self, app: Any, path: str, body: dict[str, Any]) -> None:
+        self.sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+        self.messages: list[dict[str, Any]] = []
+        self.gone = asyncio.Event()
+        self.accept = asyncio.Event()  # cleared: the network takes nothing
+        self.accept.set()
+        self._given = False
+        self._body = json.dumps(body).encode()
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+            "method": "POST",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+            "scheme": "http",
+            "server": ("test", 80),
+            "client": ("test", 1),
+            "root_path": "",
+        }
+        self.task = asyncio.create_task(app(scope, self._receive, self._send))
+
+    async def _receive(self) -> dict[str, Any]:
+        if not self._given:
+            self._given = True
+            return {"type": "http.request", "body": self._body, "more_body": False}
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        await self.accept.wait()
+        self.messages.append(message)
+        await self.sent.put(message)
+
+    async def next(self) -> dict[str, Any]:
+        async with asyncio.timeout(5):
+            return await self.sent.get()
+
+    async def finish(self) -> None:
+        async with asyncio.timeout(5):
+            await self.task
+
+    @property
+    def status(self) -> int:
+        return self.messages[0]["status"]
+
+    @property
+    def text(self) -> str:
+        return b"".join(m.get("body", b"") for m in self.messages).decode()
+
+    def events(self) -> list[Any]:
+        frames = [f for f in self.text.split("\n\n") if f.startswith("data: ")]
+        return [json.loads(f[6:]) if f != "data: [DONE]" else "DONE" for f in frames]
+
+
+def body(stream: bool, **fields: Any) -> dict[str, Any]:
+    return {"model": BASE, "prompt": "Hi", "max_tokens": 100, "stream": stream, **fields}
+
+
+@asynccontextmanager
+async def held() -> AsyncIterator[tuple[FakeEngine, Any]]:
+    """An engine that gives three tokens and then waits for `engine.hold`."""
+    engine = FakeEngine()
+    engine.hold = asyncio.Event()
+    engine.hold_after = 3
+    yield engine, create_app(engine, make_settings(max_num_seqs=8, max_queued_requests=8))
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("fields", [{}, {"n": 3, "prompt": ["a", "b"]}])
+async def test_disconnect_aborts_every_generation(stream, fields):
+    async with held() as (engine, app):
+        call = Call(app, "/v1/completions", body(stream, **fields))
+        n = 6 if fields else 1
+        await until(lambda: engine.n_active == n)
+        if stream:
+            await call.next()
+        call.gone.set()
+        await call.finish()
+
+        assert engine.n_active == 0
+        assert len(engine.aborted) == n
+        assert app.state.api.gate.n_requests == 0
+        if not stream:
+            assert call.messages == []
+
+
+async def test_disconnect_while_tokenising_starts_nothing():
+    async with held() as (engine, app):
+        started, never = asyncio.Event(), asyncio.Event()
+
+        async def slow(*_: Any) -> list[int]:
+            started.set()
+            await never.wait()
+            return [1]
+
+        engine.encode = slow
+        call = Call(app, "/v1/completions", body(False))
+        await started.wait()
+        call.gone.set()
+        await call.finish()
+
+        assert call.messages == []
+        assert engine.prompts == []
+        assert app.state.api.gate.n_requests == 0
+
+
+async def test_disconnect_counts_as_abort_in_the_metrics():
+    async with held() as (_, app):
+        call = Call(app, "/v1/completions", body(True))
+        await call.next()
+        call.gone.set()
+        await call.finish()
+
+        text = app.state.api.metrics.render().decode()
+        name = 'vllm:request_success_total{engine="0",finished_reason="abort"'
+        assert f'{name},model_name="{BASE}"}} 1.0' in text
+        counts = app.state.api.metrics.model(BASE).in_flight
+        assert (counts.waiting, counts.running) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (QueueFull("Full.", retry_after_s=7), 503),
+        (Draining("Ending."), 503),
+        (DeltaUnusable("Broken."), 503),
+        (DeadlineExceeded("Too late."), 504),
+        (GenerationFailed("Failed."), 500),
+        (EngineDead("Dead."), 503),
+    ],
+)
+@pytest.mark.parametrize("stream", [True, False])
+async def test_error_before_the_first_token_has_its_status(error, status, stream):
+    async with held() as (engine, app):
+        engine.fail_at, engine.error = 0, error
+        call = Call(app, "/v1/completions", body(stream, n=2))
+        await call.finish()
+
+        assert call.status == status
+        found = json.loads(call.text)["error"]
+        assert (found["code"], found["message"]) == (status, error.message)
+        headers = dict(call.messages[0]["headers"])
+        assert (b"retry-after" in headers) == (status == 503)
+        if error.retry_after_s:
+            assert headers[b"retry-after"] == b"7"
+        assert engine.n_active == 0
+
+
+async def test_error_half_way_is_the_last_event_of_a_stream():
+    async with held() as (engine, app):
+        engine.fail_at = 2
+        call = Call(app, "/v1/completions", body(True))
+        await call.finish()
+
+        events = call.events()
+        assert call.status == 200
+        assert "".join(e["choices"][0]["text"] for e in events[:-1]) == "01"
+        assert events[-1]["error"]["type"] == "InternalServerError"
+        assert call.messages[-1]["more_body"] is False
+
+
+async def test_error_of_one_choice_ends_the_others():
+    async with held() as (engine, app):
+        call = Call(app, "/v1/completions", body(False, n=3))
+        await until(lambda: engine.n_active == 3)
+        engine.fail_at = 3
+        engine.hold.set()
+        await call.finish()
+
+        assert call.status == 500
+        assert engine.n_active == 0
+
+
+async def test_unforeseen_error_half_way_is_a_constant_last_event(caplog):
+    async with held() as (engine, app):
+        engine.fail_at, engine.error = 1, RuntimeError("secret")
+        call = Call(app, "/v1/completions", body(True))
+        await call.finish()
+
+        assert call.events()[-1]["error"]["message"].startswith("Internal server error.")
+        assert "secret" not in call.text
+        assert "secret" in caplog.text
+
+
+async def test_drain_refuses_new_requests_and_lets_running_ones_finish():
+    async with held() as (engine, app):
+        api: Api = app.state.api
+        call = Call(app, "/v1/completions", body(True, max_tokens=5))
+        await call.next()
+        api.gate.drain()
+        late = Call(app, "/v1/completions", body(False))
+        await late.finish()
+        engine.hold.set()
+        await call.finish()
+
+        assert late.status == 503
+        assert dict(late.messages[0]["headers"])[b"retry-after"]
+        assert call.events()[-1] == "DONE"
+        assert await api.gate.wait_idle(0.1)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_drain_timeout_ends_a_request_with_an_error(stream):
+    async with held() as (engine, app):
+        api: Api = app.state.api
+        call = Call(app, "/v1/completions", body(stream, n=2))
+        await until(lambda: engine.n_active == 2)
+        if stream:
+            await call.next()
+        api.gate.drain()
+        assert not await api.gate.wait_idle(0.01)
+        api.gate.fail_all(Draining("The server is shutting down."))
+        await call.finish()
+
+        assert engine.n_active == 0
+        assert call.status == (200 if stream else 503)
+        last = call.events()[-1] if stream else json.loads(call.text)
+        assert last["error"]["type"] == "ServiceUnavailableError"
+
+
+async def test_drain_timeout_ends_a_request_that_is_still_tokenising():
+    async with held() as (engine, app):
+        never = asyncio.Event()
+        engine.encode = lambda *_: never.wait()
+        call = Call(app, "/v1/completions", body(True))
+        await until(lambda: app.state.api.gate.n_requests == 1)
+        await asyncio.sleep(0.01)
+        app.state.api.gate.fail_all(Draining("The server is shutting down."))
+        await call.finish()
+
+        assert call.status == 503
+
+
+async def test_full_house_is_refused_before_tokenising():
+    async with held() as (engine, app):
+        calls = [Call(app, "/v1/completions", body(True, n=4)) for _ in range(4)]
+        await until(lambda: engine.n_active == 16)
+        encoded = engine.n_encoded
+        late = Call(app, "/v1/completions", body(False))
+        await late.finish()
+
+        assert late.status == 503
+        assert dict(late.messages[0]["headers"])[b"retry-after"]
+        assert engine.n_encoded == encoded
+        text = app.state.api.metrics.render().decode()
+        assert "vllm:admission_rejections_total{" in text
+        for call in calls:
+            call.gone.set()
+            await call.finish()
+        again = Call(app, "/v1/completions", body(False, max_tokens=1))
+        await again.finish()
+        assert again.status == 200
+
+
+async def test_request_larger_than_the_house_is_the_callers_mistake():
+    async with held() as (_, app):
+        call = Call(app, "/v1/completions", body(False, n=16, prompt=["a", "b"]))
+        await call.finish()
+        assert call.status == 400
+
+
+async def test_slow_reader_holds_a_bounded_number_of_events():
+    engine = FakeEngine()
+    produced = 0
+    original = engine._tokens
+
+    async def counted(*args: Any) -> AsyncIterator[Any]:
+        nonlocal produced
+        async for delta in original(*args):
+            produced += 1
+            yield delta
+
+    engine._tokens = counted
+    app = create_app(engine, make_settings())
+    call = Call(app, "/v1/completions", body(True, max_tokens=400))
+    await call.next()
+    call.accept.clear()
+    for _ in range(200):
+        await asyncio.sleep(0)
+    assert produced < 20
+    call.accept.set()
+    await call.finish()
+    assert produced == 400
+    assert call.events()[-1] == "DONE"
+
+
+async def test_stalled_reader_is_cut_off(monkeypatch):
+    monkeypatch.setattr(sse.EventStream.__init__, "__defaults__", (0.05,))
+    engine = FakeEngine()
+    app = create_app(engine, make_settings())
+    call = Call(app, "/v1/completions", body(True, max_tokens=400))
+    await call.next()
+    call.accept.clear()
+    await call.finish()
+
+    assert engine.n_active == 0
+    assert len(engine.aborted) == 1
+
+
+async def test_silent_stream_gets_comments_and_then_an_error_event(monkeypatch):
+    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.01)
+    async with held() as (engine, app):
+        engine.hold_after = 0
+        call = Call(app, "/v1/completions", body(True))
+        await call.next()
+        await until(lambda: sse.COMMENT.decode() in call.text)
+        engine.fail_at = 1
+        engine.hold.set()
+        await call.finish()
+
+        assert call.status == 200
+        assert "error" in call.events()[-1]
+
+
+async def test_body_that_never_ends_is_answered_with_408():
+    from server.api.middleware import RequestCap
+
+    async def never() -> dict[str, Any]:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    sent = []
+
+    async def send(message: dict[str, Any]) -> None:
+        sent.append(message)
+
+    async def app(*_: Any) -> None:
+        pytest.fail("the application ran")
+
+    await RequestCap(app, 100, timeout_s=0.01)({"type": "http", "headers": []}, never, send)
+    assert sent[0]["status"] == 408
+
+
+async def test_choices_of_a_stream_are_told_apart_and_complete():
+    engine = FakeEngine()
+    call = Call(
+        create_app(engine, make_settings()),
+        "/v1/chat/completions",
+        {
+            "model": "alpha",
+            "messages": [{"role": "user", "content": "Hi"}],
+            "max_tokens": 7,
+            "n": 4,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        },
+    )
+    await call.finish()
+    events = call.events()
+
+    assert events.pop() == "DONE"
+    assert events.pop()["usage"]["completion_tokens"] == 28
+    texts = dict.fromkeys(range(4), "")
+    roles, ends = [], []
+    for event in events:
+        assert event["usage"] is None
+        (choice,) = event["choices"]
+        texts[choice["index"]] += choice["delta"].get("content", "")
+        roles += [choice["index"]] if "role" in choice["delta"] else []
+        ends += [choice["index"]] if choice["finish_reason"] else []
+    assert set(texts.values()) == {"A1234A6"}
+    assert sorted(roles) == sorted(ends) == [0, 1, 2, 3]
+
+
+async def test_nan_logprob_fails_the_request_not_the_json():
+    engine = FakeEngine()
+    app = create_app(engine, make_settings())
+    original = engine._logprobs
+    engine._logprobs = lambda token, params: tuple(
+        type(t)(t.token_id, t.token, float("nan"), t.top) for t in original(token, params)
+    )
+    for stream in (True, False):
+        call = Call(app, "/v1/completions", body(stream, logprobs=1, max_tokens=2))
+        await call.finish()
+        assert call.status == 500
+        assert "NaN" not in call.text
