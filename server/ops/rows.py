@@ -53,9 +53,8 @@ class RowPlan:
         self.device = device
         self.n_rows = self.segments[-1].end if self.segments else 0
         self.slots = frozenset(s.slot for s in self.segments if s.slot != BASE_SLOT)
-        counts = torch.tensor([s.end - s.start for s in self.segments])
-        slots = torch.tensor([s.slot for s in self.segments])
-        self.slot_of_row = torch.repeat_interleave(slots, counts).to(device)  # [T], base -1
+        # [T] int64, -1 for the base
+        self.slot_of_row = self._per_row([s.slot for s in self.segments])
         self._runs: dict[frozenset[int], tuple[SlotRun, ...]] = {}
         self._spans: dict[frozenset[int], tuple[Segment, ...]] = {}
         self._rows_of: dict[frozenset[int], Tensor] = {}
@@ -64,10 +63,14 @@ class RowPlan:
         """[T] int64: ``slot + 1`` where the row's slot is in `present`, else 0 (the base's row)."""
         active = present & self.slots
         if active not in self._rows_of:
-            counts = torch.tensor([s.end - s.start for s in self.segments])
-            rows = torch.tensor([s.slot + 1 if s.slot in active else 0 for s in self.segments])
-            self._rows_of[active] = torch.repeat_interleave(rows, counts).to(self.device)
+            places = [s.slot + 1 if s.slot in active else 0 for s in self.segments]
+            self._rows_of[active] = self._per_row(places)
         return self._rows_of[active]
+
+    def _per_row(self, values: list[int]) -> Tensor:
+        counts = torch.tensor([s.end - s.start for s in self.segments], dtype=torch.int64)
+        per_segment = torch.tensor(values, dtype=torch.int64)
+        return torch.repeat_interleave(per_segment, counts).to(self.device)
 
     def runs(self, present: frozenset[int]) -> tuple[SlotRun, ...]:
         """Runs over the slots in `present` that have rows in this batch."""

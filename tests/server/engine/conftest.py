@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compressor.artifact import read_artifact
-from compressor.pipeline import CompressOptions, compress
+from compressor.pipeline import Options, compress
 from compressor.reconstruct import reconstruct
 from tests.tiny import Kind, make_tiny, perturb
 
@@ -32,7 +32,7 @@ class Served:
 def build_served(
     folder: Path,
     kind: Kind,
-    codecs: dict[str, CompressOptions],
+    codecs: dict[str, Options],
     *,
     extra_vocab: int = 0,
     **config: object,
@@ -48,7 +48,7 @@ def build_served(
         )
         compress(base, tuned, deltas / name, options)
         checkpoints[name] = reconstruct(
-            base, deltas / name, folder / f"merged-{name}", dtype=torch.float32
+            base, deltas / name, folder / f"merged-{name}", dtype="float32"
         )
         read_artifact(deltas / name)
     return Served(base, deltas, checkpoints)
@@ -59,7 +59,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Served]:
     """Factory with a cache: the same arguments give the same directories."""
     made: dict[str, Served] = {}
 
-    def make(kind: Kind, codecs: dict[str, CompressOptions], **more: object) -> Served:
+    def make(kind: Kind, codecs: dict[str, Options], **more: object) -> Served:
         key = repr((kind, codecs, more))
         if key not in made:
             made[key] = build_served(tmp_path_factory.mktemp(kind), kind, codecs, **more)

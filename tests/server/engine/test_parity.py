@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from compressor.pipeline import CompressOptions
+from compressor.pipeline import Options
 from tests.server.engine.conftest import Served
 from tests.server.engine.helpers import CoreHarness, Recorded
 
@@ -18,13 +18,13 @@ PROMPTS = [
     "def add(left, right): return left + right and then some more words to cross a page",
 ]
 PAIR = {
-    "blockdiag": CompressOptions(codec="blockdiag", ratio=4),
-    "impart": CompressOptions(codec="impart", ratio=3),
+    "blockdiag": Options(codec="blockdiag", ratio=9),
+    "impart": Options(codec="impart", ratio=7),
 }
 ALL_CODECS = PAIR | {
-    "head": CompressOptions(codec="blockdiag", ratio=4, codec_options={"head_fraction": 0.3}),
-    "lowrank": CompressOptions(codec="lowrank", ratio=4),
-    "other-blocks": CompressOptions(codec="blockdiag", ratio=6, codec_options={"bits": 3}),
+    "head": Options(codec="blockdiag", ratio=9, codec_options={"head_fraction": 0.3}),
+    "lowrank": Options(codec="lowrank", ratio=7),
+    "other-blocks": Options(codec="blockdiag", ratio=11, codec_options={"bits": 3}),
 }
 N_NEW = 20
 
