@@ -9,6 +9,7 @@ import sys
 from typing import cast
 
 import typer
+from prometheus_client import disable_created_metrics
 
 from server import logs
 from server.cli import command
@@ -38,6 +39,7 @@ def _serve(settings: Settings) -> int:
     from server.engine.llm_engine import LLMEngine
     from server.run import RunnableEngine, run
 
+    disable_created_metrics()  # a second series for each counter and histogram that nobody reads
     metrics = Metrics()
     engine = LLMEngine.from_settings(settings, metrics)
     metrics.watch(engine, settings.max_variants_per_step)

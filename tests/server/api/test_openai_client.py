@@ -1,5 +1,7 @@
 """The openai client against a real server. Assumes nothing about the engine's text, so that the
-same tests run against the real engine: import this module's tests and override `live`."""
+same tests run against the real engine: import this module's tests and override `live`. A real
+engine must run in float32: greedy text alone and in a batch is compared, and bfloat16 rounds
+differently for different batch sizes."""
 
 from __future__ import annotations
 
