@@ -113,12 +113,12 @@ class ImpartTerm:
         blocks_in = _in_blocks(x.float().T, self.block_rows)  # [bv, R, T]
         partial = torch.bmm(_in_blocks(self.v_values.float(), self.block_rows).mT, blocks_in)
         ranked = torch.zeros(self.rank, n_tokens).index_add_(
-            0, self.v_index.long().flatten(), partial.reshape(-1, n_tokens)
+            0, self.v_index.long().flatten(), partial.flatten(0, 1)
         )
         ranked *= self.sigma.unsqueeze(1)
         chosen = ranked[self.u_index.long()]  # [bu, S, T]
         out = torch.bmm(_in_blocks(self.u_values.float(), self.block_rows), chosen)
-        return out.reshape(-1, n_tokens)[:m].T.contiguous()
+        return out.flatten(0, 1)[:m].T.contiguous()
 
     def to_dense(self) -> Tensor:
         m, n = self.shape

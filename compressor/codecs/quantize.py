@@ -20,7 +20,7 @@ _CHUNK = 1 << 17  # elements worked on at once: stays in the cache
 _TINY = 2.0**-100  # a row below this is treated as zero: its scale has no float32 reciprocal
 # Range of (largest level * scale) / absmax searched, by bits, and steps. Wide enough for rows
 # from uniform to heavy-tailed; the finer the levels, the nearer to 1 the optimum lies.
-_GRID = {2: (0.15, 1.0, 24), 3: (0.25, 1.0, 20), 4: (0.35, 1.0, 16), 8: (0.8, 1.0, 6)}
+_GRID = {2: (0.15, 1.0, 24), 3: (0.25, 1.0, 24), 4: (0.35, 1.0, 20), 8: (0.7, 1.0, 12)}
 
 
 def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,145 @@
+"""Element loops in float64, written from the format's description alone, and shared checks."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from compressor.codecs import BlockDiagTerm, Codec, ImpartTerm, LowRankTerm, Params, Term
+from compressor.codecs.sources import TensorSource
+
+SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 40))
+ODD_SHAPES = [(13, 7), (7, 13), (1, 5), (5, 1), (1, 1), (16, 16), (37, 64), (130, 41)]
+
+
+def random_matrix(shape: tuple[int, int], seed: int = 0, scale: float = 1e-3) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def encode(codec: Codec, matrix: Tensor, params: Params, seed: int = 0) -> tuple[Term, ...]:
+    return codec.encode("layer.weight", TensorSource(matrix), params, seed)
+
+
+def payload(terms: tuple[Term, ...]) -> int:
+    return sum(len(part.numpy().tobytes()) for t in terms for part in t.tensors().values())
+
+
+def bit_codes(packed: Tensor, bits: int, n: int) -> list[int]:
+    """Codes from a little-endian bit stream, one bit at a time."""
+    stream = [int(byte) >> bit & 1 for byte in packed.tolist() for bit in range(8)]
+    return [sum(stream[e * bits + b] << b for b in range(bits)) for e in range(n)]
+
+
+def cuts(size: int, parts: int) -> list[range]:
+    return [range(int(run[0]), int(run[-1]) + 1) for run in np.array_split(np.arange(size), parts)]
+
+
+def dense_blockdiag(term: BlockDiagTerm) -> np.ndarray:
+    """The matrix a stored `blockdiag` term stands for, from its parts on disk."""
+    m, n = term.shape
+    parts, params = term.tensors(), term.params()
+    dense = np.zeros((m, n))
+    rows, cols = cuts(m, params["n_blocks"]), cuts(n, params["n_blocks"])
+    n_values = sum(len(r) * len(c) for r, c in zip(rows, cols, strict=True))
+    if params["bits"] == 16:
+        values = [float(v) * params["unit"] for v in parts["values"]]
+    else:
+        values = bit_codes(parts["codes"], params["bits"], n_values)
+    e = 0
+    for block_rows, block_cols in zip(rows, cols, strict=True):
+        for i in block_rows:
+            for j in block_cols:
+                if params["bits"] == 16:
+                    dense[i, j] = values[e]
+                else:
+                    scale = float(parts["scales"][i]) * params["unit"]
+                    dense[i, j] = (values[e] - (2 ** params["bits"] - 1) / 2) * scale
+                e += 1
+    return dense
+
+
+def _factor(parts: dict[str, Tensor], name: str, size: int, params: Params) -> np.ndarray:
+    rank, bits = params["rank"], params["bits"]
+    if bits >= 16:
+        return parts[name].double().numpy() * params.get(f"unit_{name}", 1.0)
+    codes = bit_codes(parts[name], bits, rank * size)
+    factor = np.zeros((rank, size))
+    for k in range(rank):
+        scale = float(parts[f"{name}_scales"][k]) * params[f"unit_{name}"]
+        for j in range(size):
+            factor[k, j] = (codes[k * size + j] - (2**bits - 1) / 2) * scale
+    return factor
+
+
+def dense_lowrank(term: LowRankTerm) -> np.ndarray:
+    parts, params = term.tensors(), term.params()
+    m, n = term.shape
+    a, b = _factor(parts, "a", n, params), _factor(parts, "b", m, params)
+    dense = np.zeros((m, n))
+    for k in range(params["rank"]):
+        for i in range(m):
+            for j in range(n):
+                dense[i, j] += b[k, i] * a[k, j]
+    return dense
+
+
+def dense_impart(term: ImpartTerm) -> np.ndarray:
+    parts, params = term.tensors(), term.params()
+    m, n = term.shape
+    spread = {}
+    for side, size in (("u", m), ("v", n)):
+        full = np.zeros((size, params["rank"]))
+        for i in range(size):
+            for t in range(params["kept"]):
+                k = int(parts[f"{side}_index"][i // params["block_rows"], t])
+                full[i, k] = float(parts[f"{side}_values"][i, t]) * params[f"unit_{side}"]
+        spread[side] = full
+    dense = np.zeros((m, n))
+    for i in range(m):
+        for j in range(n):
+            dense[i, j] = sum(spread["u"][i, k] * spread["v"][j, k] for k in range(params["rank"]))
+    return dense
+
+
+def oracle(term: Term) -> np.ndarray:
+    if isinstance(term, BlockDiagTerm):
+        return dense_blockdiag(term)
+    if isinstance(term, LowRankTerm):
+        return dense_lowrank(term)
+    assert isinstance(term, ImpartTerm)
+    return dense_impart(term)
+
+
+def check_term(term: Term) -> None:
+    """Everything a term can do agrees with the element loop over its stored parts."""
+    m, n = term.shape
+    expected = torch.from_numpy(oracle(term))
+    scale = float(expected.abs().max()) or 1.0
+    tolerance = {"rtol": 1e-5, "atol": 2e-6 * scale}
+    torch.testing.assert_close(term.to_dense().double(), expected, **tolerance)
+    x = torch.randn(4, n, generator=torch.Generator().manual_seed(1))
+    wanted = x.double() @ expected.T
+    got = term.apply(x)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=2e-5 * scale * n**0.5)
+    half = term.apply(x.bfloat16())
+    torch.testing.assert_close(half, term.apply(x.bfloat16().float()))
+    assert term.apply(x[:0]).shape == (0, m)
+    ids = torch.tensor([0, m - 1, m // 2, 0])
+    torch.testing.assert_close(term.rows(ids).double(), expected[ids], **tolerance)
+    assert term.rows(ids[:0]).shape == (0, n)
+    check_round_trip(term)
+
+
+def check_round_trip(term: Term) -> None:
+    """Parts -> term -> parts changes no bit."""
+    parts = {name: part.clone() for name, part in term.tensors().items()}
+    again = type(term).from_parts(term.shape, dict(term.params()), parts)
+    assert again.params() == term.params()
+    assert again.tensors().keys() == term.tensors().keys()
+    for name, part in term.tensors().items():
+        assert part.is_contiguous()
+        assert again.tensors()[name].numpy().tobytes() == part.numpy().tobytes()
+    assert torch.equal(again.to_dense(), term.to_dense())
