@@ -58,6 +58,11 @@ class Answer:
     start_s: float
     end_s: float
 
+    @property
+    def seconds(self) -> float:
+        """From sending to the last token."""
+        return self.end_s - self.start_s
+
 
 def asks(base: str) -> Iterator[Ask]:
     """The requests: the fine-tunes in their own prompt formats, the base on both and in a chat."""
@@ -69,9 +74,9 @@ def asks(base: str) -> Iterator[Ask]:
     yield Ask(base, CHAT, None)
 
 
-async def send(http: httpx.AsyncClient, ask: Ask) -> Answer:
+async def send(http: httpx.AsyncClient, ask: Ask, max_tokens: int = MAX_TOKENS) -> Answer:
     """Send one request and wait for the whole answer."""
-    body: dict[str, Any] = {"model": ask.model, "max_tokens": MAX_TOKENS, "temperature": 0}
+    body: dict[str, Any] = {"model": ask.model, "max_tokens": max_tokens, "temperature": 0}
     start = time.perf_counter()
     if ask.prompt is None:
         body["messages"] = [{"role": "user", "content": ask.sentence}]
@@ -87,8 +92,13 @@ async def send(http: httpx.AsyncClient, ask: Ask) -> Answer:
     return Answer(text.strip(), n_tokens, start, time.perf_counter())
 
 
+async def warm(http: httpx.AsyncClient, model: str) -> float:
+    """Make one token, which loads the model's delta; return seconds."""
+    return (await send(http, Ask(model, "", "Hello"), max_tokens=1)).seconds
+
+
 async def converse(url: str, console: Console) -> None:
-    """First one request per model, which loads the deltas; then all of them in one batch."""
+    """First one token per model, which loads the deltas; then all requests in one batch."""
     async with httpx.AsyncClient(base_url=url, timeout=300) as http:
         cards = (await http.get("/v1/models")).json()["data"]
         base = next(card["id"] for card in cards if card["parent"] is None)
@@ -97,10 +107,7 @@ async def converse(url: str, console: Console) -> None:
         if missing := {ask.model for ask in todo} - served:
             raise ChildError(f"not served: {', '.join(sorted(missing))}; see --deltas")
         for model in dict.fromkeys(ask.model for ask in todo):
-            first = await send(http, next(ask for ask in todo if ask.model == model))
-            console.print(
-                f"first answer of [bold]{model}[/] after {first.end_s - first.start_s:.2f} s"
-            )
+            console.print(f"[bold]{model}[/]: first token after {await warm(http, model):.2f} s")
         answers = await asyncio.gather(*(send(http, ask) for ask in todo))
         show_answers(console, todo, answers)
         await show_memory(console, http, base, todo, answers)
@@ -128,7 +135,8 @@ async def show_memory(
     deltas = {delta["id"]: delta for delta in listed}
     table = Table(title="per model")
     for heading in ("model", "delta", "codec", "on disk", "in memory", "tokens", "tokens/s"):
-        table.add_column(heading, justify="left" if heading in ("model", "codec") else "right")
+        left = heading in ("model", "delta", "codec")
+        table.add_column(heading, justify="left" if left else "right", no_wrap=True)
     for model in dict.fromkeys(ask.model for ask in todo):
         mine = [a for ask, a in zip(todo, answers, strict=True) if ask.model == model]
         tokens, speed = _speed(mine)
@@ -136,12 +144,12 @@ async def show_memory(
         cells = ("-", "-", "-", "-")
         if delta is not None:
             cells = (
-                delta["digest"][:12],
+                delta["digest"][:8],
                 delta["codec"],
                 _mb(delta["bytes"]),
                 _mb(delta["resident_bytes"]),
             )
-        table.add_row(f"{model} (base)" if model == base else model, *cells, tokens, speed)
+        table.add_row(model, *cells, tokens, speed)
     table.add_row("all", "", "", "", "", *_speed(answers), style="bold")
     console.print(table)
 
