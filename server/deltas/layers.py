@@ -242,9 +242,10 @@ class DeltaNorm(nn.Module):
             self._weight.touches(rows) or (self._bias is not None and self._bias.touches(rows))
         )
         if not changed:
-            return self.inner(x)
+            unchanged: Tensor = self.inner(x)
+            return unchanged
         assert rows is not None
-        y = self._unit(x)
+        y: Tensor = self._unit(x)
         if x.numel() // x.shape[-1] == rows.n_rows:
             shape: tuple[int, ...] = (-1, x.shape[-1])
         else:  # a norm per attention head (Qwen3): [1, T, H, D]

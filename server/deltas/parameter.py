@@ -72,7 +72,7 @@ class DeltaParameter:
             if mode == "reconstruct":
                 return StagedParameter(self, merged=merged.to(self.base.dtype), extra=extra)
             dense = (merged - base.float()).to(self.base.dtype)
-            return StagedParameter(self, terms=(((0, ("dense",)), (dense,)),), extra=extra)
+            return StagedParameter(self, terms=(((0, ("dense", ())), (dense,)),), extra=extra)
         terms = []
         for i, term in enumerate(delta.terms):
             key = (i, layout_of(term))

@@ -10,16 +10,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
-from compressor.codecs.impart import ImpartTerm
 from torch import Tensor
 
 from compressor.codecs.blockdiag import BlockDiagTerm
+from compressor.codecs.impart import ImpartTerm
 from compressor.codecs.lowrank import LowRankTerm
 from compressor.codecs.term import Shape, Term
 from server.ops import delta as ops
 from server.ops.rows import BASE_SLOT, RowPlan
 
-Layout = tuple[str, *tuple[int, ...]]
+Layout = tuple[str, tuple[int, ...]]
 Staged = tuple[Tensor, ...]
 
 
@@ -185,8 +185,9 @@ class ImpartPool(TermPool):
 
     def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
         for slot, part in _segments(rows, self.present):
-            arrays = [array[slot] for array in self.arrays]
-            y[part] += ops.impart_rows(ids[part], *arrays, n_columns=self.shape[1])
+            u, u_index, v, v_index, sigma = (array[slot] for array in self.arrays)
+            n = self.shape[1]
+            y[part] += ops.impart_rows(ids[part], u, u_index, v, v_index, sigma, n)
 
 
 def _in_blocks(values: Tensor, block_rows: int) -> Tensor:
@@ -199,19 +200,19 @@ def _in_blocks(values: Tensor, block_rows: int) -> Tensor:
 def layout_of(term: Term) -> Layout:
     """What must be equal for two terms to share a pool."""
     if isinstance(term, BlockDiagTerm):
-        return ("blockdiag", term.n_blocks)
+        return "blockdiag", (term.n_blocks,)
     if isinstance(term, LowRankTerm):
-        return ("lowrank", len(term.a))
+        return "lowrank", (len(term.a),)
     if isinstance(term, ImpartTerm):
-        return ("impart", term.block_rows, term.u_index.shape[1])
-    return ("dense",)
+        return "impart", (term.block_rows, term.u_index.shape[1])
+    return "dense", ()
 
 
 def make_pool(layout: Layout, shape: Shape, dtype: torch.dtype, device: torch.device) -> TermPool:
     """Create the empty pool of a layout."""
-    kind = layout[0]
+    kind, sizes = layout
     if kind == "blockdiag":
-        return BlockDiagPool(shape, layout[1], dtype, device)
+        return BlockDiagPool(shape, sizes[0], dtype, device)
     makers: dict[str, Callable[[Shape, torch.dtype, torch.device], TermPool]] = {
         "lowrank": LowRankPool,
         "impart": ImpartPool,

@@ -257,6 +257,8 @@ class EngineCore:
                     f"`{request.variant.name}` produced logits that are not finite"
                 )
             event = self._post.token(request, outcome, self._max_len)
+            if request.first_token is None:
+                request.first_token = time.monotonic()
             self._emit(request, event)
             if event.finish_reason is not None:
                 request.finish_reason = event.finish_reason

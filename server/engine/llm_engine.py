@@ -10,8 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self, TypeVar
 
 import torch
-from compressor.identity import base_identity
 
+from compressor.identity import base_identity
 from server.deltas.registry import DeltaRegistry, RegisteredDelta
 from server.engine.catalog import VariantCatalog
 from server.engine.core import CoreStats, EngineCore, Events, Observer
@@ -45,9 +45,11 @@ class LLMEngine:
         self._base = base
         self._catalog = catalog
         self.base_name = catalog.base_name
-        self.max_model_len = settings.max_model_len or base.max_len
         pages = allocate_pages(base, settings)
-        self._max_request_tokens = pages.n_pages * pages.page_tokens
+        # A request must fit into the cache alone, or it could never run.
+        self.max_model_len = min(
+            settings.max_model_len or base.max_len, pages.n_pages * pages.page_tokens
+        )
         self.core = EngineCore(
             Runner(base), settings, pages, catalog.job_for, self._publish, observer
         )
@@ -226,7 +228,7 @@ class LLMEngine:
             raise InvalidRequest(
                 f"token ids must lie within 0..{variant.vocab_size - 1}", param="prompt"
             )
-        longest = min(self.max_model_len, self._max_request_tokens)
+        longest = self.max_model_len
         total = len(prompt_ids) + params.max_tokens
         if total > longest:
             raise InvalidRequest(

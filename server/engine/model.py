@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
 
 from server.deltas.layers import (
     DeltaEmbedding,
@@ -50,6 +51,7 @@ def load_base_model(path: Path, device: torch.device, dtype: torch.dtype | None)
     Raises ConfigError naming what is not supported.
     """
     config = _read_config(path)
+    transformers_logging.disable_progress_bar()  # it would write into the server's log
     register_attention()
     model = AutoModelForCausalLM.from_pretrained(
         path,

@@ -62,7 +62,9 @@ class Postprocessor:
             stop_reason=stop_reason,
         )
 
-    def _token_stop(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:
+    def _token_stop(
+        self, request: Request, token: int
+    ) -> tuple[FinishReason | None, str | int | None]:
         """Whether the token itself ends the text; a stop token is not shown."""
         if token in request.params.stop_token_ids:
             return "stop", token

@@ -52,7 +52,6 @@ class Request:
     arrived: float = field(default_factory=time.monotonic)
     admitted: float | None = None
     first_token: float | None = None
-    last_token: float | None = None
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:

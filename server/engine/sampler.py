@@ -116,7 +116,7 @@ def token_logprob(request: Request, logprobs: Tensor, token: int) -> TokenLogpro
     text = request.variant.text
     k = request.params.logprobs or 0
     best = torch.topk(logprobs, min(k, len(logprobs))) if k else None
-    top = ()
+    top: tuple[TopLogprob, ...] = ()
     if best is not None:
         pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
         top = tuple(TopLogprob(i, text.token_text(i), v) for i, v in pairs)
@@ -128,9 +128,9 @@ def _penalise_(row: Tensor, request: Request) -> None:
     generated = request.tokens[len(request.prompt_ids) :]
     if not generated:
         return
-    ids, counts = torch.tensor(generated, device=row.device).unique(return_counts=True)
+    counts = torch.bincount(torch.tensor(generated, device=row.device), minlength=len(row))
     p = request.params
-    row[ids] -= p.presence_penalty + p.frequency_penalty * counts.to(row.dtype)
+    row -= p.presence_penalty * (counts > 0) + p.frequency_penalty * counts
 
 
 def _warpers(params: SamplingParams) -> LogitsProcessorList:
