@@ -156,9 +156,10 @@ def parse_config(text: bytes) -> DeltaConfig:
     record = _load_json(text)
     if record.get("format") != FORMAT:
         raise NotADelta(f"delta_config.json: format is not {FORMAT!r}")
-    if record.get("format_version") != FORMAT_VERSION:
+    version = record.get("format_version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
         raise UnsupportedVersion(
-            f"delta_config.json: format_version {record.get('format_version')!r:.20}, this reader "
+            f"delta_config.json: format_version {version!r:.20}, this reader "
             f"knows {FORMAT_VERSION}; upgrade impart-serve"
         )
     base = _get(record, "base", dict)

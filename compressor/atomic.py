@@ -65,11 +65,15 @@ def publish_directory(staged: Path, final: Path) -> None:
             os.rename(final, old)
         try:
             os.rename(staged, final)
+            try:
+                sync_directory(final.parent)
+            except BaseException:
+                os.rename(final, staged)  # a failed write shows nothing
+                raise
         except BaseException:
             if exists:
                 os.rename(old, final)
             raise
-        sync_directory(final.parent)
         shutil.rmtree(old, ignore_errors=True)
 
 

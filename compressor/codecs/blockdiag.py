@@ -104,7 +104,7 @@ class BlockDiagTerm:
         for band in bands(self.shape, self.n_blocks):
             width, height = band.count * band.cols, band.count * band.rows
             part = x[:, band.col : band.col + width].float()
-            part = part.unflatten(1, (band.count, band.cols)).transpose(0, 1)
+            part = part.reshape(len(x), band.count, band.cols).transpose(0, 1)
             product = torch.bmm(part, self._band_values(band).transpose(1, 2))
             out[:, band.row : band.row + height] = product.transpose(0, 1).flatten(1)
         return out
