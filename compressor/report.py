@@ -145,7 +145,7 @@ def describe_stored(artifact: Artifact) -> str:
     """Summarise a verified artifact in one line."""
     n_terms = sum(len(delta.terms) for delta in artifact.tensors)
     n_exact = sum(_n_exact(delta) for delta in artifact.tensors)
-    return f"{len(artifact.tensors)} tensors, {n_terms} terms, {n_exact} exact rows"
+    return f"{len(artifact.tensors)} tensors, {n_terms} terms, {n_exact} exact rows and values"
 
 
 def _n_exact(delta: TensorDelta) -> int:
