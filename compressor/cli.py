@@ -55,7 +55,6 @@ def reporting(command: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         try:
-            _silence_libraries()
             return command(*args, **kwargs)
         except ImpartError as error:
             typer.echo("impart: error: " + " ".join(str(error).split()), err=True)
@@ -128,6 +127,7 @@ def compress(
     from compressor.pipeline import Options
     from compressor.pipeline import compress as run
 
+    _silence_libraries()
     given = {
         "bits": bits,
         "head_fraction": head_fraction,
@@ -193,6 +193,8 @@ def verify(
     """Check every byte of an artifact, and with --base that it fits that model."""
     from compressor.report import check, describe_stored
 
+    if base is not None:
+        _silence_libraries()
     artifact = check(delta, base)
     fits = f", fits {base}" if base else ""
     typer.echo(f"{delta}: ok, {describe_stored(artifact)}{fits}")
@@ -216,6 +218,7 @@ def reconstruct(
     """Write BASE + DELTA to OUT as an ordinary Hugging Face model."""
     from compressor.reconstruct import reconstruct as run
 
+    _silence_libraries()
     with progress_bar(quiet) as progress:
         run(
             base,
