@@ -7,12 +7,14 @@ around them stays untouched. `StepContext` says which rows belong to which slot 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from server.deltas.parameter import DeltaParameter
+from server.deltas.pools import BlockDiagPool, SharedBlocks
 from server.ops.rows import RowPlan
 
 
@@ -72,6 +74,10 @@ class DeltaLinear(nn.Module):
         """Add every resident term and each row's own bias to ``y [T, m]`` (computed without)."""
         for pool in self.delta_weight.pools.values():
             pool.add_(y, flat, rows)
+        self.add_bias_(y, rows)
+
+    def add_bias_(self, y: Tensor, rows: RowPlan) -> None:
+        """Add each row's own bias to ``y [T, m]``."""
         if self.delta_bias is not None:
             y += self.delta_bias.vector_rows(rows)
 
@@ -121,14 +127,12 @@ class ProjectionGroup:
             if any(b is not None for b in biases)
             else None
         )
-        self._ends: list[int] = []
-        start = 0
-        for member in members:
-            end = start + len(member.weight)
-            member.delta_weight.base = self._weight[start:end]
+        self._sizes = [len(m.weight) for m in members]
+        views = torch.split(self._weight, self._sizes)
+        for member, view in zip(members, views, strict=True):
+            member.delta_weight.base = view
             member.group = self
-            self._ends.append(end)
-            start = end
+            member.delta_weight.siblings = tuple(m.delta_weight for m in members)
         self._input: Tensor | None = None
         self._outputs: dict[DeltaLinear, Tensor] = {}
 
@@ -150,14 +154,23 @@ class ProjectionGroup:
             return
         flat = x.reshape(-1, x.shape[-1])
         y = F.linear(flat, self._weight, None if with_deltas else self._bias)
-        start = 0
-        for member, end in zip(self._members, self._ends, strict=True):
-            part = y[:, start:end]
-            if with_deltas and rows is not None:
-                member.add_deltas_(part, flat, rows)
-            self._outputs[member] = part
-            start = end
+        parts = torch.split(y, self._sizes, dim=1)
+        if with_deltas and rows is not None:
+            self._add_deltas_(parts, flat, rows)
+        self._outputs = dict(zip(self._members, parts, strict=True))
         self._input = x
+
+    def _add_deltas_(self, parts: Sequence[Tensor], flat: Tensor, rows: RowPlan) -> None:
+        done: set[SharedBlocks] = set()
+        for member, part in zip(self._members, parts, strict=True):
+            for pool in member.delta_weight.pools.values():
+                shared = pool.shared if isinstance(pool, BlockDiagPool) else None
+                if shared is None or not shared.covers(rows):
+                    pool.add_(part, flat, rows)
+                elif shared not in done:
+                    shared.add_(parts, flat, rows)
+                    done.add(shared)
+            member.add_bias_(part, rows)
 
 
 class DeltaEmbedding(nn.Module):

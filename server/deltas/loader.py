@@ -98,6 +98,7 @@ class DeltaLoader:
         self._pool = ThreadPoolExecutor(n_workers, thread_name_prefix="delta-loader")
         self._loading: set[str] = set()
         self._waiting_for_room: list[Staged] = []
+        self._storing = False
 
     def is_loading(self, key: str) -> bool:
         return key in self._loading
@@ -125,6 +126,8 @@ class DeltaLoader:
                 for parameter in staged.parameters:
                     parameter.parameter.show(slot.index, parameter)
                 slot.ready = True
+                self._storing = False
+                self.place_waiting()
                 self._loading.discard(staged.job.key)
                 seconds = time.monotonic() - staged.started
                 log.info(
@@ -134,25 +137,31 @@ class DeltaLoader:
             case LoadFailed():
                 if message.slot is not None:
                     self._clear(message.slot)
+                    self._storing = False
+                    self.place_waiting()
                 return self._fail(message.key, message.message)
 
     def place_waiting(self) -> None:
-        """Give staged variants a slot as far as there is room, evicting idle ones."""
-        still: list[Staged] = []
-        for staged in self._waiting_for_room:
+        """Give the next staged variant that fits a slot, evicting idle ones.
+
+        One at a time: `reserve` may move the arrays that a copy under way would be writing to.
+        """
+        if self._storing:
+            return
+        for i, staged in enumerate(self._waiting_for_room):
             victims = self._slots.plan(staged.n_bytes)
             if victims is None:
-                still.append(staged)
                 continue
             for victim in victims:
                 log.info("evicting the delta in slot %d", victim.index)
                 self._clear(victim)
             slot = self._slots.place(staged.job.key, staged.n_bytes)
-            room = 1 << (slot.index).bit_length()
             for parameter in staged.parameters:
-                parameter.parameter.reserve(parameter, room)
+                parameter.parameter.reserve(parameter, 1 << slot.index.bit_length())
+            del self._waiting_for_room[i]
+            self._storing = True
             self._pool.submit(self._store, staged, slot)
-        self._waiting_for_room = still
+            return
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)

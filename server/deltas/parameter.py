@@ -14,7 +14,15 @@ from torch import Tensor
 
 from compressor.codecs.term import TensorDelta
 from compressor.errors import WrongShape
-from server.deltas.pools import Layout, Staged, TermPool, layout_of, make_pool
+from server.deltas.pools import (
+    BlockDiagPool,
+    Layout,
+    SharedBlocks,
+    Staged,
+    TermPool,
+    layout_of,
+    make_pool,
+)
 from server.ops.rows import RowPlan
 
 Mode = Literal["apply", "reconstruct"]
@@ -50,6 +58,8 @@ class DeltaParameter:
     def __init__(self, name: str, base: Tensor) -> None:
         self.name = name
         self.base = base  # [m, n] or [m], on the device, in the compute dtype
+        # Parameters of linears that read the same input, this one included (see ProjectionGroup).
+        self.siblings: tuple[DeltaParameter, ...] = (self,)
         self.pools: dict[PoolKey, TermPool] = {}
         self.merged: dict[int, Tensor] = {}
         self.extra: dict[int, Tensor] = {}
@@ -99,11 +109,24 @@ class DeltaParameter:
         m, n = self.base.shape
         return make_pool(key[1], (m, n), self.base.dtype, self.base.device)
 
+    def _create_pool(self, key: PoolKey) -> None:
+        """Add an empty pool, together with the siblings' if they can share one product."""
+        if len(self.siblings) < 2 or key[1][0] != "blockdiag":
+            self.pools[key] = self._new_pool(key)
+            return
+        together: list[BlockDiagPool] = []
+        for sibling in self.siblings:
+            pool = sibling._new_pool(key)
+            assert isinstance(pool, BlockDiagPool)
+            sibling.pools[key] = pool
+            together.append(pool)
+        SharedBlocks(together)
+
     def reserve(self, staged: StagedParameter, n_slots: int) -> None:
         """Make room for the staged parts in slots below `n_slots`."""
         for key, parts in staged.terms:
             if key not in self.pools:
-                self.pools[key] = self._new_pool(key)
+                self._create_pool(key)
             self.pools[key].reserve(parts, n_slots)
         if staged.vector is not None:
             assert self.vectors is not None

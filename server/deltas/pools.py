@@ -6,8 +6,9 @@ compressed with the same settings share a pool; others get a pool of their own.
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -83,31 +84,41 @@ def _segments(rows: RowPlan, present: frozenset[int]) -> list[tuple[int, slice]]
 
 
 class BlockDiagPool(TermPool):
-    """Parts: dequantised blocks [s, mb, nb]."""
+    """Parts: dequantised blocks [s, mb, nb].
+
+    shared  set if the array is a slice of one that a whole projection group uses
+    """
 
     def __init__(
         self, shape: Shape, n_blocks: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(shape, dtype, device)
         m, n = shape
-        mb, nb = -(-m // n_blocks), -(-n // n_blocks)
-        row_place = _padded_places(m, n_blocks, mb)
-        col_place = _padded_places(n, n_blocks, nb)
-        self._place_of_row = row_place.to(device)
-        self._row_map = None if m % n_blocks == 0 else self._place_of_row
-        self._col_map: Tensor | None = None
+        self.n_blocks = n_blocks
+        self.block_shape = (-(-m // n_blocks), -(-n // n_blocks))
+        self.place_of_row = _padded_places(m, n_blocks, self.block_shape[0]).to(device)
+        self.row_map = None if m % n_blocks == 0 else self.place_of_row
+        self.col_map: Tensor | None = None
         if n % n_blocks:
-            col_map = torch.full((n_blocks * nb,), n)
-            col_map[col_place] = torch.arange(n)
-            self._col_map = col_map.to(device)
+            col_map = torch.full((n_blocks * self.block_shape[1],), n)
+            col_map[_padded_places(n, n_blocks, self.block_shape[1])] = torch.arange(n)
+            self.col_map = col_map.to(device)
+        self.shared: SharedBlocks | None = None
+
+    def reserve(self, example: Staged, n_slots: int) -> None:
+        if self.shared is None:
+            super().reserve(example, n_slots)
+        else:
+            self.shared.reserve(n_slots)
 
     def stage(self, term: Term) -> Staged:
         assert isinstance(term, BlockDiagTerm)
         return (term.blocks(self.dtype).values,)
 
     def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
+        outputs = [ops.BlockOutput(y, 0, self.block_shape[0], self.row_map)]
         for run in rows.runs(self.present):
-            ops.blockdiag_add_(y, x, run, self.arrays[0], self._col_map, self._row_map)
+            ops.blockdiag_add_(outputs, x, run, self.arrays[0], self.col_map)
 
     def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
         for run in rows.runs(self.present):
@@ -117,9 +128,53 @@ class BlockDiagPool(TermPool):
                 ids[part],
                 rows.slot_of_row[part],
                 self.arrays[0],
-                self._place_of_row,
-                self._col_map,
+                self.place_of_row,
+                self.col_map,
             )
+
+
+class SharedBlocks:
+    """One array ``[C, s, sum of mb, nb]`` for matrices that read the same input (q, k, v).
+
+    Each member pool's own array is a slice of it, so loading stays per parameter while one product
+    serves them all.
+    """
+
+    def __init__(self, pools: Sequence[BlockDiagPool]) -> None:
+        self._pools = tuple(pools)
+        self._ends = list(itertools.accumulate(p.block_shape[0] for p in pools))
+        self._array = torch.empty(0)
+        self._capacity = 0
+        for pool in pools:
+            pool.shared = self
+
+    def reserve(self, n_slots: int) -> None:
+        """Make room for `n_slots` in every member."""
+        if n_slots <= self._capacity:
+            return
+        first = self._pools[0]
+        shape = (n_slots, first.n_blocks, self._ends[-1], first.block_shape[1])
+        array = torch.empty(shape, dtype=first.dtype, device=first.device)
+        if self._capacity:
+            array[: self._capacity] = self._array
+        self._array, self._capacity = array, n_slots
+        for pool, end in zip(self._pools, self._ends, strict=True):
+            pool.arrays = (array[:, :, end - pool.block_shape[0] : end],)
+            pool.capacity = n_slots
+
+    def covers(self, rows: RowPlan) -> bool:
+        """Whether all members hold the same slots of this batch, so that one product is right."""
+        active = {pool.present & rows.slots for pool in self._pools}
+        return len(active) == 1
+
+    def add_(self, parts: Sequence[Tensor], x: Tensor, rows: RowPlan) -> None:
+        """Add every member's deltas to its own ``[T, m]`` of `parts`."""
+        outputs = [
+            ops.BlockOutput(y, end - pool.block_shape[0], end, pool.row_map)
+            for y, pool, end in zip(parts, self._pools, self._ends, strict=True)
+        ]
+        for run in rows.runs(self._pools[0].present):
+            ops.blockdiag_add_(outputs, x, run, self._array, self._pools[0].col_map)
 
 
 def _padded_places(size: int, n_blocks: int, block: int) -> Tensor:

@@ -11,25 +11,41 @@ The oracle of each is the codec's own `apply` (float32) in `compressor.codecs`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from server.ops.rows import SlotRun, add_rows_, pad_rows
 
 
+class BlockOutput(NamedTuple):
+    """Where the outputs of one matrix go, of several stacked in one array of blocks.
+
+    y        [T, m], added to in place; may be a column slice of a wider tensor
+    start, end  rows ``[start, end)`` of every block belong to this matrix
+    row_map  [m] int64, padded place of each output; None if the number of blocks divides m
+    """
+
+    y: Tensor
+    start: int
+    end: int
+    row_map: Tensor | None
+
+
 def blockdiag_add_(
-    y: Tensor,
+    outputs: Sequence[BlockOutput],
     x: Tensor,
     run: SlotRun,
     weights: Tensor,
     col_map: Tensor | None,
-    row_map: Tensor | None,
 ) -> None:
-    """Block-diagonal terms.
+    """Block-diagonal terms of one matrix, or of several that read the same x in one product.
 
-    y [T, m]; x [T, n]; weights [C, s, mb, nb] (mb, nb: the longest block, zero-padded)
+    x [T, n]; weights [C, s, mb, nb] (mb: the matrices' longest blocks one below the other; nb:
+    the longest block; both zero-padded)
     col_map  [s * nb] int64, column of x at each padded place, n for padding; None if s divides n
-    row_map  [m] int64, padded place of each output; None if s divides m
     """
     k, w = run.n_slots, run.width
     s, mb, nb = weights.shape[1:]
@@ -38,11 +54,14 @@ def blockdiag_add_(
         rows = torch.nn.functional.pad(rows, (0, 1)).index_select(2, col_map)
     rows = rows.view(k, w, s, nb).transpose(1, 2).reshape(k * s, w, nb)
     blocks = weights[run.slot : run.slot + k].view(k * s, mb, nb)
-    out = torch.bmm(rows, blocks.transpose(1, 2))
-    out = out.view(k, s, w, mb).transpose(1, 2).reshape(k * w, s * mb)
-    if row_map is not None:
-        out = out.index_select(1, row_map)
-    add_rows_(y, out, run)
+    product = torch.bmm(rows, blocks.transpose(1, 2)).view(k, s, w, mb).transpose(1, 2)
+    for y, start, end, row_map in outputs:
+        part = product[..., start:end]  # [k, w, s, rows of this matrix's block]
+        if row_map is None and run.scatter is None:
+            y[run.start : run.end].view(k, w, s, end - start).add_(part)
+            continue
+        out = part.reshape(k * w, s * (end - start))
+        add_rows_(y, out if row_map is None else out.index_select(1, row_map), run)
 
 
 def lowrank_add_(y: Tensor, x: Tensor, run: SlotRun, a: Tensor, b: Tensor) -> None:
