@@ -16,7 +16,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from compressor.artifact import Artifact
-
 from compressor.errors import ArtifactError, UnsupportedTensor
 from server.deltas.parameter import DeltaParameter, Mode, StagedParameter
 from server.deltas.slots import Slot, SlotTable

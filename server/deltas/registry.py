@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compressor.artifact import read_config, read_digest
-
 from compressor.errors import ArtifactError
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,6 @@ import time
 from collections import OrderedDict
 
 from compressor.artifact import Artifact, read_artifact
-
 from compressor.errors import ArtifactError
 from server.deltas.loader import LoadJob
 from server.deltas.parameter import Mode
