@@ -14,7 +14,7 @@ from compressor.checkpoint import Checkpoint
 from compressor.companions import changed_companions
 from compressor.draft import group_of
 from compressor.errors import InputError
-from compressor.layout import read_layout
+from compressor.layout import Layout, read_layout
 from compressor.peft import CONFIG_FILE, Adapter
 from compressor.pipeline import Options, Progress, Summary, base_info, checkpoint_dtype, summarise
 
@@ -44,24 +44,45 @@ def import_adapter(
             finetuned_details={"dtype": checkpoint_dtype(base_files)},
         )
         companions = changed_companions(base_files.path, adapter)
-        table: dict[str, int] = {}
-        with ArtifactWriter(
-            out, run_key=_run_key(config, opened), overwrite=options.overwrite
-        ) as w:
-            staged = w.staged()
-            for delta in opened.deltas(base_files):
-                if delta.name not in staged:
-                    w.add(delta, 0.0 if delta.terms else None)
-                group = group_of(layout.parameters[delta.name])
-                table[group] = table.get(group, 0) + w.staged_bytes(delta.name)
-                progress("import", len(w.staged()), len(opened.tensors))
-            if not table:
-                raise InputError(f"{adapter}: the adapter changes nothing; it was never trained")
-            stored = w.staged()
-            unchanged = tuple(name for name in layout.parameters if name not in stored)
-            config = replace(config, bytes=dict(sorted(table.items())), unchanged=unchanged)
-            digest = w.finish(config, companions, lambda n: model_card(config, n).encode())
-    return summarise(Path(out), digest, config, len(stored))
+        key = _run_key(config, opened)
+        with ArtifactWriter(out, run_key=key, overwrite=options.overwrite) as writer:
+            config = _store(layout, base_files, opened, config, writer, progress)
+            digest = writer.finish(config, companions, lambda n: model_card(config, n).encode())
+    return summarise(Path(out), digest, config, len(layout.parameters) - len(config.unchanged))
+
+
+def _store(
+    layout: Layout,
+    base: Checkpoint,
+    adapter: Adapter,
+    config: DeltaConfig,
+    writer: ArtifactWriter,
+    progress: Progress,
+) -> DeltaConfig:
+    """Stage every delta; return the configuration that describes them."""
+    staged = writer.staged()
+    table: dict[str, int] = {}
+    details = dict(config.finetuned_details)
+    names = list(layout.parameters)
+    for delta in adapter.deltas(base):
+        if delta.name not in staged:
+            writer.add(delta, 0.0 if delta.terms else None)
+        parameter = layout.parameters[delta.name]
+        if parameter.kind == "embedding" and delta.shape != delta.base_shape:
+            details["config"] = {"vocab_size": delta.shape[0]}
+        group = group_of(parameter)
+        table[group] = table.get(group, 0) + writer.staged_bytes(delta.name)
+        progress("import", names.index(delta.name), len(names))
+    progress("import", len(names), len(names))
+    if not table:
+        raise InputError(f"{adapter.name}: the adapter changes nothing; it was never trained")
+    stored = writer.staged()
+    return replace(
+        config,
+        bytes=dict(sorted(table.items())),
+        unchanged=tuple(name for name in names if name not in stored),
+        finetuned_details=details,
+    )
 
 
 def _run_key(config: DeltaConfig, adapter: Adapter) -> str:

@@ -89,8 +89,10 @@ class Adapter(TensorFiles):
         keys = layout.keys(base.tensors, base.name)
         parts: dict[str, dict[str, str]] = {}
         for key in self.tensors:
-            name, part = _target(layout, key)
-            parts.setdefault(name, {})[part] = key
+            if ".original_module." not in key:  # PEFT's untouched copy of a module saved whole
+                name, part = _target(layout, key)
+                parts.setdefault(name, {})[part] = key
+        self._check_ties(layout, parts)
         for name, parameter in layout.parameters.items():
             if name not in parts:
                 continue
@@ -98,41 +100,88 @@ class Adapter(TensorFiles):
             if delta is not None:
                 yield delta
 
+    def _check_ties(self, layout: Layout, parts: Mapping[str, Mapping[str, str]]) -> None:
+        """Refuse what would untie: PEFT changes one module of a tied pair, a delta both."""
+        for alias, target in layout.tied:
+            first, second = parts.get(target, {}), parts.get(alias, {})
+            if first.keys() == second.keys() == {"full"} and torch.equal(
+                self.rows(first["full"]), self.rows(second["full"])
+            ):
+                continue
+            if first or second:
+                raise UnsupportedTensor(
+                    f"{alias if second else target}: the adapter changes it, but in the base "
+                    f"{alias} is tied to {target}; a delta cannot untie them"
+                )
+
     def _delta(
         self, parameter: Parameter, parts: Mapping[str, str], base: Checkpoint, base_key: str
     ) -> TensorDelta | None:
         if parts.keys() == {"full"}:
             return self._exact(parameter, parts["full"], base, base_key)
-        term = self._factors(parameter, parts)
-        if not bool(term.a.any()) or not bool(term.b.any()):
-            return None  # B starts at zero: this module was never trained
+        a, b = self._factors(parameter, parts)
+        rows, exact = parameter.shape[0], None
+        if "full" in parts:
+            exact = self._added_rows(parameter, parts["full"], base, base_key, a, b)
+        if b.shape[1] != rows + (0 if exact is None else len(exact.values)):
+            raise self._misfit(parameter)
+        kept = b[:, :rows].contiguous()
+        # B starts at zero: then this module was never trained.
+        terms = (_lossless(a, kept),) if bool(a.any()) and bool(kept.any()) else ()
+        if not terms and exact is None:
+            return None
         return TensorDelta(
             name=parameter.name,
-            shape=parameter.shape,
+            shape=(b.shape[1], *parameter.shape[1:]),
             base_shape=parameter.shape,
             transposed=parameter.transposed,
-            terms=(term,),
-            exact=None,
+            terms=terms,
+            exact=exact,
         )
 
-    def _factors(self, parameter: Parameter, parts: Mapping[str, str]) -> LowRankTerm:
-        if parts.keys() not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
+    def _factors(self, parameter: Parameter, parts: Mapping[str, str]) -> tuple[Tensor, Tensor]:
+        """Return ``a [r, n]`` and ``b [r, m]`` float32, the scaling in b."""
+        if parts.keys() - {"full"} not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
             raise UnsupportedTensor(
                 f"{parameter.name}: the adapter holds {', '.join(sorted(parts))} for it; exactly "
                 "one pair of LoRA factors is needed"
             )
-        module = parameter.name.removesuffix(".weight")
         if "A" in parts:
             a, b = self.rows(parts["A"]).float(), self.rows(parts["B"]).float().T
         else:
             a = self.rows(parts["embedding_B"]).float().T
             b = self.rows(parts["embedding_A"]).float()
-        if a.shape[0] != b.shape[0] or (b.shape[1], a.shape[1]) != parameter.shape:
-            raise CheckpointError(
-                f"{self.name}: the factors of {parameter.name} do not fit its shape "
-                f"{list(parameter.shape)}; is this the right base?"
+        if a.ndim != 2 or a.shape[0] != b.shape[0] or a.shape[1] != parameter.shape[1]:
+            raise self._misfit(parameter)
+        module = parameter.name.removesuffix(".weight")
+        return a.contiguous(), b * self.settings.scaling(module, a.shape[0])
+
+    def _misfit(self, parameter: Parameter) -> CheckpointError:
+        return CheckpointError(
+            f"{self.name}: the factors of {parameter.name} do not fit its shape "
+            f"{list(parameter.shape)}; is this the right base?"
+        )
+
+    def _added_rows(
+        self, parameter: Parameter, key: str, base: Checkpoint, base_key: str, a: Tensor, b: Tensor
+    ) -> DenseRows | None:
+        """Rows a resized embedding has beyond the base's, with their share of the factors.
+
+        PEFT saves the weight under the factors of an embedding or lm_head as well; its first
+        rows must be the base's.
+        """
+        rows, under = parameter.shape[0], self.rows(key)
+        if under.shape[1:] != parameter.shape[1:] or under.shape[0] < rows:
+            raise self._misfit(parameter)
+        if _first_difference(base.rows(base_key), under) != rows:
+            raise UnsupportedTensor(
+                f"{parameter.name}: the weight saved under the adapter's factors is not the "
+                "base's; is this the right base?"
             )
-        return _lossless(a.contiguous(), b * self.settings.scaling(module, a.shape[0]))
+        if under.shape[0] == rows:
+            return None
+        values = under[rows:].float() + b[:, rows : under.shape[0]].T @ a
+        return DenseRows(rows, values.to(under.dtype))
 
     def _exact(
         self, parameter: Parameter, key: str, base: Checkpoint, base_key: str
@@ -215,12 +264,8 @@ def _target(layout: Layout, key: str) -> tuple[str, str]:
     name = layout.find(wanted)
     if name is None:
         raise UnsupportedTensor(f"{key}: the base has no parameter {wanted} for it")
-    if name in dict(layout.tied):
-        raise UnsupportedTensor(
-            f"{name}: the adapter changes it, but in the base it is tied to "
-            f"{dict(layout.tied)[name]}; a delta cannot untie them"
-        )
-    if part != "full" and layout.parameters[name].kind not in ("linear", "embedding"):
+    parameter = layout.parameters.get(name)
+    if part != "full" and parameter and parameter.kind not in ("linear", "embedding"):
         raise UnsupportedTensor(f"{name}: LoRA factors on a module that is no linear or embedding")
     return name, part
 

@@ -162,7 +162,7 @@ def test_open_pickled_adapter_raises_checkpoint_error(tmp_path: Path) -> None:
     ("tensors", "config", "error", "message"),
     [
         (lora(Q, 64, 64, rank=2), {}, CheckpointError, "rank 4, the factors have 2"),
-        (lora(Q, 64, 60), {}, CheckpointError, "do not fit its shape"),
+        (lora(Q, 64, 60), {}, CheckpointError, "do not fit"),
         (lora("model.layers.9.mlp.up_proj", 4, 4), {}, UnsupportedTensor, r"layers\.9"),
         ({f"{Q}.lora_A.weight": torch.ones(4, 64)}, {}, UnsupportedTensor, "one pair"),
         (
@@ -187,7 +187,49 @@ def test_deltas_misfit_raises_naming_the_module(
         imported(tiny_llama, folder)
 
 
+def test_deltas_base_weight_saved_under_the_factors_is_checked_and_dropped(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    head = load_file(tiny_llama / "model.safetensors")["lm_head.weight"]
+    tensors = lora("lm_head", 320, 64) | {"lm_head.base_layer.weight": head}
+    tensors["lm_head.original_module.weight"] = torch.zeros(3)  # never looked at
+    delta = imported(tiny_llama, adapter(tmp_path / "a", tensors))["lm_head.weight"]
+    assert delta.exact is None
+    assert_equal(dense(delta), product(tensors, "lm_head") * 2)
+    tensors["lm_head.base_layer.weight"] = head + 1
+    with pytest.raises(UnsupportedTensor, match="not the base's"):
+        imported(tiny_llama, adapter(tmp_path / "b", tensors))
+
+
+def test_deltas_resized_embedding_with_factors_has_exact_added_rows(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    base = load_file(tiny_llama / "model.safetensors")[f"{EMBED}.weight"]
+    under = torch.cat([base, torch.randn(3, 64)])
+    a, b = torch.randn(4, 323), torch.randn(64, 4)
+    tensors = {f"{EMBED}.lora_embedding_A": a, f"{EMBED}.lora_embedding_B": b}
+    tensors[f"{EMBED}.base_layer.weight"] = under
+    delta = imported(tiny_llama, adapter(tmp_path / "a", tensors))[f"{EMBED}.weight"]
+    assert (delta.shape, delta.base_shape) == ((323, 64), (320, 64))
+    expected = under.double() + (b.double() @ a.double()).T * 2
+    assert_equal(delta.merge(base).double(), expected)
+    del tensors[f"{EMBED}.base_layer.weight"]
+    with pytest.raises(CheckpointError, match="do not fit"):
+        imported(tiny_llama, adapter(tmp_path / "b", tensors))
+
+
 def test_deltas_untying_adapter_raises(tiny_gemma: Path, tmp_path: Path) -> None:
-    folder = adapter(tmp_path / "a", lora("lm_head", 320, 64))
-    with pytest.raises(UnsupportedTensor, match=r"lm_head\.weight.*tied"):
-        imported(tiny_gemma, folder)
+    tied = load_file(tiny_gemma / "model.safetensors")[f"{EMBED}.weight"]
+    one_only = [
+        lora("lm_head", 320, 64),
+        {f"{EMBED}.weight": tied + 1},
+        {f"{EMBED}.weight": tied + 1, "lm_head.weight": tied + 2},
+        {f"{EMBED}.lora_embedding_A": tied.T[:4], f"{EMBED}.lora_embedding_B": tied[:64, :4]},
+    ]
+    for number, tensors in enumerate(one_only):
+        folder = adapter(tmp_path / str(number), tensors)
+        with pytest.raises(UnsupportedTensor, match=r"weight.*tied to .*cannot untie"):
+            imported(tiny_gemma, folder)
+    both = {f"{EMBED}.weight": tied + 1, "lm_head.weight": tied + 1}
+    deltas = imported(tiny_gemma, adapter(tmp_path / "both", both))
+    assert list(deltas) == [f"{EMBED}.weight"]
