@@ -140,3 +140,49 @@ def test_reconstruct_failing_write_leaves_nothing(
     with pytest.raises(OutputError, match="No space left"):
         reconstruct(tiny_llama, tmp_path / "delta", tmp_path / "out")
     assert [f.name for f in tmp_path.iterdir()] == ["delta"]
+
+
+FURTHER = {
+    "gemma2": {"query_pre_attn_scalar": 16},
+    "gemma3_text": {"query_pre_attn_scalar": 16},
+    "mistral": {},
+    "phi3": {},  # q, k, v in one Linear; gate and up in another
+    "qwen3": {},
+}
+
+
+@pytest.mark.parametrize("kind", FURTHER)
+def test_reconstruct_further_architectures_round_trip(kind: str, tmp_path: Path) -> None:
+    fields = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 300,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "bos_token_id": 2,
+    }
+    config = AutoConfig.for_model(kind, **fields, **FURTHER[kind])
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        for p in model.parameters():
+            # Changes of rank 1, which the codec can express exactly.
+            p += 0.05 * (torch.randn(p.shape[0]) if p.ndim == 1 else rank_one(*p.shape))
+    model.save_pretrained(tmp_path / "tuned")
+    options = Options(codec="lowrank", codec_options={"bits": 32}, ratio=4)
+    compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "delta", options)
+    reconstruct(tmp_path / "base", tmp_path / "delta", tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.arange(3, 30).unsqueeze(0)
+    with torch.no_grad():
+        expected = model.eval()(ids).logits
+        torch.testing.assert_close(again(ids).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def rank_one(m: int, n: int) -> torch.Tensor:
+    return torch.randn(m, 1) @ torch.randn(1, n)
