@@ -4,7 +4,8 @@
     engine thread   place in the slot table -> worker: copy into the slot ("stored")
     engine thread   show                    -> rows of the slot get their delta from the next step
 
-Nothing here waits for a step and no step waits for anything here.
+Nothing here waits for a step and no step waits for anything here. One variant is copied at a time:
+making room for another may replace the arrays that a copy is writing to.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from dataclasses import dataclass
 from compressor.artifact import Artifact
 from compressor.errors import ArtifactError, UnsupportedTensor
 from server.deltas.parameter import DeltaParameter, Mode, StagedParameter
+from server.deltas.registry import safe_reason
 from server.deltas.slots import Slot, SlotTable
+from server.errors import ServeError
 
 log = logging.getLogger(__name__)
+MAX_LOADS = 4  # under way at once, those that wait decoded in host memory for a slot included
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +60,7 @@ class LoadFailed:
     """`message` is safe to show to clients."""
 
     key: str
+    name: str
     message: str
     slot: Slot | None = None
 
@@ -98,36 +103,41 @@ class DeltaLoader:
         self._loading: set[str] = set()
         self._waiting_for_room: list[Staged] = []
         self._storing = False
+        self.errors: dict[str, str] = {}  # by key, until it loads after all; safe to show
 
     def is_loading(self, key: str) -> bool:
         return key in self._loading
 
+    def needs_room(self, key: str) -> bool:
+        """Whether only a free slot is missing: for this key, or for one that is before it."""
+        waiting = {staged.job.key for staged in self._waiting_for_room}
+        return key in waiting or (bool(waiting) and key not in self._loading)
+
     def request(self, job: LoadJob) -> None:
-        """Begin to load unless that is under way already."""
-        if job.key not in self._loading:
+        """Begin to load unless that is under way already or `MAX_LOADS` are; ask again then."""
+        if job.key not in self._loading and len(self._loading) < MAX_LOADS:
             self._loading.add(job.key)
             self._pool.submit(self._stage, job)
 
     def handle(self, message: LoaderMessage) -> LoadFailed | Stored | None:
         """Take a worker's message; return it if a load ended by it."""
         match message:
-            case Staged():
+            case Staged(job=job):
                 if message.n_bytes > self._slots.budget_bytes:
                     return self._fail(
-                        message.job.key,
-                        f"`{message.job.name}` needs {message.n_bytes} bytes of device memory, the "
-                        f"delta budget is {self._slots.budget_bytes}; raise --delta-budget",
+                        job,
+                        f"`{job.name}` needs {message.n_bytes} bytes of device memory, the "
+                        f"delta budget is {self._slots.budget_bytes}; raise --delta-budget-bytes",
                     )
                 self._waiting_for_room.append(message)
-                self.place_waiting()
                 return None
             case Stored(staged=staged, slot=slot):
                 for parameter in staged.parameters:
                     parameter.parameter.show(slot.index, parameter)
                 slot.ready = True
                 self._storing = False
-                self.place_waiting()
                 self._loading.discard(staged.job.key)
+                self.errors.pop(staged.job.key, None)
                 seconds = time.monotonic() - staged.started
                 log.info(
                     "variant %s ready in slot %d after %.2f s", staged.job.name, slot.index, seconds
@@ -137,30 +147,34 @@ class DeltaLoader:
                 if message.slot is not None:
                     self._clear(message.slot)
                     self._storing = False
-                    self.place_waiting()
-                return self._fail(message.key, message.message)
+                return self._end(message)
 
     def place_waiting(self) -> None:
-        """Give the next staged variant that fits a slot, evicting idle ones.
+        """Give the first staged variant a slot if there is room, evicting idle ones.
 
-        One at a time: `reserve` may move the arrays that a copy under way would be writing to.
+        Call it after requests had their chance to take a variant that has just arrived: an idle
+        slot is fair game. In order of arrival, so that a large variant cannot starve.
         """
-        if self._storing:
+        if self._storing or not self._waiting_for_room:
             return
-        for i, staged in enumerate(self._waiting_for_room):
-            victims = self._slots.plan(staged.n_bytes)
-            if victims is None:
-                continue
-            for victim in victims:
-                log.info("evicting the delta in slot %d", victim.index)
-                self._clear(victim)
-            slot = self._slots.place(staged.job.key, staged.n_bytes)
+        staged = self._waiting_for_room[0]
+        victims = self._slots.plan(staged.n_bytes)
+        if victims is None:
+            return
+        del self._waiting_for_room[0]
+        for victim in victims:
+            log.info("evicting the delta in slot %d", victim.index)
+            self._clear(victim)
+        slot = self._slots.place(staged.job.key, staged.n_bytes)
+        self._storing = True
+        try:
+            room = min(1 << slot.index.bit_length(), self._slots.n_slots)
             for parameter in staged.parameters:
-                parameter.parameter.reserve(parameter, 1 << slot.index.bit_length())
-            del self._waiting_for_room[i]
-            self._storing = True
-            self._pool.submit(self._store, staged, slot)
+                parameter.parameter.reserve(parameter, room)
+        except Exception as error:  # out of memory: this load fails, serving goes on
+            self._post(_failed(staged.job, error, slot))
             return
+        self._pool.submit(self._store, staged, slot)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -170,9 +184,13 @@ class DeltaLoader:
             parameter.hide(slot.index)
         self._slots.evict(slot)
 
-    def _fail(self, key: str, message: str) -> LoadFailed:
-        self._loading.discard(key)
-        return LoadFailed(key, message)
+    def _fail(self, job: LoadJob, message: str) -> LoadFailed:
+        return self._end(LoadFailed(job.key, job.name, message))
+
+    def _end(self, failed: LoadFailed) -> LoadFailed:
+        self._loading.discard(failed.key)
+        self.errors[failed.key] = failed.message
+        return failed
 
     def _stage(self, job: LoadJob) -> None:
         started = time.monotonic()
@@ -181,7 +199,7 @@ class DeltaLoader:
             n_bytes = sum(p.n_bytes for p in parameters)
             self._post(Staged(job, parameters, n_bytes, started))
         except Exception as error:
-            self._post(LoadFailed(job.key, _explain(job.name, error)))
+            self._post(_failed(job, error))
 
     def _store(self, staged: Staged, slot: Slot) -> None:
         try:
@@ -189,11 +207,19 @@ class DeltaLoader:
                 parameter.parameter.store(slot.index, parameter)
             self._post(Stored(staged, slot))
         except Exception as error:
-            self._post(LoadFailed(staged.job.key, _explain(staged.job.name, error), slot))
+            self._post(_failed(staged.job, error, slot))
+
+
+def _failed(job: LoadJob, error: Exception, slot: Slot | None = None) -> LoadFailed:
+    return LoadFailed(job.key, job.name, _explain(job.name, error), slot)
 
 
 def _explain(name: str, error: Exception) -> str:
-    if isinstance(error, ArtifactError | UnsupportedTensor):
-        return f"the delta of `{name}` cannot be used: {type(error).__name__}: {error}"
+    if isinstance(error, ServeError):
+        return error.message
+    if isinstance(error, ArtifactError | OSError):
+        return f"the delta of `{name}` cannot be used: {safe_reason(error)}"
+    if isinstance(error, UnsupportedTensor):
+        return f"the delta of `{name}` cannot be used: {error}"
     log.exception("loading %s failed", name, exc_info=error)
     return f"the delta of `{name}` could not be loaded; see the server's log"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compressor.artifact import read_config, read_digest
-from compressor.errors import ArtifactError
+from compressor.errors import ArtifactError, WrongBase
 
 log = logging.getLogger(__name__)
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -79,7 +79,7 @@ class DeltaRegistry:
                 return old
             config = read_config(path)
             if config.base.identity != self._base_identity:
-                raise _Refused("it was made for another base model; compress it against this one")
+                raise WrongBase("made for another base")
             return RegisteredDelta(
                 name=path.name,
                 path=path,
@@ -91,7 +91,7 @@ class DeltaRegistry:
             )
         except (ArtifactError, OSError, _Refused) as error:
             return RegisteredDelta(
-                path.name, path, digest, 0, "", {}, int(time.time()), error=_safe(error)
+                path.name, path, digest, 0, "", {}, int(time.time()), error=_shown(error)
             )
 
 
@@ -99,8 +99,14 @@ class _Refused(Exception):
     """The artifact is fine but this server cannot serve it."""
 
 
-def _safe(error: Exception) -> str:
-    """What may be shown to a client: no paths."""
+def _shown(error: Exception) -> str:
+    return str(error) if isinstance(error, _Refused) else safe_reason(error)
+
+
+def safe_reason(error: Exception) -> str:
+    """Why an artifact cannot be used, as a client may read it: no paths."""
+    if isinstance(error, WrongBase):  # its own message names the other base, maybe by its path
+        return "WrongBase: it was made for another base model; compress it against this one"
     if isinstance(error, OSError):
-        return f"cannot be read ({error.strerror})"
-    return f"{type(error).__name__}: {error}" if isinstance(error, ArtifactError) else str(error)
+        return f"it cannot be read ({error.strerror})"
+    return f"{type(error).__name__}: {error}"

@@ -14,8 +14,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -23,12 +21,13 @@ from torch import Tensor
 from server.deltas.loader import DeltaLoader, LoaderMessage, LoadFailed, LoadJob, Staged, Stored
 from server.deltas.slots import Slot, SlotTable
 from server.engine.batch import Batch, LogitRows, build_batch
+from server.engine.observer import CoreStats, Observer
 from server.engine.pages import PagePool
 from server.engine.postprocess import Postprocessor
 from server.engine.request import Event, Request, Status
 from server.engine.runner import Runner
 from server.engine.sampler import Sampled, Sampler
-from server.engine.scheduler import Scheduled, Scheduler
+from server.engine.scheduler import Missing, Scheduled, Scheduler
 from server.engine.variant import BASE_KEY, Variant
 from server.errors import (
     DeadlineExceeded,
@@ -36,6 +35,7 @@ from server.errors import (
     Draining,
     EngineDead,
     GenerationFailed,
+    NoSlot,
     QueueFull,
     ServeError,
 )
@@ -46,27 +46,6 @@ IDLE_WAIT_S = 0.5
 LOAD_WAIT_S = 0.05
 MAX_FAILED_STEPS = 3  # in a row; then the engine is considered broken
 Events = list[tuple[Request, Event]]
-
-
-class Observer(Protocol):
-    """Told about requests and steps; implemented by the metrics."""
-
-    def on_finished(self, request: Request) -> None: ...
-    def on_step(self, n_prompt_tokens: int, n_generated_tokens: int) -> None: ...
-    def on_loaded(self, name: str, seconds: float) -> None: ...
-    def on_load_failed(self, name: str) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class CoreStats:
-    """A snapshot for metrics and tests."""
-
-    n_running: int
-    n_waiting: int
-    n_pages: int
-    n_free_pages: int
-    n_preemptions: int
-    resident: dict[str, Slot]
 
 
 class EngineCore:
@@ -96,10 +75,12 @@ class EngineCore:
             max_batch_tokens=settings.max_batch_tokens,
             max_variants=settings.max_variants_per_step,
             acquire=self._acquire,
+            wipe=runner.base.store.wipe,
         )
         self._sampler = Sampler()
         self._post = Postprocessor()
         self._events: Events = []
+        self._busy = False  # the last turn ran a batch
         self._failed_steps = 0
         self._lock = threading.Lock()
         self._n_open = 0  # submitted and not finished
@@ -108,6 +89,8 @@ class EngineCore:
         self._stop = False
         self.dead = False
         self.heartbeat = time.monotonic()
+        for module in runner.base.store.probed:  # a long step is alive as long as layers go by
+            module.register_forward_pre_hook(self._beat)
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # -- called from other threads -------------------------------------------------------------
@@ -131,7 +114,8 @@ class EngineCore:
                     retry_after_s=wait_s,
                 )
             self._n_open += 1
-        self._inbox.put(lambda: self.scheduler.add(request))
+            # Inside the lock: whoever ends the engine empties the inbox after taking it.
+            self._inbox.put(lambda: self.scheduler.add(request))
 
     def abort(self, request: Request) -> None:
         """Forget a request whose client is gone. Its memory is free after the running step."""
@@ -189,8 +173,8 @@ class EngineCore:
 
     def _take_commands(self) -> None:
         """Run queued commands; wait for one if there is nothing to compute."""
-        self.heartbeat = time.monotonic()
-        block = not self.scheduler.running
+        self._beat()
+        block = not self._busy
         wait_s = LOAD_WAIT_S if self.scheduler.waiting else IDLE_WAIT_S
         while True:
             try:
@@ -200,10 +184,15 @@ class EngineCore:
             command()
             block = False
 
+    def _beat(self, *_: object) -> None:
+        self.heartbeat = time.monotonic()
+
     def step(self) -> None:
         """One engine step: schedule, run, sample, publish."""
         self._expire()
         scheduled = self.scheduler.schedule()
+        self.loader.place_waiting()
+        self._busy = bool(scheduled)
         if scheduled:
             self._run_batch(scheduled)
         if self._events:
@@ -249,13 +238,13 @@ class EngineCore:
         try:
             self._post.collect_prompt_logprobs(request, rows, logits)
             request.n_computed += item.n_tokens
+            request.unproven = True
             if request not in sampled:
                 return 0
             outcome = sampled[request]
-            if outcome.failed:
-                raise GenerationFailed(
-                    f"`{request.variant.name}` produced logits that are not finite"
-                )
+            if outcome.error is not None:
+                raise outcome.error
+            request.unproven = False
             event = self._post.token(request, outcome, self._max_len)
             if request.first_token is None:
                 request.first_token = time.monotonic()
@@ -270,17 +259,15 @@ class EngineCore:
 
     # -- requests ------------------------------------------------------------------------------
 
-    def _acquire(self, request: Request) -> Slot | bool:
+    def _acquire(self, request: Request) -> Slot | Missing:
         """Take a slot for the request, or see to it that its delta is being loaded."""
-        variant = request.variant
-        if variant.key == BASE_KEY:
-            return True
-        slot = self.slots.acquire(variant.key)
+        key = request.variant.key
+        slot = self.slots.acquire(key)
         if slot is not None:
             return slot
-        if self.slots.get(variant.key) is None:
-            self.loader.request(self._job_for(variant))
-        return False
+        if self.slots.get(key) is None:
+            self.loader.request(self._job_for(request.variant))
+        return Missing.NO_ROOM if self.loader.needs_room(key) else Missing.LOADING
 
     def _emit(self, request: Request, event: Event) -> None:
         self._events.append((request, event))
@@ -288,9 +275,6 @@ class EngineCore:
     def _fail(self, request: Request, error: ServeError) -> None:
         if request.status is Status.FINISHED:
             return
-        if isinstance(error, GenerationFailed):
-            # Its pages may hold values that are not finite, and padding is read (masked).
-            self._runner.base.store.wipe(request.pages)
         request.finish_reason = "error"
         self._emit(request, error)
         self._close(request)
@@ -307,7 +291,6 @@ class EngineCore:
         if request.slot is not None:
             self.slots.release(request.slot)
             request.slot = None
-            self.loader.place_waiting()
         with self._lock:
             self._n_open -= 1
         if request.admitted is not None:
@@ -320,7 +303,17 @@ class EngineCore:
         now = time.monotonic()
         for request in [*self.scheduler.running, *self.scheduler.waiting]:
             if request.deadline is not None and now > request.deadline:
-                self._fail(request, DeadlineExceeded("the request ran out of its time"))
+                self._fail(request, self._too_late(request))
+
+    def _too_late(self, request: Request) -> ServeError:
+        key = request.variant.key
+        if request.slot is None and key != BASE_KEY and self.loader.needs_room(key):
+            return NoSlot(
+                f"`{request.variant.name}` waited for other variants to make room until its time "
+                "was up; try again later",
+                retry_after_s=5,
+            )
+        return DeadlineExceeded("the request ran out of its time")
 
     def _open_requests(self) -> list[Request]:
         return [*self.scheduler.running, *self.scheduler.waiting]
@@ -332,15 +325,21 @@ class EngineCore:
 
     def _on_load(self, message: LoaderMessage) -> None:
         ended = self.loader.handle(message)
-        if isinstance(ended, Stored) and self._observer is not None:
+        if isinstance(ended, Stored):
             staged: Staged = ended.staged
-            self._observer.on_loaded(staged.job.name, time.monotonic() - staged.started)
+            for request in self._waiting_for(staged.job.key):
+                request.slot = self.slots.acquire(staged.job.key)  # before it can be evicted
+            if self._observer is not None:
+                self._observer.on_loaded(staged.job.name, time.monotonic() - staged.started)
         if isinstance(ended, LoadFailed):
-            for request in self._open_requests():
-                if request.variant.key == ended.key and request.slot is None:
-                    if self._observer is not None:
-                        self._observer.on_load_failed(request.variant.name)
-                    self._fail(request, DeltaUnusable(ended.message, retry_after_s=30))
+            for request in self._waiting_for(ended.key):
+                self._fail(request, DeltaUnusable(ended.message, retry_after_s=30))
+            if self._observer is not None:
+                self._observer.on_load_failed(ended.name)
+
+    def _waiting_for(self, key: str) -> list[Request]:
+        waiting = self.scheduler.waiting
+        return [r for r in waiting if r.variant.key == key and r.slot is None]
 
     # -- the end -------------------------------------------------------------------------------
 
@@ -351,6 +350,7 @@ class EngineCore:
         if broken or self._failed_steps >= MAX_FAILED_STEPS:
             raise error
         for item in scheduled:
+            item.request.unproven = True
             message = "the engine step of this request failed; other requests go on"
             self._fail(item.request, GenerationFailed(message))
 

@@ -14,9 +14,10 @@ import torch
 from compressor.identity import base_identity
 from server.deltas.registry import DeltaRegistry, RegisteredDelta
 from server.engine.catalog import VariantCatalog
-from server.engine.core import CoreStats, EngineCore, Events, Observer
+from server.engine.core import EngineCore, Events
 from server.engine.detokenizer import Detokenizer
 from server.engine.model import BaseModel, load_base_model
+from server.engine.observer import CoreStats, Observer
 from server.engine.pages import PagePool
 from server.engine.request import Event, Request
 from server.engine.runner import Runner

@@ -30,7 +30,8 @@ class Request:
 
     tokens      prompt, then output
     n_computed  tokens whose keys and values are in the cache
-    slot        held from admission to the end; None for the base
+    slot        held from admission (or the arrival of its delta) to the end; None for the base
+    unproven    its pages hold keys and values that no finite logits have come from yet
     deliver     takes each event; called by whoever `publish` hands the step's events to
     """
 
@@ -48,7 +49,7 @@ class Request:
     slot: Slot | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     n_preemptions: int = 0
-    aborted: bool = False
+    unproven: bool = False
     arrived: float = field(default_factory=time.monotonic)
     admitted: float | None = None
     first_token: float | None = None

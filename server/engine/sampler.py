@@ -7,10 +7,13 @@ noise then comes from its own generator, so its text does not depend on who shar
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -22,17 +25,18 @@ from transformers import (
 
 from server.engine.request import Request
 from server.engine.types import SamplingParams, TokenLogprob, TopLogprob
+from server.errors import GenerationFailed
 
 GREEDY_BELOW = 1e-5  # temperatures below this are greedy, as in vLLM
 
 
 @dataclass(slots=True)
 class Sampled:
-    """One row's outcome; `failed` if the logits were not finite."""
+    """One row's outcome; `error` says why this row has none."""
 
-    token_id: int
+    token_id: int = -1
     logprob: TokenLogprob | None = None
-    failed: bool = False
+    error: Exception | None = None
 
 
 @dataclass(slots=True)
@@ -45,63 +49,91 @@ class Sampler:
         self._generators.pop(request.request_id, None)
 
     def sample(self, requests: list[Request], logits: Tensor) -> list[Sampled]:
-        """Choose one token per row: logits [R, V] any float -> R outcomes."""
+        """Choose one token per row: logits [R, V] any float -> R outcomes.
+
+        What goes wrong for one row (not finite, a processor raises) is that row's outcome.
+        """
         logits = logits.float()
         mask_foreign_ids_(logits, [r.variant.vocab_size for r in requests])
-        finite = logits.amax(-1).isfinite().tolist()
-        raw = logits.clone() if any(r.params.logprobs is not None for r in requests) else logits
-        self._adjust_(logits, requests)
-        chosen = self._choose(logits, requests, finite)
-        return [
-            Sampled(token, self._logprob(request, raw[row], token), failed=not finite[row])
-            for row, (request, token) in enumerate(zip(requests, chosen, strict=True))
+        outcomes = [
+            Sampled() if finite else Sampled(error=_not_finite(request))
+            for request, finite in zip(requests, logits.amax(-1).isfinite().tolist(), strict=True)
         ]
-
-    def _logprob(self, request: Request, row: Tensor, token: int) -> TokenLogprob | None:
-        if request.params.logprobs is None:
-            return None
-        return token_logprob(request, torch.log_softmax(row, -1), token)
-
-    def _adjust_(self, logits: Tensor, requests: list[Request]) -> None:
+        raw = logits.clone() if any(r.params.logprobs is not None for r in requests) else logits
         for row, request in enumerate(requests):
-            params = request.params
-            if params.repetition_penalty != 1.0:
-                penalty = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)
-                seen = torch.tensor([request.tokens], device=logits.device)
-                logits[row] = penalty(seen, logits[row : row + 1])[0]
-            if params.presence_penalty or params.frequency_penalty:
-                _penalise_(logits[row], request)
-            for token_id, bias in params.logit_bias:
-                logits[row, token_id] += bias
-            if request.n_output < params.min_tokens:
-                banned = [*request.variant.text.eos_token_ids, *params.stop_token_ids]
-                logits[row, [i for i in banned if i < logits.shape[1]]] = float("-inf")
+            with _failing(outcomes[row]):
+                _adjust_(logits[row], request)
+        best = logits.argmax(-1).tolist()
+        for row, outcome in enumerate(outcomes):
+            outcome.token_id = int(best[row])
+        self._draw(logits, requests, outcomes)
+        for row, request in enumerate(requests):
+            if request.params.logprobs is not None:
+                with _failing(outcomes[row]):
+                    logprobs = torch.log_softmax(raw[row], -1)
+                    token = outcomes[row].token_id
+                    outcomes[row].logprob = token_logprob(request, logprobs, token)
+        return outcomes
 
-    def _choose(self, logits: Tensor, requests: list[Request], finite: list[bool]) -> list[int]:
-        tokens = logits.argmax(-1).tolist()
+    def _draw(self, logits: Tensor, requests: list[Request], outcomes: list[Sampled]) -> None:
+        """Replace the best token of rows with a temperature by a random one."""
         groups: dict[tuple[float, int, float, float], list[int]] = defaultdict(list)
         for row, request in enumerate(requests):
             p = request.params
-            if p.temperature >= GREEDY_BELOW and finite[row]:
+            if p.temperature >= GREEDY_BELOW and outcomes[row].error is None:
                 groups[(p.temperature, p.top_k, p.top_p, p.min_p)].append(row)
         for rows in groups.values():
-            scores = _warpers(requests[rows[0]].params)(None, logits[rows])
-            probs = torch.softmax(scores, -1)
-            noise = torch.stack([self._noise(requests[row], probs.shape[1]) for row in rows])
-            # argmax(p / Exp(1)) draws from p: the exponential race.
-            drawn = (probs / noise.to(probs.device)).argmax(-1).tolist()
-            for row, token in zip(rows, drawn, strict=True):
-                tokens[row] = token
-        return [int(t) for t in tokens]
+            with _failing(*(outcomes[row] for row in rows)):
+                scores = _warpers(requests[rows[0]].params)(None, logits[rows])
+                probs = torch.softmax(scores, -1)
+                noise = torch.stack([self._noise(requests[row], probs.shape[1]) for row in rows])
+                # argmax(p / Exp(1)) draws from p: the exponential race.
+                drawn = (probs / noise.to(probs.device)).argmax(-1).tolist()
+                for row, token in zip(rows, drawn, strict=True):
+                    outcomes[row].token_id = int(token)
 
-    def _noise(self, request: Request, n: int) -> Tensor:
+    def _noise(self, request: Request, width: int) -> Tensor:
+        """[width]; as many random numbers as the variant has tokens, however wide the batch is."""
         generator = None
         if request.params.seed is not None:
             if request.request_id not in self._generators:
                 generator = torch.Generator().manual_seed(request.params.seed)
                 self._generators[request.request_id] = generator
             generator = self._generators[request.request_id]
-        return torch.empty(n).exponential_(generator=generator).clamp_(min=1e-20)
+        n = min(request.variant.vocab_size, width)
+        own = torch.empty(n).exponential_(generator=generator).clamp_(min=1e-20)
+        return own if n == width else F.pad(own, (0, width - n), value=1.0)
+
+
+@contextmanager
+def _failing(*outcomes: Sampled) -> Iterator[None]:
+    """An exception in the block becomes the error of these rows."""
+    try:
+        yield
+    except Exception as error:
+        for outcome in outcomes:
+            outcome.error = outcome.error or error
+
+
+def _not_finite(request: Request) -> GenerationFailed:
+    return GenerationFailed(f"`{request.variant.name}` produced logits that are not finite")
+
+
+def _adjust_(row: Tensor, request: Request) -> None:
+    """Penalties, biases and banned stop tokens of one request: ``row [V]``."""
+    params = request.params
+    if params.repetition_penalty != 1.0:
+        penalty = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)
+        seen = torch.tensor([request.tokens], device=row.device)
+        row.copy_(penalty(seen, row.unsqueeze(0))[0])
+    if params.presence_penalty or params.frequency_penalty:
+        _penalise_(row, request)
+    for token_id, bias in params.logit_bias:
+        row[token_id] += bias
+    if request.n_output < params.min_tokens:
+        eos = () if params.ignore_eos else request.variant.text.eos_token_ids
+        banned = [i for i in (*eos, *params.stop_token_ids) if i < len(row)]
+        row[banned] = float("-inf")
 
 
 def mask_foreign_ids_(logits: Tensor, vocab_sizes: list[int]) -> None:

@@ -2,13 +2,15 @@
 
 Continuous batching: every running request decodes one token; what is left of the token budget goes
 to prefill chunks, oldest request first. When pages run out the youngest request is preempted: its
-pages are freed and it will be recomputed. A waiting request whose variant is not resident is passed
-over, never waited for; one that is passed over only because too many variants are mixed already
-stops later arrivals from overtaking it after `MAX_OVERTAKEN_S`.
+pages are freed and it will be recomputed. A waiting request whose variant is being read from disk
+is passed over, never waited for. One that is passed over for another reason is overtaken for
+`MAX_OVERTAKEN_S` at most: where too many variants are mixed already, no later request is admitted
+any more; where every slot is held, no later request takes another hold, so that one comes free.
 """
 
 from __future__ import annotations
 
+import enum
 import time
 from collections import deque
 from collections.abc import Callable
@@ -17,10 +19,19 @@ from dataclasses import dataclass
 from server.deltas.slots import Slot
 from server.engine.pages import PagePool
 from server.engine.request import Request, Status
+from server.engine.variant import BASE_KEY
 
 MAX_OVERTAKEN_S = 2.0
-# What `acquire` answers: a slot, "none needed" for the base, or not now.
-Acquire = Callable[[Request], "Slot | bool"]
+
+
+class Missing(enum.Enum):
+    """Why a request cannot have its variant's slot now."""
+
+    LOADING = "loading"
+    NO_ROOM = "no room"
+
+
+Acquire = Callable[[Request], Slot | Missing]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +58,7 @@ class Scheduler:
         max_batch_tokens: int,
         max_variants: int,
         acquire: Acquire,
+        wipe: Callable[[list[int]], None],
     ) -> None:
         self.pages = pages
         self.waiting: deque[Request] = deque()
@@ -55,6 +67,7 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._max_variants = max_variants
         self._acquire = acquire
+        self._wipe = wipe
         self.n_preemptions = 0
 
     def add(self, request: Request) -> None:
@@ -96,7 +109,7 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
-        self.pages.release(request.pages)
+        self._release(request)
         request.n_computed = 0
         request.n_preemptions += 1
         request.status = Status.WAITING
@@ -106,23 +119,22 @@ class Scheduler:
     def _admit(self, batch: list[Scheduled], budget: int) -> None:
         variants = {r.variant.key for r in self.running}
         now = time.monotonic()
+        may_hold = True
         for request in list(self.waiting):
             if budget <= 0 or len(self.running) >= self._max_num_seqs:
                 return
-            fresh = request.variant.key not in variants
-            if fresh and len(variants) >= self._max_variants:
-                if now - request.arrived > MAX_OVERTAKEN_S:
+            overdue = now - request.arrived > MAX_OVERTAKEN_S
+            missing = self._hold_slot(request, may_hold)
+            if missing is not None:
+                may_hold = may_hold and not (missing is Missing.NO_ROOM and overdue)
+                continue
+            if request.variant.key not in variants and len(variants) >= self._max_variants:
+                if overdue:
                     return
                 continue
             n_tokens = min(len(request.tokens), budget)
-            if self.pages.needed(n_tokens) > self.pages.n_free:
+            if not self.pages.grow(request.pages, n_tokens):
                 return
-            if request.slot is None:
-                slot = self._acquire(request)
-                if slot is False:
-                    continue
-                request.slot = None if slot is True else slot
-            self.pages.grow(request.pages, n_tokens)
             self.waiting.remove(request)
             self.running.append(request)
             request.status = Status.RUNNING
@@ -132,14 +144,31 @@ class Scheduler:
             batch.append(Scheduled(request, n_tokens))
             budget -= n_tokens
 
+    def _hold_slot(self, request: Request, may_hold: bool) -> Missing | None:
+        """Give the request its variant's slot, held to its end. Says why if that cannot be."""
+        if request.slot is not None or request.variant.key == BASE_KEY:
+            return None
+        answer = self._acquire(request) if may_hold else Missing.NO_ROOM
+        if isinstance(answer, Missing):
+            return answer
+        request.slot = answer
+        return None
+
     def remove(self, request: Request) -> None:
         """Take a request out, wherever it is; its pages go back."""
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
-        self.pages.release(request.pages)
+        self._release(request)
         request.status = Status.FINISHED
+
+    def _release(self, request: Request) -> None:
+        """Give the pages back; nobody may find a NaN in them (padding is read, and 0 * NaN)."""
+        if request.unproven:
+            self._wipe(request.pages)
+            request.unproven = False
+        self.pages.release(request.pages)
 
 
 def _remaining_is_many(request: Request) -> bool:

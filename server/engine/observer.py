@@ -1,0 +1,30 @@
+"""What the engine tells others about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from server.deltas.slots import Slot
+from server.engine.request import Request
+
+
+class Observer(Protocol):
+    """Told about requests and steps; implemented by the metrics."""
+
+    def on_finished(self, request: Request) -> None: ...
+    def on_step(self, n_prompt_tokens: int, n_generated_tokens: int) -> None: ...
+    def on_loaded(self, name: str, seconds: float) -> None: ...
+    def on_load_failed(self, name: str) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CoreStats:
+    """A snapshot for metrics and tests."""
+
+    n_running: int
+    n_waiting: int
+    n_pages: int
+    n_free_pages: int
+    n_preemptions: int
+    resident: dict[str, Slot]
