@@ -39,6 +39,7 @@ HELP = {
     "drain_timeout_s": "Seconds that running requests get after SIGTERM.",
     "max_body_bytes": "Largest request body.",
     "template_timeout_s": "Seconds that a chat template may take.",
+    "heartbeat_timeout_s": "Seconds without a finished layer until the engine counts as hung.",
     "torch_threads": "CPU threads for torch.  [default: torch's own choice]",
     "log_level": "debug, info, warning, error or critical.",
     "log_format": "Log lines for people or for machines.",

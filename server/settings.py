@@ -40,6 +40,7 @@ class Settings:
     drain_timeout_s: float = 30.0
     max_body_bytes: int = 4 << 20
     template_timeout_s: float = 5.0
+    heartbeat_timeout_s: float = 10.0  # no layer finished for so long: the engine hangs
     torch_threads: int | None = None  # default: torch's own choice
     log_level: str = "info"
     log_format: Literal["plain", "json"] = "plain"
@@ -57,6 +58,7 @@ class Settings:
             "request_timeout_s",
             "max_body_bytes",
             "template_timeout_s",
+            "heartbeat_timeout_s",
         )
         for name in positive:
             if getattr(self, name) <= 0:

@@ -50,6 +50,11 @@ class DeltaRegistry:
     def get(self, name: str) -> RegisteredDelta | None:
         return self._by_name.get(name)
 
+    def with_digest(self, digest: str | None) -> RegisteredDelta | None:
+        """A servable artifact with these bytes, under whatever name it has now."""
+        servable = (d for d in self._by_name.values() if d.error is None)
+        return next((d for d in servable if d.digest == digest), None)
+
     def all(self) -> list[RegisteredDelta]:
         return sorted(self._by_name.values(), key=lambda d: d.name)
 

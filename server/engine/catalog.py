@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import OrderedDict
 
 from compressor.artifact import Artifact, read_artifact
-from compressor.errors import ArtifactError
+from compressor.errors import ArtifactError, Corrupt
 from server.deltas.loader import LoadJob
 from server.deltas.parameter import Mode
-from server.deltas.registry import DeltaRegistry, RegisteredDelta
+from server.deltas.registry import DeltaRegistry, RegisteredDelta, safe_reason
 from server.engine.text import TextAssets, load_variant_text
 from server.engine.variant import BASE_KEY, Variant
 from server.errors import DeltaUnusable, ModelNotFound
 from server.settings import Settings
 
+log = logging.getLogger(__name__)
 FINGERPRINT_CHARS = 12
 MAX_HELD_ARTIFACTS = 4  # opened and not yet decoded into a slot
 
@@ -44,6 +46,7 @@ class VariantCatalog:
         )
         self._opened: dict[str, Variant] = {}
         self._paths: dict[str, RegisteredDelta] = {}
+        self._modes: dict[str, Mode] = {}
         self._held: OrderedDict[str, Artifact] = OrderedDict()
         self._errors: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -76,11 +79,11 @@ class VariantCatalog:
         key = self.key_of(delta)
         try:
             artifact = self._read(delta)
-            text = load_variant_text(self._settings.base, self._base_text, artifact.aux)
-        except (ArtifactError, OSError, ValueError) as error:
-            self._errors[key] = f"{type(error).__name__}: {error}"
+            text = self._text_of(artifact)
+        except (ArtifactError, OSError) as error:
+            self._errors[key] = safe_reason(error)
             raise DeltaUnusable(
-                f"`{model}` cannot be served: its artifact is {type(error).__name__}; "
+                f"`{delta.name}` cannot be served: {self._errors[key]}; "
                 "an operator must compress or copy it again",
                 param="model",
             ) from error
@@ -95,6 +98,7 @@ class VariantCatalog:
         with self._lock:
             self._errors.pop(key, None)
             self._paths[key] = delta
+            self._modes[key] = self.mode_of(delta.name)
             self._opened[key] = variant
             self._held[key] = artifact
             while len(self._held) > MAX_HELD_ARTIFACTS:
@@ -103,14 +107,14 @@ class VariantCatalog:
 
     def job_for(self, variant: Variant) -> LoadJob:
         """How the loader gets this variant's bytes, now or after an eviction."""
-        delta = self._paths[variant.key]
+        delta = self.registry.with_digest(variant.digest) or self._paths[variant.key]
 
         def read() -> Artifact:
             with self._lock:
                 held = self._held.pop(variant.key, None)
             return self._read(delta) if held is None else held
 
-        return LoadJob(variant.key, variant.name, self.mode_of(delta.name), read)
+        return LoadJob(variant.key, variant.name, self._modes[variant.key], read)
 
     def rescan(self) -> None:
         self.registry.rescan()
@@ -133,6 +137,13 @@ class VariantCatalog:
                 retry_after_s=1,
             )
         return artifact
+
+    def _text_of(self, artifact: Artifact) -> TextAssets:
+        try:
+            return load_variant_text(self._settings.base, self._base_text, artifact)
+        except Exception as error:  # tokenizers raises Exception itself
+            log.exception("the text files of %s cannot be used", artifact.path.name)
+            raise Corrupt("its tokenizer or generation config cannot be used") from error
 
     def _fingerprint(self, digest: str | None) -> str:
         delta = "base" if digest is None else digest[:FINGERPRINT_CHARS]

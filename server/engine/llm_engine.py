@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import torch
 
 from compressor.identity import base_identity
 from server.deltas.registry import DeltaRegistry, RegisteredDelta
+from server.deltas.slots import Slot
 from server.engine.catalog import VariantCatalog
 from server.engine.core import EngineCore, Events
 from server.engine.detokenizer import Detokenizer
@@ -22,13 +24,12 @@ from server.engine.pages import PagePool
 from server.engine.request import Event, Request
 from server.engine.runner import Runner
 from server.engine.text import load_base_text
-from server.engine.types import ModelInfo, OutputDelta, SamplingParams
+from server.engine.types import ModelInfo, OutputDelta, SamplingParams, VariantState
 from server.engine.variant import Variant
-from server.errors import ConfigError, InvalidRequest, ServeError
+from server.errors import ConfigError, Draining, InvalidRequest, ServeError
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
-HEARTBEAT_MAX_AGE_S = 30.0
 T = TypeVar("T")
 
 
@@ -55,6 +56,8 @@ class LLMEngine:
             Runner(base), settings, pages, catalog.job_for, self._publish, observer
         )
         self._workers = ThreadPoolExecutor(4, thread_name_prefix="text")
+        # Their own: a template that hangs must not keep others from tokenising.
+        self._templates = ThreadPoolExecutor(2, thread_name_prefix="template")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started = False
 
@@ -68,6 +71,11 @@ class LLMEngine:
         if settings.torch_threads is not None:
             torch.set_num_threads(settings.torch_threads)
         base = load_base_model(settings.base, _device(settings), _dtype(settings))
+        if settings.max_model_len is not None and settings.max_model_len > base.max_len:
+            raise ConfigError(
+                f"max_model_len is {settings.max_model_len}, but the base model has positions for "
+                f"{base.max_len} tokens only; lower it"
+            )
         name = settings.served_base_name or settings.base.resolve().name
         identity = base_identity(settings.base)
         registry = DeltaRegistry(settings.deltas, identity, reserved=frozenset({name}))
@@ -92,7 +100,8 @@ class LLMEngine:
                 break
             await asyncio.sleep(0.05)
         await asyncio.to_thread(self.core.stop)
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._workers, self._templates):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     # -- names -----------------------------------------------------------------------------------
 
@@ -105,38 +114,37 @@ class LLMEngine:
         ]
         for delta in self._catalog.registry.all():
             key = self._catalog.key_of(delta)
-            slot = resident.get(key)
-            infos.append(self._info(delta, key, 0 if slot is None else slot.n_bytes))
+            infos.append(self._info(delta, key, resident.get(key)))
         return infos
 
-    def _info(self, delta: RegisteredDelta, key: str, resident_bytes: int) -> ModelInfo:
-        error = delta.error or self._catalog.load_error(key)
-        loading = self.core.loader.is_loading(key)
+    def _info(self, delta: RegisteredDelta, key: str, slot: Slot | None) -> ModelInfo:
+        error = delta.error or self._catalog.load_error(key) or self.core.loader.errors.get(key)
         return ModelInfo(
             name=delta.name,
             parent=self.base_name,
             digest=delta.digest or None,
-            state=(
-                "ready"
-                if resident_bytes
-                else "loading"
-                if loading
-                else "failed"
-                if error
-                else "registered"
-            ),
+            state=self._state(key, slot, error),
             created_s=delta.created_s,
             max_model_len=self.max_model_len,
             n_bytes=delta.n_bytes,
-            resident_bytes=resident_bytes,
+            resident_bytes=0 if slot is None else slot.n_bytes,
             mode=self._catalog.mode_of(delta.name),
             codec=delta.codec,
             error=error,
             fidelity=dict(delta.fidelity),
         )
 
+    def _state(self, key: str, slot: Slot | None, error: str | None) -> VariantState:
+        if slot is not None:
+            return "ready"
+        if self.core.loader.is_loading(key):
+            return "loading"
+        return "failed" if error else "registered"
+
     async def open(self, model: str) -> Variant:
         """See EngineClient. Reading and verifying an artifact happens on a worker thread."""
+        if self.core.draining:
+            raise Draining("the server is shutting down", retry_after_s=5)
         known = self._catalog.cached(model)
         if known is not None:
             return known
@@ -161,12 +169,13 @@ class LLMEngine:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> list[int]:
-        rendering = self._in_thread(
+        rendering = asyncio.get_running_loop().run_in_executor(
+            self._templates,
             lambda: variant.text.render_chat(
                 messages,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-            )
+            ),
         )
         try:
             return await asyncio.wait_for(rendering, self._settings.template_timeout_s)
@@ -192,7 +201,6 @@ class LLMEngine:
         """See EngineClient."""
         self._check(variant, prompt_ids, params)
         events: asyncio.Queue[Event] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
         timeout_s = self._settings.request_timeout_s if deadline_s is None else deadline_s
         request = Request(
             # Clients choose request ids; inside the engine they must be unique.
@@ -207,7 +215,7 @@ class LLMEngine:
                 params.skip_special_tokens,
             ),
             deliver=events.put_nowait,
-            deadline=loop.time() + timeout_s,
+            deadline=time.monotonic() + timeout_s,
         )
         self.core.submit(request)
         finished = False
@@ -257,7 +265,11 @@ class LLMEngine:
         return self.core.stats()
 
     def is_alive(self) -> bool:
-        return self._started and self.core.is_alive(HEARTBEAT_MAX_AGE_S)
+        """Whether the loop lives. It beats once per layer, not only once per step: a long prompt
+        on a slow machine is no hang, a kernel that never returns is one after
+        `Settings.heartbeat_timeout_s`.
+        """
+        return self._started and self.core.is_alive(self._settings.heartbeat_timeout_s)
 
     def is_dead(self) -> bool:
         return self.core.dead

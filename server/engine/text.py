@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from compressor.artifact import Artifact
 from server.errors import ConfigError, InvalidRequest
 
 TOKENIZER_FILES = (
@@ -96,21 +97,29 @@ def load_base_text(base_dir: Path) -> TextAssets:
     )
 
 
-def load_variant_text(base_dir: Path, base: TextAssets, aux: dict[str, bytes]) -> TextAssets:
-    """Overlay an artifact's own files (already verified, in memory) on the base's."""
+def load_variant_text(base_dir: Path, base: TextAssets, artifact: Artifact) -> TextAssets:
+    """Overlay an artifact's own files (already verified, in memory) on the base's.
+
+    Raises whatever transformers and tokenizers make of files they cannot use.
+    """
+    aux, details = artifact.aux, artifact.config.finetuned_details
+    dropped: list[str] = details.get("dropped_files", [])  # the fine-tune lives without them
     tokenizer = base.tokenizer
-    if any(name in aux for name in TOKENIZER_FILES):
+    if any(name in aux or name in dropped for name in TOKENIZER_FILES):
         with tempfile.TemporaryDirectory(prefix="impart-tokenizer-") as folder:
             for name in ("config.json", *TOKENIZER_FILES):
                 if name in aux:
                     Path(folder, name).write_bytes(aux[name])
-                elif (base_dir / name).is_file():
+                elif name not in dropped and (base_dir / name).is_file():
                     shutil.copyfile(base_dir / name, Path(folder, name))
             tokenizer = _load_tokenizer(Path(folder))
-    generation = base_generation = _read_json(base_dir, "generation_config.json")
+    generation: dict[str, Any] = {}
     if "generation_config.json" in aux:
         generation = json.loads(aux["generation_config.json"])
-    return _assets(tokenizer, generation, base_generation | _read_json(base_dir, "config.json"))
+    elif "generation_config.json" not in dropped:
+        generation = _read_json(base_dir, "generation_config.json")
+    config = _read_json(base_dir, "config.json") | details.get("config", {})
+    return _assets(tokenizer, generation, config)
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

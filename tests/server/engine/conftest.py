@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,19 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from compressor.artifact import read_artifact
 from compressor.pipeline import Options, compress
 from compressor.reconstruct import reconstruct
+from tests.server.engine.helpers import CoreHarness
 from tests.tiny import Kind, make_tiny, perturb
+
+PAIR = {
+    "blockdiag": Options(codec="blockdiag", ratio=9),
+    "impart": Options(codec="impart", ratio=7),
+}
+ALL_CODECS = PAIR | {
+    "head": Options(codec="blockdiag", ratio=9, codec_options={"head_fraction": 0.3}),
+    "lowrank": Options(codec="lowrank", ratio=7),
+    "other-blocks": Options(codec="blockdiag", ratio=11, codec_options={"bits": 3}),
+}
+N_TRUTH = 20  # tokens of every oracle text
 
 
 @dataclass(frozen=True)
@@ -23,10 +35,30 @@ class Served:
     base: Path
     deltas: Path
     checkpoints: dict[str, Path]
+    _oracles: dict[str, PreTrainedModel] = field(default_factory=dict, repr=False)
+    _truths: dict[tuple[str, tuple[int, ...]], list[int]] = field(default_factory=dict, repr=False)
 
     def oracle(self, name: str) -> PreTrainedModel:
         """Hugging Face model of the base or of a variant's reconstructed checkpoint."""
-        return AutoModelForCausalLM.from_pretrained(self.checkpoints[name], dtype=torch.float32)
+        if name not in self._oracles:
+            self._oracles[name] = AutoModelForCausalLM.from_pretrained(
+                self.checkpoints[name], dtype=torch.float32
+            )
+        return self._oracles[name]
+
+    def truth(self, name: str, prompt: list[int]) -> list[int]:
+        """What `generate` continues greedily: `N_TRUTH` tokens, or up to its first EOS."""
+        key = (name, tuple(prompt))
+        if key not in self._truths:
+            model = self.oracle(name)
+            out = model.generate(
+                torch.tensor([prompt]), do_sample=False, max_new_tokens=N_TRUTH, pad_token_id=0
+            )[0].tolist()[len(prompt) :]
+            eos = model.generation_config.eos_token_id
+            stops = eos if isinstance(eos, list) else [eos]
+            end = next((i + 1 for i, token in enumerate(out) if token in stops), len(out))
+            self._truths[key] = out[:end]
+        return self._truths[key]
 
 
 def build_served(
@@ -66,3 +98,17 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Served]:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def harness() -> Iterator[Callable[..., CoreHarness]]:
+    """Make engine cores over a Served; they are closed afterwards."""
+    made: list[CoreHarness] = []
+
+    def make(served: Served, **settings: object) -> CoreHarness:
+        made.append(CoreHarness(served.base, served.deltas, **settings))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,10 @@ class CoreHarness:
         for request, event in events:
             request.deliver(event)
 
-    def submit(self, model: str, prompt: str | list[int], **params: Any) -> Recorded:
+    def submit(
+        self, model: str, prompt: str | list[int], *, deadline: float | None = None, **params: Any
+    ) -> Recorded:
+        """Queue a request; greedy, 16 tokens unless `params` say otherwise."""
         variant = self.catalog.open(model)
         ids = variant.text.encode(prompt) if isinstance(prompt, str) else prompt
         chosen = SamplingParams(**({"max_tokens": 16, "temperature": 0.0} | params))
@@ -95,17 +99,22 @@ class CoreHarness:
                 chosen.skip_special_tokens,
             ),
             deliver=events.append,
+            deadline=deadline,
         )
         self.core.submit(request)
         return Recorded(request, events)
 
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Step until the condition holds."""
+        deadline = time.monotonic() + STEP_TIMEOUT_S
+        while not condition():
+            if time.monotonic() > deadline:
+                raise AssertionError("it did not come true")
+            self.core.turn()
+
     def run(self, *recorded: Recorded) -> None:
         """Step until all given requests have ended."""
-        deadline = time.monotonic() + STEP_TIMEOUT_S
-        while not all(r.done for r in recorded):
-            if time.monotonic() > deadline:
-                raise AssertionError("requests did not finish")
-            self.core.turn()
+        self.until(lambda: all(r.done for r in recorded))
 
     def assert_idle(self) -> None:
         """No page, slot reference or request is left behind."""

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import pytest
-import torch
 
-from compressor.pipeline import Options
-from tests.server.engine.conftest import Served
+from tests.server.engine.conftest import ALL_CODECS, N_TRUTH, PAIR, Served
 from tests.server.engine.helpers import CoreHarness, Recorded
 
 PROMPTS = [
@@ -17,42 +13,6 @@ PROMPTS = [
     "x",
     "def add(left, right): return left + right and then some more words to cross a page",
 ]
-PAIR = {
-    "blockdiag": Options(codec="blockdiag", ratio=9),
-    "impart": Options(codec="impart", ratio=7),
-}
-ALL_CODECS = PAIR | {
-    "head": Options(codec="blockdiag", ratio=9, codec_options={"head_fraction": 0.3}),
-    "lowrank": Options(codec="lowrank", ratio=7),
-    "other-blocks": Options(codec="blockdiag", ratio=11, codec_options={"bits": 3}),
-}
-N_NEW = 20
-
-
-def truth(served: Served, name: str, prompts: list[list[int]]) -> list[list[int]]:
-    model = served.oracle(name)
-    eos = model.generation_config.eos_token_id
-    rows = []
-    for ids in prompts:
-        out = model.generate(
-            torch.tensor([ids]), do_sample=False, max_new_tokens=N_NEW, pad_token_id=0
-        )[0].tolist()[len(ids) :]
-        stops = eos if isinstance(eos, list) else [eos]
-        rows.append(out[: next((i + 1 for i, t in enumerate(out) if t in stops), len(out))])
-    return rows
-
-
-@pytest.fixture
-def harness() -> Iterator[Callable[..., CoreHarness]]:
-    made: list[CoreHarness] = []
-
-    def make(served: Served, **settings: object) -> CoreHarness:
-        made.append(CoreHarness(served.base, served.deltas, **settings))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.close()
 
 
 def assert_parity(harness: CoreHarness, served: Served) -> None:
@@ -61,13 +21,13 @@ def assert_parity(harness: CoreHarness, served: Served) -> None:
     sent: dict[tuple[str, int], Recorded] = {}
     for i, prompt in enumerate(PROMPTS):
         for name in names:
-            sent[name, i] = harness.submit(name, prompt, max_tokens=N_NEW)
+            sent[name, i] = harness.submit(name, prompt, max_tokens=N_TRUTH)
     harness.run(*sent.values())
     harness.assert_idle()
     for name in names:
-        prompts = [sent[name, i].request.prompt_ids for i in range(len(PROMPTS))]
-        for i, want in enumerate(truth(served, name, prompts)):
+        for i in range(len(PROMPTS)):
             assert sent[name, i].error is None
+            want = served.truth(name, sent[name, i].request.prompt_ids)
             assert sent[name, i].output_ids == want, (name, i)
 
 
@@ -123,10 +83,9 @@ def test_engine_preemption_equals_generate(served, harness, kind: str) -> None:
 def test_engine_alone_equals_mixed(served, harness, name: str) -> None:
     pair = served("llama", PAIR)
     alone = harness(pair)
-    request = alone.submit(name, PROMPTS[1], max_tokens=N_NEW)
+    request = alone.submit(name, PROMPTS[1], max_tokens=N_TRUTH)
     alone.run(request)
-    prompts = [request.request.prompt_ids]
-    assert request.output_ids == truth(pair, name, prompts)[0]
+    assert request.output_ids == pair.truth(name, request.request.prompt_ids)
 
 
 def test_engine_variants_evicted_and_reloaded_equals_generate(served, harness) -> None:
@@ -138,6 +97,5 @@ def test_engine_variants_evicted_and_reloaded_equals_generate(served, harness) -
 
 def test_engine_variants_differ_from_base_and_each_other(served) -> None:
     pair = served("llama", PAIR)
-    prompts = [[5, 6, 7, 8, 9]]
-    outputs = [truth(pair, name, prompts)[0] for name in pair.checkpoints]
+    outputs = [pair.truth(name, [5, 6, 7, 8, 9]) for name in pair.checkpoints]
     assert len({tuple(o) for o in outputs}) == len(outputs)
