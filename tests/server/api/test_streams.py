@@ -24,68 +24,9 @@ from server.errors import (
     GenerationFailed,
     QueueFull,
 )
+from tests.server.api.call import Call
 from tests.server.api.conftest import make_settings
 from tests.server.api.fake import BASE, FakeEngine
-
-
-class Call:
-    """One request through an ASGI application; the test plays the network."""
-
-    def __init__(self, app: Any, path: str, body: dict[str, Any]) -> None:
-        self.sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-        self.messages: list[dict[str, Any]] = []
-        self.gone = asyncio.Event()
-        self.accept = asyncio.Event()  # cleared: the network takes nothing
-        self.accept.set()
-        self._given = False
-        self._body = json.dumps(body).encode()
-        scope = {
-            "type": "http",
-            "asgi": {"version": "3.0", "spec_version": "2.3"},
-            "http_version": "1.1",
-            "method": "POST",
-            "path": path,
-            "raw_path": path.encode(),
-            "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
-            "scheme": "http",
-            "server": ("test", 80),
-            "client": ("test", 1),
-            "root_path": "",
-        }
-        self.task = asyncio.create_task(app(scope, self._receive, self._send))
-
-    async def _receive(self) -> dict[str, Any]:
-        if not self._given:
-            self._given = True
-            return {"type": "http.request", "body": self._body, "more_body": False}
-        await self.gone.wait()
-        return {"type": "http.disconnect"}
-
-    async def _send(self, message: dict[str, Any]) -> None:
-        await self.accept.wait()
-        self.messages.append(message)
-        await self.sent.put(message)
-
-    async def next(self) -> dict[str, Any]:
-        async with asyncio.timeout(5):
-            return await self.sent.get()
-
-    async def finish(self) -> None:
-        async with asyncio.timeout(5):
-            await self.task
-
-    @property
-    def status(self) -> int:
-        return self.messages[0]["status"]
-
-    @property
-    def text(self) -> str:
-        return b"".join(m.get("body", b"") for m in self.messages).decode()
-
-    def events(self) -> list[Any]:
-        frames = [f for f in self.text.split("\n\n") if f.startswith("data: ")]
-        return [json.loads(f[6:]) if f != "data: [DONE]" else "DONE" for f in frames]
 
 
 def body(stream: bool, **fields: Any) -> dict[str, Any]:
