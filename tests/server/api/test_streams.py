@@ -146,7 +146,7 @@ async def test_error_of_one_choice_ends_the_others():
     async with held() as (engine, app):
         call = Call(app, "/v1/completions", body(False, n=3))
         await until(lambda: engine.n_active == 3)
-        engine.fail_at = 3
+        engine.fail_at = 4  # past the token at which all of them wait
         engine.hold.set()
         await call.finish()
 
