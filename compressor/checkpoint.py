@@ -129,7 +129,10 @@ class TensorFiles:
 
     def _fd(self, file: Path) -> int:
         if file not in self._fds:
-            self._fds[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                self._fds[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
         return self._fds[file]
 
 

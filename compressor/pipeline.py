@@ -204,10 +204,13 @@ def base_info(
     base: Checkpoint, tied: tuple[tuple[str, str], ...], name: str | None = None
 ) -> BaseInfo:
     """Describe the base; its parameters are counted once where they are tied."""
+    twins = {alias for alias, target in tied if target in base.tensors}
     return BaseInfo(
         identity=base_identity(base.path),
         name_or_path=name or base.name,
-        n_parameters=sum(math.prod(tensor.shape) for tensor in base.tensors.values()),
+        n_parameters=sum(
+            math.prod(t.shape) for name, t in base.tensors.items() if name not in twins
+        ),
         dtype=checkpoint_dtype(base),
         tied=tied,
     )
