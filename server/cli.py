@@ -31,6 +31,7 @@ HELP = {
     "max_variants_per_step": "Distinct variants mixed in one engine step.",
     "kv_cache_bytes": "Device memory for the KV cache.",
     "kv_block_tokens": "Tokens per KV cache block.",
+    "prefix_cache": "Requests of one variant share the KV blocks of a common beginning.",
     "max_model_len": "Longest prompt plus output.  [default: the base's own limit]",
     "max_num_seqs": "Sequences running at once.",
     "max_batch_tokens": "Tokens per engine step.",

@@ -32,6 +32,7 @@ class Settings:
     max_variants_per_step: int = 32  # distinct variants mixed in one engine step
     kv_cache_bytes: int = 1 * GIB
     kv_block_tokens: int = 16
+    prefix_cache: bool = True  # requests of one variant share the pages of a common beginning
     max_model_len: int | None = None  # default: the base's own limit
     max_num_seqs: int = 64  # running at once
     max_batch_tokens: int = 512  # per engine step: decode first, then prefill chunks

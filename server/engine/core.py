@@ -244,7 +244,7 @@ class EngineCore:
             outcome = sampled[request]
             if outcome.error is not None:
                 raise outcome.error
-            request.unproven = False
+            self.scheduler.computed(request)
             event = self._post.token(request, outcome, self._max_len)
             if request.first_token is None:
                 request.first_token = time.monotonic()

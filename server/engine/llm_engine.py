@@ -311,4 +311,4 @@ def allocate_pages(base: BaseModel, settings: Settings) -> PagePool:
             f"{settings.kv_block_tokens} tokens need {2 * page_bytes} bytes"
         )
     base.store.allocate(n_pages, settings.kv_block_tokens, base.device)
-    return PagePool(n_pages, settings.kv_block_tokens)
+    return PagePool(n_pages, settings.kv_block_tokens, reuse=settings.prefix_cache)

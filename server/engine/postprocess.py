@@ -58,6 +58,7 @@ class Postprocessor:
             token_ids=(token,),
             logprobs=() if sampled.logprob is None else (sampled.logprob,),
             prompt_logprobs=prompt_logprobs,
+            n_cached_tokens=request.n_cached_tokens,
             finish_reason=reason,
             stop_reason=stop_reason,
         )

@@ -31,6 +31,8 @@ class Request:
     tokens      prompt, then output
     n_computed  tokens whose keys and values are in the cache
     slot        held from admission (or the arrival of its delta) to the end; None for the base
+    n_settled_pages  leading pages that are findable by others, or never will be
+    n_cached_tokens  prompt tokens whose keys and values were already there at admission
     unproven    its pages hold keys and values that no finite logits have come from yet
     deliver     takes each event; called by whoever `publish` hands the step's events to
     """
@@ -50,6 +52,8 @@ class Request:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     n_preemptions: int = 0
     unproven: bool = False
+    n_settled_pages: int = 0
+    n_cached_tokens: int = 0
     arrived: float = field(default_factory=time.monotonic)
     admitted: float | None = None
     first_token: float | None = None
@@ -57,6 +61,11 @@ class Request:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt_ids)
+
+    @property
+    def cache_key(self) -> str:
+        """What, besides the tokens, determines keys and values: the delta's digest and mode."""
+        return self.variant.key
 
     @property
     def n_output(self) -> int:

@@ -75,9 +75,11 @@ class Scheduler:
 
     def schedule(self) -> list[Scheduled]:
         """Choose the next step's chunks and make sure their pages exist."""
+        n_preemptions = self.n_preemptions
         batch = self._schedule_running()
-        budget = self._max_batch_tokens - sum(s.n_tokens for s in batch)
-        self._admit(batch, budget)
+        if self.n_preemptions == n_preemptions:  # else whoever was put back would return at once
+            budget = self._max_batch_tokens - sum(s.n_tokens for s in batch)
+            self._admit(batch, budget)
         return batch
 
     def _schedule_running(self) -> list[Scheduled]:
@@ -110,7 +112,6 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         self.running.remove(request)
         self._release(request)
-        request.n_computed = 0
         request.n_preemptions += 1
         request.status = Status.WAITING
         self.waiting.appendleft(request)
@@ -132,8 +133,10 @@ class Scheduler:
                 if overdue:
                     return
                 continue
-            n_tokens = min(len(request.tokens), budget)
-            if not self.pages.grow(request.pages, n_tokens):
+            self._reuse_prefix(request)
+            n_tokens = min(len(request.tokens) - request.n_computed, budget)
+            if not self.pages.grow(request.pages, request.n_computed + n_tokens):
+                self._release(request)
                 return
             self.waiting.remove(request)
             self.running.append(request)
@@ -143,6 +146,25 @@ class Scheduler:
             variants.add(request.variant.key)
             batch.append(Scheduled(request, n_tokens))
             budget -= n_tokens
+
+    def _reuse_prefix(self, request: Request) -> None:
+        """Begin with the pages of the longest known prefix. Prompt logprobs need every row."""
+        if request.params.prompt_logprobs:
+            return
+        request.pages = self.pages.match(request.cache_key, request.tokens)
+        request.n_settled_pages = len(request.pages)
+        request.n_computed = len(request.pages) * self.pages.page_tokens
+        if request.admitted is None:
+            request.n_cached_tokens = request.n_computed
+
+    def computed(self, request: Request) -> None:
+        """Finite logits came from all of the request's keys and values: others may reuse them."""
+        request.unproven = False
+        n_full = request.n_computed // self.pages.page_tokens
+        if n_full > request.n_settled_pages:
+            request.n_settled_pages = self.pages.remember(
+                request.cache_key, request.tokens, request.pages, request.n_settled_pages, n_full
+            )
 
     def _hold_slot(self, request: Request, may_hold: bool) -> Missing | None:
         """Give the request its variant's slot, held to its end. Says why if that cannot be."""
@@ -166,9 +188,10 @@ class Scheduler:
     def _release(self, request: Request) -> None:
         """Give the pages back; nobody may find a NaN in them (padding is read, and 0 * NaN)."""
         if request.unproven:
-            self._wipe(request.pages)
+            self._wipe(self.pages.private(request.pages))
             request.unproven = False
         self.pages.release(request.pages)
+        request.n_computed = request.n_settled_pages = 0
 
 
 def _remaining_is_many(request: Request) -> bool:

@@ -99,3 +99,23 @@ def test_engine_variants_differ_from_base_and_each_other(served) -> None:
     pair = served("llama", PAIR)
     outputs = [pair.truth(name, [5, 6, 7, 8, 9]) for name in pair.checkpoints]
     assert len({tuple(o) for o in outputs}) == len(outputs)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_engine_reused_prefix_equals_generate(served, harness, kind: str) -> None:
+    pair = served(kind, PAIR)
+    one = harness(pair, kv_block_tokens=4)
+    prompt = PROMPTS[1]
+    for name in pair.checkpoints:
+        first = one.submit(name, prompt, max_tokens=N_TRUTH)
+        one.run(first)
+        again = one.submit(name, prompt, max_tokens=N_TRUTH)
+        longer = one.submit(name, [*first.request.tokens[:-1], 7], max_tokens=4)
+        one.run(again, longer)
+        assert first.request.n_cached_tokens == 0, "another variant's pages must not be found"
+        assert again.request.n_cached_tokens >= len(first.request.prompt_ids) - 4
+        assert longer.request.n_cached_tokens > len(first.request.prompt_ids)
+        want = pair.truth(name, first.request.prompt_ids)
+        assert first.output_ids == again.output_ids == want
+        assert longer.output_ids == pair.truth(name, longer.request.prompt_ids)[:4]
+    one.assert_idle()
