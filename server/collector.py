@@ -29,6 +29,10 @@ class Stats(Protocol):
     def n_free_pages(self) -> int: ...
     @property
     def n_preemptions(self) -> int: ...
+    @property
+    def n_prefix_queried(self) -> int: ...
+    @property
+    def n_prefix_hit(self) -> int: ...
 
 
 class StatsProvider(Protocol):
@@ -96,9 +100,10 @@ class EngineCollector(Collector):
         }
         for name, (value, text) in values.items():
             yield self._gauge(name, text, value)
-        preemptions = Metric("vllm:num_preemptions", "Preemptions since the start", "counter")
-        preemptions.add_sample("vllm:num_preemptions_total", self._labels(), stats.n_preemptions)
-        yield preemptions
+        yield self._count("vllm:num_preemptions", "Preemptions", stats.n_preemptions)
+        queried, hit = stats.n_prefix_queried, stats.n_prefix_hit
+        yield self._count("vllm:prefix_cache_queries", "Prompt tokens looked up", queried)
+        yield self._count("vllm:prefix_cache_hits", "Prompt tokens found", hit)
 
     def _in_use(self) -> Iterator[Metric]:
         """Which variants are at work: vLLM's series that gateways route by, and the counts."""
@@ -155,6 +160,11 @@ class EngineCollector(Collector):
 
     def _labels(self) -> dict[str, str]:
         return {"model_name": self._provider.base_name, "engine": ENGINE}
+
+    def _count(self, name: str, text: str, value: int) -> Metric:
+        counter = Metric(name, f"{text} since the start", "counter")
+        counter.add_sample(f"{name}_total", self._labels(), value)
+        return counter
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, text, labels=LABELS)

@@ -153,6 +153,8 @@ class EngineCore:
             n_pages=pages.n_pages,
             n_free_pages=pages.n_free,
             n_preemptions=self.scheduler.n_preemptions,
+            n_prefix_queried=pages.counts.n_queried,
+            n_prefix_hit=pages.counts.n_hit,
             resident={s.key: s for s in self.slots.residents()},
         )
 

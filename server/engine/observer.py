@@ -27,4 +27,6 @@ class CoreStats:
     n_pages: int
     n_free_pages: int
     n_preemptions: int
+    n_prefix_queried: int
+    n_prefix_hit: int
     resident: dict[str, Slot]

@@ -42,6 +42,8 @@ class FakeStats:
     n_pages: int = 10
     n_free_pages: int = 10
     n_preemptions: int = 0
+    n_prefix_queried: int = 0
+    n_prefix_hit: int = 0
 
 
 class FakeEngine:
