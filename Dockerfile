@@ -1,22 +1,23 @@
 # impart-serve in a container: non-root, offline, health-checked.
 #
-#   CPU    docker build -t impart-serve .
-#   CUDA   docker build -t impart-serve:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
+#   CUDA   docker build -t impart-serve .
+#   CPU    docker build -t impart-serve:cpu --build-arg TORCH_INDEX=<index> .
+#          (the index that pytorch.org's "Get Started" page names for CPU; any other build likewise)
 #          docker run --gpus all ...
 #   run    docker run -p 8000:8000 -v /srv/base:/models/base:ro -v /srv/deltas:/models/deltas:ro impart-serve
 ARG PYTHON=3.12
 
 FROM python:${PYTHON}-slim AS build
-# TORCH chooses the version, TORCH_INDEX the build: the CPU one unless told otherwise.
+# TORCH chooses the version, TORCH_INDEX the build; without it pip's own index gives the CUDA one.
 ARG TORCH=torch==2.13.0
-ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_INDEX=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN python -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH
 WORKDIR /src
 # torch first and in a layer of its own: gigabytes that change least often.
 # hadolint ignore=DL3013
-RUN pip install "${TORCH}" --index-url "${TORCH_INDEX}"
+RUN pip install "${TORCH}" ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"}
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY compressor compressor
 COPY server server
