@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,20 @@ def harness() -> Iterator[Callable[..., CoreHarness]]:
     yield make
     for one in made:
         one.close()
+
+
+@pytest.fixture(scope="session")
+def poisoned(served: Callable[..., Served], tmp_path_factory: pytest.TempPathFactory) -> Served:
+    """The llama pair and `poison`, a valid finite delta whose activations overflow: from the first
+    layer on, its keys and values are not finite.
+    """
+    pair = served("llama", PAIR)
+    folder = tmp_path_factory.mktemp("poisoned")
+    shutil.copytree(pair.deltas, folder / "deltas")
+    tuned = perturb(pair.base, folder / "ft", seed=99, scale=0.1)
+    model = AutoModelForCausalLM.from_pretrained(tuned, dtype=torch.float32)
+    with torch.no_grad():
+        model.get_parameter("model.layers.0.input_layernorm.weight").fill_(3e38)
+    model.save_pretrained(tuned)
+    compress(pair.base, tuned, folder / "deltas" / "poison", PAIR["blockdiag"])
+    return replace(pair, deltas=folder / "deltas")
