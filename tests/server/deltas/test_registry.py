@@ -1,0 +1,164 @@
+"""Discovery: names, bad artifacts, changes between scans."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from server.deltas.registry import DeltaRegistry
+from tests.compressor.artifacts import BASE, edit_config, write_artifact
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("made") / "one"
+    write_artifact(path)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path, artifact: Path) -> Path:
+    shutil.copytree(artifact, tmp_path / "one")
+    return tmp_path
+
+
+def scan(root: Path, base: str = BASE, reserved: frozenset[str] = frozenset()) -> DeltaRegistry:
+    registry = DeltaRegistry(root, base, reserved)
+    registry.rescan()
+    return registry
+
+
+def test_rescan_finds_every_folder_and_nothing_else(root: Path, artifact: Path) -> None:
+    for name in ("B2", "with.dots-and_more"):
+        shutil.copytree(artifact, root / name)
+    (root / ".one.partial").mkdir()
+    (root / "a-file").write_text("not a delta")
+    os.symlink(artifact, root / "linked")  # how a Kubernetes volume presents a folder
+    found = scan(root).all()
+    assert [d.name for d in found] == ["B2", "linked", "one", "with.dots-and_more"]
+    assert all(d.error is None for d in found)
+
+
+def test_rescan_reads_what_the_list_shows(root: Path) -> None:
+    found = scan(root).get("one")
+    assert found is not None
+    assert found.codec == "blockdiag"
+    assert found.fidelity == {"kl": 0.01, "text": "caf\u00e9"}
+    assert found.n_bytes == sum(f.stat().st_size for f in (root / "one").iterdir())
+    assert len(found.digest) == 64
+
+
+def test_no_directory_means_no_variants() -> None:
+    registry = DeltaRegistry(None, BASE)
+    registry.rescan()
+    assert registry.all() == []
+
+
+def truncate(path: Path) -> None:
+    (path / "delta_config.json").write_bytes(b'{"format":')
+
+
+def empty(path: Path) -> None:
+    for file in path.iterdir():
+        file.unlink()
+
+
+def other_base(path: Path) -> None:
+    edit_config(path, lambda c: c["base"].update(identity="cd" * 32, name_or_path="/secret/base"))
+
+
+def newer_format(path: Path) -> None:
+    edit_config(path, lambda c: c.update(format_version=99))
+
+
+def not_json(path: Path) -> None:
+    edit_config(path, lambda c: c.clear())
+
+
+def link(path: Path) -> None:
+    file = path / "delta_config.json"
+    file.rename(path.parent / "elsewhere.json")
+    file.symlink_to(path.parent / "elsewhere.json")
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (truncate, "Corrupt"),
+        (empty, "NotADelta"),
+        (other_base, "WrongBase"),
+        (newer_format, "UnsupportedVersion"),
+        (not_json, ""),
+        (link, "Corrupt"),
+    ],
+)
+def test_rescan_bad_artifact_is_listed_with_an_error_without_a_path(
+    root: Path, artifact: Path, damage: Callable[[Path], None], says: str
+) -> None:
+    shutil.copytree(artifact, root / "bad")
+    damage(root / "bad")
+    registry = scan(root)
+    bad, good = registry.get("bad"), registry.get("one")
+    assert bad is not None
+    assert good is not None
+    assert bad.error is not None
+    assert says in bad.error
+    assert str(root) not in bad.error
+    assert "/" not in bad.error
+    assert good.error is None  # the others are served
+
+
+@pytest.mark.parametrize("name", ["sp ace", "-dash", "\u0430lpha", "x" * 129, "the-base", "a:b"])
+def test_rescan_name_that_cannot_be_a_model_is_listed_with_an_error(
+    root: Path, artifact: Path, name: str
+) -> None:
+    shutil.copytree(artifact, root / name)
+    registry = scan(root, reserved=frozenset({"the-base"}))
+    found = registry.get(name)
+    assert found is not None
+    assert found.error is not None
+    assert "rename" in found.error
+
+
+def test_rescan_sees_changed_new_and_removed_artifacts(root: Path, artifact: Path) -> None:
+    registry = scan(root)
+    before = registry.get("one")
+    shutil.copytree(artifact, root / "two")
+    edit_config(root / "one", lambda c: c.update(seed=8))
+    assert registry.get("two") is None  # only `rescan` changes what is served
+    registry.rescan()
+    after = registry.get("one")
+    assert before is not None
+    assert after is not None
+    assert after.digest != before.digest
+    assert registry.get("two") is not None
+    shutil.rmtree(root / "one")
+    registry.rescan()
+    assert registry.get("one") is None
+    assert registry.with_digest(before.digest) == registry.get("two")
+
+
+def test_rescan_repaired_artifact_loses_its_error(root: Path, artifact: Path) -> None:
+    truncate(root / "one")
+    registry = scan(root)
+    shutil.rmtree(root / "one")
+    shutil.copytree(artifact, root / "one")
+    registry.rescan()
+    found = registry.get("one")
+    assert found is not None
+    assert found.error is None
+
+
+def test_rescan_unreadable_root_keeps_the_names_known_before(root: Path) -> None:
+    registry = scan(root)
+    root.rename(root.with_name("moved"))
+    try:
+        with pytest.raises(FileNotFoundError):
+            registry.rescan()
+        assert registry.get("one") is not None
+    finally:
+        root.with_name("moved").rename(root)
