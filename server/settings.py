@@ -59,11 +59,12 @@ class Settings:
             "request_timeout_s",
             "max_body_bytes",
             "template_timeout_s",
-            "heartbeat_timeout_s",
         )
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.heartbeat_timeout_s < 1:  # an idle engine beats twice per second
+            raise ConfigError(f"heartbeat_timeout_s must be >= 1, got {self.heartbeat_timeout_s}")
         if self.drain_timeout_s < 0:
             raise ConfigError(f"drain_timeout_s must not be negative, got {self.drain_timeout_s}")
         if not 0 <= self.port <= 65535:

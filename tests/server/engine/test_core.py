@@ -216,6 +216,22 @@ def test_exceptions_with_a_good_step_between_do_not_kill(pair: Served, harness: 
     assert not engine.core.dead
 
 
+def test_heartbeat_beats_in_every_layer_of_a_step(pair: Served, harness: Make) -> None:
+    engine = harness(pair)
+    seen = []
+
+    def look(*_: object) -> None:
+        seen.append(engine.core.heartbeat)
+        engine.core.heartbeat = 0.0
+
+    layers = list(engine.core._runner.base.store.probed)
+    for layer in layers:
+        layer.register_forward_pre_hook(look)
+    engine.run(engine.submit("base", "x", max_tokens=1))
+    assert len(seen) == len(layers) == 2
+    assert all(seen)
+
+
 # -- limits ------------------------------------------------------------------------------------
 
 

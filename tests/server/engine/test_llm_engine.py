@@ -1,0 +1,270 @@
+"""The async engine: streams, cancellation, names, the template's deadline, draining."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.engine.llm_engine import LLMEngine
+from server.engine.types import OutputDelta, SamplingParams
+from server.errors import ConfigError, Draining, EngineDead, InvalidRequest, ModelNotFound
+from server.settings import Settings
+from tests.compressor.artifacts import seal
+from tests.server.engine.conftest import PAIR, Served
+
+PROMPT = "The quick brown fox"
+LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
+
+
+@pytest.fixture
+def pair(served: Callable[..., Served]) -> Served:
+    return served("llama", PAIR)
+
+
+@asynccontextmanager
+async def running(pair: Served, **settings: Any) -> AsyncIterator[LLMEngine]:
+    fields = {"served_base_name": "base", "dtype": "float32", "device": "cpu"} | settings
+    fields.setdefault("kv_cache_bytes", 8 << 20)
+    engine = LLMEngine.from_settings(Settings(base=pair.base, deltas=pair.deltas, **fields))
+    engine.start()
+    try:
+        yield engine
+    finally:
+        await engine.shutdown(0.0)
+
+
+async def ask(engine: LLMEngine, name: str, params: SamplingParams | None = None) -> list[int]:
+    variant = await engine.open(name)
+    prompt = await engine.encode(variant, PROMPT)
+    params = params or SamplingParams(max_tokens=12, temperature=0.0)
+    stream = engine.generate(variant, prompt, params, request_id="same-for-all")
+    return [token async for event in stream for token in event.token_ids]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+def is_empty(engine: LLMEngine) -> bool:
+    stats = engine.stats()
+    return (
+        (stats.n_running, stats.n_waiting, engine.core.n_open) == (0, 0, 0)
+        and stats.n_free_pages == stats.n_pages
+        and all(slot.refs == 0 for slot in stats.resident.values())
+    )
+
+
+# -- generation ----------------------------------------------------------------------------------
+
+
+async def test_concurrent_requests_for_all_variants_answer_with_their_own_text(
+    pair: Served,
+) -> None:
+    async with running(pair) as engine:
+        names = list(pair.checkpoints) * 3  # equal request ids: clients choose them
+        answers = await asyncio.gather(*(ask(engine, name) for name in names))
+        prompt = await engine.encode(await engine.open("base"), PROMPT)
+        assert answers == [pair.truth(name, prompt)[:12] for name in names]
+        await until(lambda: is_empty(engine))
+
+
+async def test_stream_comes_in_pieces_and_ends_with_a_reason(pair: Served) -> None:
+    async with running(pair) as engine:
+        variant = await engine.open("impart")
+        prompt = await engine.encode(variant, PROMPT)
+        params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+        stream = engine.generate(variant, prompt, params, request_id="r")
+        events: list[OutputDelta] = [event async for event in stream]
+        assert [len(e.token_ids) for e in events] == [1] * 8
+        assert [e.finish_reason for e in events] == [None] * 7 + ["length"]
+        tokens = [t for e in events for t in e.token_ids]
+        assert "".join(e.text for e in events) == await engine.decode(variant, tokens)
+
+
+async def test_closing_the_iterator_aborts(pair: Served) -> None:
+    async with running(pair) as engine:
+        variant = await engine.open("impart")
+        async with aclosing(engine.generate(variant, [5, 6], LONG, request_id="r")) as stream:
+            await anext(aiter(stream))
+            assert not is_empty(engine)
+        await until(lambda: is_empty(engine))
+
+
+async def test_cancelling_the_task_before_the_first_token_aborts(pair: Served) -> None:
+    async with running(pair, max_num_seqs=1) as engine:
+        tasks = [asyncio.create_task(ask(engine, "blockdiag", LONG)) for _ in range(3)]
+        await until(lambda: engine.core.n_open == 3)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await until(lambda: is_empty(engine))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "field"),
+    [
+        ([], {}, "prompt"),
+        ([-1], {}, "prompt"),
+        ([320], {}, "prompt"),
+        ([5] * 500, {"max_tokens": 13}, "max_tokens"),
+        ([5], {"logit_bias": ((320, 1.0),)}, "logit_bias"),
+        ([5], {"stop_token_ids": (-1,)}, "stop_token_ids"),
+    ],
+)
+async def test_generate_refuses_what_cannot_be(
+    pair: Served, prompt: list[int], params: dict[str, Any], field: str
+) -> None:
+    async with running(pair) as engine:
+        chosen = SamplingParams(**({"max_tokens": 1} | params))
+        variant = await engine.open("base")
+        with pytest.raises(InvalidRequest) as caught:
+            await anext(engine.generate(variant, prompt, chosen, request_id="r"))
+        assert caught.value.param == field
+        assert is_empty(engine)
+
+
+# -- names, modes, models ------------------------------------------------------------------------
+
+
+async def test_open_unknown_model_is_not_found(pair: Served) -> None:
+    async with running(pair) as engine:
+        with pytest.raises(ModelNotFound):
+            await engine.open("nobody")
+
+
+async def test_models_show_state_mode_bytes_and_failure(pair: Served, tmp_path: Path) -> None:
+    deltas = shutil.copytree(pair.deltas, tmp_path / "deltas")
+    shutil.copytree(deltas / "impart", deltas / "bad")
+    (deltas / "bad" / "delta.safetensors").write_bytes(b"")
+    modes = {"impart": "reconstruct"}
+    async with running(replace(pair, deltas=deltas), mode_overrides=modes) as engine:
+        assert {i.name: i.state for i in engine.models()} == {
+            "base": "ready",
+            "bad": "registered",
+            "blockdiag": "registered",
+            "impart": "registered",
+        }
+        answers = [await ask(engine, name) for name in ("impart", "blockdiag")]
+        with pytest.raises(Exception, match="Corrupt"):
+            await engine.open("bad")
+        infos = {i.name: i for i in engine.models()}
+        assert [infos[n].state for n in ("base", "impart", "blockdiag", "bad")] == [
+            *["ready"] * 3,
+            "failed",
+        ]
+        assert [infos[n].mode for n in ("impart", "blockdiag")] == ["reconstruct", "apply"]
+        assert infos["impart"].resident_bytes > infos["blockdiag"].resident_bytes > 0
+        assert infos["bad"].error is not None
+        assert str(deltas) not in infos["bad"].error
+        prompt = await engine.encode(await engine.open("base"), PROMPT)
+        names = ("impart", "blockdiag")
+        assert answers == [pair.truth(name, prompt)[:12] for name in names]
+
+
+async def test_rescan_while_serving_shows_new_variants(pair: Served, tmp_path: Path) -> None:
+    deltas = shutil.copytree(pair.deltas, tmp_path / "deltas")
+    async with running(replace(pair, deltas=deltas)) as engine:
+        before = await ask(engine, "impart")
+        shutil.copytree(deltas / "impart", deltas / "later")
+        engine.rescan()
+        assert await ask(engine, "later") == before
+
+
+# -- templates -----------------------------------------------------------------------------------
+
+
+async def test_template_that_takes_too_long_is_refused_and_others_go_on(
+    pair: Served, tmp_path: Path
+) -> None:
+    deltas = shutil.copytree(pair.deltas, tmp_path / "deltas")
+    loops = "{% for a in range(900) %}{% for b in range(900) %}{% endfor %}{% endfor %}"
+    (deltas / "impart" / "chat_template.jinja").write_text(loops)
+    seal(deltas / "impart")
+    messages = [{"role": "user", "content": "hi"}]
+    async with running(replace(pair, deltas=deltas), template_timeout_s=0.001) as engine:
+        slow = await engine.open("impart")
+        with pytest.raises(InvalidRequest, match="too long"):
+            await engine.render_chat(slow, messages)
+        assert await ask(engine, "blockdiag")
+
+
+# -- the end -------------------------------------------------------------------------------------
+
+
+async def test_shutdown_lets_running_requests_finish_and_refuses_new_ones(pair: Served) -> None:
+    async with running(pair) as engine:
+        variant = await engine.open("base")
+        task = asyncio.create_task(ask(engine, "impart", LONG))
+        await until(lambda: engine.stats().n_running == 1)
+        ending = asyncio.create_task(engine.shutdown(60.0))
+        await until(lambda: engine.core.draining)
+        assert not engine.is_ready()
+        stream = engine.generate(variant, [5], LONG, request_id="r")
+        for attempt in (engine.open("base"), anext(stream)):
+            with pytest.raises(Draining):
+                await attempt
+        assert len(await task) == LONG.max_tokens
+        await ending
+        assert not engine.is_alive()
+
+
+async def test_shutdown_after_its_time_ends_streams_with_draining(pair: Served) -> None:
+    async with running(pair) as engine:
+        task = asyncio.create_task(ask(engine, "base", LONG))
+        await until(lambda: engine.stats().n_running == 1)
+        await engine.shutdown(0.0)
+        with pytest.raises(Draining):
+            await task
+
+
+async def test_dead_engine_tells_streams_and_refuses_new_ones(pair: Served) -> None:
+    async with running(pair) as engine:
+        await ask(engine, "base")
+        assert engine.is_alive()
+        assert engine.is_ready()
+
+        def broken() -> list[object]:
+            raise RuntimeError("a bug in the scheduler")
+
+        task = asyncio.create_task(ask(engine, "base", LONG))
+        await until(lambda: engine.stats().n_running == 1)
+        engine.core.scheduler.schedule = broken  # type: ignore[method-assign, assignment]
+        for waiter in (task, ask(engine, "base")):
+            with pytest.raises(EngineDead):
+                await waiter
+        assert engine.is_dead()
+        assert not engine.is_alive()
+        assert not engine.is_ready()
+
+
+async def test_heartbeat_stops_when_a_layer_hangs_and_comes_back(pair: Served) -> None:
+    async with running(pair, heartbeat_timeout_s=1.0) as engine:
+        go = threading.Event()
+        layer = next(iter(engine.core._runner.base.store.probed))
+        layer.register_forward_hook(lambda *_: go.wait(60) and None)
+        task = asyncio.create_task(ask(engine, "base"))
+        await until(lambda: not engine.is_alive())
+        assert not engine.is_ready()
+        go.set()
+        await task
+        await until(engine.is_alive)
+
+
+def test_max_model_len_beyond_the_bases_positions_is_refused(pair: Served) -> None:
+    with pytest.raises(ConfigError, match="512"):
+        LLMEngine.from_settings(Settings(base=pair.base, device="cpu", max_model_len=513))
+
+
+def test_cache_too_small_for_two_pages_is_refused(pair: Served) -> None:
+    with pytest.raises(ConfigError, match="kv_cache_bytes"):
+        LLMEngine.from_settings(Settings(base=pair.base, device="cpu", kv_cache_bytes=1))
