@@ -47,7 +47,9 @@ def test_settings_table_default_is_the_real_one(field: object) -> None:
     if default is MISSING or default is None:
         assert not re.search(r"\d", shown), "a number where the setting has no default of its own"
         return
-    if match := re.fullmatch(r"(\d+) ([GM])iB", shown):
+    if isinstance(default, bool):
+        assert shown == ("on" if default else "off")
+    elif match := re.fullmatch(r"(\d+) ([GM])iB", shown):
         assert int(match[1]) << (30 if match[2] == "G" else 20) == default
     elif isinstance(default, int | float):
         assert float(shown) == default
