@@ -51,6 +51,8 @@ def test_settings_table_default_is_the_real_one(field: object) -> None:
         assert shown == ("on" if default else "off")
     elif match := re.fullmatch(r"(\d+) ([GM])iB", shown):
         assert int(match[1]) << (30 if match[2] == "G" else 20) == default
+    elif isinstance(default, bool):
+        assert shown == ("on" if default else "off")
     elif isinstance(default, int | float):
         assert float(shown) == default
     else:
