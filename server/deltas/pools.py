@@ -84,7 +84,7 @@ def _segments(rows: RowPlan, present: frozenset[int]) -> list[tuple[int, slice]]
 
 
 class BlockDiagPool(TermPool):
-    """Parts: dequantised blocks [s, mb, nb].
+    """Parts: dequantised blocks, transposed [s, nb, mb].
 
     shared  set if the array is a slice of one that a whole projection group uses
     """
@@ -113,7 +113,7 @@ class BlockDiagPool(TermPool):
 
     def stage(self, term: Term) -> Staged:
         assert isinstance(term, BlockDiagTerm)
-        return (term.blocks(self.dtype).values,)
+        return (term.blocks(self.dtype).values.transpose(1, 2).contiguous(),)
 
     def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
         outputs = [ops.BlockOutput(y, 0, self.block_shape[0], self.row_map)]
@@ -134,7 +134,7 @@ class BlockDiagPool(TermPool):
 
 
 class SharedBlocks:
-    """One array ``[C, s, sum of mb, nb]`` for matrices that read the same input (q, k, v).
+    """One array ``[C, s, nb, sum of mb]`` for matrices that read the same input (q, k, v).
 
     Each member pool's own array is a slice of it, so loading stays per parameter while one product
     serves them all.
@@ -153,13 +153,13 @@ class SharedBlocks:
         if n_slots <= self._capacity:
             return
         first = self._pools[0]
-        shape = (n_slots, first.n_blocks, self._ends[-1], first.block_shape[1])
+        shape = (n_slots, first.n_blocks, first.block_shape[1], self._ends[-1])
         array = torch.empty(shape, dtype=first.dtype, device=first.device)
         if self._capacity:
             array[: self._capacity] = self._array
         self._array, self._capacity = array, n_slots
         for pool, end in zip(self._pools, self._ends, strict=True):
-            pool.arrays = (array[:, :, end - pool.block_shape[0] : end],)
+            pool.arrays = (array[..., end - pool.block_shape[0] : end],)
             pool.capacity = n_slots
 
     def covers(self, rows: RowPlan) -> bool:

@@ -24,7 +24,7 @@ class BlockOutput(NamedTuple):
     """Where the outputs of one matrix go, of several stacked in one array of blocks.
 
     y        [T, m], added to in place; may be a column slice of a wider tensor
-    start, end  rows ``[start, end)`` of every block belong to this matrix
+    start, end  output columns ``[start, end)`` of every block belong to this matrix
     row_map  [m] int64, padded place of each output; None if the number of blocks divides m
     """
 
@@ -43,18 +43,18 @@ def blockdiag_add_(
 ) -> None:
     """Block-diagonal terms of one matrix, or of several that read the same x in one product.
 
-    x [T, n]; weights [C, s, mb, nb] (mb: the matrices' longest blocks one below the other; nb:
-    the longest block; both zero-padded)
+    x [T, n]; weights [C, s, nb, mb], the blocks transposed (small batched GEMMs run faster so; mb:
+    the matrices' longest blocks side by side, nb: the longest block; both zero-padded)
     col_map  [s * nb] int64, column of x at each padded place, n for padding; None if s divides n
     """
     k, w = run.n_slots, run.width
-    s, mb, nb = weights.shape[1:]
+    s, nb, mb = weights.shape[1:]
     rows = pad_rows(x, run)
     if col_map is not None:
         rows = torch.nn.functional.pad(rows, (0, 1)).index_select(2, col_map)
     rows = rows.view(k, w, s, nb).transpose(1, 2).reshape(k * s, w, nb)
-    blocks = weights[run.slot : run.slot + k].view(k * s, mb, nb)
-    product = torch.bmm(rows, blocks.transpose(1, 2)).view(k, s, w, mb).transpose(1, 2)
+    blocks = weights[run.slot : run.slot + k].view(k * s, nb, mb)
+    product = torch.bmm(rows, blocks).view(k, s, w, mb).transpose(1, 2)
     for y, start, end, row_map in outputs:
         part = product[..., start:end]  # [k, w, s, rows of this matrix's block]
         if row_map is None and run.scatter is None:
@@ -121,12 +121,12 @@ def blockdiag_rows_add_(
 ) -> None:
     """Embedding look-up: add ``dW[slot][id]`` to each row of ``y [T, n]``.
 
-    ids [T], slots [T] int64; weights [C, s, mb, nb]; place_of_row [m] padded place of each row
+    ids [T], slots [T] int64; weights [C, s, nb, mb]; place_of_row [m] padded place of each row
     """
-    _, s, mb, nb = weights.shape
+    _, s, nb, mb = weights.shape
     place = place_of_row[ids]
     block = place // mb
-    values = weights.view(-1, s * mb, nb)[slots, place]
+    values = weights[slots, block, :, place % mb]  # [T, nb]
     padded = values.new_zeros((len(ids), s, nb))
     padded[torch.arange(len(ids), device=ids.device), block] = values
     flat = padded.view(len(ids), s * nb)
