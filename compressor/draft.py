@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from compressor.artifact_config import DeltaConfig, TensorEntry, TermEntry
 from compressor.checkpoint import Checkpoint
 from compressor.codecs import Codec, Params, Shape
+from compressor.codecs.siblings import sibling_groups
 from compressor.layout import Parameter
 from compressor.pairing import TensorPair, check_encodable
 from compressor.plan import check_ratio, share_out
@@ -74,20 +75,38 @@ def plan_jobs(
     """
     ratio = config.ratio_requested or 1.0
     target = config.finetuned_bytes / ratio
-    encoded = [index for index, job in enumerate(jobs) if job.is_encoded]
-    shapes = [jobs[index].matrix_shape for index in encoded]
+    groups = _groups(jobs, codec)
+    sites = [tuple(jobs[index].matrix_shape for index in group) for group in groups]
     forms = term_forms(codec)
     planned = list(jobs)
     fixed, payload = _fixed_bytes(planned, forms, config, companions, 0), 0
     for _ in range(_ROUNDS):
-        allotments = share_out(codec, shapes, target - fixed)
-        for index, allotment in zip(encoded, allotments, strict=True):
-            planned[index] = replace(planned[index], params=allotment.params)
+        allotments = share_out(codec, sites, target - fixed)
+        for group, allotment in zip(groups, allotments, strict=True):
+            for index in group:
+                planned[index] = replace(planned[index], params=allotment.params)
         payload = sum(allotment.n_bytes for allotment in allotments)
         fixed = _fixed_bytes(planned, forms, config, companions, payload)
     reason = _reason(codec, fixed, payload, target)
     check_ratio(ratio, config.finetuned_bytes / (fixed + payload), reason)
     return planned
+
+
+def _groups(jobs: Sequence[Job], codec: Codec) -> list[list[int]]:
+    """Indices of the encoded jobs that get equal settings; they have equal widths."""
+    encoded = {job.pair.name: index for index, job in enumerate(jobs) if job.is_encoded}
+    if not codec.joins_siblings:
+        return [[index] for index in encoded.values()]
+    groups = [[encoded[name] for name in group] for group in sibling_groups(encoded)]
+    return [
+        part
+        for group in groups
+        for part in (
+            [group]
+            if len({jobs[index].matrix_shape[1] for index in group}) == 1
+            else [[index] for index in group]
+        )
+    ]
 
 
 def _fixed_bytes(

@@ -23,20 +23,24 @@ _BISECTIONS = 40
 _SETTLEMENTS = 100
 
 
+# Matrices that get equal settings: one, or siblings with the same number of columns.
+Site = tuple[Shape, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Allotment:
-    """Settings of one matrix and the exact payload bytes they give."""
+    """Settings of one site's matrices and the exact payload bytes they give together."""
 
     params: Params
     n_bytes: int
 
 
-def share_out(codec: Codec, shapes: Sequence[Shape], budget_bytes: float) -> list[Allotment]:
-    """Return one allotment a matrix, their total as near `budget_bytes` as the codec can get.
+def share_out(codec: Codec, sites: Sequence[Site], budget_bytes: float) -> list[Allotment]:
+    """Return one allotment a site, their total as near `budget_bytes` as the codec can get.
 
     Beyond what the codec can do, the smallest or largest total: the caller compares.
     """
-    planner = _Planner(codec, shapes)
+    planner = _Planner(codec, sites)
     low, high = 0.0, max(budget_bytes, 1.0) / max(1, planner.n_elements)
     best = planner.diffuse(low)
     if _total(best) >= budget_bytes:
@@ -72,40 +76,39 @@ def check_ratio(requested: float, possible: float, reason: str) -> None:
 
 
 class _Planner:
-    """Plans of one codec for fixed shapes; remembers them, for equal shapes recur."""
+    """Plans of one codec for fixed sites; remembers them, for equal sites recur."""
 
-    def __init__(self, codec: Codec, shapes: Sequence[Shape]) -> None:
+    def __init__(self, codec: Codec, sites: Sequence[Site]) -> None:
         self._codec = codec
-        self._shapes = shapes
-        self.n_elements = sum(m * n for m, n in shapes)
-        self._order = sorted(
-            range(len(shapes)), key=lambda i: (-shapes[i][0] * shapes[i][1], shapes[i], i)
-        )
-        self._known: dict[tuple[Shape, int], Allotment] = {}
+        self._sites = sites
+        self.n_elements = sum(_elements(site) for site in sites)
+        self._order = sorted(range(len(sites)), key=lambda i: (-_elements(sites[i]), sites[i], i))
+        self._known: dict[tuple[Site, int], Allotment] = {}
 
-    def plan(self, shape: Shape, budget_bytes: float) -> Allotment:
-        key = (shape, max(0, round(budget_bytes)))
+    def plan(self, site: Site, budget_bytes: float) -> Allotment:
+        key = (site, max(0, round(budget_bytes)))
         if key not in self._known:
-            params = self._codec.plan(shape, key[1])
-            self._known[key] = Allotment(params, self._codec.size_bytes(shape, params))
+            params = self._codec.plan_siblings(site, key[1])
+            size = sum(self._codec.size_bytes(shape, params) for shape in site)
+            self._known[key] = Allotment(params, size)
         return self._known[key]
 
     def largest(self) -> list[Allotment]:
         """The most the codec can spend, asked for with 8 bytes an element."""
-        return [self.plan(shape, 8 * shape[0] * shape[1]) for shape in self._shapes]
+        return [self.plan(site, 8 * _elements(site)) for site in self._sites]
 
     def diffuse(self, bytes_per_element: float) -> list[Allotment]:
         found: dict[int, Allotment] = {}
         carry = 0.0
         for index in self._order:
-            m, n = shape = self._shapes[index]
-            share = bytes_per_element * m * n
+            site = self._sites[index]
+            share = bytes_per_element * _elements(site)
             allowed = _MAX_CARRY * share
-            found[index] = given = self.plan(shape, share + min(max(carry, -allowed), allowed))
+            found[index] = given = self.plan(site, share + min(max(carry, -allowed), allowed))
             # What a matrix at its smallest setting overdraws is for the bisection to recover.
-            if given.n_bytes > self.plan(shape, 0).n_bytes:
+            if given.n_bytes > self.plan(site, 0).n_bytes:
                 carry += share - given.n_bytes
-        return [found[index] for index in range(len(self._shapes))]
+        return [found[index] for index in range(len(self._sites))]
 
     def settle(self, allotments: list[Allotment], budget_bytes: float) -> list[Allotment]:
         """Replan single matrices, each time the one that brings the total nearest."""
@@ -128,7 +131,11 @@ class _Planner:
 
     def _replan(self, index: int, old: Allotment, rest: float) -> Allotment:
         wanted = min(max(old.n_bytes + rest, old.n_bytes / 2), old.n_bytes * 2)
-        return self.plan(self._shapes[index], wanted)
+        return self.plan(self._sites[index], wanted)
+
+
+def _elements(site: Site) -> int:
+    return sum(m * n for m, n in site)
 
 
 def _first_two(option: tuple[float, int, Allotment]) -> tuple[float, int]:

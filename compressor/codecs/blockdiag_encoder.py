@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -63,15 +64,27 @@ class BlockDiagCodec:
         """Resolved options, JSON-able."""
         return asdict(self)
 
+    @property
+    def joins_siblings(self) -> bool:
+        """Equal numbers of blocks let a server apply siblings in one product."""
+        return self.head_fraction == 0.0
+
     def plan(self, shape: Shape, budget_bytes: float) -> Params:
         """Return the setting whose size is nearest `budget_bytes`."""
+        return self.plan_siblings((shape,), budget_bytes)
+
+    def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> Params:
+        """Return one setting for all of `shapes` together, nearest `budget_bytes`."""
+        if self.head_fraction == 0.0:
+            return {"bits": self.bits, "n_blocks": self._choose_blocks(shapes, budget_bytes)}
+        (shape,) = shapes
         params: Params = {"bits": self.bits}
         per_component = lowrank_size(shape, 8, self.head_bits) / 8
         head_rank = min(round(self.head_fraction * budget_bytes / per_component), min(shape) // 2)
         if head_rank > 0:
             params |= {"head_rank": head_rank, "head_bits": self.head_bits}
             budget_bytes -= lowrank_size(shape, head_rank, self.head_bits)
-        params["n_blocks"] = self._choose_blocks(shape, budget_bytes)
+        params["n_blocks"] = self._choose_blocks(shapes, budget_bytes)
         return params
 
     def size_bytes(self, shape: Shape, params: Params) -> int:
@@ -96,24 +109,27 @@ class BlockDiagCodec:
         rest = Residual(source, head)
         return head, encode_blocks(name, rest, params["n_blocks"], params["bits"])
 
-    def _choose_blocks(self, shape: Shape, budget_bytes: float) -> int:
-        m, n = shape
-        most = min(m, n)
-        fixed = 0 if self.bits == 16 else 2 * m
+    def _choose_blocks(self, shapes: Sequence[Shape], budget_bytes: float) -> int:
+        """Blocks per matrix, as many for each of `shapes`."""
+        most = min(min(shape) for shape in shapes)
+        fixed = 0 if self.bits == 16 else sum(2 * m for m, _ in shapes)
         values = (budget_bytes - fixed) * 8 / self.bits
-        ideal = m * n / values if values > 0 else float(most)
+        ideal = sum(m * n for m, n in shapes) / values if values > 0 else float(most)
         ideal = min(max(ideal, 1.0), float(most))
         slack = 1 - self.divisor_slack
+        common = math.gcd(*(side for shape in shapes for side in shape))
         friendly = [
             s
             for s in range(int(ideal * slack), int(ideal / slack) + 2)
-            if s >= 1 and ideal * slack < s < ideal / slack and m % s == 0 and n % s == 0
+            if s >= 1 and ideal * slack < s < ideal / slack and common % s == 0
         ]
         nearby = range(max(1, int(ideal) - 2), min(most, int(ideal) + 3) + 1)
-        return min(
-            friendly or nearby,
-            key=lambda s: abs(_blocks_size(shape, s, self.bits) - budget_bytes),
-        )
+
+        def distance(s: int) -> float:
+            size = sum(_blocks_size(shape, s, self.bits) for shape in shapes)
+            return abs(size - budget_bytes)
+
+        return min(friendly or nearby, key=distance)
 
 
 def encode_blocks(name: str, source: MatrixSource, n_blocks: int, bits: int) -> BlockDiagTerm:

@@ -25,6 +25,15 @@ class Codec(Protocol):
         """Resolved options, JSON-able; `make_encoder(name, **options)` gives the same codec."""
         ...
 
+    @property
+    def joins_siblings(self) -> bool:
+        """Whether matrices that read the same input should get equal settings (`plan_siblings`)."""
+        ...
+
+    def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> Params:
+        """Return one setting for several matrices of the same width; as `plan` for a single one."""
+        ...
+
     def plan(self, shape: Shape, budget_bytes: float) -> Params:
         """Return the setting whose size is nearest `budget_bytes`; it may exceed it a little.
 

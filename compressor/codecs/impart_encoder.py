@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -47,6 +48,16 @@ class ImpartCodec:
     def options(self) -> Params:
         """Resolved options, JSON-able."""
         return {"beta": self.beta, "C": self.C, "block_rows": self.block_rows}
+
+    @property
+    def joins_siblings(self) -> bool:
+        """No: ranks are chosen matrix by matrix."""
+        return False
+
+    def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> Params:
+        """Plan the one matrix given."""
+        (shape,) = shapes
+        return self.plan(shape, budget_bytes)
 
     def plan(self, shape: Shape, budget_bytes: float) -> Params:
         """Return the number of components a block keeps whose size is nearest the budget.

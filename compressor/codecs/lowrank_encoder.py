@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -25,6 +26,16 @@ class LowRankCodec:
     def options(self) -> Params:
         """Resolved options, JSON-able."""
         return asdict(self)
+
+    @property
+    def joins_siblings(self) -> bool:
+        """No: ranks are chosen matrix by matrix."""
+        return False
+
+    def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> Params:
+        """Plan the one matrix given."""
+        (shape,) = shapes
+        return self.plan(shape, budget_bytes)
 
     def plan(self, shape: Shape, budget_bytes: float) -> Params:
         """Return the rank whose size is nearest `budget_bytes`, at least 1."""

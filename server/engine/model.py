@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from compressor.codecs.siblings import SIBLING_PROJECTIONS
 from server.deltas.layers import (
     DeltaEmbedding,
     DeltaLinear,
@@ -22,9 +23,6 @@ from server.deltas.layers import (
 from server.deltas.parameter import DeltaParameter
 from server.engine.attention import ATTENTION_NAME, KVStore, attach_store, register_attention
 from server.errors import ConfigError
-
-# Read the same input in every architecture that names them so; checked at run time all the same.
-SIBLING_PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(slots=True)
@@ -134,7 +132,7 @@ def install_delta_layers(model: PreTrainedModel, context: StepContext) -> dict[s
 
 
 def _fuse_projections(model: nn.Module) -> None:
-    """Join sibling linears that the known model definitions feed with one tensor."""
+    """Join sibling linears, which model definitions feed with one tensor (checked on each call)."""
     for module in model.modules():
         for names in SIBLING_PROJECTIONS:
             members = [getattr(module, name, None) for name in names]

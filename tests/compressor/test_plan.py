@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from compressor.codecs import make_encoder
 from compressor.errors import BudgetError
-from compressor.plan import check_ratio, share_out
+from compressor.plan import Site, check_ratio, share_out
 
 LLAMA = [(4096, 512)] + 12 * [
     (512, 512),
@@ -26,6 +26,28 @@ OPTIONS = [
 ]
 
 
+def alone(shapes: list[tuple[int, int]]) -> list[Site]:
+    return [(shape,) for shape in shapes]
+
+
+def test_share_out_siblings_get_equal_blocks_that_divide_all() -> None:
+    encoder = make_encoder("blockdiag", bits=4)
+    site = ((576, 576), (192, 576), (192, 576))
+    allotments = share_out(encoder, [site] * 30, 30 * 960 * 576 * 2 / 32)
+    for allotment in allotments:
+        assert 192 % allotment.params["n_blocks"] == 0
+        assert allotment.n_bytes == sum(
+            encoder.size_bytes(shape, allotment.params) for shape in site
+        )
+    total = sum(a.n_bytes for a in allotments)
+    assert total == pytest.approx(30 * 960 * 576 * 2 / 32, rel=5e-3)
+
+
+def test_share_out_siblings_have_no_more_blocks_than_the_smallest_has_rows() -> None:
+    (allotment,) = share_out(make_encoder("blockdiag", bits=4), [((64, 64), (8, 64))], 1)
+    assert allotment.params["n_blocks"] == 8
+
+
 @pytest.mark.parametrize(("codec", "options"), OPTIONS)
 @pytest.mark.parametrize("bytes_per_element", [0.2, 0.0625, 0.03])
 def test_share_out_many_matrices_meets_the_budget(
@@ -33,7 +55,7 @@ def test_share_out_many_matrices_meets_the_budget(
 ) -> None:
     encoder = make_encoder(codec, **options)
     budget = bytes_per_element * sum(m * n for m, n in LLAMA)
-    allotments = share_out(encoder, LLAMA, budget)
+    allotments = share_out(encoder, alone(LLAMA), budget)
     assert sum(a.n_bytes for a in allotments) == pytest.approx(budget, rel=2e-3)
     for shape, a in zip(LLAMA, allotments, strict=True):
         assert a.n_bytes == encoder.size_bytes(shape, a.params)
@@ -50,9 +72,9 @@ def test_share_out_odd_shapes_comes_near(
     shapes: list[tuple[int, int]], bytes_per_element: float
 ) -> None:
     encoder = make_encoder("lowrank", bits=4)
-    smallest = sum(a.n_bytes for a in share_out(encoder, shapes, 0))
+    smallest = sum(a.n_bytes for a in share_out(encoder, alone(shapes), 0))
     budget = max(bytes_per_element * sum(m * n for m, n in shapes), smallest)
-    total = sum(a.n_bytes for a in share_out(encoder, shapes, budget))
+    total = sum(a.n_bytes for a in share_out(encoder, alone(shapes), budget))
     step = max(encoder.size_bytes(s, {"bits": 4, "rank": 1}) for s in shapes)
     assert abs(total - budget) <= step
 
@@ -60,8 +82,8 @@ def test_share_out_odd_shapes_comes_near(
 def test_share_out_impossible_budgets_give_the_extremes() -> None:
     encoder = make_encoder("blockdiag", bits=4)
     shapes = [(64, 64), (128, 64)]
-    least = share_out(encoder, shapes, 1)
-    most = share_out(encoder, shapes, 1e9)
+    least = share_out(encoder, alone(shapes), 1)
+    most = share_out(encoder, alone(shapes), 1e9)
     assert [a.params["n_blocks"] for a in least] == [64, 64]
     assert [a.params["n_blocks"] for a in most] == [1, 1]
 
