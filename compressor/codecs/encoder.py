@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from compressor.codecs.blockdiag_encoder import BlockDiagCodec
@@ -31,7 +31,7 @@ class Codec(Protocol):
         ...
 
     def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> Params:
-        """Return one setting for several matrices of the same width; as `plan` for a single one."""
+        """Return one setting for matrices of equal width; as `plan` for a single one."""
         ...
 
     def plan(self, shape: Shape, budget_bytes: float) -> Params:
