@@ -20,6 +20,10 @@ from torch import Tensor
 from server.ops.rows import SlotRun, add_rows_, pad_rows
 
 
+# Up to so many slots, adding slot by slot is cheaper than gathering the rows that are not padding.
+MAX_SLOT_LOOP = 4
+
+
 class BlockOutput(NamedTuple):
     """Where the outputs of one matrix go, of several stacked in one array of blocks.
 
@@ -57,11 +61,22 @@ def blockdiag_add_(
     product = torch.bmm(rows, blocks).view(k, s, w, mb).transpose(1, 2)
     for y, start, end, row_map in outputs:
         part = product[..., start:end]  # [k, w, s, rows of this matrix's block]
-        if row_map is None and run.scatter is None:
-            y[run.start : run.end].view(k, w, s, end - start).add_(part)
+        if row_map is None and (run.scatter is None or k <= MAX_SLOT_LOOP):
+            _add_blocks_(y, part, run)
             continue
         out = part.reshape(k * w, s * (end - start))
         add_rows_(y, out if row_map is None else out.index_select(1, row_map), run)
+
+
+def _add_blocks_(y: Tensor, part: Tensor, run: SlotRun) -> None:
+    """Add ``part [k, w, s, mb]`` to the run's rows of ``y [T, s * mb]``, padding left out."""
+    if run.scatter is None:
+        y[run.start : run.end].view(part.shape).add_(part)
+        return
+    start = run.start
+    for i, count in enumerate(run.counts):
+        y[start : start + count].view(count, *part.shape[2:]).add_(part[i, :count])
+        start += count
 
 
 def lowrank_add_(y: Tensor, x: Tensor, run: SlotRun, a: Tensor, b: Tensor) -> None:

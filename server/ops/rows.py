@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 BASE_SLOT = -1
-# A run is cut where padding its rows to the widest segment would more than double the work.
-MAX_PADDING_FACTOR = 2
+# A run is cut where padding its rows to the widest segment would cost more than another call.
+MAX_PADDING_FACTOR = 1.25
 MIN_PADDED_ROWS = 16
 
 
@@ -34,6 +34,7 @@ class SlotRun:
 
     gather   [n_slots * width] int64, row (from `start`) at each place; None if none is padded
     scatter  [end - start] int64, padded place of each row; None if none is padded
+    counts   rows of each slot
     """
 
     slot: int
@@ -43,6 +44,7 @@ class SlotRun:
     width: int
     gather: Tensor | None
     scatter: Tensor | None
+    counts: tuple[int, ...]
 
 
 class RowPlan:
@@ -122,15 +124,16 @@ def _make_run(group: list[Segment], device: torch.device) -> SlotRun:
     start, end = group[0].start, group[-1].end
     counts = torch.tensor([s.end - s.start for s in group])
     width = int(counts.max())
+    sizes = tuple(counts.tolist())
     if bool((counts == width).all()):
-        return SlotRun(group[0].slot, len(group), start, end, width, None, None)
+        return SlotRun(group[0].slot, len(group), start, end, width, None, None, sizes)
     within = torch.arange(width).expand(len(group), width)
     first = torch.tensor([s.start - start for s in group]).unsqueeze(1)
     valid = within < counts.unsqueeze(1)
     gather = torch.where(valid, first + within, 0).flatten()
     scatter = valid.flatten().nonzero().flatten()
     return SlotRun(
-        group[0].slot, len(group), start, end, width, gather.to(device), scatter.to(device)
+        group[0].slot, len(group), start, end, width, gather.to(device), scatter.to(device), sizes
     )
 
 
