@@ -19,7 +19,6 @@ from torch import Tensor
 
 from server.ops.rows import SlotRun, add_rows_, pad_rows
 
-
 # Up to so many slots, adding slot by slot is cheaper than gathering the rows that are not padding.
 MAX_SLOT_LOOP = 4
 
