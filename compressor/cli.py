@@ -6,24 +6,24 @@ error of ours, 130 interrupted.
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, ParamSpec, TypeVar
+from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from compressor import __version__
-from compressor.errors import ImpartError
-
-P = ParamSpec("P")
-R = TypeVar("R")
-Report = Callable[[str, int, int], None]
+from compressor.commands.common import (
+    BaseArg,
+    DeltaArg,
+    Overwrite,
+    Quiet,
+    progress_bar,
+    reporting,
+    silence_libraries,
+)
 
 app = typer.Typer(
     name="impart",
@@ -34,11 +34,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-BaseArg = Annotated[str, typer.Argument(help="Base model: directory or Hub id.", metavar="BASE")]
-DeltaArg = Annotated[Path, typer.Argument(help="Delta artifact directory.", metavar="DELTA")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")]
-
 
 def main() -> None:
     """Entry point of the console script."""
@@ -47,20 +42,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None
-
-
-def reporting(command: Callable[P, R]) -> Callable[P, R]:
-    """Turn an error of ours into one line on stderr and exit code 2."""
-
-    @functools.wraps(command)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        try:
-            return command(*args, **kwargs)
-        except ImpartError as error:
-            typer.echo("impart: error: " + " ".join(str(error).split()), err=True)
-            raise typer.Exit(2) from error
-
-    return wrapped
 
 
 def _version(asked: bool) -> None:
@@ -127,7 +108,7 @@ def compress(
     from compressor.pipeline import Options
     from compressor.pipeline import compress as run
 
-    _silence_libraries()
+    silence_libraries()
     given = {
         "bits": bits,
         "head_fraction": head_fraction,
@@ -172,14 +153,14 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor too.")] = False,
 ) -> None:
     """Show what an artifact is: bytes by group, true ratio, codec, base, fidelity."""
-    from compressor.report import print_report, read_report
+    from compressor.inspection import inspect_artifact, print_inspection
 
-    report = read_report(delta)
+    inspection = inspect_artifact(delta)
     if as_json:
-        typer.echo(json.dumps(report.to_json(), indent=2))
+        typer.echo(json.dumps(inspection.to_json(), indent=2))
     else:
         width = None if sys.stdout.isatty() else 160
-        print_report(report, Console(width=width, highlight=False), with_tensors=tensors)
+        print_inspection(inspection, Console(width=width, highlight=False), with_tensors=tensors)
 
 
 @app.command()
@@ -191,10 +172,10 @@ def verify(
     ] = None,
 ) -> None:
     """Check every byte of an artifact, and with --base that it fits that model."""
-    from compressor.report import check, describe_stored
+    from compressor.inspection import check, describe_stored
 
     if base is not None:
-        _silence_libraries()
+        silence_libraries()
     artifact = check(delta, base)
     fits = f", fits {base}" if base else ""
     typer.echo(f"{delta}: ok, {describe_stored(artifact)}{fits}")
@@ -218,7 +199,7 @@ def reconstruct(
     """Write BASE + DELTA to OUT as an ordinary Hugging Face model."""
     from compressor.reconstruct import reconstruct as run
 
-    _silence_libraries()
+    silence_libraries()
     with progress_bar(quiet) as progress:
         run(
             base,
@@ -231,35 +212,3 @@ def reconstruct(
         )
     if not quiet:
         typer.echo(f"{out}: written")
-
-
-@contextmanager
-def progress_bar(quiet: bool) -> Iterator[Report]:
-    """Yield a callback that draws bars on stderr, or nothing when that is no terminal."""
-    console = Console(stderr=True)
-    columns: tuple[Any, ...] = (
-        TextColumn("{task.description:>8}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
-    tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bars:
-
-        def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total)
-            bars.update(tasks[stage], completed=done, total=total)
-
-        yield report
-
-
-def _silence_libraries() -> None:
-    """Their warnings and bars are about loading models; ours say what matters here."""
-    from huggingface_hub.utils import disable_progress_bars
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if not sys.stderr.isatty():
-        disable_progress_bars()

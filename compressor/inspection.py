@@ -21,7 +21,7 @@ from compressor.layout import read_layout
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class Inspection:
     """A verified artifact, described. `files` are the bytes of every file by name."""
 
     config: DeltaConfig
@@ -89,11 +89,11 @@ class Report:
         return sum(n * error for n, error in known) / sum(n for n, _ in known)
 
 
-def read_report(path: Path) -> Report:
+def inspect_artifact(path: Path) -> Inspection:
     """Verify the whole artifact (checksums, shapes, values) and describe it."""
     artifact = read_artifact(path)
     files = {f.name: f.stat().st_size for f in path.iterdir() if not f.name.startswith(".")}
-    return Report(artifact.config, artifact.digest, dict(sorted(files.items())))
+    return Inspection(artifact.config, artifact.digest, dict(sorted(files.items())))
 
 
 def check(path: Path, base: str | Path | None) -> Artifact:
@@ -111,21 +111,23 @@ def check(path: Path, base: str | Path | None) -> Artifact:
     return artifact
 
 
-def print_report(report: Report, console: Console, *, with_tensors: bool = False) -> None:
+def print_inspection(
+    inspection: Inspection, console: Console, *, with_tensors: bool = False
+) -> None:
     """Print the tables of `impart inspect`."""
-    config = report.config
+    config = inspection.config
     asked = f" ({config.ratio_requested:g} asked for)" if config.ratio_requested else ""
     about = Table.grid(padding=(0, 2))
     rows = [
         ("fine-tune", f"{config.finetuned} ({config.finetuned_bytes:,} bytes)"),
         ("base", f"{config.base.name_or_path} ({config.base.n_parameters:,} parameters)"),
         ("base identity", config.base.identity),
-        ("digest", report.digest),
+        ("digest", inspection.digest),
         ("codec", f"{config.codec} {_options(config.options)}"),
         ("settings", _settings(config.tensors)),
-        ("ratio", f"{report.ratio:.2f}{asked}, {report.n_bytes:,} bytes in all"),
+        ("ratio", f"{inspection.ratio:.2f}{asked}, {inspection.n_bytes:,} bytes in all"),
         ("tensors", f"{len(config.tensors)} stored, {len(config.unchanged)} as in the base"),
-        ("fidelity", _fidelity(report)),
+        ("fidelity", _fidelity(inspection)),
         ("made by", f"{config.created_by}, seed {config.seed}"),
     ]
     for name, value in rows:
@@ -133,9 +135,9 @@ def print_report(report: Report, console: Console, *, with_tensors: bool = False
     console.print(about)
     table = Table("group", "bytes", "share")
     table.columns[1].justify = table.columns[2].justify = "right"
-    for group, n_bytes in report.groups().items():
-        table.add_row(group, f"{n_bytes:,}", f"{n_bytes / report.n_bytes:.1%}")
-    table.add_row("total", f"{report.n_bytes:,}", "100.0%")
+    for group, n_bytes in inspection.groups().items():
+        table.add_row(group, f"{n_bytes:,}", f"{n_bytes / inspection.n_bytes:.1%}")
+    table.add_row("total", f"{inspection.n_bytes:,}", "100.0%")
     console.print(table)
     if with_tensors:
         console.print(_tensor_table(config.tensors))
@@ -181,14 +183,14 @@ def _settings(entries: tuple[TensorEntry, ...]) -> str:
     return ", ".join(shown + ["..."] * (len(found) > len(shown))) or "none"
 
 
-def _fidelity(report: Report) -> str:
+def _fidelity(inspection: Inspection) -> str:
     parts = []
-    measured = report.config.fidelity
+    measured = inspection.config.fidelity
     if "kl_per_token" in measured:
         parts.append(
             f"KL {measured['kl_per_token']:.4g} nats per token, top-1 agreement "
             f"{measured['top1_agreement']:.2%} ({measured['n_tokens']:,} tokens)"
         )
-    if (error := report.mean_error()) is not None:
+    if (error := inspection.mean_error()) is not None:
         parts.append(f"relative error of the weights' difference {error:.3g}")
     return "; ".join(parts) or "not measured"

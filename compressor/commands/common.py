@@ -1,0 +1,71 @@
+"""What the subcommands share: arguments, one-line errors, progress bars."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from compressor.errors import ImpartError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Report = Callable[[str, int, int], None]
+
+BaseArg = Annotated[str, typer.Argument(help="Base model: directory or Hub id.", metavar="BASE")]
+DeltaArg = Annotated[Path, typer.Argument(help="Delta artifact directory.", metavar="DELTA")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")]
+
+
+def reporting(command: Callable[P, R]) -> Callable[P, R]:
+    """Turn an error of ours into one line on stderr and exit code 2."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return command(*args, **kwargs)
+        except ImpartError as error:
+            typer.echo("impart: error: " + " ".join(str(error).split()), err=True)
+            raise typer.Exit(2) from error
+
+    return wrapped
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[Report]:
+    """Yield a callback that draws bars on stderr, or nothing when that is no terminal."""
+    console = Console(stderr=True)
+    columns: tuple[Any, ...] = (
+        TextColumn("{task.description:>8}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bars:
+
+        def report(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield report
+
+
+def silence_libraries() -> None:
+    """Their warnings and bars are about loading models; ours say what matters here."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
