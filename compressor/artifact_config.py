@@ -47,13 +47,18 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class BaseInfo:
-    """The base model. `tied` lists pairs of names that share one tensor."""
+    """The base model.
+
+    tied      pairs of names that share one tensor
+    revision  the commit, if it came from the Hub; not needed to decode
+    """
 
     identity: str
     name_or_path: str
     n_parameters: int
     dtype: str
     tied: tuple[tuple[str, str], ...] = ()
+    revision: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,13 +109,7 @@ def dump_config(config: DeltaConfig) -> bytes:
         "ratio_requested": config.ratio_requested,
         "finetuned_bytes": config.finetuned_bytes,
         "finetuned": config.finetuned_details | {"name_or_path": config.finetuned},
-        "base": {
-            "identity": config.base.identity,
-            "name_or_path": config.base.name_or_path,
-            "n_parameters": config.base.n_parameters,
-            "dtype": config.base.dtype,
-            "tied": [list(pair) for pair in config.base.tied],
-        },
+        "base": _base_record(config.base),
         "seed": config.seed,
         "bytes": config.bytes,
         "fidelity": config.fidelity,
@@ -120,6 +119,17 @@ def dump_config(config: DeltaConfig) -> bytes:
     tensors = ",\n".join(dump_entry(entry) for entry in config.tensors)
     lines.append(f'"tensors": [\n{tensors}\n]' if tensors else '"tensors": []')
     return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+
+
+def _base_record(base: BaseInfo) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "identity": base.identity,
+        "name_or_path": base.name_or_path,
+        "n_parameters": base.n_parameters,
+        "dtype": base.dtype,
+        "tied": [list(pair) for pair in base.tied],
+    }
+    return record if base.revision is None else record | {"revision": base.revision}
 
 
 def dump_entry(entry: TensorEntry) -> str:
@@ -184,6 +194,7 @@ def parse_config(text: bytes) -> DeltaConfig:
             n_parameters=_get(base, "n_parameters", int),
             dtype=_get(base, "dtype", str),
             tied=tuple(_pair(pair) for pair in _get(base, "tied", list)),
+            revision=_get(base, "revision", str) if "revision" in base else None,
         ),
         seed=_get(record, "seed", int),
         tensors=entries,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from compressor.errors import CheckpointError
+from compressor.hub import cached_ref, fetch_artifact, fetch_files, fetch_settings, parse_ref
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
@@ -29,8 +29,8 @@ _CHUNK_BYTES = 8 << 20
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt"]
+_ADAPTER = "adapter_config.json"
+_DELTA = "delta_config.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,38 +137,47 @@ class TensorFiles:
 
 
 class Checkpoint(TensorFiles):
-    """One model directory, given by its path or its Hub id (which is then its `name`).
+    """One model, given by its directory or its Hub id, ``org/name`` or ``org/name@revision``.
 
-    path    the local directory
-    config  the parsed ``config.json``
+    path      the local directory
+    config    the parsed ``config.json``
+    name      the directory's name, or the Hub id without a revision
+    revision  the commit, if it came from the Hub
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = resolve(path)
         self.config = read_config(self.path)
-        name = self.path.resolve().name if Path(path).is_dir() else str(path)
-        super().__init__(name, _weight_files(self.path))
+        ref = cached_ref(self.path)
+        self.revision = ref.revision if ref else None
+        super().__init__(ref.repo if ref else self.path.resolve().name, _weight_files(self.path))
 
 
 def resolve(path: str | Path) -> Path:
-    """Return the local directory of a model given by path or by Hub id."""
+    """Return the local directory of a model, adapter or delta given by path or by Hub id.
+
+    From the Hub come the safetensors weights and the files beside them, nothing else.
+    """
     local = Path(path)
     if local.is_dir():
         return local
     if local.exists():
         raise CheckpointError(f"{path} is a file; give the directory that holds the model")
-    if not _HUB_ID.match(str(path)):
-        raise CheckpointError(f"{path}: no such directory, and not a Hub id such as org/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=_HUB_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    ref = parse_ref(str(path))
+    if ref is None:
         raise CheckpointError(
-            f"{path}: no such directory here, and the Hub did not give it "
-            f"({type(error).__name__}). Check the spelling, the network and HF_TOKEN"
-        ) from error
+            f"{path}: no such directory, and not a Hub id such as org/name or org/name@revision"
+        )
+    folder = fetch_settings(ref)
+    if (folder / _DELTA).is_file():
+        return fetch_artifact(ref, folder)
+    if (folder / _ADAPTER).is_file():
+        fetch_files(ref, folder, ["adapter_model.safetensors"])
+    else:
+        read_config(folder)  # refused before its weights are fetched
+        names = _shard_names(folder) if (folder / _INDEX).is_file() else [_SINGLE]
+        fetch_files(ref, folder, names)
+    return folder
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -212,19 +221,23 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _sharded_files(path: Path) -> list[Path]:
+    names = _shard_names(path)
+    for name in names:
+        if not (path / name).is_file():
+            raise CheckpointError(f"{path}: shard {name} is missing; download the model again")
+    return [path / name for name in names]
+
+
+def _shard_names(path: Path) -> list[str]:
     index = path / _INDEX
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} cannot be read: {error!r}") from error
-    files = []
     for name in names:
         if not isinstance(name, str) or name != os.path.basename(name):
             raise CheckpointError(f"{index} names a shard outside its own directory: {name!r}")
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path}: shard {name} is missing; download the model again")
-        files.append(path / name)
-    return files
+    return names
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:

@@ -17,6 +17,7 @@ from rich.console import Console
 from compressor import __version__
 from compressor.commands.common import (
     BaseArg,
+    BaseRevision,
     DeltaArg,
     Overwrite,
     Quiet,
@@ -65,7 +66,7 @@ def compress(
     base: BaseArg,
     finetuned: Annotated[
         str,
-        typer.Argument(help="Full fine-tune (directory or Hub id), or a PEFT LoRA directory."),
+        typer.Argument(help="Full fine-tune or PEFT LoRA: directory or Hub id[@revision]."),
     ],
     out: Annotated[Path, typer.Argument(help="Directory to write the artifact to.")],
     codec: Annotated[str, typer.Option(help="blockdiag, impart or lowrank.")] = "blockdiag",
@@ -96,6 +97,10 @@ def compress(
             help="Texts (.txt: one a line; .jsonl: a text field) to measure KL and agreement on."
         ),
     ] = None,
+    base_revision: BaseRevision = None,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit, if FINETUNED is a Hub id.")
+    ] = None,
     base_name: Annotated[
         str | None, typer.Option(help="What to call the base in the artifact, e.g. its Hub id.")
     ] = None,
@@ -103,6 +108,8 @@ def compress(
     quiet: Quiet = False,
 ) -> None:
     """Compress FINETUNED, a full fine-tune of BASE, into the delta artifact OUT."""
+    from compressor.checkpoint import resolve
+    from compressor.hub import with_revision
     from compressor.importer import import_adapter
     from compressor.peft import is_adapter
     from compressor.pipeline import Options
@@ -127,10 +134,10 @@ def compress(
         calibration=calibration,
     )
     with progress_bar(quiet) as progress:
-        if is_adapter(finetuned):
-            summary = import_adapter(base, Path(finetuned), out, options, progress)
-        else:
-            summary = run(base, finetuned, out, options, progress)
+        base_dir = resolve(with_revision(base, base_revision, "--base-revision"))
+        tuned_dir = resolve(with_revision(finetuned, revision))
+        make = import_adapter if is_adapter(tuned_dir) else run
+        summary = make(base_dir, tuned_dir, out, options, progress)
     if quiet:
         return
     typer.echo(
@@ -170,12 +177,15 @@ def verify(
     base: Annotated[
         str | None, typer.Option(help="Also check that it was made for this base.")
     ] = None,
+    base_revision: BaseRevision = None,
 ) -> None:
     """Check every byte of an artifact, and with --base that it fits that model."""
+    from compressor.hub import with_revision
     from compressor.inspection import check, describe_stored
 
     if base is not None:
         silence_libraries()
+        base = with_revision(base, base_revision, "--base-revision")
     artifact = check(delta, base)
     fits = f", fits {base}" if base else ""
     typer.echo(f"{delta}: ok, {describe_stored(artifact)}{fits}")
@@ -192,17 +202,19 @@ def reconstruct(
         str | None,
         typer.Option(help="float32, float16 or bfloat16; default: the fine-tune's own."),
     ] = None,
+    base_revision: BaseRevision = None,
     max_shard_size_mb: Annotated[int, typer.Option(min=1, help="Split weights here.")] = 5000,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
     """Write BASE + DELTA to OUT as an ordinary Hugging Face model."""
+    from compressor.hub import with_revision
     from compressor.reconstruct import reconstruct as run
 
     silence_libraries()
     with progress_bar(quiet) as progress:
         run(
-            base,
+            with_revision(base, base_revision, "--base-revision"),
             delta,
             out,
             dtype=dtype,

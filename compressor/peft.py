@@ -21,6 +21,7 @@ from torch import Tensor
 from compressor.checkpoint import Checkpoint, TensorFiles
 from compressor.codecs import DenseRows, LowRankTerm, TensorDelta, lowrank_from_factors
 from compressor.errors import CheckpointError, UnsupportedTensor
+from compressor.hub import cached_ref
 from compressor.layout import Layout, Parameter, read_layout
 
 CONFIG_FILE = "adapter_config.json"
@@ -78,7 +79,8 @@ class Adapter(TensorFiles):
                 "where you trust it with peft, PeftModel.from_pretrained(base, dir)"
                 ".save_pretrained(out)"
             )
-        super().__init__(path.resolve().name, [path / _WEIGHTS])
+        ref = cached_ref(path)
+        super().__init__(ref.repo if ref else path.resolve().name, [path / _WEIGHTS])
 
     def deltas(self, base: Checkpoint) -> Iterator[TensorDelta]:
         """Yield the delta of every parameter the adapter changes, in the model's order.

@@ -180,6 +180,8 @@ def _describe(
     """The artifact's configuration before anything is encoded, with room for what comes later."""
     groups = {ADDED_ROWS if job.exact_start else group_of(job.pair) for job in jobs}
     details: dict[str, Any] = {"dtype": checkpoint_dtype(tuned)}
+    if tuned.revision is not None:
+        details["revision"] = tuned.revision
     if pairing.config_changes:
         details["config"] = pairing.config_changes
     if dropped := dropped_companions(base.path, tuned.path):
@@ -213,6 +215,7 @@ def base_info(
         ),
         dtype=checkpoint_dtype(base),
         tied=tied,
+        revision=base.revision,
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compressor.artifact import Artifact, read_artifact
 from compressor.atomic import RunLock, publish_directory, recover_directory
-from compressor.checkpoint import Checkpoint
+from compressor.checkpoint import Checkpoint, resolve
 from compressor.codecs import TensorDelta
 from compressor.companions import copy_companions
 from compressor.errors import InputError, OutputError, WrongShape
@@ -42,8 +42,9 @@ def reconstruct(
 ) -> Path:
     """Write the fine-tune that `delta` describes to `out`, as transformers loads it.
 
-    dtype  ``float32``, ``float16`` or ``bfloat16`` for all weights; default: the fine-tune's own
-           (and for tensors stored exactly, the dtype they are stored in)
+    base, delta  directories or Hub ids (``org/name@revision``)
+    dtype        ``float32``, ``float16`` or ``bfloat16`` for all weights; default: the fine-tune's
+                 own (and for tensors stored exactly, the dtype they are stored in)
 
     Weights are ``W_base + dW`` computed in float32 and rounded once. Raises WrongBase for any
     other base, and the other errors of `read_artifact`; then nothing appears at `out`.
@@ -51,7 +52,7 @@ def reconstruct(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     with Checkpoint(base) as checkpoint:
-        artifact = read_artifact(delta, base_identity=base_identity(checkpoint.path))
+        artifact = read_artifact(resolve(delta), base_identity=base_identity(checkpoint.path))
         tensors = _outgoing(checkpoint, artifact, dtype)
         with _published(Path(os.path.abspath(out)), overwrite) as folder:
             total, done = sum(tensor.n_bytes for tensor in tensors), 0

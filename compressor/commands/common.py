@@ -19,7 +19,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 Report = Callable[[str, int, int], None]
 
-BaseArg = Annotated[str, typer.Argument(help="Base model: directory or Hub id.", metavar="BASE")]
+BaseArg = Annotated[
+    str, typer.Argument(help="Base model: directory or Hub id[@revision].", metavar="BASE")
+]
+BaseRevision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit, if BASE is a Hub id.")
+]
 DeltaArg = Annotated[Path, typer.Argument(help="Delta artifact directory.", metavar="DELTA")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor.checkpoint import Checkpoint, resolve
+from compressor.checkpoint import Checkpoint
 from compressor.errors import CheckpointError
 from tests.tiny import make_tiny
 
@@ -139,23 +139,3 @@ def test_open_directory_without_model_raises_checkpoint_error(tmp_path: Path) ->
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match="neither"):
         Checkpoint(tmp_path)
-
-
-def test_resolve_hub_id_downloads_and_reports_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[str] = []
-
-    def snapshot(repo: str, **_: object) -> str:
-        asked.append(repo)
-        if repo == "org/gone":
-            raise OSError("no network")
-        return str(tmp_path)
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    assert resolve("org/model") == tmp_path
-    with pytest.raises(CheckpointError, match=r"org/gone.*HF_TOKEN"):
-        resolve("org/gone")
-    with pytest.raises(CheckpointError, match="no such directory"):
-        resolve("/no/such/place")
-    assert asked == ["org/model", "org/gone"]
