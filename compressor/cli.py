@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from compressor import __version__
+from compressor.commands import eval as eval_command
 from compressor.commands.common import (
     BaseArg,
     BaseRevision,
@@ -224,3 +225,6 @@ def reconstruct(
         )
     if not quiet:
         typer.echo(f"{out}: written")
+
+
+app.command("eval")(eval_command.evaluate)
