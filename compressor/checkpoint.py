@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.valu
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _CHUNK_BYTES = 8 << 20
+_SLICE = re.compile(r"(?P<name>.+)\[(?P<index>0|[1-9][0-9]{0,5})\]")
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -44,6 +46,29 @@ class StoredTensor:
     n_bytes: int
 
 
+class TensorIndex(dict[str, StoredTensor]):
+    """Tensors by name. Of a 3-D tensor ``X``, ``X[i]`` is the matrix ``i``, though not listed."""
+
+    def __missing__(self, key: str) -> StoredTensor:
+        match = _SLICE.fullmatch(key)
+        if match is None or match["name"] not in self:
+            raise KeyError(key)
+        whole, index = self[match["name"]], int(match["index"])
+        if len(whole.shape) != 3 or index >= whole.shape[0]:
+            raise CheckpointError(
+                f"{whole.file}: tensor {match['name']} has shape {list(whole.shape)}; "
+                f"config.json asks for a matrix number {index} in it"
+            )
+        n_bytes = whole.n_bytes // whole.shape[0]
+        offset = whole.offset + index * n_bytes
+        return StoredTensor(whole.file, whole.dtype, whole.shape[1:], offset, n_bytes)
+
+
+def slice_name(name: str, index: int) -> str:
+    """Name of one matrix of a 3-D tensor."""
+    return f"{name}[{index}]"
+
+
 class TensorFiles:
     """Tensors in one or several safetensors files. Use as a context manager, or `close` it.
 
@@ -54,7 +79,7 @@ class TensorFiles:
 
     def __init__(self, name: str, files: Sequence[Path]) -> None:
         self.name = name
-        self.tensors: dict[str, StoredTensor] = {}
+        self.tensors = TensorIndex()
         for file in files:
             for key, tensor in _read_header(file).items():
                 if key in self.tensors:
@@ -178,6 +203,11 @@ def resolve(path: str | Path) -> Path:
         names = _shard_names(folder) if (folder / _INDEX).is_file() else [_SINGLE]
         fetch_files(ref, folder, names)
     return folder
+
+
+def stored_names(path: Path) -> set[str]:
+    """Names of all tensors of a model directory; only headers are read."""
+    return {name for file in _weight_files(path) for name in _read_header(file)}
 
 
 def read_config(path: Path) -> dict[str, Any]:

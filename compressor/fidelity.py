@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compressor.checkpoint import Checkpoint
 from compressor.codecs import TensorDelta
-from compressor.errors import CheckpointError, InputError
+from compressor.errors import CheckpointError, InputError, UnsupportedTensor
 from compressor.layout import read_layout
 
 BATCH_TOKENS = 1024  # of padded input; bounds the logits in memory
@@ -99,6 +99,11 @@ def merge_into(model: Any, base: Checkpoint, deltas: Iterable[TensorDelta]) -> N
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for delta in deltas:
+            if delta.name not in parameters:
+                raise UnsupportedTensor(
+                    f"{delta.name}: KL cannot be measured here, because transformers keeps this "
+                    "tensor inside a larger one; compress with no calibration text"
+                )
             stored = base.rows(keys[delta.name])
             merged = delta.merge(stored.T if delta.transposed else stored)
             parameters[delta.name].copy_(merged.T if delta.transposed else merged)

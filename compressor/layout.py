@@ -1,4 +1,4 @@
-"""What every parameter of an architecture is: linear, embedding, vector, or nothing we can encode.
+"""What every parameter of an architecture is: linear, embedding, vector, ... or nothing we encode.
 
 The answer comes from the model's own modules, built on the meta device (no memory, no weights),
 never from guessing by names.
@@ -8,16 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from compressor.checkpoint import slice_name, stored_names
 from compressor.errors import CheckpointError, UnsupportedTensor
+from compressor.experts import stored_form
 
 if TYPE_CHECKING:
     from torch.nn import Module
 
-Kind = Literal["linear", "embedding", "vector", "other"]
+# table: a 2-D parameter of any other module (a router of experts), stored exactly like a vector;
+# experts: 3-D, becomes one linear per expert; other: a convolution, say.
+Kind = Literal["linear", "embedding", "vector", "table", "experts", "other"]
 
 # Masks and tables that old checkpoints carry and that the model computes for itself.
 _COMPUTED = (r"\.rotary_emb\.inv_freq$", r"(^|\.)attn\.(masked_)?bias$")
@@ -47,12 +51,16 @@ class Layout:
     prefix      of the inner model (``model``, ``transformer``): checkpoints of the bare model
                 leave it out
     ignored     patterns of checkpoint names that are not parameters
+    renamed     checkpoint name -> parameter, where transformers renames on loading
+    stacked     3-D tensors -> number of experts, whose matrices are the parameters
     """
 
     parameters: dict[str, Parameter]
     tied: tuple[tuple[str, str], ...]
     prefix: str
     ignored: tuple[str, ...]
+    renamed: dict[str, str] = field(default_factory=dict)
+    stacked: dict[str, int] = field(default_factory=dict)
 
     def keys(self, stored: Iterable[str], owner: str) -> dict[str, str]:
         """Map each parameter (and each tied alias stored too) to its name in the checkpoint.
@@ -65,9 +73,16 @@ class Layout:
             name = self._parameter_name(key)
             if name is None:
                 continue
-            if name in found:
-                raise UnsupportedTensor(f"{owner}: {key} and {found[name]} are the same parameter")
-            found[name] = key
+            count = self.stacked.get(name)
+            parts = {name: key}
+            if count is not None:
+                parts = {slice_name(name, i): slice_name(key, i) for i in range(count)}
+            for part, place in parts.items():
+                if part in found:
+                    raise UnsupportedTensor(
+                        f"{owner}: {place} and {found[part]} are the same parameter"
+                    )
+                found[part] = place
         for name in self.parameters:
             if name in found:
                 continue
@@ -80,10 +95,15 @@ class Layout:
     def find(self, key: str) -> str | None:
         """Return the parameter, or the tied alias of one, that a checkpoint calls `key`."""
         aliases = dict(self.tied)
-        for name in (key, f"{self.prefix}.{key}"):
-            if name in self.parameters or name in aliases:
+        for stored in (key, f"{self.prefix}.{key}"):
+            name = self.renamed.get(stored, stored)
+            if name in self.parameters or name in aliases or name in self.stacked:
                 return name
         return None
+
+    def stored_name(self, name: str) -> str:
+        """Return what a checkpoint in this form calls a parameter or a 3-D tensor."""
+        return next((key for key, found in self.renamed.items() if found == name), name)
 
     def _parameter_name(self, key: str) -> str | None:
         if (name := self.find(key)) is not None:
@@ -91,8 +111,8 @@ class Layout:
         if any(re.search(pattern, key) for pattern in self.ignored):
             return None
         raise UnsupportedTensor(
-            f"{key}: the architecture has no parameter of that name (mixture-of-experts and other "
-            "layouts that transformers converts on loading are not supported)"
+            f"{key}: the architecture has no parameter of that name, and transformers does not "
+            "save it under that name either; load the model with transformers and save it again"
         )
 
 
@@ -112,11 +132,17 @@ def read_layout(path: Path) -> Layout:
             f"({first[:200]})"
         ) from error
     tied = tuple(sorted((model.all_tied_weights_keys or {}).items()))
+    prefix = model.base_model_prefix
+    form = stored_form(
+        model, _parameters(model, {alias for alias, _ in tied}), stored_names(path), prefix
+    )
     return Layout(
-        parameters={p.name: p for p in _parameters(model, {alias for alias, _ in tied})},
+        parameters={p.name: p for p in form.parameters},
         tied=tied,
-        prefix=model.base_model_prefix,
+        prefix=prefix,
         ignored=(*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())),
+        renamed=form.renamed,
+        stacked=form.stacked,
     )
 
 
@@ -146,4 +172,10 @@ def _describe(name: str, part: str, module: Module, shape: tuple[int, ...]) -> P
         elif isinstance(module, Conv1D):
             kind, transposed = "linear", True
             shape = (shape[1], shape[0])
+        else:
+            kind = "table"
+    elif len(shape) == 2:
+        kind = "table"
+    elif len(shape) == 3 and not isinstance(module, torch.nn.modules.conv._ConvNd):
+        kind = "experts"
     return Parameter(name, kind, shape, transposed, type(module).__name__)

@@ -104,6 +104,7 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> Pairing:
     changes = config_changes(base, tuned)
     layout, tuned_layout = read_layout(base.path), read_layout(tuned.path)
     _check_ties(layout, tuned_layout)
+    _check_forms(layout, tuned_layout)
     base_keys = layout.keys(base.tensors, base.name)
     tuned_keys = tuned_layout.keys(tuned.tensors, tuned.name)
     for checkpoint, keys in ((base, base_keys), (tuned, tuned_keys)):
@@ -161,8 +162,8 @@ def check_encodable(pair: TensorPair) -> None:
     if pair.kind == "other":
         raise UnsupportedTensor(
             f"{pair.name}: shape {list(pair.shape)} in a {pair.module} module is changed by the "
-            "fine-tune, and only the weights of Linear, Conv1D and Embedding modules and 1-D "
-            "parameters can be encoded"
+            "fine-tune, and only the weights of Linear, Conv1D and Embedding modules, experts and "
+            "1-D parameters can be encoded"
         )
 
 
@@ -232,6 +233,17 @@ def _check_ties(base: Layout, tuned: Layout) -> None:
         raise UnsupportedTensor(
             f"{alias}: tied to {target} in the {tied} but not in the {untied} "
             "(tie_word_embeddings in config.json); a delta cannot change that"
+        )
+
+
+def _check_forms(base: Layout, tuned: Layout) -> None:
+    """Experts may be stored as one tensor or one by one, but in both models alike."""
+    differing = sorted(base.parameters.keys() ^ tuned.parameters.keys())
+    if differing:
+        where = "base" if differing[0] in base.parameters else "fine-tune"
+        raise UnsupportedTensor(
+            f"{differing[0]}: stored like this in the {where} only; save both models with the same "
+            "version of transformers"
         )
 
 

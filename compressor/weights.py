@@ -1,11 +1,11 @@
-"""Write safetensors files one tensor at a time, split into shards, for `impart reconstruct`."""
+"""Write safetensors files one tensor at a time, split into shards."""
 
 from __future__ import annotations
 
 import json
 import math
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,12 +19,12 @@ _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A tensor to be written; `load` makes it when its turn comes."""
+    """A tensor to be written; `load` makes it when its turn comes, in pieces of whole rows."""
 
     name: str
     dtype: torch.dtype
     shape: tuple[int, ...]
-    load: Callable[[], Tensor]
+    load: Callable[[], Iterable[Tensor]]
 
     @property
     def n_bytes(self) -> int:
@@ -78,6 +78,7 @@ def _write(file: Path, tensors: Sequence[Outgoing]) -> Iterator[Outgoing]:
     with file.open("wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for tensor in tensors:
-            values = tensor.load().to(tensor.dtype).contiguous()
-            values.reshape(-1).view(torch.uint8).numpy().tofile(stream)
+            for piece in tensor.load():
+                values = piece.to(tensor.dtype).contiguous()
+                stream.write(values.reshape(-1).view(torch.uint8).numpy().data)
             yield tensor
