@@ -25,7 +25,7 @@ import torch
 
 from compressor.weights import Outgoing, write_weights
 
-CODECS = ("blockdiag", "blockdiag+head", "impart", "lowrank")
+CODECS = ("blockdiag", "blockdiag+head", "impart", "impart-qt", "lowrank")
 SHARD_BYTES = 600_000_000
 HIDDEN, INTERMEDIATE, VOCABULARY, HEADS, KV_HEADS = 2048, 8192, 128_256, 32, 8
 SPREAD, CHANGE = 0.02, 0.0005  # standard deviations of the weights and of what tuning adds

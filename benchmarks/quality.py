@@ -41,6 +41,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "blockdiag-2-head": ("blockdiag", {"bits": 2, "head_fraction": 0.25}),
     "blockdiag-4-head": ("blockdiag", {"bits": 4, "head_fraction": 0.25}),
     "impart": ("impart", {}),
+    "impart-qt": ("impart-qt", {}),
     "lowrank": ("lowrank", {"bits": 16}),
 }
 

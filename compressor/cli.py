@@ -70,7 +70,9 @@ def compress(
         typer.Argument(help="Full fine-tune or PEFT LoRA: directory or Hub id[@revision]."),
     ],
     out: Annotated[Path, typer.Argument(help="Directory to write the artifact to.")],
-    codec: Annotated[str, typer.Option(help="blockdiag, impart or lowrank.")] = "blockdiag",
+    codec: Annotated[
+        str, typer.Option(help="blockdiag, impart, impart-qt or lowrank.")
+    ] = "blockdiag",
     ratio: Annotated[
         float, typer.Option(help="Fine-tune bytes / bytes of the whole artifact.")
     ] = 32.0,
@@ -83,13 +85,15 @@ def compress(
     ] = None,
     head_bits: Annotated[int | None, typer.Option(help="blockdiag: bits of the head.")] = None,
     beta: Annotated[
-        float | None, typer.Option(help="impart: share of components dropped beforehand.")
+        float | None,
+        typer.Option(help="impart, impart-qt: share of components dropped beforehand."),
     ] = None,
     c: Annotated[
-        float | None, typer.Option("--c", help="impart: weight of importance (C of the paper).")
+        float | None,
+        typer.Option("--c", help="impart, impart-qt: weight of importance (C of the paper)."),
     ] = None,
     block_rows: Annotated[
-        int | None, typer.Option(help="impart: rows that share their components.")
+        int | None, typer.Option(help="impart, impart-qt: rows that share their components.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Same inputs and seed give identical bytes.")] = 0,
     calibration: Annotated[

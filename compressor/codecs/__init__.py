@@ -8,6 +8,7 @@ from __future__ import annotations
 from compressor.codecs.blockdiag import BlockDiagTerm
 from compressor.codecs.encoder import Codec, make_encoder
 from compressor.codecs.impart import ImpartTerm
+from compressor.codecs.impart_qt import ImpartQtTerm
 from compressor.codecs.lowrank import LowRankTerm, lowrank_from_factors
 from compressor.codecs.term import (
     DenseRows,
@@ -23,6 +24,7 @@ __all__ = [
     "BlockDiagTerm",
     "Codec",
     "DenseRows",
+    "ImpartQtTerm",
     "ImpartTerm",
     "LowRankTerm",
     "MatrixSource",
@@ -43,6 +45,8 @@ def term_class(codec: str) -> type[Term]:
             return BlockDiagTerm
         case ImpartTerm.codec:
             return ImpartTerm
+        case ImpartQtTerm.codec:
+            return ImpartQtTerm
         case LowRankTerm.codec:
             return LowRankTerm
         case _:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from compressor.codecs.blockdiag_encoder import BlockDiagCodec
 from compressor.codecs.impart_encoder import ImpartCodec
+from compressor.codecs.impart_qt_encoder import ImpartQtCodec
 from compressor.codecs.lowrank_encoder import LowRankCodec
 from compressor.codecs.term import MatrixSource, Params, Shape, Term
 from compressor.errors import InputError
@@ -60,6 +61,7 @@ def make_encoder(codec: str, **options: Any) -> Codec:
     made_by: dict[str, Callable[..., Codec]] = {
         "blockdiag": BlockDiagCodec,
         "impart": ImpartCodec,
+        "impart-qt": ImpartQtCodec,
         "lowrank": LowRankCodec,
     }
     if codec not in made_by:

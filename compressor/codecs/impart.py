@@ -19,9 +19,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from compressor.codecs.block_factors import BlockFactors
 from compressor.codecs.term import Params, Shape
 from compressor.codecs.validate import (
-    check_ids,
     check_names,
     check_part,
     check_shape,
@@ -107,53 +107,31 @@ class ImpartTerm:
             shape, rank, block_rows, **tensors, unit_u=unit_u, unit_v=unit_v, settings=settings
         )
 
-    def apply(self, x: Tensor) -> Tensor:
-        m = self.shape[0]
-        n_tokens = x.shape[0]
-        blocks_in = _in_blocks(x.float().T, self.block_rows)  # [bv, R, T]
-        partial = torch.bmm(_in_blocks(self.v_values.float(), self.block_rows).mT, blocks_in)
-        ranked = torch.zeros(self.rank, n_tokens).index_add_(
-            0, self.v_index.long().flatten(), partial.flatten(0, 1)
+    def factors(self) -> BlockFactors:
+        """The parts as a server stages them; no copies."""
+        return BlockFactors(
+            self.shape,
+            self.block_rows,
+            self.u_index,
+            self.u_values,
+            self.v_index,
+            self.v_values,
+            self.sigma,
         )
-        ranked *= self.sigma.unsqueeze(1)
-        chosen = ranked[self.u_index.long()]  # [bu, S, T]
-        out = torch.bmm(_in_blocks(self.u_values.float(), self.block_rows), chosen)
-        return out.flatten(0, 1)[:m].T.contiguous()
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.factors().apply(x)
 
     def to_dense(self) -> Tensor:
-        m, n = self.shape
-        right = self._right()
-        dense = torch.empty(m, n, dtype=torch.float32)
-        for block, start in enumerate(range(0, m, self.block_rows)):
-            rows = self.u_values[start : start + self.block_rows].float()
-            dense[start : start + self.block_rows] = rows @ right[self.u_index[block].long()]
-        return dense
+        return self.factors().to_dense()
 
     def rows(self, ids: Tensor) -> Tensor:
-        check_ids(ids, self.shape[0])
-        index = self.u_index[ids // self.block_rows].long()
-        spread = torch.zeros(len(ids), self.rank).scatter_(1, index, self.u_values[ids].float())
-        return spread @ self._right()
-
-    def _right(self) -> Tensor:
-        """``diag(sigma) Vhat^T`` as dense float32 ``[r, n]``."""
-        n = self.shape[1]
-        index = self.v_index.long().repeat_interleave(self.block_rows, dim=0)[:n]
-        spread = torch.zeros(n, self.rank).scatter_(1, index, self.v_values.float())
-        return spread.T * self.sigma.unsqueeze(1)
+        return self.factors().rows(ids)
 
 
 def impart_size(shape: Shape, kept: int, block_rows: int) -> int:
     """Payload bytes of an `ImpartTerm`."""
     return sum(2 * kept * (size + -(-size // block_rows)) for size in shape)
-
-
-def _in_blocks(rows: Tensor, block_rows: int) -> Tensor:
-    """``[size, k]`` -> ``[ceil(size / R), R, k]``, zero-padded."""
-    n_blocks = -(-rows.shape[0] // block_rows)
-    padding = n_blocks * block_rows - rows.shape[0]
-    padded = torch.nn.functional.pad(rows, (0, 0, 0, padding))
-    return padded.view(n_blocks, block_rows, rows.shape[1])
 
 
 def _check_index(name: str, index: Tensor, rank: int) -> None:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from compressor.codecs.block_factors import select_kept
 from compressor.codecs.impart import MAX_RANK, ImpartTerm, impart_size
 from compressor.codecs.impart_sampling import (
     Allocation,
@@ -38,12 +39,7 @@ class ImpartCodec:
     block_rows: int = 64
 
     def __post_init__(self) -> None:
-        if not 0 <= self.beta < 1:
-            raise InputError(f"impart: beta must be within [0, 1), got {self.beta}")
-        if not 0 < self.C <= 100:
-            raise InputError(f"impart: C must be within (0, 100], got {self.C}")
-        if not isinstance(self.block_rows, int) or not 1 <= self.block_rows <= 4096:
-            raise InputError(f"impart: block_rows must be within 1..4096, got {self.block_rows}")
+        check_sampling_options(self.name, self.beta, self.C, self.block_rows)
 
     def options(self) -> Params:
         """Resolved options, JSON-able."""
@@ -94,8 +90,10 @@ class ImpartCodec:
             indices.reverse()
         keep = torch.from_numpy(allocation.probabilities)
         sigma, right = sigma[:rank], right[:, :rank]
-        long_values = _project(longer, right * root_inverse(sigma) / keep, indices[0], block_rows)
-        short_values = _select((right * sigma.sqrt() / keep).float(), indices[1], block_rows)
+        long_values = project_kept(
+            longer, right * root_inverse(sigma) / keep, indices[0], block_rows
+        )
+        short_values = select_kept((right * sigma.sqrt() / keep).float(), indices[1], block_rows)
         parts = [(indices[0], long_values), (indices[1], short_values)]
         if flipped:
             parts.reverse()
@@ -122,25 +120,30 @@ class ImpartCodec:
         return (term,)
 
 
+def check_sampling_options(codec: str, beta: float, c: float, block_rows: int) -> None:
+    """Raise InputError for an option outside its range."""
+    if not 0 <= beta < 1:
+        raise InputError(f"{codec}: beta must be within [0, 1), got {beta}")
+    if not 0 < c <= 100:
+        raise InputError(f"{codec}: C must be within (0, 100], got {c}")
+    if not isinstance(block_rows, int) or not 1 <= block_rows <= 4096:
+        raise InputError(f"{codec}: block_rows must be within 1..4096, got {block_rows}")
+
+
 def _draw(allocation: Allocation, size: int, block_rows: int, key: str) -> Tensor:
     """Component indices int16 ``[blocks, S]`` of one side."""
     drawn = sample_blocks(allocation.inclusion, -(-size // block_rows), key)
     return torch.from_numpy(drawn).to(torch.int16)
 
 
-def _select(values: Tensor, index: Tensor, block_rows: int) -> Tensor:
-    """Of ``values [size, r]`` keep each row's block's components: ``[size, S]``."""
-    by_row = index.long().repeat_interleave(block_rows, dim=0)[: values.shape[0]]
-    return values.gather(1, by_row)
-
-
-def _project(source: MatrixSource, weights: Tensor, index: Tensor, block_rows: int) -> Tensor:
+def project_kept(source: MatrixSource, weights: Tensor, index: Tensor, block_rows: int) -> Tensor:
     """``(A @ weights)`` strip by strip, keeping only the drawn components: ``[m, S]``."""
     m, n = source.shape
     weights = weights.float()
     kept = torch.empty(m, index.shape[1], dtype=torch.float32)
     for start, end in row_strips(m, n, multiple=block_rows):
         first, last = start // block_rows, -(-end // block_rows)
-        projected = source.block(start, end, 0, n) @ weights
-        kept[start:end] = _select(projected, index[first:last], block_rows)
+        strip = source.block(start, end, 0, n)
+        projected = (strip @ weights.to(strip.device)).cpu()
+        kept[start:end] = select_kept(projected, index[first:last], block_rows)
     return kept

@@ -81,10 +81,10 @@ def solve_allocation(sigma: Floats, kept: int, beta: float, c: float) -> Allocat
     alpha = beta + (1 - beta) * (1 - kept / r - _SLACK)
     q = 1 - allocate_sparsity(sigma, alpha, beta, c)
     q = q[: int(np.flatnonzero(q)[-1]) + 1]
-    return Allocation(alpha, _to_fixed_point(_scale_to_sum(q, kept), kept))
+    return Allocation(alpha, to_fixed_point(scale_to_sum(q, kept), kept, FIXED_POINT))
 
 
-def _scale_to_sum(q: Floats, kept: int) -> Floats:
+def scale_to_sum(q: Floats, kept: int) -> Floats:
     """``min(1, x q)`` with x such that the sum is `kept`; q descending, at least `kept` long."""
     if len(q) == kept:
         return np.ones(kept)
@@ -99,14 +99,15 @@ def _scale_to_sum(q: Floats, kept: int) -> Floats:
         full = capped
 
 
-def _to_fixed_point(q: Floats, kept: int) -> Ints:
-    """Round to integers that sum to ``kept * 2^40``, none below 1 or above ``2^40``."""
-    fixed = np.clip(np.floor(q * _ONE).astype(np.int64), 1, _ONE)
-    short = kept * _ONE - int(fixed.sum())
+def to_fixed_point(q: Floats, kept: int, fraction_bits: int) -> Ints:
+    """Round to units of ``2^-fraction_bits`` that sum to `kept` exactly, each within (0, 1]."""
+    one = 1 << fraction_bits
+    fixed = np.clip(np.floor(q * one).astype(np.int64), 1, one)
+    short = kept * one - int(fixed.sum())
     for k in range(len(fixed)):
         if short == 0:
             break
-        value = min(max(int(fixed[k]) + short, 1), _ONE)
+        value = min(max(int(fixed[k]) + short, 1), one)
         short -= value - int(fixed[k])
         fixed[k] = value
     assert short == 0

@@ -44,6 +44,7 @@ def deltas() -> list[TensorDelta]:
         ("z.block", (11, 9), block, {"bits": 3, "n_blocks": 2}),
         ("b.half", (6, 6), block, {"bits": 16, "n_blocks": 3}),
         ("a.impart", (10, 8), make_encoder("impart"), IMPART),
+        ("d.qt", (40, 38), make_encoder("impart-qt"), IMPART_QT),
         ("c.low", (5, 7), make_encoder("lowrank", bits=4), {"bits": 4, "rank": 3}),
     ]:
         terms = encode(codec, random_matrix(shape), params)
@@ -60,6 +61,7 @@ def deltas() -> list[TensorDelta]:
     return made
 
 
+IMPART_QT = {"payload": 300, "beta": 0.0, "C": 1.0, "block_rows": 8}
 IMPART = {"kept": 3, "beta": 0.0, "C": 1.0, "block_rows": 4}
 
 

@@ -7,7 +7,16 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compressor.codecs import BlockDiagTerm, Codec, ImpartTerm, LowRankTerm, Params, Term
+from compressor.codecs import (
+    BlockDiagTerm,
+    Codec,
+    ImpartQtTerm,
+    ImpartTerm,
+    LowRankTerm,
+    Params,
+    Term,
+)
+from compressor.codecs.impart_sampling import sample_blocks
 from compressor.codecs.sources import TensorSource
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 40))
@@ -103,7 +112,38 @@ def dense_impart(term: ImpartTerm) -> np.ndarray:
     return dense
 
 
+def dense_impart_qt(term: ImpartQtTerm) -> np.ndarray:
+    """From the parts on disk: the draw of each class again, then one code at a time."""
+    parts, params = term.tensors(), term.params()
+    m, n = term.shape
+    rank, block_rows = params["rank"], params["block_rows"]
+    q = [(int(w) + 1) / 2**15 for w in parts["weights"]]
+    counts = {bits: params[f"kept{bits}"] for bits in (8, 3, 2)}
+    spread = {"u": np.zeros((m, rank)), "v": np.zeros((n, rank))}
+    start = first = 0
+    for index, (bits, n_class) in enumerate(zip((8, 3, 2), (2, 32, rank), strict=True)):
+        count, end = counts[bits], min(first + n_class, rank)
+        n_codes = (m + n) * count
+        codes = bit_codes(parts["codes"][start : start + -(-n_codes * bits // 8)], bits, n_codes)
+        start += -(-n_codes * bits // 8)
+        for side, size in (("u", m), ("v", n)) if count else ():
+            inclusion = np.array([round(value * 2**40) for value in q[first:end]])
+            key = f"impart-qt\0{params['draw']}\0{side}\0{index}"
+            drawn = sample_blocks(inclusion, -(-size // block_rows), key)
+            offset = 0 if side == "u" else m * count
+            for i in range(size):
+                for t in range(count):
+                    k = first + int(drawn[i // block_rows, t])
+                    code = codes[offset + i * count + t]
+                    spread[side][i, k] = (2 * code + 1 - 2**bits) / 2**bits / q[k]
+        first = end
+    sigma = [float(s) * params["unit"] for s in parts["sigma"]]
+    return (spread["u"] * sigma) @ spread["v"].T
+
+
 def oracle(term: Term) -> np.ndarray:
+    if isinstance(term, ImpartQtTerm):
+        return dense_impart_qt(term)
     if isinstance(term, BlockDiagTerm):
         return dense_blockdiag(term)
     if isinstance(term, LowRankTerm):

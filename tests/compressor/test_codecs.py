@@ -10,6 +10,7 @@ import torch
 from compressor.codecs import (
     BlockDiagTerm,
     DenseRows,
+    ImpartQtTerm,
     ImpartTerm,
     LowRankTerm,
     TensorDelta,
@@ -20,13 +21,14 @@ from compressor.codecs import (
 from compressor.errors import InputError, UnsupportedVersion, WrongShape
 from tests.compressor.codec_oracles import encode, payload, random_matrix
 
-CODECS = ("blockdiag", "impart", "lowrank")
+CODECS = ("blockdiag", "impart", "impart-qt", "lowrank")
 
 
 def test_term_class_known_codec_is_its_class() -> None:
     assert term_class("blockdiag") is BlockDiagTerm
     assert term_class("lowrank") is LowRankTerm
     assert term_class("impart") is ImpartTerm
+    assert term_class("impart-qt") is ImpartQtTerm
 
 
 @pytest.mark.parametrize("codec", ["", "dense", "BlockDiag", "x" * 1000])
@@ -62,6 +64,9 @@ def test_make_encoder_options_rebuild_the_same_codec(codec: str) -> None:
         ("impart", {"C": float("inf")}),
         ("impart", {"block_rows": 0}),
         ("impart", {"block_rows": 1.5}),
+        ("impart-qt", {"beta": -0.1}),
+        ("impart-qt", {"C": float("nan")}),
+        ("impart-qt", {"block_rows": 5000}),
         ("lowrank", {"bits": 64}),
     ],
 )

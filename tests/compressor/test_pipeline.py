@@ -17,7 +17,13 @@ from compressor.errors import BudgetError, CheckpointError, InputError, OutputEr
 from compressor.pipeline import Options, compress, relative_error
 from tests.tiny import make_tiny, perturb
 
-CODECS = [("blockdiag", {}), ("blockdiag", {"head_fraction": 0.3}), ("lowrank", {}), ("impart", {})]
+CODECS = [
+    ("blockdiag", {}),
+    ("blockdiag", {"head_fraction": 0.3}),
+    ("lowrank", {}),
+    ("impart", {}),
+    ("impart-qt", {"beta": 0.0}),
+]
 
 
 def directory_bytes(path: Path) -> int:

@@ -24,6 +24,7 @@ PAIR = {
 ALL_CODECS = PAIR | {
     "head": Options(codec="blockdiag", ratio=9, codec_options={"head_fraction": 0.3}),
     "lowrank": Options(codec="lowrank", ratio=7),
+    "impart-qt": Options(codec="impart-qt", ratio=12, codec_options={"beta": 0.0}),
     "other-blocks": Options(codec="blockdiag", ratio=11, codec_options={"bits": 3}),
 }
 N_TRUTH = 20  # tokens of every oracle text

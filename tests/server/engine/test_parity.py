@@ -44,9 +44,10 @@ def test_engine_other_architecture_equals_generate(served, harness, kind: str) -
     assert_parity(harness(pair), pair)
 
 
-def test_engine_every_codec_in_one_batch_equals_generate(served, harness) -> None:
+@pytest.mark.parametrize("mode", ["apply", "reconstruct"])
+def test_engine_every_codec_in_one_batch_equals_generate(served, harness, mode: str) -> None:
     many = served("llama", ALL_CODECS)
-    assert_parity(harness(many), many)
+    assert_parity(harness(many, mode=mode), many)
 
 
 def test_engine_tied_embeddings_equals_generate(served, harness) -> None:
