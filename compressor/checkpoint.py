@@ -138,6 +138,12 @@ class TensorFiles:
             ]
         return out
 
+    def oriented_rows(self, name: str, row_start: int, row_end: int, transposed: bool) -> Tensor:
+        """Return rows of a tensor in ``[out, in]`` orientation; float32 if it is `transposed`."""
+        if not transposed:
+            return self.rows(name, row_start, row_end)
+        return self.slice(name, 0, self.tensors[name].shape[0], row_start, row_end).T
+
     def _read(self, stored: StoredTensor, first: int, count: int, dtype: torch.dtype) -> Tensor:
         if count == 0:
             return torch.empty(0, dtype=dtype)
