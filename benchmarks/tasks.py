@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,26 @@ def read_slots(path: Path) -> list[Item]:
 
 def _span(text: str, span: dict[str, Any]) -> str:
     return text[span.get("startIndex", 0) : span.get("endIndex", len(text))]
+
+
+def reference_paragraphs(n: int, seed: int = 0) -> list[str]:
+    """Draw `n` paragraphs of prose from the Python reference, the same for a seed.
+
+    Text that neither fine-tune was trained on, and that comes with every Python. Python's
+    licence; not shipped. Another version of Python may word a few differently.
+    """
+    from pydoc_data.topics import topics
+
+    paragraphs = (
+        " ".join(p.split()) for topic in sorted(topics) for p in topics[topic].split("\n\n")
+    )
+    prose = [p for p in dict.fromkeys(paragraphs) if _is_prose(p)]
+    return random.Random(seed).sample(prose, n)
+
+
+def _is_prose(paragraph: str) -> bool:
+    plain = len(re.findall(r"[A-Za-z ,.]", paragraph)) / max(1, len(paragraph))
+    return len(paragraph) > 200 and plain > 0.95 and paragraph.endswith(".")
 
 
 TASKS: dict[str, Callable[[Path], list[Item]]] = {"intent": read_intent, "slots": read_slots}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,13 @@ from benchmarks.evaluate import (
     Reference,
     Sample,
     Score,
-    exact_match,
-    generate,
+    common_prefix,
+    hidden_states,
+    prefix_cache,
     task_samples,
     text_samples,
 )
-from benchmarks.tasks import Item, load_items
+from benchmarks.tasks import Item, load_items, reference_paragraphs
 
 ITEMS = [
     Item("Request: my card\nIntent:", " card arrival"),
@@ -33,66 +33,83 @@ def load(path: Path) -> tuple[torch.nn.Module, object]:
     return model, AutoTokenizer.from_pretrained(path)
 
 
-def test_distance_equals_unbatched_float64_loop(tiny_llama: Path, tiny_llama_ft: Path) -> None:
+def alone(model: torch.nn.Module, prompt: list[int], n: int) -> list[int]:
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=n, do_sample=False)
+    return out[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_distance_equals_unbatched_float64_loop(
+    tiny_llama: Path, tiny_llama_ft: Path, dtype: torch.dtype
+) -> None:
     base, tokenizer = load(tiny_llama)
     tuned, _ = load(tiny_llama_ft)
     samples = task_samples(tokenizer, ITEMS)
-    kl: dict[bool, list[float]] = {True: [], False: []}
-    agree = []
+    kl, agree = [], []
     for sample in samples:
         ids = torch.tensor([sample.ids])
         with torch.no_grad():
             p = torch.log_softmax(tuned(ids).logits[0].double(), -1)
             q = torch.log_softmax(base(ids).logits[0].double(), -1)
-        for at in range(len(sample.ids) - 1):
-            is_answer = at + 1 >= sample.n_prompt  # what is predicted here is in the answer
-            kl[is_answer].append(float((p[at].exp() * (p[at] - q[at])).sum()))
-            if is_answer:
-                agree.append(int(p[at].argmax()) == int(q[at].argmax()))
-    got = Reference(tuned, samples).distance(base)
-    assert got.n_answer == len(kl[True])
-    assert got.n_prompt == len(kl[False])
-    assert got.kl_answer == pytest.approx(sum(kl[True]) / len(kl[True]), rel=1e-4)
-    assert got.kl_prompt == pytest.approx(sum(kl[False]) / len(kl[False]), rel=1e-4)
-    assert got.agreement == sum(agree) / len(agree)
-    assert got.kl_answer > 0.01
+        for at in range(sample.n_prompt - 1, len(sample.ids) - 1):
+            kl.append(float((p[at].exp() * (p[at] - q[at])).sum()))
+            agree.append(int(p[at].argmax()) == int(q[at].argmax()))
+    reference = Reference(tuned, samples)
+    got = reference.distance(base.to(dtype))
+    exact = dtype == torch.float32
+    assert reference.n_tokens == len(kl)
+    assert got.kl == pytest.approx(sum(kl) / len(kl), rel=1e-4 if exact else 0.05)
+    assert got.agreement == pytest.approx(sum(agree) / len(agree), abs=1e-9 if exact else 0.1)
+    assert got.kl > 0.01
 
 
 def test_distance_of_the_finetune_to_itself_is_zero(tiny_llama_ft: Path) -> None:
     model, tokenizer = load(tiny_llama_ft)
     samples = text_samples(tokenizer, ["some text of no importance", "x", "more"], max_tokens=8)
     assert max(len(sample.ids) for sample in samples) == 8
-    got = Reference(model, samples).distance(model)
-    assert got.kl_answer == pytest.approx(0, abs=1e-6)
-    assert math.isnan(got.kl_prompt)
+    reference = Reference(model, samples)
+    got = reference.distance(model)
+    assert got.kl == pytest.approx(0, abs=1e-6)
     assert got.agreement == 1
+    assert got.correct == reference.correct
 
 
-def alone(model: torch.nn.Module, prompt: list[int], n: int) -> list[int]:
-    out = model.generate(torch.tensor([prompt]), max_new_tokens=n, do_sample=False)
-    return out[0, len(prompt) :].tolist()
-
-
-def test_generate_in_padded_batch_equals_one_by_one(tiny_llama: Path) -> None:
+def test_correct_is_what_greedy_generation_gives(tiny_llama: Path) -> None:
+    """An answer that stops where the gold one does, goes on after it, and is another."""
     model, tokenizer = load(tiny_llama)
     prompts = [tokenizer(item.prompt).input_ids for item in ITEMS]
-    expected = [
-        tokenizer.decode(alone(model, prompt, 10), skip_special_tokens=True) for prompt in prompts
-    ]
-    assert generate(model, tokenizer, prompts, 10) == expected
-    assert len(set(expected)) == 3
+    samples = []
+    for prompt in prompts:
+        ids = alone(model, prompt, 4)
+        samples += [
+            Sample((*prompt, *ids), len(prompt)),
+            Sample((*prompt, *ids[:3], ids[3] ^ 1), len(prompt)),
+            Sample((*prompt, ids[0] ^ 1, *ids[1:]), len(prompt)),
+        ]
+    reference = Reference(model, samples)
+    assert reference.correct == (True, False, False) * 3
+    assert reference.distance(model).correct == reference.correct
 
 
-def test_exact_match_counts_answers_that_end_where_the_gold_does(tiny_llama: Path) -> None:
-    model, tokenizer = load(tiny_llama)
-    first, *others = ITEMS
-    ids = alone(model, tokenizer(first.prompt).input_ids, 4)
-    gold = tokenizer.decode(ids[:3])
-    wrong = [Item(item.prompt, "nothing like it") for item in others]
-    right = Item(first.prompt, gold)
-    assert exact_match(model, tokenizer, [right, *wrong]) == Score(0, 3)  # it goes on after gold
-    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(ids[3])
-    assert exact_match(model, tokenizer, [right, *wrong]) == Score(1 / 3, 3)
+def test_shared_prefix_is_run_once_and_changes_nothing(tiny_qwen2: Path) -> None:
+    model, tokenizer = load(tiny_qwen2)
+    samples = task_samples(tokenizer, ITEMS[:2])
+    prefix = common_prefix(samples)
+    assert len(prefix) > 1
+    assert all(sample.ids[: len(prefix)] == prefix for sample in samples)
+    cache = prefix_cache(model, prefix)
+    for _ in range(2):  # the cache can be used again
+        torch.testing.assert_close(
+            hidden_states(model, samples, len(prefix), cache),
+            hidden_states(model, samples, 0, None),
+        )
+
+
+def test_common_prefix_leaves_a_token_of_every_prompt() -> None:
+    samples = [Sample((1, 2, 3, 4), 3), Sample((1, 2, 3, 5), 2)]
+    assert common_prefix(samples) == (1,)
+    assert common_prefix([Sample((1, 2, 3), 2), Sample((4, 2, 3), 2)]) == ()
+    assert common_prefix([Sample((1, 2, 3), 3)]) == (1, 2)
 
 
 def test_reference_of_a_model_that_caps_its_logits_is_refused(tiny_llama: Path) -> None:
@@ -137,3 +154,10 @@ def test_load_items_same_seed_same_draw(tmp_path: Path) -> None:
     assert load_items("intent", path, 10) == load_items("intent", path, 10)
     assert load_items("intent", path, 10) != load_items("intent", path, 10, seed=1)
     assert len(set(load_items("intent", path, 10))) == 10
+
+
+def test_reference_paragraphs_are_prose_and_the_same_every_time() -> None:
+    drawn = reference_paragraphs(20)
+    assert drawn == reference_paragraphs(20)
+    assert len(set(drawn)) == 20
+    assert all(len(text) > 200 and "\n" not in text and text[-1] == "." for text in drawn)

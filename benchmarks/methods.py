@@ -1,0 +1,259 @@
+"""Everything the quality benchmark compares: by name, how to install a variant and count bytes."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from benchmarks.baselines import BASELINES, Baseline, Matrix
+from compressor.artifact import Artifact, read_artifact
+from compressor.checkpoint import Checkpoint
+from compressor.codecs import DenseRows, TensorDelta, make_encoder
+from compressor.draft import Job, group_of, make_job
+from compressor.errors import InputError
+from compressor.pairing import is_unchanged, pair_tensors
+from compressor.pipeline import Options, compress
+from compressor.source import DeltaSource
+
+# Short names of the codecs' settings; any other is written ``codec:option=value,option=value``.
+PRESETS = {
+    "blockdiag-2": "blockdiag:bits=2",
+    "blockdiag-3": "blockdiag:bits=3",
+    "blockdiag-4": "blockdiag:bits=4",
+    "blockdiag-2-head": "blockdiag:bits=2,head_fraction=0.25",
+    "blockdiag-4-head": "blockdiag:bits=4,head_fraction=0.25",
+    "impart": "impart",
+    "impart-qt": "impart-qt",
+    "lowrank": "lowrank:bits=16",
+}
+_UNSEEDED = ("blockdiag", "lowrank")  # codecs that draw nothing
+
+
+class Size(NamedTuple):
+    """Bytes of a whole variant, companion files included, and the fine-tune's bytes over them."""
+
+    n_bytes: int
+    ratio: float
+
+
+class Variant:
+    """One model in memory that each variant's weights are written to, `dtype` when it runs."""
+
+    def __init__(self, base: Path, dtype: torch.dtype) -> None:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()
+        self._base = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self.model: PreTrainedModel = model.to(dtype)
+
+    def install(self, deltas: Iterable[TensorDelta]) -> None:
+        """Make the model base + deltas, whatever it was before."""
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                rows = self._base[name].shape[0]
+                parameter[:rows] = self._base[name]
+            for delta in deltas:
+                self._add(delta)
+
+    def _add(self, delta: TensorDelta) -> None:
+        stored = self._base[delta.name]
+        merged = delta.merge((stored.T if delta.transposed else stored).float())
+        has_added = delta.shape[0] > delta.base_shape[0]
+        if has_added and self.model.get_parameter(delta.name).shape[0] < delta.shape[0]:
+            self.model.resize_token_embeddings(merged.shape[0], mean_resizing=False)
+        parameter = self.model.get_parameter(delta.name)
+        parameter.copy_(merged.T if delta.transposed else merged)
+
+
+class Pair:
+    """A base and its fine-tune, opened and compared once. Use as a context manager."""
+
+    def __init__(self, base: Path, finetuned: Path) -> None:
+        self.base, self.finetuned = base, finetuned
+        self._base_files, self._tuned_files = Checkpoint(base), Checkpoint(finetuned)
+        self.finetuned_bytes = self._tuned_files.n_bytes
+        pairs = pair_tensors(self._base_files, self._tuned_files).pairs
+        found = [
+            make_job(
+                self._tuned_files,
+                pair,
+                unchanged=is_unchanged(self._base_files, self._tuned_files, pair),
+            )
+            for pair in pairs
+        ]
+        self.jobs: list[Job] = [job for job in found if job is not None]
+        self._surroundings: dict[float, int] = {}
+
+    def __enter__(self) -> Pair:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._base_files.close()
+        self._tuned_files.close()
+
+    def matrix(self, job: Job) -> Matrix:
+        """Describe a job for the baselines."""
+        is_vocabulary = group_of(job.pair) in ("embeddings", "lm_head")
+        return Matrix(job.pair.name, job.matrix_shape, is_vocabulary)
+
+    def delta(self, job: Job) -> Tensor:
+        """Return ``dW`` float32 ``[m, n]``."""
+        m, n = job.matrix_shape
+        return DeltaSource(self._base_files, self._tuned_files, job.pair).block(0, m, 0, n)
+
+    def exact(self, job: Job) -> DenseRows | None:
+        """Rows that are stored exactly."""
+        if job.exact_start is None:
+            return None
+        rows = self._tuned_files.rows(job.pair.tuned_key, job.exact_start)
+        return DenseRows(job.exact_start, rows)
+
+    def surroundings_bytes(self, ratio: float) -> int:
+        """Bytes of an artifact of this pair that hold no tensor: names, settings, tokenizer, card.
+
+        Those of a real one, `blockdiag` at 16 bits, which has the fewest parts a tensor; every
+        baseline is charged as much.
+        """
+        if ratio not in self._surroundings:
+            artifact = self.compress(Options(codec_options={"bits": 16}, ratio=ratio))
+            stored = sum(_payload_bytes(delta) for delta in artifact.tensors)
+            self._surroundings[ratio] = artifact.n_bytes - stored
+        return self._surroundings[ratio]
+
+    def compress(self, options: Options) -> Artifact:
+        """Write an artifact to disk, read it back as a server would, and drop the files."""
+        with tempfile.TemporaryDirectory(prefix="quality-") as folder:
+            compress(self.base, self.finetuned, Path(folder) / "delta", options)
+            return read_artifact(Path(folder) / "delta")
+
+
+class Method(Protocol):
+    """A way to compress that the benchmark measures."""
+
+    @property
+    def draws(self) -> bool:
+        """Whether the seed changes anything."""
+        ...
+
+    @property
+    def fixed_ratio(self) -> float | None:
+        """The nominal ratio of a method that has only one, else None."""
+        ...
+
+    def install(self, variant: Variant, pair: Pair, ratio: float, seed: int) -> Size:
+        """Compress, restore into `variant`, count. Raises BudgetError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class CodecMethod:
+    """A codec of this project, through its artifact on disk."""
+
+    codec: str
+    options: dict[str, Any]
+    fixed_ratio: None = None
+
+    @property
+    def draws(self) -> bool:
+        return self.codec not in _UNSEEDED
+
+    def install(self, variant: Variant, pair: Pair, ratio: float, seed: int) -> Size:
+        """The bytes are those of the directory."""
+        options = Options(codec=self.codec, codec_options=self.options, ratio=ratio, seed=seed)
+        artifact = pair.compress(options)
+        variant.install(artifact.tensors)
+        return Size(artifact.n_bytes, pair.finetuned_bytes / artifact.n_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class BaselineMethod:
+    """A published method, reconstructed in memory."""
+
+    name: str
+    baseline: Baseline
+
+    @property
+    def draws(self) -> bool:
+        return self.baseline.draws
+
+    @property
+    def fixed_ratio(self) -> float | None:
+        return self.baseline.fixed_ratio
+
+    def install(self, variant: Variant, pair: Pair, ratio: float, seed: int) -> Size:
+        """The bytes are those of the stored parts, exact rows and `surroundings_bytes`."""
+        total = pair.surroundings_bytes(ratio)
+        if self.baseline.keeps_vectors:
+            total += sum(job.exact_bytes for job in pair.jobs)
+        matrices = [job for job in pair.jobs if job.is_encoded]
+        budget = pair.finetuned_bytes / ratio - total
+        plans = self.baseline.plan([pair.matrix(job) for job in matrices], budget)
+        planned = {job.pair.name: plan for job, plan in zip(matrices, plans, strict=True)}
+        sizes: list[int] = []
+
+        def deltas() -> Iterator[TensorDelta]:
+            for job in pair.jobs:
+                terms: tuple[Any, ...] = ()
+                if (plan := planned.get(job.pair.name)) is not None:
+                    name = job.pair.name
+                    encoded = self.baseline.encode(name, pair.delta(job), plan, seed)
+                    sizes.append(encoded.n_bytes)
+                    terms = (_Restored(encoded.dense),)
+                exact = pair.exact(job) if self.baseline.keeps_vectors else None
+                if terms or exact:
+                    yield _delta(job, terms, exact)
+
+        variant.install(deltas())
+        total += sum(sizes)
+        return Size(total, pair.finetuned_bytes / total)
+
+
+def make_method(text: str) -> Method:
+    """Return the method called `text`: a baseline, a preset, or ``codec:option=value,...``.
+
+    Values are JSON where they parse, else text. Raises InputError for what does not exist.
+    """
+    if text in BASELINES:
+        return BaselineMethod(text, BASELINES[text])
+    codec, _, rest = PRESETS.get(text, text).partition(":")
+    options = dict(_option(part) for part in rest.split(",") if part)
+    make_encoder(codec, **options)
+    return CodecMethod(codec, options)
+
+
+def _option(part: str) -> tuple[str, Any]:
+    name, equals, value = part.partition("=")
+    if not equals:
+        raise InputError(f"{part!r} is not option=value")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+@dataclass(frozen=True, slots=True)
+class _Restored:
+    """As much of a term as `TensorDelta.merge` needs."""
+
+    dense: Tensor
+
+    def to_dense(self) -> Tensor:
+        return self.dense
+
+
+def _delta(job: Job, terms: tuple[Any, ...], exact: DenseRows | None) -> TensorDelta:
+    pair = job.pair
+    return TensorDelta(pair.name, pair.shape, pair.base_shape, pair.transposed, terms, exact)
+
+
+def _payload_bytes(delta: TensorDelta) -> int:
+    parts = [part for term in delta.terms for part in term.tensors().values()]
+    if delta.exact is not None:
+        parts.append(delta.exact.values)
+    return sum(part.nbytes for part in parts)
