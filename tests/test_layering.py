@@ -31,8 +31,8 @@ MAY_IMPORT = {
     "server.ops": {"server.ops"},
 }
 WEB = {"fastapi", "starlette", "pydantic", "uvicorn"}
-TENSOR = {"torch", "transformers", "safetensors", "numpy", "triton", "numba"}
-OPS_ONLY = {"torch", "numpy", "numba", "triton"}
+TENSOR = {"torch", "transformers", "safetensors", "numpy", "triton", "numba", "llvmlite"}
+OPS_ONLY = {"torch", "numpy", "numba", "triton", "llvmlite"}
 FORMAT = (
     "compressor.artifact",
     "compressor.identity",
@@ -120,7 +120,7 @@ def check_libraries(source: Source) -> Iterator[str]:
             or within(name, "server.ops")
             or within(name, "compressor.codecs")
         ):
-            yield f"server.ops imports {name}: torch, numpy, numba, triton and codecs only"
+            yield f"server.ops imports {name}: torch, numpy, numba, llvmlite, triton and codecs only"
 
 
 def check_packages(source: Source) -> Iterator[str]:

@@ -11,14 +11,13 @@ product of small dense matrices.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import ClassVar, NamedTuple, Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from compressor.codecs.packing import pack_bits, unpack_bits
-from compressor.codecs.partition import Band, bands, kept_values, partition
+from compressor.codecs.partition import Band, bands, kept_values
 from compressor.codecs.quantize import from_half, to_half
 from compressor.codecs.term import Params, Shape
 from compressor.codecs.validate import (
@@ -32,19 +31,6 @@ from compressor.codecs.validate import (
 )
 
 BLOCKDIAG_BITS = (2, 3, 4, 8, 16)
-
-
-class Blocks(NamedTuple):
-    """Diagonal blocks as one padded batch; padding is zero.
-
-    values     ``[s, m_max, n_max]``
-    row_sizes  rows of each block, ``s`` numbers that add up to m; longest first
-    col_sizes  columns of each block, adding up to n; longest first
-    """
-
-    values: Tensor
-    row_sizes: list[int]
-    col_sizes: list[int]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,21 +119,20 @@ class BlockDiagTerm:
             out[mine] = torch.zeros(len(mine), self.shape[1]).scatter_(1, target, values)
         return out
 
-    def blocks(self, dtype: torch.dtype = torch.float32) -> Blocks:
-        """Return the blocks as one batch, padded where `s` does not divide m or n."""
-        row_starts = partition(self.shape[0], self.n_blocks)
-        col_starts = partition(self.shape[1], self.n_blocks)
-        row_sizes = [b - a for a, b in pairwise(row_starts)]
-        col_sizes = [b - a for a, b in pairwise(col_starts)]
-        found = bands(self.shape, self.n_blocks)
-        if len(found) == 1:
-            return Blocks(self._band_values(found[0]).to(dtype), row_sizes, col_sizes)
-        values = torch.zeros(self.n_blocks, row_sizes[0], col_sizes[0], dtype=dtype)
-        for band in found:
-            values[band.first : band.first + band.count, : band.rows, : band.cols] = (
-                self._band_values(band).to(dtype)
-            )
-        return Blocks(values, row_sizes, col_sizes)
+    def code_blocks(self) -> tuple[Tensor, Tensor]:
+        """Return what a server keeps: codes ``[s, m_max, n_max]`` (uint8, or float16 values for 16
+        bits) and scales float16 ``[s, m_max]`` in units of `unit`; padding is zero.
+        """
+        m, n = (-(-size // self.n_blocks) for size in self.shape)
+        codes = torch.zeros(self.n_blocks, m, n, dtype=self.codes.dtype)
+        scales = torch.zeros(self.n_blocks, m, dtype=torch.float16)
+        for band in bands(self.shape, self.n_blocks):
+            height, blocks = band.count * band.rows, slice(band.first, band.first + band.count)
+            part = self.codes[band.code : band.code + height * band.cols]
+            codes[blocks, : band.rows, : band.cols] = part.view(band.count, band.rows, band.cols)
+            scale = to_half(self.scales[band.row : band.row + height], self.unit)
+            scales[blocks, : band.rows] = scale.view(band.count, band.rows)
+        return codes, scales
 
     def _band_values(self, band: Band) -> Tensor:
         """Float32 ``[count, rows, cols]`` of one band."""

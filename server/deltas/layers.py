@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from server.deltas.parameter import DeltaParameter
 from server.deltas.pools import BlockDiagPool, SharedBlocks
+from server.ops.linear import LinearOp, TorchLinear
 from server.ops.rows import RowPlan
 
 
@@ -46,6 +47,19 @@ class DeltaLinear(nn.Module):
         self.group: ProjectionGroup | None = None
         self._context = context
         self._is_output = is_output
+        self._linear: LinearOp = TorchLinear(weight.base)
+
+    def join(self, group: ProjectionGroup, linear: LinearOp) -> None:
+        """Compute together with the group from now on; `linear` is this member's share."""
+        self.group, self._linear = group, linear
+        self.delta_weight.hand_over(linear.dense)
+
+    def pack(self, *, keep: bool) -> None:
+        """Lay the base weight out for its product. `keep`: an embedding reads the plain one."""
+        weight = self.delta_weight
+        self._linear = weight.kernels.linear(weight.base)
+        if not keep:
+            weight.hand_over(self._linear.dense)
 
     @property
     def weight(self) -> Tensor:
@@ -65,7 +79,7 @@ class DeltaLinear(nn.Module):
 
     def _alone(self, flat: Tensor, rows: RowPlan | None) -> Tensor:
         if rows is None or not rows.slots:
-            return F.linear(flat, self.weight, self.bias)
+            return self._linear(flat, self.bias)
         y = self._base(flat, rows)
         self.add_deltas_(y, flat, rows)
         return self._with_extra(y, flat, rows) if self.delta_weight.extra else y
@@ -87,12 +101,12 @@ class DeltaLinear(nn.Module):
 
     def _base(self, flat: Tensor, rows: RowPlan) -> Tensor:
         if not self.has_merged(rows):
-            return F.linear(flat, self.weight)
+            return self._linear(flat)
         parts = []
         for span in rows.spans(frozenset(self.delta_weight.merged)):
             merged = self.delta_weight.merged.get(span.slot)
-            weight = self.weight if merged is None else merged
-            parts.append(F.linear(flat[span.start : span.end], weight))
+            own = flat[span.start : span.end]
+            parts.append(self._linear(own) if merged is None else F.linear(own, merged))
         return torch.cat(parts)
 
     def _with_extra(self, y: Tensor, flat: Tensor, rows: RowPlan) -> Tensor:
@@ -113,26 +127,25 @@ class DeltaLinear(nn.Module):
 class ProjectionGroup:
     """Linears that read the same input (q, k, v; gate, up): one base GEMM for all of them.
 
-    The members' weights become views of one fused matrix. The model definition still calls each
-    member; the first call computes all of them, the others take their columns. If a member is
-    called with another tensor than the first was, it computes alone.
+    The members' weights are rows of one fused matrix. The model definition still calls each member;
+    the first call computes all of them, the others take their columns. If a member is called with
+    another tensor than the first was, it computes alone.
     """
 
     def __init__(self, members: list[DeltaLinear]) -> None:
         self._members = members
-        self._weight = torch.cat([m.weight for m in members])
+        weights = [m.delta_weight for m in members]
+        self._linear = weights[0].kernels.linear(torch.cat([w.base for w in weights]))
         biases = [m.bias for m in members]
         self._bias = (
             torch.cat([b for b in biases if b is not None])
             if any(b is not None for b in biases)
             else None
         )
-        self._sizes = [len(m.weight) for m in members]
-        views = torch.split(self._weight, self._sizes)
-        for member, view in zip(members, views, strict=True):
-            member.delta_weight.base = view
-            member.group = self
-            member.delta_weight.siblings = tuple(m.delta_weight for m in members)
+        self._sizes = [w.shape[0] for w in weights]
+        for place, member in enumerate(members):
+            member.join(self, GroupMember(self._linear, self._sizes, place))
+            member.delta_weight.siblings = tuple(weights)
         self._input: Tensor | None = None
         self._outputs: dict[DeltaLinear, Tensor] = {}
 
@@ -148,29 +161,50 @@ class ProjectionGroup:
         return y
 
     def _compute(self, x: Tensor, rows: RowPlan | None) -> None:
-        self._input, self._outputs = None, {}
-        with_deltas = rows is not None and bool(rows.slots)
-        if with_deltas and rows is not None and any(m.has_merged(rows) for m in self._members):
-            return
         flat = x.reshape(-1, x.shape[-1])
-        y = F.linear(flat, self._weight, None if with_deltas else self._bias)
-        parts = torch.split(y, self._sizes, dim=1)
-        if with_deltas and rows is not None:
+        if rows is None or not rows.slots:
+            parts = torch.split(self._linear(flat, self._bias), self._sizes, dim=1)
+        else:
+            parts = self._products(flat, rows)
             self._add_deltas_(parts, flat, rows)
-        self._outputs = dict(zip(self._members, parts, strict=True))
-        self._input = x
+        self._input, self._outputs = x, dict(zip(self._members, parts, strict=True))
+
+    def _products(self, flat: Tensor, rows: RowPlan) -> tuple[Tensor, ...]:
+        """Base products of all rows, or reconstructed weights' where a slot has them."""
+        parts = torch.split(self._linear(flat), self._sizes, dim=1)
+        for member, part in zip(self._members, parts, strict=True):
+            merged = member.delta_weight.merged
+            for segment in rows.segments if merged else ():
+                if segment.slot in merged:
+                    own = slice(segment.start, segment.end)
+                    part[own] = F.linear(flat[own], merged[segment.slot])
+        return parts
 
     def _add_deltas_(self, parts: Sequence[Tensor], flat: Tensor, rows: RowPlan) -> None:
         done: set[SharedBlocks] = set()
         for member, part in zip(self._members, parts, strict=True):
             for pool in member.delta_weight.pools.values():
                 shared = pool.shared if isinstance(pool, BlockDiagPool) else None
-                if shared is None or not shared.covers(rows):
+                if shared is None:
                     pool.add_(part, flat, rows)
                 elif shared not in done:
                     shared.add_(parts, flat, rows)
                     done.add(shared)
             member.add_bias_(part, rows)
+
+
+class GroupMember:
+    """One member's rows of a group's fused weight, for the rare call outside the group."""
+
+    def __init__(self, fused: LinearOp, sizes: list[int], place: int) -> None:
+        self._fused, self._sizes, self._place = fused, sizes, place
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = torch.split(self._fused(x), self._sizes, dim=1)[self._place]
+        return y if bias is None else y + bias
+
+    def dense(self) -> Tensor:
+        return torch.split(self._fused.dense(), self._sizes)[self._place]
 
 
 class DeltaEmbedding(nn.Module):
@@ -182,6 +216,10 @@ class DeltaEmbedding(nn.Module):
         self._context = context
         # Gemma's embedding multiplies its result.
         self._scale = getattr(inner, "embed_scale", None)
+
+    def reads(self, parameter: DeltaParameter) -> bool:
+        """Whether this is the parameter of this table (tied weights)."""
+        return parameter is self._weight
 
     @property
     def weight(self) -> Tensor:

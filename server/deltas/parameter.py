@@ -6,6 +6,7 @@ A slot's life on a parameter: `stage` (any thread, host memory) -> `reserve` (en
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,7 @@ from server.deltas.pools import (
     layout_of,
     make_pool,
 )
+from server.ops.kernels import Kernels
 from server.ops.rows import RowPlan
 
 Mode = Literal["apply", "reconstruct"]
@@ -55,9 +57,12 @@ class StagedParameter:
 class DeltaParameter:
     """Base value and resident deltas of one parameter, in ``[out, in]`` orientation."""
 
-    def __init__(self, name: str, base: Tensor) -> None:
+    def __init__(self, name: str, base: Tensor, kernels: Kernels) -> None:
         self.name = name
-        self.base = base  # [m, n] or [m], on the device, in the compute dtype
+        self.kernels = kernels
+        self._base: Tensor | None = base
+        self._restore: Callable[[], Tensor] | None = None
+        self.shape, self.dtype, self.device = tuple(base.shape), base.dtype, base.device
         # Parameters of linears that read the same input, this one included (see ProjectionGroup).
         self.siblings: tuple[DeltaParameter, ...] = (self,)
         self.pools: dict[PoolKey, TermPool] = {}
@@ -66,22 +71,34 @@ class DeltaParameter:
         self.vectors = base.unsqueeze(0) if base.dim() == 1 else None  # [1 + slots, m]
         self.vector_slots: frozenset[int] = frozenset()
 
+    @property
+    def base(self) -> Tensor:
+        """``[m, n]`` or ``[m]``, on the device, in the compute dtype."""
+        if self._base is not None:
+            return self._base
+        assert self._restore is not None
+        return self._restore()
+
+    def hand_over(self, restore: Callable[[], Tensor]) -> None:
+        """Forget the base value: its linear keeps it in another layout and can give it back."""
+        self._base, self._restore = None, restore
+
     def stage(self, delta: TensorDelta, mode: Mode) -> StagedParameter:
         """Decode `delta` on the host. Raises WrongShape if it does not fit this parameter."""
-        if tuple(self.base.shape) != delta.base_shape:
+        if self.shape != delta.base_shape:
             raise WrongShape(
-                f"{self.name}: this base has shape {tuple(self.base.shape)}, "
+                f"{self.name}: this base has shape {self.shape}, "
                 f"the delta expects {delta.base_shape}"
             )
-        if self.base.dim() == 1:
+        if len(self.shape) == 1:
             return self._stage_vector(delta)
         extra = self._stage_extra(delta)
         if mode == "reconstruct" or self._replaces_base_rows(delta):
             base = self.base.detach().cpu()
             merged = delta.merge(base)[: len(base)]
             if mode == "reconstruct":
-                return StagedParameter(self, merged=merged.to(self.base.dtype), extra=extra)
-            dense = (merged - base.float()).to(self.base.dtype)
+                return StagedParameter(self, merged=merged.to(self.dtype), extra=extra)
+            dense = (merged - base.float()).to(self.dtype)
             return StagedParameter(self, terms=(((0, ("dense", ())), (dense,)),), extra=extra)
         terms = []
         for i, term in enumerate(delta.terms):
@@ -90,9 +107,9 @@ class DeltaParameter:
         return StagedParameter(self, terms=tuple(terms), extra=extra)
 
     def _stage_vector(self, delta: TensorDelta) -> StagedParameter:
-        if delta.exact is None or len(delta.exact.values) != len(self.base):
+        if delta.exact is None or len(delta.exact.values) != self.shape[0]:
             raise WrongShape(f"{self.name}: a 1-D parameter must be stored exactly and whole")
-        return StagedParameter(self, vector=delta.exact.values.to(self.base.dtype))
+        return StagedParameter(self, vector=delta.exact.values.to(self.dtype))
 
     def _stage_extra(self, delta: TensorDelta) -> Tensor | None:
         if delta.shape == delta.base_shape:
@@ -100,14 +117,14 @@ class DeltaParameter:
         n_base = delta.base_shape[0]
         if delta.exact is None or delta.exact.row_start > n_base:
             raise WrongShape(f"{self.name}: rows past the base's end must be stored exactly")
-        return delta.exact.values[n_base - delta.exact.row_start :].to(self.base.dtype)
+        return delta.exact.values[n_base - delta.exact.row_start :].to(self.dtype)
 
     def _replaces_base_rows(self, delta: TensorDelta) -> bool:
         return delta.exact is not None and delta.exact.row_start < delta.base_shape[0]
 
     def _new_pool(self, key: PoolKey) -> TermPool:
-        m, n = self.base.shape
-        return make_pool(key[1], (m, n), self.base.dtype, self.base.device)
+        m, n = self.shape
+        return make_pool(key[1], (m, n), self.dtype, self.device, self.kernels)
 
     def _create_pool(self, key: PoolKey) -> None:
         """Add an empty pool, together with the siblings' if they can share one product."""
@@ -143,9 +160,9 @@ class DeltaParameter:
             assert self.vectors is not None
             self.vectors[slot + 1].copy_(staged.vector)
         if staged.merged is not None:
-            self.merged[slot] = staged.merged.to(self.base.device)
+            self.merged[slot] = staged.merged.to(self.device)
         if staged.extra is not None:
-            self.extra[slot] = staged.extra.to(self.base.device)
+            self.extra[slot] = staged.extra.to(self.device)
 
     def show(self, slot: int, staged: StagedParameter) -> None:
         """Apply the slot from the next step on."""

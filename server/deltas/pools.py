@@ -18,6 +18,9 @@ from compressor.codecs.impart import ImpartTerm
 from compressor.codecs.lowrank import LowRankTerm
 from compressor.codecs.term import Shape, Term
 from server.ops import delta as ops
+from server.ops.delta import BlockDiagOp
+from server.ops.kernels import Kernels
+from server.ops.packed import PackedBlocks, pack_columns, packed_rows
 from server.ops.rows import BASE_SLOT, RowPlan
 
 Layout = tuple[str, tuple[int, ...]]
@@ -84,67 +87,75 @@ def _segments(rows: RowPlan, present: frozenset[int]) -> list[tuple[int, slice]]
 
 
 class BlockDiagPool(TermPool):
-    """Parts: dequantised blocks, transposed [s, nb, mb].
+    """Parts: packed codes [s, byte rows, mb], scales float16 [s, mb], unit float32 [1].
 
-    shared  set if the array is a slice of one that a whole projection group uses
+    shared  set if the arrays are slices of ones that a whole projection group uses
     """
 
     def __init__(
-        self, shape: Shape, n_blocks: int, dtype: torch.dtype, device: torch.device
+        self, shape: Shape, n_blocks: int, bits: int, kernels: Kernels, device: torch.device
     ) -> None:
-        super().__init__(shape, dtype, device)
-        m, n = shape
-        self.n_blocks = n_blocks
-        self.block_shape = (-(-m // n_blocks), -(-n // n_blocks))
-        self.place_of_row = _padded_places(m, n_blocks, self.block_shape[0]).to(device)
-        self.row_map = None if m % n_blocks == 0 else self.place_of_row
-        self.col_map: Tensor | None = None
-        if n % n_blocks:
-            col_map = torch.full((n_blocks * self.block_shape[1],), n)
-            col_map[_padded_places(n, n_blocks, self.block_shape[1])] = torch.arange(n)
-            self.col_map = col_map.to(device)
+        super().__init__(shape, torch.float32, device)
+        self.n_blocks, self.bits = n_blocks, bits
         self.shared: SharedBlocks | None = None
+        self.kernels = kernels
+        self._op: BlockDiagOp | None = None
+
+    @property
+    def block_shape(self) -> Shape:
+        return -(-self.shape[0] // self.n_blocks), -(-self.shape[1] // self.n_blocks)
 
     def reserve(self, example: Staged, n_slots: int) -> None:
-        if self.shared is None:
-            super().reserve(example, n_slots)
-        else:
+        if self.shared is not None:
             self.shared.reserve(n_slots)
+            return
+        if n_slots > self.capacity:
+            super().reserve(example, n_slots)
+            self._op = self.kernels.blockdiag(self._own_blocks())
 
     def stage(self, term: Term) -> Staged:
         assert isinstance(term, BlockDiagTerm)
-        return (term.blocks(self.dtype).values.transpose(1, 2).contiguous(),)
+        codes, scales = term.code_blocks()
+        unit = torch.tensor([term.unit], dtype=torch.float32)
+        return pack_columns(codes.transpose(1, 2), self.bits).contiguous(), scales, unit
+
+    def hide(self, slot: int) -> None:
+        super().hide(slot)
+        if self.shared is not None and slot < self.capacity:
+            # The group's product may go on for this slot: a unit of 0 takes this member out of it.
+            self.arrays[2][slot] = 0
 
     def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
-        outputs = [ops.BlockOutput(y, 0, self.block_shape[0], self.row_map)]
-        for run in rows.runs(self.present):
-            ops.blockdiag_add_(outputs, x, run, self.arrays[0], self.col_map)
+        if self.shared is not None:
+            self.shared.add_([y if pool is self else None for pool in self.shared.pools], x, rows)
+            return
+        segments = rows.table(self.present)
+        if segments.n and self._op is not None:
+            self._op.add_([y], x, segments)
 
     def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
-        for run in rows.runs(self.present):
-            part = slice(run.start, run.end)
-            ops.blockdiag_rows_add_(
-                y[part],
-                ids[part],
-                rows.slot_of_row[part],
-                self.arrays[0],
-                self.place_of_row,
-                self.col_map,
-            )
+        for slot, part in _segments(rows, self.present):
+            slots = torch.full_like(ids[part], slot)
+            ops.blockdiag_rows_add_(y[part], ids[part], slots, self._own_blocks())
+
+    def _own_blocks(self) -> PackedBlocks:
+        codes, scales, units = self.arrays
+        return PackedBlocks(codes, scales, units, (self.shape[0],), self.shape[1], self.bits)
 
 
 class SharedBlocks:
-    """One array ``[C, s, nb, sum of mb]`` for matrices that read the same input (q, k, v).
+    """One set of arrays for matrices that read the same input (q, k, v): outputs side by side.
 
-    Each member pool's own array is a slice of it, so loading stays per parameter while one product
-    serves them all.
+    Each member pool's own arrays are slices of them, so loading stays per parameter while one
+    product serves them all.
     """
 
     def __init__(self, pools: Sequence[BlockDiagPool]) -> None:
-        self._pools = tuple(pools)
+        self.pools = tuple(pools)
         self._ends = list(itertools.accumulate(p.block_shape[0] for p in pools))
-        self._array = torch.empty(0)
+        self._arrays: Staged = ()
         self._capacity = 0
+        self._op: BlockDiagOp | None = None
         for pool in pools:
             pool.shared = self
 
@@ -152,37 +163,35 @@ class SharedBlocks:
         """Make room for `n_slots` in every member."""
         if n_slots <= self._capacity:
             return
-        first = self._pools[0]
-        shape = (n_slots, first.n_blocks, first.block_shape[1], self._ends[-1])
-        array = torch.empty(shape, dtype=first.dtype, device=first.device)
-        if self._capacity:
-            array[: self._capacity] = self._array
-        self._array, self._capacity = array, n_slots
-        for pool, end in zip(self._pools, self._ends, strict=True):
-            pool.arrays = (array[..., end - pool.block_shape[0] : end],)
+        first, width = self.pools[0], self._ends[-1]
+        s, nb = first.n_blocks, first.block_shape[1]
+        code_rows = packed_rows(nb, first.bits)
+        code_dtype = torch.float16 if first.bits == 16 else torch.uint8
+        device = first.device
+        # Zeros: a member that lacks a slot has scale 0 there.
+        arrays = (
+            torch.zeros((n_slots, s, code_rows, width), dtype=code_dtype, device=device),
+            torch.zeros((n_slots, s, width), dtype=torch.float16, device=device),
+            torch.zeros((n_slots, len(self.pools)), dtype=torch.float32, device=device),
+        )
+        for new, old in zip(arrays, self._arrays, strict=False):
+            new[: self._capacity] = old
+        self._arrays, self._capacity = arrays, n_slots
+        codes, scales, units = arrays
+        for i, (pool, end) in enumerate(zip(self.pools, self._ends, strict=True)):
+            own = slice(end - pool.block_shape[0], end)
+            pool.arrays = (codes[..., own], scales[..., own], units[:, i : i + 1])
             pool.capacity = n_slots
+        sizes = tuple(pool.shape[0] for pool in self.pools)
+        blocks = PackedBlocks(codes, scales, units, sizes, first.shape[1], first.bits)
+        self._op = first.kernels.blockdiag(blocks)
 
-    def covers(self, rows: RowPlan) -> bool:
-        """Whether all members hold the same slots of this batch, so that one product is right."""
-        active = {pool.present & rows.slots for pool in self._pools}
-        return len(active) == 1
-
-    def add_(self, parts: Sequence[Tensor], x: Tensor, rows: RowPlan) -> None:
-        """Add every member's deltas to its own ``[T, m]`` of `parts`."""
-        outputs = [
-            ops.BlockOutput(y, end - pool.block_shape[0], end, pool.row_map)
-            for y, pool, end in zip(parts, self._pools, self._ends, strict=True)
-        ]
-        for run in rows.runs(self._pools[0].present):
-            ops.blockdiag_add_(outputs, x, run, self._array, self._pools[0].col_map)
-
-
-def _padded_places(size: int, n_blocks: int, block: int) -> Tensor:
-    """Place of each row when every block of a balanced partition is padded to `block` rows."""
-    long, rest = divmod(size, n_blocks)[1], size // n_blocks
-    sizes = torch.tensor([rest + 1] * long + [rest] * (n_blocks - long))
-    starts = torch.arange(n_blocks) * block - (sizes.cumsum(0) - sizes)
-    return torch.arange(size) + torch.repeat_interleave(starts, sizes)
+    def add_(self, outputs: Sequence[Tensor | None], x: Tensor, rows: RowPlan) -> None:
+        """Add each member's deltas to its own ``[T, m]`` of `outputs`; None leaves it out."""
+        present = frozenset[int]().union(*(pool.present for pool in self.pools))
+        segments = rows.table(present)
+        if segments.n and self._op is not None:
+            self._op.add_(outputs, x, segments)
 
 
 class LowRankPool(TermPool):
@@ -255,7 +264,7 @@ def _in_blocks(values: Tensor, block_rows: int) -> Tensor:
 def layout_of(term: Term) -> Layout:
     """What must be equal for two terms to share a pool."""
     if isinstance(term, BlockDiagTerm):
-        return "blockdiag", (term.n_blocks,)
+        return "blockdiag", (term.n_blocks, term.bits)
     if isinstance(term, LowRankTerm):
         return "lowrank", (len(term.a),)
     if isinstance(term, ImpartTerm):
@@ -263,11 +272,14 @@ def layout_of(term: Term) -> Layout:
     return "dense", ()
 
 
-def make_pool(layout: Layout, shape: Shape, dtype: torch.dtype, device: torch.device) -> TermPool:
+def make_pool(
+    layout: Layout, shape: Shape, dtype: torch.dtype, device: torch.device, kernels: Kernels
+) -> TermPool:
     """Create the empty pool of a layout."""
     kind, sizes = layout
     if kind == "blockdiag":
-        return BlockDiagPool(shape, sizes[0], dtype, device)
+        n_blocks, bits = sizes
+        return BlockDiagPool(shape, n_blocks, bits, kernels, device)
     makers: dict[str, Callable[[Shape, torch.dtype, torch.device], TermPool]] = {
         "lowrank": LowRankPool,
         "impart": ImpartPool,

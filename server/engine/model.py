@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,9 @@ from server.deltas.layers import (
 from server.deltas.parameter import DeltaParameter
 from server.engine.attention import ATTENTION_NAME, KVStore, attach_store, register_attention
 from server.errors import ConfigError
+from server.ops.kernels import KernelChoice, Kernels, choose_kernels
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -43,7 +47,12 @@ class BaseModel:
     max_len: int
 
 
-def load_base_model(path: Path, device: torch.device, dtype: torch.dtype | None) -> BaseModel:
+def load_base_model(
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    kernels: KernelChoice = "auto",
+) -> BaseModel:
     """Load, check that the engine can run this architecture, and replace its layers.
 
     Raises ConfigError naming what is not supported.
@@ -60,7 +69,8 @@ def load_base_model(path: Path, device: torch.device, dtype: torch.dtype | None)
     )
     model = model.eval().requires_grad_(False).to(device)
     context, store = StepContext(), KVStore()
-    parameters = install_delta_layers(model, context)
+    chosen = _kernels(kernels, device, model.dtype)
+    parameters = install_delta_layers(model, context, chosen)
     attach_store(model, store)
     text_config = config.get_text_config()
     base = BaseModel(
@@ -75,6 +85,15 @@ def load_base_model(path: Path, device: torch.device, dtype: torch.dtype | None)
     )
     _probe(base)
     return base
+
+
+def _kernels(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> Kernels:
+    try:
+        chosen = choose_kernels(choice, device, dtype)
+    except ValueError as error:
+        raise ConfigError(f"--kernels {choice}: {error}") from error
+    log.info("kernels: %s", chosen.name)
+    return chosen
 
 
 def _read_config(path: Path) -> PretrainedConfig:
@@ -96,7 +115,9 @@ def _probe(base: BaseModel) -> None:
         raise ConfigError(f"{name} does not use transformers' attention interface; not supported")
 
 
-def install_delta_layers(model: PreTrainedModel, context: StepContext) -> dict[str, DeltaParameter]:
+def install_delta_layers(
+    model: PreTrainedModel, context: StepContext, kernels: Kernels
+) -> dict[str, DeltaParameter]:
     """Replace every linear, embedding and norm by its delta-aware form, on the instance."""
     output = model.get_output_embeddings()
     shared: dict[int, DeltaParameter] = {}
@@ -106,7 +127,7 @@ def install_delta_layers(model: PreTrainedModel, context: StepContext) -> dict[s
         key = id(value)
         if key not in shared:
             data = value.data.t().contiguous() if transposed else value.data
-            shared[key] = DeltaParameter(name, data)
+            shared[key] = DeltaParameter(name, data, kernels)
         parameters[name] = shared[key]
         return shared[key]
 
@@ -128,6 +149,7 @@ def install_delta_layers(model: PreTrainedModel, context: StepContext) -> dict[s
                 replacement = DeltaNorm(module, weight, bias, context)
         _set_module(model, path, replacement)
     _fuse_projections(model)
+    _pack_linears(model, model.get_input_embeddings())
     return parameters
 
 
@@ -139,6 +161,14 @@ def _fuse_projections(model: nn.Module) -> None:
             linears = [m for m in members if isinstance(m, DeltaLinear)]
             if len(linears) == len(names) and len({m.bias is None for m in linears}) == 1:
                 ProjectionGroup(linears)
+
+
+def _pack_linears(model: nn.Module, embedding: nn.Module) -> None:
+    """Lay out the weights of linears outside groups; a tied output shares the embedding's."""
+    for module in model.modules():
+        if isinstance(module, DeltaLinear) and module.group is None:
+            read = isinstance(embedding, DeltaEmbedding) and embedding.reads(module.delta_weight)
+            module.pack(keep=read)
 
 
 def _replaceable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

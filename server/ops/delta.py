@@ -1,81 +1,69 @@
 """Grouped delta application in plain torch: every variant of the batch in one call.
 
-Each function adds ``x @ dW[slot]^T`` to the rows of one run (see `rows.py`). Slot arrays hold
-values already dequantised to the compute dtype, slot-major, so that a run reads a contiguous slice.
+Each function adds ``x @ dW[slot]^T`` to the rows of the slots that are present (see `rows.py`).
 
 Shapes: T rows, n inputs, m outputs, C slots in the array, s blocks, S kept components, r ranks.
-Numerics: products in the dtype of the arrays with the backend's accumulation (float32 inside a
-GEMM); one rounding when the result is added to y. Nothing is raised: shapes are checked on load.
-The oracle of each is the codec's own `apply` (float32) in `compressor.codecs`.
+Numerics: low-rank, ImPart and dense terms multiply in the dtype of their arrays with the backend's
+accumulation (float32 inside a GEMM) and round once when the result is added to y; block-diagonal
+terms are float32 from the packed codes to that one rounding. Nothing is raised: shapes are checked
+on load. The oracle of each is the codec's own `apply` (float32) in `compressor.codecs`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from server.ops.rows import SlotRun, add_rows_, pad_rows
-
-# Up to so many slots, adding slot by slot is cheaper than gathering the rows that are not padding.
-MAX_SLOT_LOOP = 4
+from server.ops.packed import PackedBlocks, unpack_columns
+from server.ops.rows import SlotRun, SlotSegments, add_rows_, pad_rows
 
 
-class BlockOutput(NamedTuple):
-    """Where the outputs of one matrix go, of several stacked in one array of blocks.
+class BlockDiagOp(Protocol):
+    """Block-diagonal deltas of one matrix, or of several that read the same x."""
 
-    y        [T, m], added to in place; may be a column slice of a wider tensor
-    start, end  output columns ``[start, end)`` of every block belong to this matrix
-    row_map  [m] int64, padded place of each output; None if the number of blocks divides m
-    """
+    def add_(self, outputs: Sequence[Tensor | None], x: Tensor, segments: SlotSegments) -> None:
+        """Add each matrix's deltas to its own ``[T, m]`` of `outputs`; x ``[T, n]``.
 
-    y: Tensor
-    start: int
-    end: int
-    row_map: Tensor | None
+        The outputs may be column slices of one wider tensor; None leaves a matrix out.
+        """
+        ...
 
 
-def blockdiag_add_(
-    outputs: Sequence[BlockOutput],
-    x: Tensor,
-    run: SlotRun,
-    weights: Tensor,
-    col_map: Tensor | None,
-) -> None:
-    """Block-diagonal terms of one matrix, or of several that read the same x in one product.
+class TorchBlockDiag:
+    """The reference: dequantises the blocks of every segment anew."""
 
-    x [T, n]; weights [C, s, nb, mb], the blocks transposed (small batched GEMMs run faster so; mb:
-    the matrices' longest blocks side by side, nb: the longest block; both zero-padded)
-    col_map  [s * nb] int64, column of x at each padded place, n for padding; None if s divides n
-    """
-    k, w = run.n_slots, run.width
-    s, nb, mb = weights.shape[1:]
-    rows = pad_rows(x, run)
-    if col_map is not None:
-        rows = torch.nn.functional.pad(rows, (0, 1)).index_select(2, col_map)
-    rows = rows.view(k, w, s, nb).transpose(1, 2).reshape(k * s, w, nb)
-    blocks = weights[run.slot : run.slot + k].view(k * s, nb, mb)
-    product = torch.bmm(rows, blocks).view(k, s, w, mb).transpose(1, 2)
-    for y, start, end, row_map in outputs:
-        part = product[..., start:end]  # [k, w, s, rows of this matrix's block]
-        if row_map is None and (run.scatter is None or k <= MAX_SLOT_LOOP):
-            _add_blocks_(y, part, run)
-            continue
-        out = part.reshape(k * w, s * (end - start))
-        add_rows_(y, out if row_map is None else out.index_select(1, row_map), run)
+    def __init__(self, blocks: PackedBlocks) -> None:
+        self._blocks = blocks
+
+    def add_(self, outputs: Sequence[Tensor | None], x: Tensor, segments: SlotSegments) -> None:
+        """See `BlockDiagOp`."""
+        blocks, s = self._blocks, self._blocks.n_blocks
+        places = padded_places(blocks.n, s, x.device)
+        for slot, start, end in segments.table.tolist():
+            values = blocks.values(slot)  # [s, nb, sum of mb]
+            rows = x.new_zeros((end - start, values.shape[0] * values.shape[1])).float()
+            rows[:, places] = x[start:end].float()
+            rows = rows.view(end - start, s, -1).transpose(0, 1)
+            product = torch.bmm(rows, values)  # [s, rows, sum of mb]
+            column = 0
+            for y, m, mb in zip(outputs, blocks.sizes, blocks.block_rows(), strict=True):
+                if y is not None:
+                    part = product[:, :, column : column + mb].transpose(0, 1).flatten(1)
+                    added = part[:, padded_places(m, s, x.device)]
+                    y[start:end] = (y[start:end].float() + added).to(y.dtype)
+                column += mb
 
 
-def _add_blocks_(y: Tensor, part: Tensor, run: SlotRun) -> None:
-    """Add ``part [k, w, s, mb]`` to the run's rows of ``y [T, s * mb]``, padding left out."""
-    if run.scatter is None:
-        y[run.start : run.end].view(part.shape).add_(part)
-        return
-    start = run.start
-    for i, count in enumerate(run.counts):
-        y[start : start + count].view(count, *part.shape[2:]).add_(part[i, :count])
-        start += count
+def padded_places(size: int, n_blocks: int, device: torch.device) -> Tensor:
+    """[size] int64: place of each row when every block of a balanced partition is padded."""
+    block, short = -(-size // n_blocks), size // n_blocks
+    longer = size % n_blocks
+    sizes = torch.tensor([short + 1] * longer + [short] * (n_blocks - longer))
+    starts = torch.arange(n_blocks) * block - (sizes.cumsum(0) - sizes)
+    return (torch.arange(size) + torch.repeat_interleave(starts, sizes)).to(device)
 
 
 def lowrank_add_(y: Tensor, x: Tensor, run: SlotRun, a: Tensor, b: Tensor) -> None:
@@ -125,31 +113,37 @@ def impart_add_(
     add_rows_(y, out[:, : y.shape[1]], run)
 
 
-def blockdiag_rows_add_(
-    y: Tensor,
-    ids: Tensor,
-    slots: Tensor,
-    weights: Tensor,
-    place_of_row: Tensor,
-    col_map: Tensor | None,
-) -> None:
+def blockdiag_rows_add_(y: Tensor, ids: Tensor, slots: Tensor, blocks: PackedBlocks) -> None:
     """Embedding look-up: add ``dW[slot][id]`` to each row of ``y [T, n]``.
 
-    ids [T], slots [T] int64; weights [C, s, nb, mb]; place_of_row [m] padded place of each row
+    ids [T], slots [T] int64; blocks of one matrix [m, n]
     """
-    _, s, nb, mb = weights.shape
-    place = place_of_row[ids]
-    block = place // mb
-    values = weights[slots, block, :, place % mb]  # [T, nb]
-    padded = values.new_zeros((len(ids), s, nb))
-    padded[torch.arange(len(ids), device=ids.device), block] = values
-    flat = padded.view(len(ids), s * nb)
-    if col_map is None:
-        y += flat
-    else:
-        grown = torch.nn.functional.pad(y, (0, 1))
-        grown.index_add_(1, col_map, flat.to(y.dtype))
-        y.copy_(grown[:, :-1])
+    (m,), n, s = blocks.sizes, blocks.n, blocks.n_blocks
+    block, within = _block_of(ids, m, s)
+    nb = -(-n // s)
+    packed = blocks.codes[slots, block, :, within].unsqueeze(-1)
+    values = unpack_columns(packed, blocks.bits, nb).squeeze(-1).float()  # [T, nb]
+    if blocks.bits != 16:
+        values -= ((1 << blocks.bits) - 1) / 2
+    scales = blocks.scales[slots, block, within].float() * blocks.units[slots, 0]
+    values *= scales.unsqueeze(1)
+    short, longer = divmod(n, s)
+    cols = short + (block < longer).long()
+    inside = torch.arange(nb, device=ids.device)
+    valid = inside < cols.unsqueeze(1)
+    columns = (block * short + block.clamp(max=longer)).unsqueeze(1) + inside
+    added = torch.zeros(len(ids), n, device=ids.device)
+    added.scatter_add_(1, columns.clamp(max=n - 1), torch.where(valid, values, 0.0))
+    y.copy_(y.float() + added)
+
+
+def _block_of(ids: Tensor, size: int, n_blocks: int) -> tuple[Tensor, Tensor]:
+    """Block of each row of a balanced partition, and the row's place in it."""
+    short, longer = divmod(size, n_blocks)
+    border = longer * (short + 1)
+    first = ids // (short + 1)
+    block = torch.where(ids < border, first, longer + (ids - border) // short)
+    return block, ids - (block * short + block.clamp(max=longer))
 
 
 def impart_rows(

@@ -47,6 +47,20 @@ class SlotRun:
     counts: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class SlotSegments:
+    """The segments of some slots as data for a kernel.
+
+    table    int64 [k, 3]: slot, first row, end row
+    n        k
+    longest  rows of the longest segment
+    """
+
+    table: Tensor
+    n: int
+    longest: int
+
+
 class RowPlan:
     """The segments of one batch, and the runs derived from them (cached: every layer asks)."""
 
@@ -59,6 +73,7 @@ class RowPlan:
         self.slot_of_row = self._per_row([s.slot for s in self.segments])
         self._runs: dict[frozenset[int], tuple[SlotRun, ...]] = {}
         self._spans: dict[frozenset[int], tuple[Segment, ...]] = {}
+        self._tables: dict[frozenset[int], SlotSegments] = {}
         self._rows_of: dict[frozenset[int], Tensor] = {}
 
     def row_of_vector(self, present: frozenset[int]) -> Tensor:
@@ -83,6 +98,16 @@ class RowPlan:
                 _make_run(group, self.device) for group in _group_consecutive(wanted)
             )
         return self._runs[active]
+
+    def table(self, present: frozenset[int]) -> SlotSegments:
+        """The segments of the slots in `present`, as a table."""
+        active = present & self.slots
+        if active not in self._tables:
+            wanted = [(s.slot, s.start, s.end) for s in self.segments if s.slot in active]
+            table = torch.tensor(wanted, dtype=torch.int64).view(-1, 3)
+            longest = max((end - start for _, start, end in wanted), default=0)
+            self._tables[active] = SlotSegments(table.to(self.device), len(wanted), longest)
+        return self._tables[active]
 
     def spans(self, merged: frozenset[int]) -> tuple[Segment, ...]:
         """Cut all rows into spans: one per slot in `merged`, the rest joined as base spans."""

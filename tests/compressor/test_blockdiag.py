@@ -62,19 +62,24 @@ def test_blockdiag_any_shape_agrees_with_element_loop(shape, n_blocks, bits, see
 
 @settings(max_examples=40, deadline=None)
 @given(SHAPES, st.integers(1, 40), st.sampled_from(BLOCKDIAG_BITS))
-def test_blockdiag_blocks_any_shape_are_the_diagonal_of_to_dense(shape, n_blocks, bits) -> None:
+def test_blockdiag_code_blocks_any_shape_hold_the_diagonal_of_to_dense(
+    shape, n_blocks, bits
+) -> None:
     n_blocks = min(n_blocks, *shape)
     term = make(shape, n_blocks, bits)
     dense = term.to_dense()
-    values, row_sizes, col_sizes = term.blocks(torch.float32)
+    codes, scales = term.code_blocks()
     rows, cols = cuts(shape[0], n_blocks), cuts(shape[1], n_blocks)
-    assert (row_sizes, col_sizes) == ([len(r) for r in rows], [len(c) for c in cols])
-    assert values.shape == (n_blocks, max(row_sizes), max(col_sizes))
+    assert codes.shape == (n_blocks, max(map(len, rows)), max(map(len, cols)))
+    assert scales.shape == codes.shape[:2]
+    centre = 0.0 if bits == 16 else (2**bits - 1) / 2
     for block, (r, c) in enumerate(zip(rows, cols, strict=True)):
-        inside = values[block, : len(r), : len(c)]
-        assert torch.equal(inside, dense[r.start : r.stop, c.start : c.stop])
-        assert values[block].count_nonzero() == inside.count_nonzero()
-    assert term.blocks(torch.bfloat16).values.dtype == torch.bfloat16
+        for i, j in itertools.product(range(len(r)), range(len(c))):
+            value = (float(codes[block, i, j]) - centre) * float(scales[block, i]) * term.unit
+            assert value == pytest.approx(float(dense[r.start + i, c.start + j]), rel=1e-6)
+        assert not codes[block, len(r) :].any()
+        assert not codes[block, :, len(c) :].any()
+        assert not scales[block, len(r) :].any()
 
 
 @pytest.mark.parametrize(("bits", "tolerance"), [(16, 1e-3), (8, 0.015), (4, 0.12), (2, 0.4)])

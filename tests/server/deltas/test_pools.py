@@ -9,7 +9,8 @@ from torch import Tensor
 from compressor.codecs.encoder import make_encoder
 from compressor.codecs.sources import TensorSource
 from compressor.codecs.term import Term
-from server.deltas.pools import TermPool, layout_of, make_pool
+from server.deltas.pools import BlockDiagPool, SharedBlocks, TermPool, layout_of, make_pool
+from server.ops.kernels import Kernels, TorchKernels, choose_kernels
 from server.ops.rows import BASE_SLOT
 from tests.server.ops.test_rows import plan_of
 
@@ -32,6 +33,11 @@ BATCHES = [
 ]
 
 
+@pytest.fixture(scope="module", params=["torch", "numba"])
+def kernels(request: pytest.FixtureRequest) -> Kernels:
+    return choose_kernels(request.param, CPU, torch.float32)
+
+
 def encode_all(
     codec: str, options: dict[str, object], shape: tuple[int, int]
 ) -> list[tuple[Term, ...]]:
@@ -44,9 +50,9 @@ def encode_all(
     return terms
 
 
-def fill(term_index: int, variants: list[tuple[Term, ...]]) -> TermPool:
+def fill(term_index: int, variants: list[tuple[Term, ...]], kernels: Kernels) -> TermPool:
     first = variants[0][term_index]
-    pool = make_pool(layout_of(first), first.shape, torch.float32, CPU)
+    pool = make_pool(layout_of(first), first.shape, torch.float32, CPU, kernels)
     for slot, terms in enumerate(variants):
         staged = pool.stage(terms[term_index])
         pool.reserve(staged, 1 << slot.bit_length())
@@ -66,13 +72,17 @@ def expected(x: Tensor, slots: list[int], dense: list[Tensor], m: int) -> Tensor
 @pytest.mark.parametrize(("codec", "options", "shape"), CASES)
 @pytest.mark.parametrize("counts", BATCHES)
 def test_pool_mixed_batch_equals_dense_products(
-    codec: str, options: dict[str, object], shape: tuple[int, int], counts: dict[int, int]
+    codec: str,
+    options: dict[str, object],
+    shape: tuple[int, int],
+    counts: dict[int, int],
+    kernels: Kernels,
 ) -> None:
     variants = encode_all(codec, options, shape)
     plan = plan_of(counts)
     x = torch.randn(plan.n_rows, shape[1], generator=torch.Generator().manual_seed(9))
     for t in range(len(variants[0])):
-        pool = fill(t, variants)
+        pool = fill(t, variants, kernels)
         y = torch.zeros(plan.n_rows, shape[0])
         pool.add_(y, x, plan)
         dense = [terms[t].to_dense().double() for terms in variants]
@@ -88,7 +98,7 @@ def test_pool_embedding_look_up_equals_dense_rows(
     plan = plan_of({-1: 2, 0: 5, 1: 1, 2: 7})
     ids = torch.randint(0, shape[0], (plan.n_rows,), generator=torch.Generator().manual_seed(1))
     for t in range(len(variants[0])):
-        pool = fill(t, variants)
+        pool = fill(t, variants, TorchKernels())
         y = torch.zeros(plan.n_rows, shape[1])
         pool.add_rows_(y, ids, plan)
         for row, slot in enumerate(plan.slot_of_row.tolist()):
@@ -96,11 +106,11 @@ def test_pool_embedding_look_up_equals_dense_rows(
             torch.testing.assert_close(y[row], want, rtol=1e-4, atol=1e-7)
 
 
-def test_pool_hidden_slot_full_of_nan_is_never_read() -> None:
+def test_pool_hidden_slot_full_of_nan_is_never_read(kernels: Kernels) -> None:
     variants = encode_all("blockdiag", {"bits": 4}, (64, 48))
-    pool = fill(0, variants)
+    pool = fill(0, variants, kernels)
     pool.hide(1)
-    pool.arrays[0][1].fill_(float("nan"))
+    pool.arrays[1][1].fill_(float("nan"))  # scales
     plan = plan_of({0: 2, 1: 2, 2: 2})
     y = torch.zeros(plan.n_rows, 64)
     pool.add_(y, torch.randn(plan.n_rows, 48), plan)
@@ -108,11 +118,56 @@ def test_pool_hidden_slot_full_of_nan_is_never_read() -> None:
     assert not y[2:4].any()
 
 
-def test_pool_result_does_not_depend_on_neighbours() -> None:
+def test_pool_result_does_not_depend_on_neighbours(kernels: Kernels) -> None:
     variants = encode_all("blockdiag", {"bits": 4}, (64, 48))
-    pool = fill(0, variants)
+    pool = fill(0, variants, kernels)
     x = torch.randn(6, 48, generator=torch.Generator().manual_seed(2))
     together, alone = torch.zeros(6, 64), torch.zeros(2, 64)
     pool.add_(together, x, plan_of({0: 2, 1: 2, 2: 2}))
     pool.add_(alone, x[2:4].contiguous(), plan_of({1: 2}))
     torch.testing.assert_close(together[2:4], alone, rtol=1e-6, atol=1e-7)
+
+
+def siblings(kernels: Kernels, variants: list[tuple[Term, ...]]) -> list[BlockDiagPool]:
+    """Two matrices that share their arrays, the second without slot 1."""
+    first = variants[0][0]
+    pools = [make_pool(layout_of(first), first.shape, torch.float32, CPU, kernels) for _ in "ab"]
+    together = [pool for pool in pools if isinstance(pool, BlockDiagPool)]
+    SharedBlocks(together)
+    for slot, terms in enumerate(variants):
+        for pool in together:
+            pool.reserve(pool.stage(terms[0]), len(variants))
+            pool.store(slot, pool.stage(terms[0]))
+            pool.show(slot)
+    together[1].hide(1)
+    return together
+
+
+def test_shared_blocks_member_without_a_slot_adds_nothing_there(kernels: Kernels) -> None:
+    variants = encode_all("blockdiag", {"bits": 4}, (50, 37))
+    pools = siblings(kernels, variants)
+    plan = plan_of({-1: 1, 0: 2, 1: 2, 2: 3})
+    x = torch.randn(plan.n_rows, 37, generator=torch.Generator().manual_seed(3))
+    fused = torch.zeros(plan.n_rows, 100)
+    shared = pools[0].shared
+    assert shared is not None
+    shared.add_(torch.split(fused, 50, dim=1), x, plan)
+    dense = [terms[0].to_dense().double() for terms in variants]
+    slots = plan.slot_of_row.tolist()
+    both = [
+        expected(x, slots, dense, 50),
+        expected(x, slots, [dense[0], dense[1] * 0, dense[2]], 50),
+    ]
+    torch.testing.assert_close(fused.double(), torch.cat(both, 1), rtol=1e-4, atol=1e-6)
+
+
+def test_shared_blocks_one_member_alone_equals_its_own_product(kernels: Kernels) -> None:
+    variants = encode_all("blockdiag", {"bits": 3}, (50, 37))
+    pools = siblings(kernels, variants)
+    plan = plan_of({0: 2, 1: 1, 2: 70})
+    x = torch.randn(plan.n_rows, 37, generator=torch.Generator().manual_seed(3))
+    y = torch.zeros(plan.n_rows, 50)
+    pools[0].add_(y, x, plan)
+    dense = [terms[0].to_dense().double() for terms in variants]
+    want = expected(x, plan.slot_of_row.tolist(), dense, 50)
+    torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-6)

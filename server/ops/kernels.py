@@ -1,0 +1,61 @@
+"""The operations that have a fast form on some devices, behind one interface.
+
+`TorchKernels` is the reference that runs everywhere; `server.ops.cpu` holds compiled ones.
+`choose_kernels` says which a device gets.
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib.util import find_spec
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from server.ops.delta import BlockDiagOp, TorchBlockDiag
+from server.ops.linear import LinearOp, TorchLinear
+from server.ops.packed import PackedBlocks
+
+log = logging.getLogger(__name__)
+KernelChoice = Literal["auto", "torch", "numba"]
+
+
+class Kernels(Protocol):
+    """See the functions of the same names in `server.ops` for shapes and numerics."""
+
+    @property
+    def name(self) -> str: ...
+
+    def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp: ...
+
+    def linear(self, weight: Tensor) -> LinearOp: ...
+
+
+class TorchKernels:
+    """Plain torch."""
+
+    name = "torch"
+
+    def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp:
+        return TorchBlockDiag(blocks)
+
+    def linear(self, weight: Tensor) -> LinearOp:
+        return TorchLinear(weight)
+
+
+def choose_kernels(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> Kernels:
+    """The kernels for this device and compute dtype. ValueError if `choice` cannot run there."""
+    fits = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
+    if choice == "numba" and not fits:
+        raise ValueError("numba kernels run on the CPU in float32 or bfloat16 only")
+    if choice == "torch" or not fits:
+        return TorchKernels()
+    if find_spec("numba") is None:
+        if choice == "numba":
+            raise ValueError("numba is not installed; `pip install numba`")
+        log.warning("numba is not installed: deltas run in plain torch, slower; pip install numba")
+        return TorchKernels()
+    from server.ops.cpu.kernels import NumbaKernels
+
+    return NumbaKernels()

@@ -1,0 +1,122 @@
+"""Packed diagonal blocks as they lie in device memory, for all slots of one layout.
+
+Codes are packed along the inputs (the contraction axis), so that every field of a byte row yields
+a contiguous run of inputs and every byte row a contiguous run of outputs: no shuffle in a kernel.
+
+    bits 2, 4, 8   F = 8 / bits fields; byte row j holds the inputs ``j + f * ceil(nb / F)`` in bits
+                   ``[f * bits, (f + 1) * bits)``
+    bits 3         two planes, one after the other: the low two bits of every code packed as 2-bit
+                   codes, then the high bits packed as 1-bit codes
+    bits 16        float16 values, one row an input
+
+value = ``(code - (2^bits - 1) / 2) * scale * unit``, for 16 bits ``value * scale * unit``.
+Tensor parallelism: blocks are independent; shard the s axis together with the outputs' rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # bits of each plane, the lowest first
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBlocks:
+    """Blocks of one matrix or of several that read the same x (their outputs side by side).
+
+    codes   uint8 [C, s, byte rows, sum of mb], or float16 [C, s, nb, sum of mb] for 16 bits
+    scales  float16 [C, s, sum of mb], 0 for padding
+    units   float32 [C, number of matrices]
+    sizes   outputs m of each matrix; its longest block has ``mb = ceil(m / s)``
+    n       inputs; the longest block has ``nb = ceil(n / s)``
+    bits    2, 3, 4, 8 or 16
+
+    Block b of a balanced partition of m has ``m // s + (b < m % s)`` rows and starts at
+    ``b * (m // s) + min(b, m % s)``; columns likewise.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    units: Tensor
+    sizes: tuple[int, ...]
+    n: int
+    bits: int
+
+    @property
+    def n_blocks(self) -> int:
+        return self.codes.shape[1]
+
+    def block_rows(self) -> list[int]:
+        """`mb` of each matrix: its share of the last axis."""
+        return [-(-m // self.n_blocks) for m in self.sizes]
+
+    def values(self, slot: int) -> Tensor:
+        """Dequantise one slot: float32 [s, nb, sum of mb]. Padding is zero."""
+        nb = -(-self.n // self.n_blocks)
+        codes = unpack_columns(self.codes[slot], self.bits, nb).float()
+        if self.bits != 16:
+            codes -= ((1 << self.bits) - 1) / 2
+        units = self.units[slot].repeat_interleave(
+            torch.tensor(self.block_rows(), device=codes.device)
+        )
+        values = codes.mul_((self.scales[slot].float() * units).unsqueeze(1))
+        short = self.n % self.n_blocks
+        if short:  # the last column of the shorter blocks is padding
+            values[short:, nb - 1] = 0
+        return values
+
+
+def packed_rows(n_inputs: int, bits: int) -> int:
+    """Byte rows that `n_inputs` inputs take (rows of float16 for 16 bits)."""
+    if bits == 16:
+        return n_inputs
+    return sum(-(-n_inputs * plane // 8) for plane in PLANES[bits])
+
+
+def pack_columns(codes: Tensor, bits: int) -> Tensor:
+    """Pack along the second last axis: uint8 [..., nb, mb] -> uint8 [..., byte rows, mb].
+
+    For 16 bits the float16 values pass unchanged.
+    """
+    if bits == 16:
+        return codes
+    parts, low = [], 0
+    for plane in PLANES[bits]:
+        mask = (1 << plane) - 1
+        parts.append(_pack_plane((codes >> low) & mask, plane))
+        low += plane
+    return torch.cat(parts, dim=-2)
+
+
+def unpack_columns(packed: Tensor, bits: int, nb: int) -> Tensor:
+    """Inverse of `pack_columns`: uint8 [..., byte rows, mb] -> uint8 [..., nb, mb]."""
+    if bits == 16:
+        return packed
+    codes: Tensor | None = None
+    start, low = 0, 0
+    for plane in PLANES[bits]:
+        rows = -(-nb * plane // 8)
+        part = _unpack_plane(packed[..., start : start + rows, :], plane, nb) << low
+        codes = part if codes is None else codes | part
+        start, low = start + rows, low + plane
+    assert codes is not None
+    return codes
+
+
+def _pack_plane(codes: Tensor, bits: int) -> Tensor:
+    fields = 8 // bits
+    *batch, nb, mb = codes.shape
+    rows = -(-nb // fields)
+    grown = codes.new_zeros((*batch, rows * fields, mb))
+    grown[..., :nb, :] = codes
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device).view(-1, 1, 1)
+    return (grown.view(*batch, fields, rows, mb) << shifts).sum(-3, dtype=torch.uint8)
+
+
+def _unpack_plane(packed: Tensor, bits: int, nb: int) -> Tensor:
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).view(-1, 1, 1)
+    fields = (packed.unsqueeze(-3) >> shifts) & ((1 << bits) - 1)
+    return fields.flatten(-3, -2)[..., :nb, :]
