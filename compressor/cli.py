@@ -16,6 +16,7 @@ from rich.console import Console
 
 from compressor import __version__
 from compressor.commands import eval as eval_command
+from compressor.commands import export as export_command
 from compressor.commands import merge as merge_command
 from compressor.commands.common import (
     BaseArg,
@@ -234,3 +235,4 @@ def reconstruct(
 
 app.command("eval")(eval_command.evaluate)
 app.command("merge")(merge_command.merge)
+app.command("export")(export_command.export)

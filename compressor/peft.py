@@ -25,7 +25,7 @@ from compressor.hub import cached_ref
 from compressor.layout import Layout, Parameter, read_layout
 
 CONFIG_FILE = "adapter_config.json"
-_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 
 # Settings under which the adapter means something other than W + scaling * B A.
 _MUST_BE_OFF = (
@@ -73,14 +73,14 @@ class Adapter(TensorFiles):
     def __init__(self, path: Path) -> None:
         self.path = path
         self.settings = _read_settings(path)
-        if not (path / _WEIGHTS).is_file():
+        if not (path / WEIGHTS).is_file():
             raise CheckpointError(
-                f"{path}: {_WEIGHTS} is missing; an adapter_model.bin is a pickle: convert it once "
+                f"{path}: {WEIGHTS} is missing; an adapter_model.bin is a pickle: convert it once "
                 "where you trust it with peft, PeftModel.from_pretrained(base, dir)"
                 ".save_pretrained(out)"
             )
         ref = cached_ref(path)
-        super().__init__(ref.repo if ref else path.resolve().name, [path / _WEIGHTS])
+        super().__init__(ref.repo if ref else path.resolve().name, [path / WEIGHTS])
 
     def deltas(self, base: Checkpoint) -> Iterator[TensorDelta]:
         """Yield the delta of every parameter the adapter changes, in the model's order.
