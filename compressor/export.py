@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import yaml  # type: ignore[import-untyped]  # huggingface_hub requires it
+import yaml
 
 from compressor.artifact import read_config
 from compressor.checkpoint import resolve

@@ -223,9 +223,9 @@ def _whole(delta: TensorDelta, values: Tensor) -> TensorDelta:
 
 def _module(name: str) -> str:
     """Path of the module whose weight this is; empty for what is no module's weight."""
-    return (
-        name.removesuffix(".weight") if name.endswith(".weight") and "experts." not in name else ""
-    )
+    if "experts." in name or not name.endswith(".weight"):
+        return ""
+    return name.removesuffix(".weight")
 
 
 def _measure(

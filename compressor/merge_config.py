@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import yaml  # type: ignore[import-untyped]  # huggingface_hub requires it
+import yaml
 
 from compressor.errors import InputError
 from compressor.model_writer import check_dtype

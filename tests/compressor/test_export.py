@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import yaml
@@ -48,7 +49,6 @@ def differences(delta: Path, base: Path) -> dict[str, Tensor]:
 
 def peft_weights(base: Path, adapter: Path) -> dict[str, Tensor]:
     """The weights that peft makes of base and adapter."""
-    peft = pytest.importorskip("peft")
     model = AutoModelForCausalLM.from_pretrained(base)
     merged = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
     return {name: tensor.double() for name, tensor in merged.named_parameters()}
