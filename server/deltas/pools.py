@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compressor.codecs.blockdiag import BlockDiagTerm
 from compressor.codecs.impart import ImpartTerm
+from compressor.codecs.impart_qt import ImpartQtTerm
 from compressor.codecs.lowrank import LowRankTerm
 from compressor.codecs.term import Shape, Term
 from server.ops import delta as ops
@@ -232,14 +233,15 @@ class ImpartPool(TermPool):
     """
 
     def stage(self, term: Term) -> Staged:
-        assert isinstance(term, ImpartTerm)
+        assert isinstance(term, ImpartTerm | ImpartQtTerm)
+        parts = term.factors()
         sigma = torch.zeros(min(self.shape), dtype=self.dtype)
-        sigma[: len(term.sigma)] = term.sigma.to(self.dtype)
+        sigma[: len(parts.sigma)] = parts.sigma.to(self.dtype)
         return (
-            _in_blocks(term.u_values.to(self.dtype), term.block_rows),
-            term.u_index.long().flatten(),
-            _in_blocks(term.v_values.to(self.dtype), term.block_rows),
-            term.v_index.long().flatten(),
+            _in_blocks(parts.u_values.to(self.dtype), parts.block_rows),
+            parts.u_index.long().flatten(),
+            _in_blocks(parts.v_values.to(self.dtype), parts.block_rows),
+            parts.v_index.long().flatten(),
             sigma,
         )
 
@@ -269,6 +271,8 @@ def layout_of(term: Term) -> Layout:
         return "lowrank", (len(term.a),)
     if isinstance(term, ImpartTerm):
         return "impart", (term.block_rows, term.u_index.shape[1])
+    if isinstance(term, ImpartQtTerm):
+        return "impart", (term.block_rows, sum(term.kept))
     return "dense", ()
 
 

@@ -20,6 +20,7 @@ OPTIONS = {
     "blockdiag": [{"bits": 2}, {"bits": 3}, {"bits": 16}, {"bits": 4, "head_fraction": 0.3}],
     "lowrank": [{"bits": 16}, {"bits": 4}],
     "impart": [{"block_rows": 16}],
+    "impart-qt": [{"block_rows": 16}],
 }
 CASES = [
     (codec, o, shape) for codec, options in OPTIONS.items() for o in options for shape in SHAPES
