@@ -32,7 +32,7 @@ from benchmarks.quality_report import Row, RowFile, write_report
 from benchmarks.svd_cache import cached_spectra
 from benchmarks.tasks import TASKS, load_items, reference_paragraphs
 from compressor.errors import BudgetError, ImpartError
-from compressor.fidelity import read_texts
+from compressor.texts import read_texts
 
 RATIOS = (32.0, 128.0, 64.0, 256.0, 16.0, 512.0)  # the most telling first
 

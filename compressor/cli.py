@@ -97,11 +97,17 @@ def compress(
     block_rows: Annotated[
         int | None, typer.Option(help="impart, impart-qt: rows that share their components.")
     ] = None,
+    gptq: Annotated[
+        bool,
+        typer.Option(
+            "--gptq", help="impart-qt: GPTQ on the --calibration texts (default: built-in ones)."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Same inputs and seed give identical bytes.")] = 0,
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Texts (.txt: one a line; .jsonl: a text field) to measure KL and agreement on."
+            help="Texts (.txt: one a line; .jsonl, .parquet: text) to measure KL and agreement on."
         ),
     ] = None,
     base_revision: BaseRevision = None,
@@ -130,6 +136,7 @@ def compress(
         "beta": beta,
         "C": c,
         "block_rows": block_rows,
+        "gptq": gptq or None,
     }
     options = Options(
         codec=codec,

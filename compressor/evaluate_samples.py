@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import CheckpointError, InputError
-from compressor.fidelity import MAX_TEXT_TOKENS, MAX_TEXTS, read_texts
+from compressor.fidelity import MAX_TEXT_TOKENS
+from compressor.texts import MAX_TEXTS, read_texts
 
 _CHAT_KEYS = ("messages", "prompt")
 

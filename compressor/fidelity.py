@@ -6,7 +6,6 @@ says does not. Both models run in memory over the user's calibration texts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from compressor.layout import read_layout
 
 BATCH_TOKENS = 1024  # of padded input; bounds the logits in memory
 MAX_TEXT_TOKENS = 512
-MAX_TEXTS = 512
 
 _FLOAT32_LIMIT = 2_000_000_000  # parameters; larger models run in the dtype they are stored in
 _DIGITS = 5  # significant; what is beyond depends on the machine's thread count
@@ -43,23 +41,6 @@ class Fidelity:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def read_texts(file: Path, limit: int = MAX_TEXTS) -> list[str]:
-    """Read up to `limit` texts: one a line, or ``.jsonl`` with a ``text`` field each."""
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"{file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text") from error
-    texts = []
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            texts.append(_json_text(file, number, line) if file.suffix == ".jsonl" else line)
-    if not texts:
-        raise InputError(f"{file} holds no text to calibrate on")
-    return texts[:limit]
 
 
 def measure(
@@ -174,13 +155,3 @@ def _padded(batch: Sequence[Sequence[int]], device: torch.device) -> tuple[Tenso
         ids[row, : len(tokens)] = torch.tensor(list(tokens))
         mask[row, : len(tokens)] = 1
     return ids.to(device), mask.to(device)
-
-
-def _json_text(file: Path, number: int, line: str) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f'{file}, line {number}: expected an object with "text"') from error
-    if not isinstance(text, str):
-        raise InputError(f'{file}, line {number}: "text" is not a string')
-    return text

@@ -19,18 +19,22 @@ import torch
 from compressor import __version__
 from compressor.artifact_config import BaseInfo, DeltaConfig
 from compressor.artifact_writer import ArtifactWriter
+from compressor.calibration import LazyMoments
 from compressor.card import model_card
 from compressor.checkpoint import DTYPE_NAMES, Checkpoint
 from compressor.codecs import Codec, DenseRows, MatrixSource, TensorDelta, Term, make_encoder
+from compressor.codecs.encoder import wants_inputs
+from compressor.codecs.sources import WithInputs
 from compressor.companions import changed_companions, dropped_companions
 from compressor.draft import Job, group_of, make_job, plan_jobs
 from compressor.errors import CheckpointError, InputError
-from compressor.fidelity import Fidelity, measure, read_texts
+from compressor.fidelity import Fidelity, measure
 from compressor.identity import base_identity
 from compressor.pairing import CHUNK_ELEMENTS, Pairing, is_unchanged, pair_tensors
 from compressor.plan import check_ratio
 from compressor.sizing import surroundings_bytes
 from compressor.source import DeltaSource
+from compressor.texts import load_texts, texts_digest
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage's name, the work done in it so far, and all of its work."""
@@ -46,7 +50,8 @@ class Options:
     codec_options  for `make_encoder`; what is left out has the codec's default
     ratio          bytes of the fine-tune's safetensors files / bytes of the whole artifact
     base_name      what to call the base in the artifact (its Hub id); default: as given
-    calibration    texts to measure KL and agreement on afterwards, or None
+    calibration    texts to measure KL and agreement on afterwards, or None; codecs that want their
+                   layers' inputs (GPTQ) take these, or else the built-in texts
     """
 
     codec: str = "blockdiag"
@@ -92,18 +97,23 @@ def compress(
     options = options or Options()
     progress = progress or _silent
     codec = make_encoder(options.codec, **options.codec_options)
-    texts = read_texts(options.calibration) if options.calibration else []
+    calibrated = wants_inputs(codec)
+    texts = load_texts(options.calibration) if options.calibration or calibrated else []
     with Checkpoint(base) as base_files, Checkpoint(tuned) as tuned_files:
         pairing = pair_tensors(base_files, tuned_files)
         jobs, unchanged = _compare(base_files, tuned_files, pairing, progress)
         companions = changed_companions(base_files.path, tuned_files.path)
         config = _describe(base_files, tuned_files, pairing, codec, options, jobs, unchanged)
+        if calibrated:
+            config.finetuned_details["calibration"] = texts_digest(texts)
         planned = plan_jobs(jobs, codec, config, companions)
         key = _run_key(config, planned, tuned_files)
         with ArtifactWriter(out, run_key=key, overwrite=options.overwrite) as writer:
-            _encode_all(planned, codec, base_files, tuned_files, options.seed, writer, progress)
+            names = [job.pair.name for job in planned if job.params is not None]
+            inputs = LazyMoments(tuned_files.path, texts, names) if calibrated else None
+            _encode_all(planned, codec, base_files, tuned_files, inputs, options, writer, progress)
             fidelity = {}
-            if texts:
+            if options.calibration:
                 progress("measure", 0, 1)
                 deltas = (writer.read_staged(job.pair.name) for job in planned)
                 fidelity = measure(base_files, tuned_files.path, deltas, texts).to_json()
@@ -224,7 +234,8 @@ def _encode_all(
     codec: Codec,
     base: Checkpoint,
     tuned: Checkpoint,
-    seed: int,
+    inputs: LazyMoments | None,
+    options: Options,
     writer: ArtifactWriter,
     progress: Progress,
 ) -> None:
@@ -233,19 +244,27 @@ def _encode_all(
     for index, job in enumerate(jobs):
         progress("encode", sum(sizes[:index]), sum(sizes))
         if job.pair.name not in staged:
-            delta, error = _encode(job, codec, base, tuned, seed)
+            delta, error = _encode(job, codec, base, tuned, inputs, options.seed)
             writer.add(delta, error)
     progress("encode", sum(sizes), sum(sizes))
 
 
 def _encode(
-    job: Job, codec: Codec, base: Checkpoint, tuned: Checkpoint, seed: int
+    job: Job,
+    codec: Codec,
+    base: Checkpoint,
+    tuned: Checkpoint,
+    inputs: LazyMoments | None,
+    seed: int,
 ) -> tuple[TensorDelta, float | None]:
     pair = job.pair
     terms: tuple[Term, ...] = ()
     exact, error = None, None
     if job.params is not None:
-        source = DeltaSource(base, tuned, pair)
+        source: MatrixSource = DeltaSource(base, tuned, pair)
+        hessian = None if inputs is None else inputs.get(pair.name)
+        if hessian is not None:
+            source = WithInputs(source, hessian)
         terms = codec.encode(pair.name, source, job.params, seed)
         error = relative_error(terms, source)
     if job.exact_start is not None:

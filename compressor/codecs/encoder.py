@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from compressor.codecs.blockdiag_encoder import BlockDiagCodec
 from compressor.codecs.impart_encoder import ImpartCodec
@@ -54,6 +54,21 @@ class Codec(Protocol):
         Raises UnsupportedTensor naming `name` if the source holds NaN or infinity.
         """
         ...
+
+
+@runtime_checkable
+class CalibratedCodec(Protocol):
+    """A codec that can use what its layers are applied to."""
+
+    @property
+    def wants_inputs(self) -> bool:
+        """Whether sources should be `WithInputs` where that is possible."""
+        ...
+
+
+def wants_inputs(codec: Codec) -> bool:
+    """Return whether `codec` asks for its layers' inputs."""
+    return isinstance(codec, CalibratedCodec) and codec.wants_inputs
 
 
 def make_encoder(codec: str, **options: Any) -> Codec:

@@ -18,7 +18,7 @@ from compressor.codecs.impart_sampling import (
     solve_allocation,
 )
 from compressor.codecs.quantize import to_half, unit_for
-from compressor.codecs.svd import root_inverse, row_strips, spectrum, tall
+from compressor.codecs.svd import Spectrum, root_inverse, row_strips, spectrum, tall
 from compressor.codecs.term import MatrixSource, Params, Shape, Term
 from compressor.errors import InputError, UnsupportedTensor
 
@@ -72,52 +72,68 @@ class ImpartCodec:
         self, name: str, source: MatrixSource, params: Params, seed: int
     ) -> tuple[Term, ...]:
         """Return one term; `name` and `seed` together name the draw."""
-        shape = source.shape
+        longer, _ = tall(source)
+        parts = spectrum(name, longer)
+        allocation = solve_allocation(
+            parts.sigma.numpy(), params["kept"], params["beta"], params["C"]
+        )
+        made_with = {"beta": params["beta"], "C": params["C"]}
         block_rows: int = params["block_rows"]
-        longer, flipped = tall(source)
-        sigma, right = spectrum(name, longer)
-        allocation = solve_allocation(sigma.numpy(), params["kept"], params["beta"], params["C"])
-        rank = len(allocation.inclusion)
-        if rank > MAX_RANK:
-            raise UnsupportedTensor(
-                f"{name}: {rank} components exceed the format's {MAX_RANK}; raise beta"
-            )
-        indices = [
-            _draw(allocation, size, block_rows, f"impart\0{seed}\0{name}\0{side}")
-            for side, size in zip("uv", shape, strict=True)
-        ]
-        if flipped:
-            indices.reverse()
-        keep = torch.from_numpy(allocation.probabilities)
-        sigma, right = sigma[:rank], right[:, :rank]
-        long_values = project_kept(
-            longer, right * root_inverse(sigma) / keep, indices[0], block_rows
+        return (encode_drawn(name, source, parts, allocation, block_rows, seed, made_with),)
+
+
+def encode_drawn(
+    name: str,
+    source: MatrixSource,
+    parts: Spectrum,
+    allocation: Allocation,
+    block_rows: int,
+    seed: int,
+    made_with: Params,
+    *,
+    rescale: bool = True,
+) -> ImpartTerm:
+    """Draw components by `allocation` and store what is drawn.
+
+    parts      of the tall `source`, all of it
+    made_with  recorded in the term beside alpha and seed
+    rescale    divide by the probability, which is what makes the draw unbiased
+    """
+    shape = source.shape
+    longer, flipped = tall(source)
+    rank = len(allocation.inclusion)
+    if rank > MAX_RANK:
+        raise UnsupportedTensor(
+            f"{name}: {rank} components exceed the format's {MAX_RANK}; raise beta"
         )
-        short_values = select_kept((right * sigma.sqrt() / keep).float(), indices[1], block_rows)
-        parts = [(indices[0], long_values), (indices[1], short_values)]
-        if flipped:
-            parts.reverse()
-        (u_index, u), (v_index, v) = parts
-        # Values of order 1: what is applied in float16 then neither overflows nor vanishes.
-        unit_u, unit_v = unit_for(u, headroom_bits=1), unit_for(v, headroom_bits=1)
-        term = ImpartTerm(
-            shape=shape,
-            rank=rank,
-            block_rows=block_rows,
-            u_index=u_index,
-            u_values=to_half(u, unit_u),
-            v_index=v_index,
-            v_values=to_half(v, unit_v),
-            unit_u=unit_u,
-            unit_v=unit_v,
-            settings={
-                "beta": params["beta"],
-                "C": params["C"],
-                "alpha": allocation.alpha,
-                "seed": seed,
-            },
-        )
-        return (term,)
+    indices = [
+        _draw(allocation, size, block_rows, f"impart\0{seed}\0{name}\0{side}")
+        for side, size in zip("uv", shape, strict=True)
+    ]
+    if flipped:
+        indices.reverse()
+    keep = torch.from_numpy(allocation.probabilities) if rescale else 1.0
+    sigma, right = parts.sigma[:rank], parts.right[:, :rank]
+    long_values = project_kept(longer, right * root_inverse(sigma) / keep, indices[0], block_rows)
+    short_values = select_kept((right * sigma.sqrt() / keep).float(), indices[1], block_rows)
+    sides = [(indices[0], long_values), (indices[1], short_values)]
+    if flipped:
+        sides.reverse()
+    (u_index, u), (v_index, v) = sides
+    # Values of order 1: what is applied in float16 then neither overflows nor vanishes.
+    unit_u, unit_v = unit_for(u, headroom_bits=1), unit_for(v, headroom_bits=1)
+    return ImpartTerm(
+        shape=shape,
+        rank=rank,
+        block_rows=block_rows,
+        u_index=u_index,
+        u_values=to_half(u, unit_u),
+        v_index=v_index,
+        v_values=to_half(v, unit_v),
+        unit_u=unit_u,
+        unit_v=unit_v,
+        settings=made_with | {"alpha": allocation.alpha, "seed": seed},
+    )
 
 
 def check_sampling_options(codec: str, beta: float, c: float, block_rows: int) -> None:

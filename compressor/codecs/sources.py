@@ -37,6 +37,23 @@ class Transposed:
         return self._source.block(col_start, col_end, row_start, row_end).T.contiguous()
 
 
+class WithInputs:
+    """A matrix and what its layer is applied to.
+
+    hessian  float ``[n, n]``, the second moment ``E[x x^T]`` of the layer's input
+    """
+
+    def __init__(self, source: MatrixSource, hessian: Tensor) -> None:
+        assert hessian.shape == (source.shape[1], source.shape[1])
+        self._source = source
+        self.hessian = hessian
+        self.shape: Shape = source.shape
+
+    def block(self, row_start: int, row_end: int, col_start: int, col_end: int) -> Tensor:
+        """Return a new float32 tensor."""
+        return self._source.block(row_start, row_end, col_start, col_end)
+
+
 class Residual:
     """``dW`` minus an importance head."""
 

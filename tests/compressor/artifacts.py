@@ -61,7 +61,7 @@ def deltas() -> list[TensorDelta]:
     return made
 
 
-IMPART_QT = {"payload": 300, "beta": 0.0, "C": 1.0, "block_rows": 8}
+IMPART_QT = {"payload": 300, "beta": 0.0, "C": 1.0, "block_rows": 8, "gptq": False}
 IMPART = {"kept": 3, "beta": 0.0, "C": 1.0, "block_rows": 4}
 
 

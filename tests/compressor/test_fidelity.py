@@ -12,9 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from compressor.artifact import read_artifact
 from compressor.errors import InputError
-from compressor.fidelity import compare, load_model, read_texts
+from compressor.fidelity import compare, load_model
 from compressor.pipeline import Options, compress
 from compressor.reconstruct import reconstruct
+from compressor.texts import read_texts
 from tests.tiny import CORPUS
 
 

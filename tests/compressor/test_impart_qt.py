@@ -164,7 +164,7 @@ def test_impart_qt_mean_over_seeds_approaches_the_quantised_components() -> None
     codec = make_encoder("impart-qt", beta=0.0, block_rows=4)
     params = codec.plan(matrix.shape, 260)
     draws = torch.stack(
-        [encode(codec, matrix, params, seed)[0].to_dense().double() for seed in range(120)]
+        [encode(codec, matrix, params, seed)[0].to_dense().double() for seed in range(60)]
     )
     (term,) = encode(codec, matrix, params)
     assert 0 < term.kept[1] < term.rank - 2  # something is left to chance
@@ -172,7 +172,7 @@ def test_impart_qt_mean_over_seeds_approaches_the_quantised_components() -> None
     kept = (u[:, : term.rank] * s[: term.rank]) @ v[: term.rank]
     off = (draws.mean(0) - kept).norm() / kept.norm()
     single = (draws - kept).norm(dim=(1, 2)).mean() / kept.norm()
-    assert float(off) < 0.35 * float(single)
+    assert float(off) < 0.4 * float(single)
 
 
 def test_impart_qt_served_values_are_exact_in_half_precision() -> None:
