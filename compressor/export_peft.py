@@ -31,12 +31,12 @@ from compressor.fidelity import (
     encode_texts,
     load_model,
     merge_into,
-    read_texts,
 )
 from compressor.identity import identity_of
 from compressor.layout import Layout, Parameter, read_layout
 from compressor.model_writer import DTYPES, Progress, check_dtype, published
 from compressor.peft import CONFIG_FILE, WEIGHTS
+from compressor.texts import read_texts
 
 Modules = Literal["linear", "all"]
 _NOISE = 1e-6  # singular values below this times the largest are rounding
