@@ -162,6 +162,36 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def first_drops(rows: Sequence[Row]) -> dict[str, float | None]:
+    """Return per method the lowest ratio at which the score is more than one standard error low.
+
+    Low against the fine-tune in the same dtype, by its standard error; the mean over seeds. None
+    if there is no such ratio among those measured. Methods with a single ratio are left out.
+    """
+    control = next((row for row in rows if row.method == "fine-tune"), None)
+    if control is None:
+        return {}
+    drops: dict[str, float | None] = {}
+    measured: dict[str, int] = {}
+    for (method, asked), group in grouped(row for row in rows if not row.note).items():
+        if group[0].is_control:
+            continue
+        measured[method] = measured.get(method, 0) + 1
+        drops.setdefault(method, None)
+        is_low = fmean(row.score for row in group) < control.score - control.score_se
+        if is_low and drops[method] is None:
+            drops[method] = asked
+    return {method: drop for method, drop in drops.items() if measured[method] > 1}
+
+
+def drops_table(rows: Sequence[Row]) -> str:
+    """Return `first_drops` as a Markdown table."""
+    lines = ["| method | score first drops by more than one standard error at |", "|---|---:|"]
+    for method, ratio in first_drops(rows).items():
+        lines.append(f"| {method} | {'no ratio measured' if ratio is None else f'{ratio:g}x'} |")
+    return "\n".join(lines)
+
+
 def _sizes(asked: float, group: Sequence[Row]) -> list[str]:
     n_bytes = fmean(row.n_bytes for row in group)
     true = fmean(row.ratio_true for row in group)
@@ -182,7 +212,7 @@ def write_report(path: Path) -> str:
     from benchmarks.quality_plot import plot
 
     rows = read_rows(path)
-    table = markdown(rows)
+    table = f"{markdown(rows)}\n\n{drops_table(rows)}"
     path.with_suffix(".md").write_text(table + "\n")
     plot(rows, path.with_suffix(".svg"))
     return table

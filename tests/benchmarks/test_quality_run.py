@@ -15,7 +15,7 @@ from benchmarks.baselines import BASELINES, RoundToNearest
 from benchmarks.methods import BaselineMethod, CodecMethod, Pair, Variant, make_method
 from benchmarks.quality import main
 from benchmarks.quality_plot import plot, style
-from benchmarks.quality_report import Row, RowFile, markdown, read_rows
+from benchmarks.quality_report import Row, RowFile, drops_table, first_drops, markdown, read_rows
 from benchmarks.svd_cache import cached_spectra
 from compressor.artifact import read_artifact
 from compressor.errors import InputError
@@ -180,7 +180,7 @@ def test_main_measures_controls_and_methods(
         assert row.note or row.ratio_true == pytest.approx(row.ratio_asked, rel=0.03)
     table = (tmp_path / "results" / "tiny.md").read_text()
     assert table in capsys.readouterr().out
-    assert table.count("\n") == 2 + 9
+    assert table.count("\n") == (2 + 9) + 1 + (2 + 2)
     assert "</svg>" in (tmp_path / "results" / "tiny.svg").read_text()
 
 
@@ -244,6 +244,22 @@ def test_markdown_averages_seeds_and_shows_their_range() -> None:
     assert lines[3].endswith("| 2 |")
     assert "not reached" in lines[4]
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_first_drops_is_the_first_ratio_a_standard_error_below_the_finetune() -> None:
+    tuned = replace(ROW, method="fine-tune", ratio_asked=1.0, score=0.9, score_se=0.02)
+    dare = [
+        replace(ROW, ratio_asked=ratio, seed=seed, score=score)
+        for ratio, seed, score in ((16, 0, 0.885), (64, 0, 0.5), (32, 0, 0.84), (32, 1, 0.91))
+    ]
+    steady = [replace(ROW, method="impart", ratio_asked=r, score=0.881) for r in (16.0, 32.0)]
+    refused = replace(ROW, method="lora", note="too small")
+    once = replace(ROW, method="rtn-4", score=0.1)
+    rows = [*dare, tuned, *steady, refused, once]
+    assert first_drops(rows) == {"dare": 32.0, "impart": None}
+    assert "| dare | 32x |" in drops_table(rows)
+    assert "| impart | no ratio measured |" in drops_table(rows)
+    assert first_drops(dare) == {}
 
 
 def test_plot_is_the_same_file_every_time(tmp_path: Path) -> None:
