@@ -32,6 +32,7 @@ PRESETS = {
     "blockdiag-4-head": "blockdiag:bits=4,head_fraction=0.25",
     "impart": "impart",
     "impart-qt": "impart-qt",
+    "impart-qt-gptq": "impart-qt:gptq=true",
     "lowrank": "lowrank:bits=16",
 }
 _UNSEEDED = ("blockdiag", "lowrank")  # codecs that draw nothing

@@ -34,6 +34,7 @@ _STYLES = {
     "blockdiag-4-head": Style("#00693e", "^", "-"),
     "impart": Style("#e69f00", "D", "--"),
     "impart-qt": Style("#d55e00", "P", "--"),
+    "impart-qt-gptq": Style("#a63603", "*", "--"),
     "lowrank": Style("#000000", "v", ":"),
     "dare": Style("#9467bd", "X", ":"),
     "delta-come": Style("#cc79a7", "s", ":"),
