@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, TypeVar
 
@@ -21,6 +22,12 @@ MAX_CONFIG_BYTES = 64 << 20
 _MAX_TENSORS = 1 << 20
 _MAX_DIM = 1 << 40
 _MAX_NUMBER = 1e300  # whole numbers in JSON have no bound of their own
+_MAX_WHOLE = 1 << 63
+_MAX_NAME = 512  # characters of a tensor's name
+_MAX_DEPTH = 16  # of options, parameters, fidelity: programs walk these recursively
+_HALF_CHARACTER = re.compile(r"\\u[dD][89abAB]")
+# Settings of config.json that choose what code runs; a delta has no business with them.
+_CODE_SETTINGS = ("auto_map", "architectures", "model_type", "quantization_config")
 _T = TypeVar("_T")
 
 
@@ -173,7 +180,8 @@ def parse_config(text: bytes) -> DeltaConfig:
             f"knows {FORMAT_VERSION}; upgrade impart-serve"
         )
     base = _get(record, "base", dict)
-    finetuned = dict(_get(record, "finetuned", dict))
+    finetuned = _free(record, "finetuned")
+    table = _get(record, "bytes", dict)
     tensors = _get(record, "tensors", list)
     if len(tensors) > _MAX_TENSORS:
         raise TooLarge(f"delta_config.json: more than {_MAX_TENSORS} tensors")
@@ -184,24 +192,24 @@ def parse_config(text: bytes) -> DeltaConfig:
     return DeltaConfig(
         created_by=_get(record, "created_by", str),
         codec=_get(record, "codec", str),
-        options=_get(record, "options", dict),
+        options=_free(record, "options"),
         ratio_requested=None if ratio is None else _number(record, "ratio_requested"),
-        finetuned_bytes=_get(record, "finetuned_bytes", int),
+        finetuned_bytes=_count(record, "finetuned_bytes"),
         finetuned=_get(finetuned, "name_or_path", str),
         base=BaseInfo(
             identity=_get(base, "identity", str),
             name_or_path=_get(base, "name_or_path", str),
-            n_parameters=_get(base, "n_parameters", int),
+            n_parameters=_count(base, "n_parameters"),
             dtype=_get(base, "dtype", str),
             tied=tuple(_pair(pair) for pair in _get(base, "tied", list)),
             revision=_get(base, "revision", str) if "revision" in base else None,
         ),
-        seed=_get(record, "seed", int),
+        seed=_count(record, "seed"),
         tensors=entries,
         unchanged=tuple(_text(name) for name in _get(record, "unchanged", list)),
-        bytes={key: _whole(value) for key, value in _get(record, "bytes", dict).items()},
-        fidelity=_get(record, "fidelity", dict),
-        finetuned_details={k: v for k, v in finetuned.items() if k != "name_or_path"},
+        bytes={key: _count(table, key) for key in table},
+        fidelity=_fidelity(record),
+        finetuned_details=_details(finetuned),
     )
 
 
@@ -220,10 +228,10 @@ def parse_entry(record: Any) -> TensorEntry:
     for term in _get(record, "terms", list) if "terms" in record else []:
         if not isinstance(term, dict):
             _corrupt("a term is not an object")
-        terms.append(TermEntry(_get(term, "codec", str), _get(term, "params", dict)))
+        terms.append(TermEntry(_get(term, "codec", str), _free(term, "params")))
     exact = record.get("exact")
     entry = TensorEntry(
-        name=_get(record, "name", str),
+        name=_name(record),
         shape=shape,
         base_shape=base_shape,
         transposed=_get(record, "transposed", bool) if "transposed" in record else False,
@@ -251,6 +259,29 @@ def _check_entry(entry: TensorEntry) -> None:
         raise WrongShape(f"{entry.name}: rows added to the base's are not all stored")
 
 
+def _fidelity(record: dict[str, Any]) -> dict[str, Any]:
+    """What was measured; the numbers that are shown have the right types."""
+    fidelity = _free(record, "fidelity")
+    for key in fidelity.keys() & {"kl_per_token", "top1_agreement"}:
+        _number(fidelity, key)
+    for key in fidelity.keys() & {"n_tokens", "n_texts"}:
+        _count(fidelity, key)
+    return fidelity
+
+
+def _details(finetuned: dict[str, Any]) -> dict[str, Any]:
+    details = {key: value for key, value in finetuned.items() if key != "name_or_path"}
+    if "dtype" in details:
+        _get(details, "dtype", str)
+    if "dropped_files" in details:
+        for name in _get(details, "dropped_files", list):
+            _text(name)
+    changes = _get(details, "config", dict) if "config" in details else {}
+    if forbidden := sorted(changes.keys() & set(_CODE_SETTINGS)):
+        _corrupt(f"a delta may not set {forbidden[0]} of config.json")
+    return details
+
+
 def _load_json(text: bytes) -> dict[str, Any]:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         record = dict(pairs)
@@ -265,9 +296,12 @@ def _load_json(text: bytes) -> dict[str, Any]:
         return number
 
     try:
+        decoded = text.decode("utf-8")  # json.loads would also guess at other encodings
         record = json.loads(
-            text, object_pairs_hook=unique, parse_float=finite, parse_constant=finite
+            decoded, object_pairs_hook=unique, parse_float=finite, parse_constant=finite
         )
+        if _HALF_CHARACTER.search(decoded):
+            json.dumps(record, ensure_ascii=False).encode("utf-8")  # fails if not in a pair
     except (ValueError, RecursionError) as error:
         raise Corrupt(f"delta_config.json does not parse: {type(error).__name__}") from error
     return _object(record)
@@ -277,6 +311,37 @@ def _get(record: dict[str, Any], key: str, kind: type[_T]) -> _T:
     value = record.get(key)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         _corrupt(f"{key} should be of type {kind.__name__}")
+    return value
+
+
+def _free(record: dict[str, Any], key: str) -> dict[str, Any]:
+    """An object of any content, but not nested deeper than what programs can walk."""
+    value = _get(record, key, dict)
+    level: list[Any] = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [
+            item
+            for holder in level
+            for item in (holder.values() if isinstance(holder, dict) else holder)
+            if isinstance(item, dict | list)
+        ]
+        if not level:
+            return value
+    _corrupt(f"{key} is nested more than {_MAX_DEPTH} deep")
+
+
+def _name(record: dict[str, Any]) -> str:
+    """A tensor's name: it will stand in messages, tables and logs."""
+    name = _get(record, "name", str)
+    if not 0 < len(name) <= _MAX_NAME or not name.isprintable():
+        _corrupt(f"{name!r:.80} is not usable as a tensor's name")
+    return name
+
+
+def _count(record: dict[str, Any], key: str) -> int:
+    value = _get(record, key, int)
+    if not 0 <= value < _MAX_WHOLE:
+        _corrupt(f"{key!r:.80} is out of range")
     return value
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from compressor.artifact import Artifact, read_artifact
 from compressor.artifact_config import DeltaConfig, TensorEntry
@@ -18,6 +19,7 @@ from compressor.codecs import TensorDelta
 from compressor.errors import WrongShape
 from compressor.identity import base_identity
 from compressor.layout import read_layout
+from compressor.printable import printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +133,12 @@ def print_inspection(
         ("made by", f"{config.created_by}, seed {config.seed}"),
     ]
     for name, value in rows:
-        about.add_row(f"[bold]{name}[/bold]", value)
+        about.add_row(Text(name, style="bold"), _text(value))
     console.print(about)
     table = Table("group", "bytes", "share")
     table.columns[1].justify = table.columns[2].justify = "right"
     for group, n_bytes in inspection.groups().items():
-        table.add_row(group, f"{n_bytes:,}", f"{n_bytes / inspection.n_bytes:.1%}")
+        table.add_row(_text(group), f"{n_bytes:,}", f"{n_bytes / inspection.n_bytes:.1%}")
     table.add_row("total", f"{inspection.n_bytes:,}", "100.0%")
     console.print(table)
     if with_tensors:
@@ -161,8 +163,14 @@ def _tensor_table(entries: tuple[TensorEntry, ...]) -> Table:
         if entry.exact_row_start is not None:
             stored.append(f"exact from row {entry.exact_row_start}")
         error = "" if entry.error is None else f"{entry.error:.3g}"
-        table.add_row(entry.name, "x".join(map(str, entry.shape)), "; ".join(stored), error)
+        shape = "x".join(map(str, entry.shape))
+        table.add_row(_text(entry.name), shape, _text("; ".join(stored)), error)
     return table
+
+
+def _text(value: str) -> Text:
+    """Text of an artifact's making: no markup, no control characters."""
+    return Text(printable(value))
 
 
 def _options(options: dict[str, Any]) -> str:

@@ -59,8 +59,6 @@ class TensorFile:
     def tensor(self, key: str) -> Tensor:
         """Return a copy of one tensor, so that nothing keeps the whole buffer alive."""
         stored = self.tensors[key]
-        if not stored.n_bytes:
-            return torch.empty(stored.shape, dtype=stored.dtype)
         raw = bytearray(self.data[stored.start : stored.end])
         return torch.frombuffer(raw, dtype=stored.dtype).reshape(stored.shape)
 
@@ -141,7 +139,7 @@ def _load_header(text: bytes, what: str) -> dict[str, Any]:
         return record
 
     try:
-        header = json.loads(text, object_pairs_hook=unique)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise Corrupt(f"{what}: the header does not parse") from error
     if not isinstance(header, dict):
@@ -151,7 +149,7 @@ def _load_header(text: bytes, what: str) -> dict[str, Any]:
 
 def _parse_stored(key: str, entry: Any, what: str) -> Stored:
     def corrupt() -> NoReturn:
-        raise Corrupt(f"{what}: the header's entry of {key:.80} does not parse")
+        raise Corrupt(f"{what}: the header's entry of {key!r:.80} does not parse")
 
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         corrupt()
@@ -162,9 +160,12 @@ def _parse_stored(key: str, entry: Any, what: str) -> Stored:
         corrupt()
     dtype = _DTYPES.get(name)
     if dtype is None:
-        raise UnsupportedVersion(f"{what}: {key:.80} has dtype {name:.20}, not one of {_DTYPES}")
-    if math.prod(shape) * dtype.itemsize != offsets[1] - offsets[0]:
-        raise WrongShape(f"{what}: {key:.80} has a shape that does not fill its bytes")
+        raise UnsupportedVersion(
+            f"{what}: {key!r:.80} has dtype {name!r:.20}, not one of {', '.join(_DTYPES)}"
+        )
+    # Empty tensors have no use here, and their other sizes would have no bound.
+    if not 0 < math.prod(shape) * dtype.itemsize == offsets[1] - offsets[0]:
+        raise WrongShape(f"{what}: {key!r:.80} has a shape that does not fill its bytes")
     return Stored(dtype, tuple(shape), offsets[0], offsets[1])
 
 

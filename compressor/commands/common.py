@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from compressor.errors import ImpartError
+from compressor.printable import printable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,7 +39,7 @@ def reporting(command: Callable[P, R]) -> Callable[P, R]:
         try:
             return command(*args, **kwargs)
         except ImpartError as error:
-            typer.echo("impart: error: " + " ".join(str(error).split()), err=True)
+            typer.echo("impart: error: " + printable(" ".join(str(error).split())), err=True)
             raise typer.Exit(2) from error
 
     return wrapped

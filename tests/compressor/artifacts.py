@@ -32,7 +32,7 @@ CONFIG = DeltaConfig(
     seed=7,
     unchanged=("same.weight",),
     bytes={"linears": 100},
-    fidelity={"kl": 0.01, "text": "caf\u00e9"},
+    fidelity={"kl_per_token": 0.01, "top1_agreement": 0.99, "n_tokens": 9, "text": "caf\u00e9"},
 )
 
 

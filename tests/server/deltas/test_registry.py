@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from server.deltas.registry import DeltaRegistry
-from tests.compressor.artifacts import BASE, edit_config, write_artifact
+from tests.compressor.artifacts import BASE, CONFIG, edit_config, write_artifact
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def test_rescan_reads_what_the_list_shows(root: Path) -> None:
     found = scan(root).get("one")
     assert found is not None
     assert found.codec == "blockdiag"
-    assert found.fidelity == {"kl": 0.01, "text": "caf\u00e9"}
+    assert found.fidelity == CONFIG.fidelity
     assert found.n_bytes == sum(f.stat().st_size for f in (root / "one").iterdir())
     assert len(found.digest) == 64
 
