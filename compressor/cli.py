@@ -17,6 +17,7 @@ from rich.console import Console
 from compressor import __version__
 from compressor.commands import eval as eval_command
 from compressor.commands import export as export_command
+from compressor.commands import import_adapter as import_command
 from compressor.commands import merge as merge_command
 from compressor.commands.common import (
     BaseArg,
@@ -124,7 +125,7 @@ def compress(
     from compressor.checkpoint import resolve
     from compressor.hub import with_revision
     from compressor.importer import import_adapter
-    from compressor.peft import is_adapter
+    from compressor.peft_config import is_adapter
     from compressor.pipeline import Options
     from compressor.pipeline import compress as run
 
@@ -243,3 +244,4 @@ def reconstruct(
 app.command("eval")(eval_command.evaluate)
 app.command("merge")(merge_command.merge)
 app.command("export")(export_command.export)
+app.command("import")(import_command.import_adapter)

@@ -35,7 +35,7 @@ from compressor.fidelity import (
 from compressor.identity import identity_of
 from compressor.layout import Layout, Parameter, read_layout
 from compressor.model_writer import DTYPES, Progress, check_dtype, published
-from compressor.peft import CONFIG_FILE, WEIGHTS
+from compressor.peft_config import CONFIG_FILE, WEIGHTS
 from compressor.texts import read_texts
 
 Modules = Literal["linear", "all"]

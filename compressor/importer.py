@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from compressor import __version__
 from compressor.artifact_config import DeltaConfig
@@ -12,19 +13,33 @@ from compressor.artifact_writer import ArtifactWriter
 from compressor.card import model_card
 from compressor.checkpoint import Checkpoint
 from compressor.companions import changed_companions
+from compressor.dora import RescaleEncoder
 from compressor.draft import group_of
 from compressor.errors import InputError
 from compressor.layout import Layout, read_layout
-from compressor.peft import CONFIG_FILE, Adapter
+from compressor.model_writer import DTYPES
+from compressor.peft import Adapter
+from compressor.peft_config import CONFIG_FILE
 from compressor.pipeline import Options, Progress, Summary, base_info, checkpoint_dtype, summarise
+
+RESCALE_BITS = 4  # of DoRA's rescaled rows, if none are asked for
 
 
 def import_adapter(
-    base: str | Path, adapter: Path, out: str | Path, options: Options, progress: Progress
+    base: str | Path,
+    adapter: Path,
+    out: str | Path,
+    options: Options,
+    progress: Progress,
+    *,
+    exact: bool = False,
 ) -> Summary:
-    """Write the artifact. Of `options` only `overwrite` and `base_name` apply.
+    """Write the artifact. Of `options` only `overwrite`, `base_name` and, for DoRA, some apply.
 
-    Nothing is compressed: the factors are what was trained, and a ratio is not applicable.
+    Nothing of a LoRA is compressed: the factors are what was trained, and a ratio means nothing.
+    A DoRA layer's factors are kept as exactly; the rescaling of the base's rows that comes with
+    them has full rank. It is stored `ratio` times smaller than the base's matrix, as unbiased
+    `blockdiag` of ``codec_options["bits"]`` bits; with `exact`, such layers are stored whole.
     """
     if options.calibration is not None:
         raise InputError(
@@ -32,10 +47,11 @@ def import_adapter(
         )
     with Checkpoint(base) as base_files, Adapter(adapter) as opened:
         layout = read_layout(base_files.path)
+        rescale = None if exact else _plan_rescaling(base_files, opened, options)
         config = DeltaConfig(
             created_by=f"impart-serve {__version__}",
             codec="lowrank",
-            options={"imported": "peft"},
+            options={"imported": "peft"} | _rescale_options(rescale),
             ratio_requested=None,
             finetuned_bytes=opened.n_bytes,
             finetuned=opened.name,
@@ -46,9 +62,25 @@ def import_adapter(
         companions = changed_companions(base_files.path, adapter)
         key = _run_key(config, opened)
         with ArtifactWriter(out, run_key=key, overwrite=options.overwrite) as writer:
-            config = _store(layout, base_files, opened, config, writer, progress)
+            config = _store(layout, base_files, opened, config, rescale, writer, progress)
             digest = writer.finish(config, companions, lambda n: model_card(config, n).encode())
     return summarise(Path(out), digest, config, len(layout.parameters) - len(config.unchanged))
+
+
+def _plan_rescaling(base: Checkpoint, adapter: Adapter, options: Options) -> RescaleEncoder | None:
+    """None for an adapter without learned lengths."""
+    shapes = adapter.dora_shapes(base)
+    if not shapes:
+        return None
+    itemsize = DTYPES[checkpoint_dtype(base)].itemsize
+    bits = options.codec_options.get("bits", RESCALE_BITS)
+    return RescaleEncoder.plan(shapes, itemsize, options.ratio, bits, options.seed)
+
+
+def _rescale_options(rescale: RescaleEncoder | None) -> dict[str, Any]:
+    if rescale is None:
+        return {}
+    return {"dora": {"ratio": rescale.ratio} | rescale.codec.options()}
 
 
 def _store(
@@ -56,6 +88,7 @@ def _store(
     base: Checkpoint,
     adapter: Adapter,
     config: DeltaConfig,
+    rescale: RescaleEncoder | None,
     writer: ArtifactWriter,
     progress: Progress,
 ) -> DeltaConfig:
@@ -64,9 +97,10 @@ def _store(
     table: dict[str, int] = {}
     details = dict(config.finetuned_details)
     names = list(layout.parameters)
-    for delta in adapter.deltas(base):
+    for delta in adapter.deltas(base, rescale):
         if delta.name not in staged:
-            writer.add(delta, 0.0 if delta.terms else None)
+            error = rescale.errors.get(delta.name, 0.0) if rescale else 0.0
+            writer.add(delta, error if delta.terms else None)
         parameter = layout.parameters[delta.name]
         if parameter.kind == "embedding" and delta.shape != delta.base_shape:
             details["config"] = {"vocab_size": delta.shape[0]}

@@ -19,7 +19,8 @@ from compressor.identity import identity_of
 from compressor.layout import Layout, Parameter
 from compressor.merge_rules import dare_mask
 from compressor.pairing import TensorPair, is_unchanged, pair_tensors
-from compressor.peft import Adapter, is_adapter
+from compressor.peft import Adapter
+from compressor.peft_config import is_adapter
 from compressor.source import DeltaSource
 
 Companions = tuple[dict[str, bytes], list[str]]

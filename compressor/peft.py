@@ -7,64 +7,30 @@ for Linear and Conv1D alike; for Embedding ``dW = scaling * (B A)^T`` with ``A [
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from compressor.checkpoint import Checkpoint, TensorFiles
-from compressor.codecs import DenseRows, LowRankTerm, TensorDelta, lowrank_from_factors
+from compressor.codecs import (
+    DenseRows,
+    LowRankTerm,
+    Shape,
+    TensorDelta,
+    lowrank_from_factors,
+)
+from compressor.dora import RescaleEncoder, dora_parts
 from compressor.errors import CheckpointError, UnsupportedTensor
 from compressor.hub import cached_ref
 from compressor.layout import Layout, Parameter, read_layout
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-
-# Settings under which the adapter means something other than W + scaling * B A.
-_MUST_BE_OFF = (
-    "use_dora",
-    "use_qalora",
-    "lora_bias",
-    "layer_replication",
-    "trainable_token_indices",
-    "target_parameters",
-    "alora_invocation_tokens",
-    "megatron_config",
-    "arrow_config",
-    "use_bdlora",
-    "velora_config",
-    "kappa_tuner_config",
-)
-# Initialisations that also change the base's weights; without them the adapter is meaningless.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+from compressor.peft_config import WEIGHTS, read_settings
 
 _FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<part>A|B)(\.[^.]+)?\.weight$")
+_MAGNITUDE = re.compile(r"^(?P<module>.+)\.lora_magnitude_vector(\.[^.]+)?(\.weight)?$")
 _EMBEDDING = re.compile(r"^(?P<module>.+)\.lora_embedding_(?P<part>A|B)(\.[^.]+)?$")
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    rank: int
-    alpha: float
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
-    rank_stabilised: bool
-
-    def scaling(self, module: str, rank: int) -> float:
-        declared = self.rank_pattern.get(_pattern(self.rank_pattern, module), self.rank)
-        if declared != rank:
-            raise CheckpointError(
-                f"{CONFIG_FILE} gives {module} rank {declared}, the factors have {rank}"
-            )
-        alpha = self.alpha_pattern.get(_pattern(self.alpha_pattern, module), self.alpha)
-        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
 
 
 class Adapter(TensorFiles):
@@ -72,7 +38,7 @@ class Adapter(TensorFiles):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.settings = _read_settings(path)
+        self.settings = read_settings(path)
         if not (path / WEIGHTS).is_file():
             raise CheckpointError(
                 f"{path}: {WEIGHTS} is missing; an adapter_model.bin is a pickle: convert it once "
@@ -82,25 +48,79 @@ class Adapter(TensorFiles):
         ref = cached_ref(path)
         super().__init__(ref.repo if ref else path.resolve().name, [path / WEIGHTS])
 
-    def deltas(self, base: Checkpoint) -> Iterator[TensorDelta]:
+    def deltas(
+        self, base: Checkpoint, rescale: RescaleEncoder | None = None
+    ) -> Iterator[TensorDelta]:
         """Yield the delta of every parameter the adapter changes, in the model's order.
+
+        rescale  encodes what a DoRA layer has beside its factors; None: such layers are stored
+                 whole, exactly
 
         Raises UnsupportedTensor or CheckpointError naming what does not fit `base`.
         """
         layout = read_layout(base.path)
         keys = layout.keys(base.tensors, base.name)
+        parts = self._parts(layout)
+        self._check_ties(layout, parts)
+        for name, parameter in layout.parameters.items():
+            if name not in parts:
+                continue
+            if "magnitude" in parts[name]:
+                yield self._dora(parameter, parts[name], base, keys[name], rescale)
+                continue
+            delta = self._delta(parameter, parts[name], base, keys[name])
+            if delta is not None:
+                yield delta
+
+    def dora_shapes(self, base: Checkpoint) -> dict[str, Shape]:
+        """Shapes of the layers with learned lengths, by parameter."""
+        layout = read_layout(base.path)
+        return {
+            name: (layout.parameters[name].shape[0], layout.parameters[name].shape[1])
+            for name, parts in self._parts(layout).items()
+            if "magnitude" in parts
+        }
+
+    def _parts(self, layout: Layout) -> dict[str, dict[str, str]]:
+        """Names of the stored tensors by parameter and part."""
         parts: dict[str, dict[str, str]] = {}
         for key in self.tensors:
             if ".original_module." not in key:  # PEFT's untouched copy of a module saved whole
                 name, part = _target(layout, key)
                 parts.setdefault(name, {})[part] = key
-        self._check_ties(layout, parts)
-        for name, parameter in layout.parameters.items():
-            if name not in parts:
-                continue
-            delta = self._delta(parameter, parts[name], base, keys[name])
-            if delta is not None:
-                yield delta
+        for name, found in parts.items():
+            factors = {"A", "embedding_A"} & found.keys()
+            if self.settings.is_dora and factors and "magnitude" not in found:
+                raise UnsupportedTensor(f"{name}: use_dora is set, but it has no magnitude vector")
+            if "magnitude" in found and found.keys() != {"A", "B", "magnitude"}:
+                raise UnsupportedTensor(
+                    f"{name}: lora_magnitude_vector is supported beside the factors of a linear "
+                    f"layer, found {', '.join(sorted(found))}; merge the adapter (merge_and_unload)"
+                )
+            if "magnitude" in found and not self.settings.is_dora:
+                raise UnsupportedTensor(f"{name}: lora_magnitude_vector, but use_dora is not set")
+        return parts
+
+    def _dora(
+        self,
+        parameter: Parameter,
+        parts: Mapping[str, str],
+        base: Checkpoint,
+        base_key: str,
+        rescale: RescaleEncoder | None,
+    ) -> TensorDelta:
+        name, shape = parameter.name, parameter.shape
+        a, b = self._factors(parameter, {key: parts[key] for key in ("A", "B")})
+        if b.shape[1] != shape[0]:
+            raise self._misfit(parameter)
+        weight = base.oriented_rows(base_key, 0, shape[0], parameter.transposed).float()
+        split = dora_parts(name, weight, a, b, self.rows(parts["magnitude"]).float())
+        if rescale is None:
+            whole = weight + split.rest + split.b.T @ a
+            exact = DenseRows(0, whole)
+            return TensorDelta(name, shape, shape, parameter.transposed, (), exact)
+        terms = (_lossless(a, split.b), *rescale.encode(name, split, a))
+        return TensorDelta(name, shape, shape, parameter.transposed, terms, None)
 
     def _check_ties(self, layout: Layout, parts: Mapping[str, Mapping[str, str]]) -> None:
         """Refuse what would untie: PEFT changes one module of a tied pair, a delta both."""
@@ -213,47 +233,6 @@ class Adapter(TensorFiles):
         )
 
 
-def is_adapter(path: str | Path) -> bool:
-    """Tell an adapter directory from a model's."""
-    return (Path(path) / CONFIG_FILE).is_file()
-
-
-def _read_settings(path: Path) -> _Settings:
-    try:
-        config = json.loads((path / CONFIG_FILE).read_bytes())
-        kind = str(config.get("peft_type"))
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path / CONFIG_FILE} cannot be read: {error}") from error
-    if kind != "LORA":
-        raise UnsupportedTensor(
-            f"{path}: peft_type {kind} is not supported, only LORA. Merge it into the base "
-            "(merge_and_unload, save_pretrained) and compress the result as a full fine-tune"
-        )
-    _check_plain(path, config)
-    try:
-        return _Settings(
-            rank=int(config["r"]),
-            alpha=float(config["lora_alpha"]),
-            rank_pattern=dict(config.get("rank_pattern") or {}),
-            alpha_pattern=dict(config.get("alpha_pattern") or {}),
-            rank_stabilised=bool(config.get("use_rslora", False)),
-        )
-    except (KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path / CONFIG_FILE}: unusable setting {error!r}") from error
-
-
-def _check_plain(path: Path, config: Mapping[str, Any]) -> None:
-    found = [key for key in _MUST_BE_OFF if config.get(key)]
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-        found.append(f"init_lora_weights = {start}")
-    if found:
-        raise UnsupportedTensor(
-            f"{path}: {found[0]} makes the adapter more than low-rank factors. Merge it into the "
-            "base (merge_and_unload, save_pretrained) and compress the result as a full fine-tune"
-        )
-
-
 def _target(layout: Layout, key: str) -> tuple[str, str]:
     """Return the parameter a stored tensor belongs to, and which part of its delta it is."""
     path = key.removeprefix("base_model.model.")
@@ -261,6 +240,8 @@ def _target(layout: Layout, key: str) -> tuple[str, str]:
         wanted, part = f"{match['module']}.weight", match["part"]
     elif match := _EMBEDDING.match(path):
         wanted, part = f"{match['module']}.weight", f"embedding_{match['part']}"
+    elif match := _MAGNITUDE.match(path):
+        wanted, part = f"{match['module']}.weight", "magnitude"
     else:
         wanted, part = re.sub(r"\.(modules_to_save(\.default)?|base_layer)\.", ".", path), "full"
     name = layout.find(wanted)
@@ -284,14 +265,3 @@ def _first_difference(ours: Tensor, theirs: Tensor) -> int:
     differs = ours.float() != theirs[: ours.shape[0]].float()
     rows = differs.reshape(differs.shape[0], -1).any(-1).nonzero()
     return int(rows[0]) if len(rows) else ours.shape[0]
-
-
-def _pattern(patterns: Mapping[str, object], module: str) -> str:
-    """PEFT's `get_pattern_key`: the first pattern that matches the end of the module's path."""
-    for pattern in patterns:
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                return pattern
-        except re.error as error:
-            raise CheckpointError(f"{CONFIG_FILE}: pattern {pattern!r}: {error}") from error
-    return module

@@ -83,7 +83,7 @@ def run(
     from compressor.evaluate import Evaluator
     from compressor.evaluate_samples import load_tokenizer, read_samples
     from compressor.inspection import check
-    from compressor.peft import is_adapter
+    from compressor.peft_config import is_adapter
 
     if is_adapter(finetuned):
         raise InputError(

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from compressor.checkpoint import Checkpoint
 from compressor.codecs import TensorDelta
 from compressor.errors import CheckpointError, UnsupportedTensor
-from compressor.peft import Adapter, is_adapter
+from compressor.peft import Adapter
+from compressor.peft_config import is_adapter
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"
@@ -138,7 +139,7 @@ def test_deltas_untrained_factors_are_skipped(tiny_llama: Path, tmp_path: Path) 
     "config",
     [
         {"peft_type": "IA3"},
-        {"use_dora": True},
+        {"use_qalora": True},
         {"lora_bias": True},
         {"layer_replication": [[0, 1]]},
         {"trainable_token_indices": [1]},
