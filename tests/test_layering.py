@@ -120,7 +120,7 @@ def check_libraries(source: Source) -> Iterator[str]:
             or within(name, "server.ops")
             or within(name, "compressor.codecs")
         ):
-            yield f"server.ops imports {name}: torch, numpy, numba, llvmlite, triton and codecs only"
+            yield f"server.ops imports {name}: tensor libraries, compilers and codecs only"
 
 
 def check_packages(source: Source) -> Iterator[str]:

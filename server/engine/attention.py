@@ -14,7 +14,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from server.errors import ConfigError
-from server.ops.attention import AttentionPlan, paged_attention
+from server.ops.attention import (
+    AttentionPlan,
+    WriteAndDecode,
+    paged_attention,
+    write_and_decode,
+)
 
 ATTENTION_NAME = "impart_paged"
 # Keyword arguments that change the result and that `paged_attention` does not implement.
@@ -37,6 +42,7 @@ class KVStore:
     for the first time registers its ``(Hkv, D)`` here.
     """
 
+    decode: WriteAndDecode = write_and_decode
     plan: AttentionPlan | None = None
     probed: dict[nn.Module, tuple[int, int, torch.dtype]] = field(default_factory=dict)
     layers: dict[nn.Module, LayerPages] = field(default_factory=dict)
@@ -98,6 +104,7 @@ def attention_forward(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         window=sliding_window,
         softcap=softcap,
+        decode=store.decode,
     )
     return out.unsqueeze(0), None
 

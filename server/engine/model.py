@@ -17,10 +17,11 @@ from compressor.codecs.siblings import SIBLING_PROJECTIONS
 from server.deltas.layers import (
     DeltaEmbedding,
     DeltaLinear,
-    DeltaNorm,
     ProjectionGroup,
     StepContext,
 )
+from server.deltas.mlp import fuse_gated_mlp
+from server.deltas.norms import DeltaNorm
 from server.deltas.parameter import DeltaParameter
 from server.engine.attention import ATTENTION_NAME, KVStore, attach_store, register_attention
 from server.errors import ConfigError
@@ -68,8 +69,9 @@ def load_base_model(
         use_safetensors=True,
     )
     model = model.eval().requires_grad_(False).to(device)
-    context, store = StepContext(), KVStore()
+    context = StepContext()
     chosen = _kernels(kernels, device, model.dtype)
+    store = KVStore(decode=chosen.write_and_decode)
     parameters = install_delta_layers(model, context, chosen)
     attach_store(model, store)
     text_config = config.get_text_config()
@@ -150,6 +152,8 @@ def install_delta_layers(
         _set_module(model, path, replacement)
     _fuse_projections(model)
     _pack_linears(model, model.get_input_embeddings())
+    for module in model.modules():
+        fuse_gated_mlp(module, kernels)
     return parameters
 
 

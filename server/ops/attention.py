@@ -6,6 +6,7 @@ a sequence with one new token is a decode row, any other a prefill chunk.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -44,10 +45,12 @@ class PrefillChunk:
 class AttentionPlan:
     """Where each row's keys and values go, and who reads what.
 
-    places  [T] int64, row in the flattened cache ``[n_pages * page]``
+    places        [T] int64, row in the flattened cache ``[n_pages * page]``
+    prefill_rows  [R] int64, the rows of all prefill chunks
     """
 
     places: Tensor
+    prefill_rows: Tensor
     decode: DecodeBatch | None
     prefill: tuple[PrefillChunk, ...]
     masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
@@ -56,6 +59,50 @@ class AttentionPlan:
 def write_cache_(cache: Tensor, values: Tensor, places: Tensor) -> None:
     """``cache [n_pages, page, Hkv, D]``; ``values [T, Hkv, D]`` go to ``places [T]``."""
     cache.view(-1, *cache.shape[2:]).index_copy_(0, places, values)
+
+
+WriteAndDecode = Callable[
+    [
+        Tensor,
+        Tensor,
+        Tensor,
+        Tensor,
+        Tensor,
+        Tensor,
+        AttentionPlan,
+        float,
+        int | None,
+        float | None,
+    ],
+    None,
+]
+
+
+def write_and_decode(
+    out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """Write every new key and value to the cache; fill the decode rows of `out [T, H, D]`.
+
+    Other arguments as in `paged_attention`, which calls this first.
+    """
+    write_cache_(k_cache, k, plan.places)
+    write_cache_(v_cache, v, plan.places)
+    if plan.decode is None:
+        return
+    rows = plan.decode.rows
+    if len(rows) == len(q):
+        out.copy_(_decode(q, k_cache, v_cache, plan, scale, window, softcap))
+    else:
+        out[rows] = _decode(q[rows], k_cache, v_cache, plan, scale, window, softcap)
 
 
 def paged_attention(
@@ -69,21 +116,17 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    decode: WriteAndDecode = write_and_decode,
 ) -> Tensor:
     """Causal attention of every new token over its own sequence.
 
     q [T, H, D]; k, v [T, Hkv, D] (the new tokens', written to the cache here);
-    window: each token sees only the last `window` positions; softcap: tanh cap on the scores.
+    window: each token sees only the last `window` positions; softcap: tanh cap on the scores;
+    decode: `write_and_decode` or a compiled form of it.
     Returns [T, H, D] in q's dtype. Numerics: float32 accumulation inside SDPA.
     """
-    write_cache_(k_cache, k, plan.places)
-    write_cache_(v_cache, v, plan.places)
-    if plan.decode is not None and not plan.prefill and len(plan.decode.rows) == len(q):
-        return _decode(q, k_cache, v_cache, plan, scale, window, softcap)
-    out = torch.empty_like(q)
-    if plan.decode is not None:
-        rows = plan.decode.rows
-        out[rows] = _decode(q[rows], k_cache, v_cache, plan, scale, window, softcap)
+    out = q.new_empty(q.shape)
+    decode(out, q, k, v, k_cache, v_cache, plan, scale, window, softcap)
     for chunk in plan.prefill:
         part = slice(chunk.start, chunk.end)
         keys, values = k[part], v[part]

@@ -12,9 +12,12 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from server.ops.attention import WriteAndDecode, write_and_decode
 from server.ops.delta import BlockDiagOp, TorchBlockDiag
 from server.ops.linear import LinearOp, TorchLinear
+from server.ops.norm import RmsForm, rms_norm
 from server.ops.packed import PackedBlocks
 
 log = logging.getLogger(__name__)
@@ -31,6 +34,17 @@ class Kernels(Protocol):
 
     def linear(self, weight: Tensor) -> LinearOp: ...
 
+    @property
+    def write_and_decode(self) -> WriteAndDecode: ...
+
+    def rms_norm(
+        self, x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm
+    ) -> Tensor: ...
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        """``silu(gate) * up``: [T, n] each, rows may be strided -> [T, n]."""
+        ...
+
 
 class TorchKernels:
     """Plain torch."""
@@ -42,6 +56,16 @@ class TorchKernels:
 
     def linear(self, weight: Tensor) -> LinearOp:
         return TorchLinear(weight)
+
+    @property
+    def write_and_decode(self) -> WriteAndDecode:
+        return write_and_decode
+
+    def rms_norm(self, x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm) -> Tensor:
+        return rms_norm(x, weights, index, form)
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        return F.silu(gate) * up
 
 
 def choose_kernels(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> Kernels:

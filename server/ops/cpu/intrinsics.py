@@ -35,6 +35,7 @@ def _cast_to(element: Any, pointee: Callable[[], Any]) -> Any:
 
 
 _f32_pointer = _cast_to(types.float32, ir.FloatType)
+_f64_pointer = _cast_to(types.float64, ir.DoubleType)
 _i64_pointer = _cast_to(types.int64, lambda: ir.IntType(64))
 _u16_pointer = _cast_to(types.uint16, lambda: ir.IntType(16))
 _u8_pointer = _cast_to(types.uint8, lambda: ir.IntType(8))
@@ -116,12 +117,6 @@ def from_f16(h):
     return _float_of_bits(sign | magnitude) * HALF_SHIFT
 
 
-@njit(inline="always")
-def float_of_bits(bits):
-    """Reinterpret 32 bits as float32."""
-    return _float_of_bits(np.uint32(bits))
-
-
 @njit(inline="always", fastmath=FAST, error_model="numpy")
 def load_row(out, offset, address, n, is_bf16):
     """``out[offset : offset + n]`` float32 = n values at `address` (bfloat16 or float32)."""
@@ -146,3 +141,30 @@ def store_row(address, values, offset, n, is_bf16):
         full = f32_at(address)
         for i in range(n):
             full[i] = values[offset + i]
+
+
+@njit(inline="always")
+def f64_at(address):
+    """View float64 values from this address on."""
+    return carray(_f64_pointer(address), UNBOUNDED)
+
+
+@njit(inline="always")
+def exp_f32(x):
+    """``e^x`` in float32, relative error below 3e-7; overflows and underflows to 3e38 and 1e-38.
+
+    ``2^n * e^r`` with ``|r| <= ln 2 / 2`` and a polynomial of degree 6 (Cephes' coefficients): no
+    call, so that loops over it become vector code. NaN stays NaN.
+    """
+    bounded = min(max(x, np.float32(-87.3)), np.float32(88.0))
+    n = np.floor(bounded * np.float32(1.44269504) + np.float32(0.5))
+    r = bounded - n * np.float32(0.693147181)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1)
+    power = _float_of_bits(np.uint32((np.int32(n) + np.int32(127)) << 23))
+    return p * power if x == x else x

@@ -5,10 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from server.ops.attention import WriteAndDecode
+from server.ops.cpu.attention import AttentionKernel
 from server.ops.cpu.blockdiag import BlockDiagKernel, NumbaBlockDiag
 from server.ops.cpu.parallel import Parallel
+from server.ops.cpu.rows import RowKernels
 from server.ops.delta import BlockDiagOp
 from server.ops.linear import LinearOp, OneDnnLinear, TorchLinear, onednn_linear_works
+from server.ops.norm import RmsForm
 from server.ops.packed import PackedBlocks
 
 
@@ -20,6 +24,8 @@ class NumbaKernels:
     def __init__(self) -> None:
         self.parallel = Parallel()
         self._blockdiag = BlockDiagKernel(self.parallel)
+        self._attention = AttentionKernel(self.parallel)
+        self._rows = RowKernels(self.parallel)
         self._packs_bf16 = onednn_linear_works()
 
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp:
@@ -28,3 +34,13 @@ class NumbaKernels:
     def linear(self, weight: Tensor) -> LinearOp:
         packs = self._packs_bf16 and weight.dtype is torch.bfloat16
         return OneDnnLinear(weight) if packs else TorchLinear(weight)
+
+    @property
+    def write_and_decode(self) -> WriteAndDecode:
+        return self._attention.write_and_decode
+
+    def rms_norm(self, x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm) -> Tensor:
+        return self._rows.rms_norm(x, weights, index, form)
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self._rows.silu_mul(gate, up)
