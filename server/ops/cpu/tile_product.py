@@ -1,0 +1,206 @@
+"""The inner product of packed codes with a few rows of x, in vector registers.
+
+numba's loop vectoriser would go through memory between unpacking and multiplying; here the vector
+code is written out as LLVM vectors (16 outputs a register), which LLVM fits to any CPU. One
+pass loads 16 code bytes, takes their fields apart, and multiplies each by up to 8 rows of x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+ROW_GROUP = 8  # rows that share one unpacking
+F32, I32, I8 = ir.FloatType(), ir.IntType(32), ir.IntType(8)
+
+
+@njit(inline="always")
+def rows_at_once(rows):
+    """How many of the rows that are left go together: 8, 4 or 1."""
+    if rows >= ROW_GROUP:
+        return ROW_GROUP
+    return 4 if rows >= 4 else 1
+
+
+def make_tile_product(bits: int) -> Any:
+    """``sums[r, i] = sum_j (code[j, i] - centre) * x[r, j]`` for one tile of packed codes.
+
+    The compiled function takes: address of the tile's first code; bytes from one code row to the
+    next (elements for 16 bits); x float32; the first row's offset in x; x's row stride, padded
+    with zeros past its inputs to the next multiple of 8; inputs nb; sums float32 [8, TILE], zeros;
+    width of the tile; rows, one of `rows_at_once`.
+    """
+    if bits == 3:
+        # centre 3.5 = 1.5 + 4 * 0.5
+        return _three_bits(_plane(2, 1.5), _plane(1, 0.5))
+    plane = _plane(bits, 0.0 if bits == 16 else (2**bits - 1) / 2)
+    fields = 1 if bits == 16 else 8 // bits
+
+    @njit(inline="always")
+    def product(codes, mb, x, offset, stride, nb, sums, width, n_rows):
+        code_rows = (nb + fields - 1) // fields
+        plane(codes, mb, code_rows, x.ctypes.data + 4 * offset, stride, sums, width, n_rows)
+
+    return product
+
+
+def _three_bits(low: Any, high: Any) -> Any:
+    """Low two bits, and the high bit times 4, from their planes."""
+
+    @njit(inline="always")
+    def product(codes, mb, x, offset, stride, nb, sums, width, n_rows):
+        low_rows, high_rows = (nb + 3) // 4, (nb + 7) // 8
+        address = x.ctypes.data + 4 * offset
+        high(codes + low_rows * mb, mb, high_rows, address, stride, sums, width, n_rows)
+        for i in range(len(sums)):
+            sums[i] *= 4
+        low(codes, mb, low_rows, address, stride, sums, width, n_rows)
+
+    return product
+
+
+def _plane(bits: int, centre: float) -> Any:
+    """All columns of one plane, 16 at a time.
+
+    What is left over at the end is computed together with the columns before it and taken from
+    there; tiles of fewer than 16 columns go 4 or 1 at a time.
+    """
+    sixteen, four, one = (_any_rows(bits, lanes, centre) for lanes in (16, 4, 1))
+    item = 2 if bits == 16 else 1
+
+    @njit(inline="always")
+    def columns(codes, mb, code_rows, x, stride, sums, width, n_rows):
+        tile = len(sums) // ROW_GROUP
+        place, first = sums.ctypes.data, 0
+        while first + 16 <= width:
+            sixteen(codes + item * first, mb, code_rows, x, stride, place + 4 * first, tile, n_rows)
+            first += 16
+        left = width - first
+        if left > 0 and width > 16:
+            spare = np.zeros(ROW_GROUP * 16, np.float32)
+            start = codes + item * (width - 16)
+            sixteen(start, mb, code_rows, x, stride, spare.ctypes.data, 16, n_rows)
+            for r in range(n_rows):
+                for i in range(left):
+                    sums[r * tile + first + i] += spare[r * 16 + 16 - left + i]
+            return
+        while first + 4 <= width:
+            four(codes + item * first, mb, code_rows, x, stride, place + 4 * first, tile, n_rows)
+            first += 4
+        while first < width:
+            one(codes + item * first, mb, code_rows, x, stride, place + 4 * first, tile, n_rows)
+            first += 1
+
+    return columns
+
+
+def _any_rows(bits: int, lanes: int, centre: float) -> Any:
+    eight, four, one = (_vector_product(bits, lanes, n, centre) for n in (ROW_GROUP, 4, 1))
+
+    @njit(inline="always")
+    def product(codes, mb, code_rows, x, stride, sums, tile, n_rows):
+        if n_rows == ROW_GROUP:
+            eight(codes, mb, code_rows, x, stride, sums, tile)
+        elif n_rows == 4:
+            four(codes, mb, code_rows, x, stride, sums, tile)
+        else:
+            one(codes, mb, code_rows, x, stride, sums, tile)
+
+    return product
+
+
+def _vector_product(bits: int, lanes: int, rows: int, centre: float) -> Any:
+    """An intrinsic for `lanes` columns and `rows` rows of x.
+
+    Arguments, all int64: address of codes, their row stride in elements, code rows, address of x,
+    x's row stride in elements, address of the sums, their row stride in elements.
+    """
+
+    @intrinsic
+    def product(typingctx, codes, mb, code_rows, x, stride, sums, tile):
+        i64 = types.int64
+        signature = types.void(i64, i64, i64, i64, i64, i64, i64)
+        return signature, _codegen(bits, lanes, rows, centre)
+
+    return product
+
+
+def _codegen(bits: int, lanes: int, rows: int, centre: float) -> Callable[..., Any]:
+    vector = ir.VectorType(F32, lanes)
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        codes, mb, code_rows, x, stride, sums, tile = args
+        sums_at = [
+            builder.bitcast(
+                builder.gep(
+                    builder.inttoptr(sums, F32.as_pointer()), [builder.mul(tile, tile.type(r))]
+                ),
+                vector.as_pointer(),
+            )
+            for r in range(rows)
+        ]
+        multiply_add = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(vector, [vector] * 3),
+            f"llvm.fma.v{lanes}f32",
+        )
+        totals = [cgutils.alloca_once(builder, vector) for _ in range(rows)]
+        for total, place in zip(totals, sums_at, strict=True):
+            builder.store(builder.load(place, align=4), total)
+        with cgutils.for_range(builder, code_rows) as loop:
+            for field, weights in enumerate(
+                _fields(builder, codes, mb, loop.index, bits, lanes, centre)
+            ):
+                input_index = builder.add(loop.index, builder.mul(code_rows, code_rows.type(field)))
+                for r, total in enumerate(totals):
+                    index = builder.add(builder.mul(stride, stride.type(r)), input_index)
+                    value = builder.load(
+                        builder.gep(builder.inttoptr(x, F32.as_pointer()), [index])
+                    )
+                    factor = _splat(builder, value, lanes)
+                    added = builder.call(multiply_add, [weights, factor, builder.load(total)])
+                    builder.store(added, total)
+        for total, place in zip(totals, sums_at, strict=True):
+            builder.store(builder.load(total), place, align=4)
+        return context.get_dummy_value()
+
+    return codegen
+
+
+def _fields(
+    builder: Any, codes: Any, mb: Any, row: Any, bits: int, lanes: int, centre: float
+) -> list[Any]:
+    """The fields of one code row as float vectors, less `centre`."""
+    offset = builder.mul(row, mb)
+    vector = ir.VectorType(F32, lanes)
+    if bits == 16:
+        half = ir.VectorType(ir.HalfType(), lanes)
+        pointer = builder.gep(builder.inttoptr(codes, ir.HalfType().as_pointer()), [offset])
+        loaded = builder.load(builder.bitcast(pointer, half.as_pointer()), align=2)
+        return [builder.fpext(loaded, vector)]
+    narrow, wide = ir.VectorType(I8, lanes), ir.VectorType(I32, lanes)
+    pointer = builder.gep(builder.inttoptr(codes, I8.as_pointer()), [offset])
+    loaded = builder.load(builder.bitcast(pointer, narrow.as_pointer()), align=1)
+    raw = builder.zext(loaded, wide)
+    mask = ir.Constant(wide, [(1 << bits) - 1] * lanes)
+    found = []
+    for shift in range(0, 8, bits):
+        moved = builder.lshr(raw, ir.Constant(wide, [shift] * lanes)) if shift else raw
+        last = shift + bits == 8
+        code = builder.sitofp(moved if last else builder.and_(moved, mask), vector)
+        found.append(builder.fsub(code, ir.Constant(vector, [centre] * lanes)) if centre else code)
+    return found
+
+
+def _splat(builder: Any, value: Any, lanes: int) -> Any:
+    vector = ir.VectorType(F32, lanes)
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
+    return builder.shuffle_vector(
+        one, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
+    )
