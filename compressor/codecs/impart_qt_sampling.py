@@ -103,8 +103,9 @@ def solve_qt_allocation(
         else:
             high = middle
     q = 1 - allocate_sparsity(sigma, high, beta, c)
-    kept, rank = _whole_counts(q, shape, budget_bytes)
-    rank = _fill(kept, rank, shape, budget_bytes, kept_before_shift(len(sigma), beta))
+    most = kept_before_shift(len(sigma), beta)
+    kept, rank = _whole_counts(q, shape, budget_bytes, most)
+    rank = _fill(kept, rank, shape, budget_bytes, most)
     before_shift = _before_shift(sigma, high, beta, c)
     weights, start = [], 0
     for size, n in zip(class_sizes(rank), kept, strict=True):
@@ -152,26 +153,37 @@ def _class_sums(q: Floats, rank: int) -> tuple[float, float, float]:
     )
 
 
-def _whole_counts(q: Floats, shape: Shape, budget_bytes: int) -> tuple[Kept, int]:
+def _whole_counts(q: Floats, shape: Shape, budget_bytes: int, most: int) -> tuple[Kept, int]:
     """Whole numbers of components near the sums of q that use the most of the budget.
 
-    A class that would keep none is dropped, and its components with it.
+    A class that would keep none is dropped, and its components with it. The last class, two bits
+    a step where the others have three, is begun before its turn if that leaves less unused.
     """
     rank = max(1, int(np.count_nonzero(q)))
-    sizes = class_sizes(rank)
+    first, second, _ = class_sizes(rank)
     _, wanted, _ = _class_sums(q, rank)
-    best, best_key = ((sizes[0], 0, 0), sizes[0]), (math.inf, math.inf)
+    best, best_key = ((first, 0, 0), first), (math.inf, math.inf)
     step = sum(shape) / 8  # bytes of one bit a row
-    for n3 in range(max(0, math.floor(wanted) - 1), min(sizes[1], math.ceil(wanted) + 1) + 1):
-        left = budget_bytes - qt_size(shape, (sizes[0], n3, 0), rank)
-        n2 = min(sizes[2], max(0, math.floor(left / (2 * step)))) if n3 else 0
-        used = sizes[0] + (sizes[1] if n3 else 0) + (sizes[2] if n2 else 0)
-        kept = (sizes[0], n3, n2)
-        left = budget_bytes - qt_size(shape, kept, used)
-        key = (round(left / step), abs(n3 - wanted))
-        if left >= 0 and key < best_key:
-            best, best_key = (kept, used), key
+    for n3 in range(max(0, math.floor(wanted) - 1), min(second, math.ceil(wanted) + 1) + 1):
+        without = (first, n3, 0), (min(rank, CLASS_STARTS[2]) if n3 else first)
+        for kept, used in (without, _with_last_class(first, n3, rank, shape, budget_bytes, most)):
+            left = budget_bytes - qt_size(shape, kept, used)
+            key = (round(left / step), abs(n3 - wanted))
+            if left >= 0 and key < best_key:
+                best, best_key = (kept, used), key
     return best
+
+
+def _with_last_class(
+    first: int, n3: int, rank: int, shape: Shape, budget_bytes: int, most: int
+) -> tuple[Kept, int]:
+    """As much of the last class as fits, if one component of it does and n3 is not 0."""
+    used = max(rank, CLASS_STARTS[2] + 1)
+    left = budget_bytes - qt_size(shape, (first, n3, 0), used)
+    n2 = min(max(rank - CLASS_STARTS[2], 1), math.floor(left / (sum(shape) / 4)))
+    if n3 and used <= most and n2 > 0:
+        return (first, n3, n2), used
+    return (first, n3, 0), (min(rank, CLASS_STARTS[2]) if n3 else first)
 
 
 def _fill(kept: Kept, rank: int, shape: Shape, budget_bytes: int, most: int) -> int:
