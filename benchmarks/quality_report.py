@@ -162,6 +162,29 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def overview(rows: Sequence[Row], field: str, digits: int) -> str:
+    """Return one measure as a Markdown table, methods by ratios asked, the mean over seeds.
+
+    A dash where the method cannot meet the ratio, nothing where it was not measured.
+    """
+    groups = grouped(row for row in rows if not row.is_control)
+    ratios = sorted({ratio for _, ratio in groups})
+    lines = ["| | " + " | ".join(f"{ratio:g}x" for ratio in ratios) + " |"]
+    lines.append("|---|" + "---:|" * len(ratios))
+    for method in dict.fromkeys(row.method for row in rows if not row.is_control):
+        cells = [_value(groups.get((method, ratio), []), field, digits) for ratio in ratios]
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _value(group: Sequence[Row], field: str, digits: int) -> str:
+    if not group:
+        return ""
+    if group[0].note:
+        return "-"
+    return f"{fmean(getattr(row, field) for row in group):.{digits}f}"
+
+
 def first_drops(rows: Sequence[Row]) -> dict[str, float | None]:
     """Return per method the lowest ratio at which the score is more than one standard error low.
 
@@ -212,7 +235,13 @@ def write_report(path: Path) -> str:
     from benchmarks.quality_plot import plot
 
     rows = read_rows(path)
-    table = f"{markdown(rows)}\n\n{drops_table(rows)}"
+    parts = [
+        *("KL task", overview(rows, "kl_task", 4)),
+        *("KL text", overview(rows, "kl_text", 3)),
+        *("Score", overview(rows, "score", 3)),
+        *(drops_table(rows), "Every method and ratio", markdown(rows)),
+    ]
+    table = "\n\n".join(parts)
     path.with_suffix(".md").write_text(table + "\n")
     plot(rows, path.with_suffix(".svg"))
     return table
