@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.atomic import RunLock
 from compressor.checkpoint import DTYPE_NAMES, Checkpoint
 from compressor.companions import copy_companions
-from compressor.errors import InputError, UnsupportedTensor
+from compressor.errors import InputError, OutputError, UnsupportedTensor
 from compressor.layout import Layout, Parameter, read_layout
 from compressor.merge_config import MergeConfig
 from compressor.merge_rules import elect_and_merge, kth_magnitude, trim, weighted_sum
@@ -65,12 +66,16 @@ def merge_to_delta(
     it more than once, and measures on it.
     """
     final = Path(out).absolute()
+    if final.exists() and not options.overwrite and any(final.iterdir()):
+        raise OutputError(f"{out} exists; remove it or ask for it to be overwritten")
     scratch = final.with_name(f".{final.name}.merged")
-    try:
-        merged = merge(config, scratch / final.name, overwrite=True, progress=progress)
-        return compress(config.base, merged, out, options, progress)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with RunLock(scratch):
+        try:
+            merged = merge(config, scratch / final.name, overwrite=True, progress=progress)
+            return compress(config.base, merged, out, options, progress)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 @dataclass(slots=True)
