@@ -1,8 +1,9 @@
 """Decode attention over the paged cache, and writing new keys and values into it.
 
-A task is one sequence and one KV head: it writes the new token's key and value, then reads the
-sequence's pages once for all query heads that share them. Nothing is gathered or padded. Scores,
-softmax and sums are float32; bfloat16 is only read and written.
+A task is one sequence (or one KV head of it, if there are few sequences): it writes the new token's
+key and value, then reads the sequence's pages once, in the order they lie in memory, for all query
+heads. Nothing is gathered or padded. Scores, softmax and sums are float32; bfloat16 is only read
+and written.
 """
 
 from __future__ import annotations
@@ -25,6 +26,13 @@ from server.ops.cpu.intrinsics import (
     u16_at,
 )
 from server.ops.cpu.parallel import Parallel
+from server.ops.cpu.vectors import (
+    LANES,
+    add_scaled_bf16,
+    add_scaled_f32,
+    dot_bf16,
+    dot_f32,
+)
 
 U = np.uint64
 COPY_ROWS = 16  # rows of a prefill chunk that one task writes
@@ -33,7 +41,7 @@ COPY_ROWS = 16  # rows of a prefill chunk that one task writes
 (_Q, _Q_ROW, _Q_HEAD, _K, _K_ROW, _K_HEAD, _V, _V_ROW, _V_HEAD, _OUT) = range(1, 11)
 (_K_CACHE, _V_CACHE, _PAGE, _KV_HEADS, _GROUP, _DIM, _IS_BF16, _PLACES) = range(11, 19)
 (_ROWS, _LENGTHS, _PAGES, _MAX_PAGES, _N_SEQUENCES) = range(19, 24)
-(_OTHERS, _N_OTHERS, _WINDOW, _SCALE, _SOFTCAP, _N_ARGUMENTS) = range(24, 30)
+(_OTHERS, _N_OTHERS, _WINDOW, _SCALE, _SOFTCAP, _TASK_HEADS, _N_ARGUMENTS) = range(24, 31)
 
 
 class AttentionKernel:
@@ -86,26 +94,32 @@ class AttentionKernel:
         a[_OTHERS], a[_N_OTHERS] = others.data_ptr(), len(others)
         a[_WINDOW] = 0 if window is None else window
         a[_SCALE : _SOFTCAP + 1].view(np.float64)[:] = (scale, softcap or 0.0)
-        self._parallel.run(self._kernel, a, n * kv_heads + -(-len(others) // COPY_ROWS))
+        # All heads of a sequence in one task read memory in order; few sequences are shared out.
+        together = kv_heads if n >= 2 * self._parallel.n_threads else 1
+        a[_TASK_HEADS] = together
+        n_decode = n * kv_heads // together
+        self._parallel.run(self._kernel, a, n_decode + -(-len(others) // COPY_ROWS))
 
 
 def _attend(address):
     a = i64_at(address)
-    kv_heads, group, dim = a[_KV_HEADS], a[_GROUP], a[_DIM]
-    n_decode = a[_N_SEQUENCES] * kv_heads
+    kv_heads, heads, dim = a[_KV_HEADS], a[_TASK_HEADS], a[_DIM]
+    shares = kv_heads // heads
+    n_decode = a[_N_SEQUENCES] * shares
     n_tasks = n_decode + (a[_N_OTHERS] + COPY_ROWS - 1) // COPY_ROWS
-    most = a[_MAX_PAGES] * a[_PAGE]
-    queries = np.empty(group * dim, np.float32)
-    sums = np.empty(group * dim, np.float32)
-    line = np.empty(dim, np.float32)
-    scores = np.empty(group * max(most, 1), np.float32)
+    n_queries = heads * a[_GROUP]
+    queries = np.empty(n_queries * dim, np.float32)
+    sums = np.empty(n_queries * dim, np.float32)
+    line = np.empty(heads * dim, np.float32)
+    scores = np.empty(n_queries * max(a[_MAX_PAGES] * a[_PAGE], 1), np.float32)
     others, places = i64_at(a[_OTHERS]), i64_at(a[_PLACES])
     while True:
         task = next_task(address)
         if task >= n_tasks:
             break
         if task < n_decode:
-            _decode(address, task // kv_heads, task % kv_heads, queries, scores, sums, line)
+            first_head = task % shares * heads
+            _decode(address, task // shares, first_head, queries, scores, sums, line)
         else:
             first = (task - n_decode) * COPY_ROWS
             for i in range(first, min(first + COPY_ROWS, a[_N_OTHERS])):
@@ -129,9 +143,10 @@ def _write(address, row, place, head):
 
 
 @njit(inline="always", fastmath=FAST_SUMS, error_model="numpy")
-def _decode(address, sequence, head, queries, scores, sums, line):
+def _decode(address, sequence, first_head, queries, scores, sums, line):
     a = i64_at(address)
     page, kv_heads, group, dim = a[_PAGE], a[_KV_HEADS], a[_GROUP], a[_DIM]
+    heads = a[_TASK_HEADS]
     is_bf16 = a[_IS_BF16] != 0
     item = 2 if is_bf16 else 4
     row = i64_at(a[_ROWS])[U(sequence)]
@@ -139,40 +154,83 @@ def _decode(address, sequence, head, queries, scores, sums, line):
     pages = i64_at(a[_PAGES] + 8 * sequence * a[_MAX_PAGES])
     floats = f64_at(address + 8 * _SCALE)
     scale, softcap = np.float32(floats[U(0)]), np.float32(floats[U(1)])
-    _write(address, row, i64_at(a[_PLACES])[U(row)], head)
-    for g in range(group):
-        source = a[_Q] + (row * a[_Q_ROW] + (head * group + g) * a[_Q_HEAD]) * item
-        load_row(queries, U(g * dim), source, U(dim), is_bf16)
+    for head in range(heads):
+        _write(address, row, i64_at(a[_PLACES])[U(row)], first_head + head)
+    for q in range(heads * group):
+        source = a[_Q] + (row * a[_Q_ROW] + (first_head * group + q) * a[_Q_HEAD]) * item
+        load_row(queries, U(q * dim), source, U(dim), is_bf16)
     first = max(0, length - a[_WINDOW]) if a[_WINDOW] > 0 else 0
     stride = U(a[_MAX_PAGES] * page)
-    for t in range(first, length):
-        place = pages[U(t // page)] * page + t % page
-        source = a[_K_CACHE] + (place * kv_heads + head) * dim * item
-        load_row(line, U(0), source, U(dim), is_bf16)
-        for g in range(U(group)):
-            total = np.float32(0)
-            for d in range(U(dim)):
-                total += queries[g * U(dim) + d] * line[d]
-            total *= scale
-            if softcap > 0:
-                total = softcap * (
-                    np.float32(1) - np.float32(2) / (exp_f32(2 * total / softcap) + np.float32(1))
+    row_bytes = kv_heads * dim * item
+    t = first
+    while t < length:  # page by page: no division per token
+        end = min(length, (t // page + 1) * page)
+        source = a[_K_CACHE] + (pages[U(t // page)] * page + t % page) * row_bytes
+        source += first_head * dim * item
+        while t < end:
+            if dim % LANES != 0:
+                load_row(line, U(0), source, U(heads * dim), is_bf16)
+            for q in range(heads * group):
+                scores[U(q) * stride + U(t)] = scale * _dot(
+                    queries, q, source, q // group, line, dim, is_bf16
                 )
-            scores[g * stride + U(t)] = total
-    for i in range(U(group * dim)):
+            source += row_bytes
+            t += 1
+    for i in range(U(heads * group * dim)):
         sums[i] = np.float32(0)
-    for g in range(U(group)):
-        _softmax(scores, g * stride + U(first), U(length - first))
-    for t in range(first, length):
-        place = pages[U(t // page)] * page + t % page
-        source = a[_V_CACHE] + (place * kv_heads + head) * dim * item
-        load_row(line, U(0), source, U(dim), is_bf16)
-        for g in range(U(group)):
-            weight = scores[g * stride + U(t)]
-            for d in range(U(dim)):
-                sums[g * U(dim) + d] += weight * line[d]
-    target = a[_OUT] + (row * kv_heads * group + head * group) * dim * item
-    store_row(target, sums, U(0), U(group * dim), is_bf16)
+    for q in range(U(heads * group)):
+        if softcap > 0:
+            _cap(scores, q * stride + U(first), U(length - first), softcap)
+        _softmax(scores, q * stride + U(first), U(length - first))
+    t = first
+    while t < length:
+        end = min(length, (t // page + 1) * page)
+        source = a[_V_CACHE] + (pages[U(t // page)] * page + t % page) * row_bytes
+        source += first_head * dim * item
+        while t < end:
+            if dim % LANES != 0:
+                load_row(line, U(0), source, U(heads * dim), is_bf16)
+            for q in range(heads * group):
+                weight = scores[U(q) * stride + U(t)]
+                _add_scaled(sums, q, source, q // group, weight, line, dim, is_bf16)
+            source += row_bytes
+            t += 1
+    target = a[_OUT] + (row * kv_heads + first_head) * group * dim * item
+    store_row(target, sums, U(0), U(heads * group * dim), is_bf16)
+
+
+@njit(inline="always", fastmath=FAST_SUMS, error_model="numpy")
+def _cap(scores, first, count, softcap):
+    """``softcap * tanh(score / softcap)`` in place."""
+    for i in range(count):
+        power = exp_f32(np.float32(2) * scores[first + i] / softcap)
+        scores[first + i] = softcap * (np.float32(1) - np.float32(2) / (power + np.float32(1)))
+
+
+@njit(inline="always", fastmath=FAST_SUMS, error_model="numpy")
+def _dot(queries, q, source, head, line, dim, is_bf16):
+    """Query q times the key of `head`: at `source`, or in `line` if dim is no multiple of 16."""
+    if dim % LANES == 0:
+        query, key = queries.ctypes.data + 4 * q * dim, source + head * dim * (2 if is_bf16 else 4)
+        return dot_bf16(query, key, dim) if is_bf16 else dot_f32(query, key, dim)
+    total = np.float32(0)
+    for d in range(U(dim)):
+        total += queries[U(q * dim) + d] * line[U(head * dim) + d]
+    return total
+
+
+@njit(inline="always", fastmath=FAST_SUMS, error_model="numpy")
+def _add_scaled(sums, q, source, head, weight, line, dim, is_bf16):
+    """Add the value of `head` times its weight to the sums of query q."""
+    if dim % LANES != 0:
+        for d in range(U(dim)):
+            sums[U(q * dim) + d] += weight * line[U(head * dim) + d]
+        return
+    place, value = sums.ctypes.data + 4 * q * dim, source + head * dim * (2 if is_bf16 else 4)
+    if is_bf16:
+        add_scaled_bf16(place, value, weight, dim)
+    else:
+        add_scaled_f32(place, value, weight, dim)
 
 
 @njit(inline="always", fastmath=FAST_SUMS, error_model="numpy")

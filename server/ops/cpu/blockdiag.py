@@ -1,9 +1,9 @@
 """Block-diagonal deltas straight from packed codes.
 
-A task is one tile of outputs of one block for up to `ROWS` rows of one segment. Codes become float32
-in registers and are used for up to `ROW_GROUP` rows there (`tile_product`); scales apply once to the
-finished sums. Cost per step and variant: its packed bytes, once per `ROW_GROUP` rows. Everything is
-float32 between the packed codes and one rounding into y.
+A task is one tile of outputs of one block for up to `ROWS` rows of one segment. Codes become
+float32 in registers and are used for up to `ROW_GROUP` rows there (`tile_product`); scales apply
+once to the finished sums. Cost per step and variant: its packed bytes, once per `ROW_GROUP` rows.
+Everything is float32 between the packed codes and one rounding into y.
 """
 
 from __future__ import annotations
@@ -28,27 +28,26 @@ from server.ops.cpu.intrinsics import (
     u16_at,
 )
 from server.ops.cpu.parallel import Parallel
-from server.ops.cpu.tile_product import ROW_GROUP, make_tile_product, rows_at_once
+from server.ops.cpu.tile_product import ROW_GROUP, rows_at_once, tile_product
 from server.ops.packed import PackedBlocks
 from server.ops.rows import SlotSegments
 
 ROWS = 64  # rows of x held in float32 at a time
 TILE = 128  # outputs of one task
 U = np.uint64
-BITS = (2, 3, 4, 8, 16)
 
 # Places in the argument array.
 (_X, _X_STRIDE, _IS_BF16, _SEGMENTS, _N_SEGMENTS, _CODES, _SCALES, _UNITS) = range(1, 9)
-(_S, _N, _BYTE_ROWS, _MB, _N_OUTPUTS, _N_CHUNKS, _OUTPUTS) = range(9, 16)
+(_S, _N, _BYTE_ROWS, _MB, _BITS, _N_OUTPUTS, _N_CHUNKS, _OUTPUTS) = range(9, 17)
 _OUTPUT_FIELDS = 4  # address, row stride, m, first column of its block rows in the stacked tile
 
 
 class BlockDiagKernel:
-    """The compiled kernel of each width of codes, shared by all matrices."""
+    """The compiled kernel, shared by all matrices."""
 
     def __init__(self, parallel: Parallel) -> None:
         self.parallel = parallel
-        self.compiled = {bits: compile_kernel(make_blockdiag(bits)) for bits in BITS}
+        self.compiled = compile_kernel(_blockdiag)
 
 
 class NumbaBlockDiag:
@@ -58,7 +57,7 @@ class NumbaBlockDiag:
     """
 
     def __init__(self, kernel: BlockDiagKernel, blocks: PackedBlocks) -> None:
-        self._parallel, self._compiled = kernel.parallel, kernel.compiled[blocks.bits]
+        self._parallel, self._compiled = kernel.parallel, kernel.compiled
         self._blocks = blocks  # keeps the memory alive
         _, s, byte_rows, mb = blocks.codes.shape
         n_outputs = len(blocks.sizes)
@@ -71,6 +70,7 @@ class NumbaBlockDiag:
             blocks.n,
             byte_rows,
             mb,
+            blocks.bits,
             n_outputs,
             0,
         )
@@ -100,66 +100,60 @@ class NumbaBlockDiag:
         self._parallel.run(self._compiled, arguments, n_tasks)
 
 
-def make_blockdiag(bits):
-    """The kernel's Python source for one width of codes, ready to be compiled."""
-    product = make_tile_product(bits)
+def _blockdiag(address):
+    a = i64_at(address)
+    s, n, byte_rows, mb, bits = a[_S], a[_N], a[_BYTE_ROWS], a[_MB], a[_BITS]
     code_bytes = 2 if bits == 16 else 1
-
-    def blockdiag(address):
-        a = i64_at(address)
-        s, n, byte_rows, mb = a[_S], a[_N], a[_BYTE_ROWS], a[_MB]
-        n_segments, n_chunks = a[_N_SEGMENTS], a[_N_CHUNKS]
-        segments = i64_at(a[_SEGMENTS])
-        is_bf16 = a[_IS_BF16] != 0
-        x_bytes = 2 if is_bf16 else 4
-        # Fields of a byte row past the last input meet zeros: a row is padded for 8 fields.
-        stride = ((n + s - 1) // s + 7) // 8 * 8 + 8
-        x_rows = np.zeros(ROWS * stride, np.float32)
-        sums = np.empty(ROW_GROUP * TILE, np.float32)
-        scales = np.empty(TILE, np.float32)
-        parts = np.empty(4 * a[_N_OUTPUTS], np.int64)
-        n_tiles = (mb + TILE - 1) // TILE
-        n_tasks = n_chunks * n_segments * s * n_tiles
-        while True:
-            task = next_task(address)
-            if task >= n_tasks:
-                break
-            first_output = (task % n_tiles) * TILE
-            block = task // n_tiles % s
-            place = task // (n_tiles * s)
-            segment, chunk = place % n_segments, place // n_segments
-            slot = segments[U(3 * segment)]
-            start = segments[U(3 * segment + 1)] + chunk * ROWS
-            rows = min(ROWS, segments[U(3 * segment + 2)] - start)
-            if rows <= 0:
-                continue
-            cols = n // s + (1 if block < n % s else 0)
-            first_col = block * (n // s) + min(block, n % s)
-            for t in range(U(rows)):
-                source = a[_X] + ((start + t) * a[_X_STRIDE] + first_col) * x_bytes
-                load_row(x_rows, t * U(stride), source, U(cols), is_bf16)
-                for i in range(U(cols), U(stride)):
-                    x_rows[t * U(stride) + i] = np.float32(0)
-            width = min(TILE, mb - first_output)
-            codes = a[_CODES] + ((slot * s + block) * byte_rows * mb + first_output) * code_bytes
-            n_parts = _plan_parts(address, slot, block, first_output, U(width), parts, scales)
-            t = 0
-            while t < rows:
-                n_rows = rows_at_once(rows - t)
-                for i in range(U(n_rows * TILE)):
-                    sums[i] = np.float32(0)
-                product(
-                    codes, mb, x_rows, t * stride, stride, (n + s - 1) // s, sums, width, n_rows
-                )
-                for part in range(n_parts):
-                    target, row_bytes = parts[U(4 * part)], parts[U(4 * part + 1)]
-                    first, count = parts[U(4 * part + 2)], U(parts[U(4 * part + 3)])
-                    for r in range(n_rows):
-                        place = target + (start + t + r) * row_bytes
-                        _add_row(place, sums, U(r * TILE + first), scales, U(first), count, is_bf16)
-                t += n_rows
-
-    return blockdiag
+    n_segments, n_chunks = a[_N_SEGMENTS], a[_N_CHUNKS]
+    segments = i64_at(a[_SEGMENTS])
+    is_bf16 = a[_IS_BF16] != 0
+    x_bytes = 2 if is_bf16 else 4
+    # Fields of a byte row past the last input meet zeros: a row is padded for 8 fields.
+    stride = ((n + s - 1) // s + 7) // 8 * 8 + 8
+    x_rows = np.zeros(ROWS * stride, np.float32)
+    sums = np.empty(ROW_GROUP * TILE, np.float32)
+    scales = np.empty(TILE, np.float32)
+    parts = np.empty(4 * a[_N_OUTPUTS], np.int64)
+    n_tiles = (mb + TILE - 1) // TILE
+    n_tasks = n_chunks * n_segments * s * n_tiles
+    while True:
+        task = next_task(address)
+        if task >= n_tasks:
+            break
+        first_output = (task % n_tiles) * TILE
+        block = task // n_tiles % s
+        place = task // (n_tiles * s)
+        segment, chunk = place % n_segments, place // n_segments
+        slot = segments[U(3 * segment)]
+        start = segments[U(3 * segment + 1)] + chunk * ROWS
+        rows = min(ROWS, segments[U(3 * segment + 2)] - start)
+        if rows <= 0:
+            continue
+        cols = n // s + (1 if block < n % s else 0)
+        first_col = block * (n // s) + min(block, n % s)
+        for t in range(U(rows)):
+            source = a[_X] + ((start + t) * a[_X_STRIDE] + first_col) * x_bytes
+            load_row(x_rows, t * U(stride), source, U(cols), is_bf16)
+            for i in range(U(cols), U(stride)):
+                x_rows[t * U(stride) + i] = np.float32(0)
+        width = min(TILE, mb - first_output)
+        codes = a[_CODES] + ((slot * s + block) * byte_rows * mb + first_output) * code_bytes
+        n_parts = _plan_parts(address, slot, block, first_output, U(width), parts, scales)
+        t = 0
+        while t < rows:
+            n_rows = rows_at_once(rows - t)
+            for i in range(U(n_rows * TILE)):
+                sums[i] = np.float32(0)
+            tile_product(
+                bits, codes, mb, x_rows, t * stride, stride, (n + s - 1) // s, sums, width, n_rows
+            )
+            for part in range(n_parts):
+                target, row_bytes = parts[U(4 * part)], parts[U(4 * part + 1)]
+                first, count = parts[U(4 * part + 2)], U(parts[U(4 * part + 3)])
+                for r in range(n_rows):
+                    place = target + (start + t + r) * row_bytes
+                    _add_row(place, sums, U(r * TILE + first), scales, U(first), count, is_bf16)
+            t += n_rows
 
 
 @njit(inline="always", fastmath=FAST, error_model="numpy")

@@ -16,8 +16,10 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from server.ops.cpu.vectors import F32, I32, at, multiply_add, splat
+
 ROW_GROUP = 8  # rows that share one unpacking
-F32, I32, I8 = ir.FloatType(), ir.IntType(32), ir.IntType(8)
+I8, F16 = ir.IntType(8), ir.HalfType()
 
 
 @njit(inline="always")
@@ -28,50 +30,13 @@ def rows_at_once(rows):
     return 4 if rows >= 4 else 1
 
 
-def make_tile_product(bits: int) -> Any:
-    """``sums[r, i] = sum_j (code[j, i] - centre) * x[r, j]`` for one tile of packed codes.
-
-    The compiled function takes: address of the tile's first code; bytes from one code row to the
-    next (elements for 16 bits); x float32; the first row's offset in x; x's row stride, padded
-    with zeros past its inputs to the next multiple of 8; inputs nb; sums float32 [8, TILE], zeros;
-    width of the tile; rows, one of `rows_at_once`.
-    """
-    if bits == 3:
-        # centre 3.5 = 1.5 + 4 * 0.5
-        return _three_bits(_plane(2, 1.5), _plane(1, 0.5))
-    plane = _plane(bits, 0.0 if bits == 16 else (2**bits - 1) / 2)
-    fields = 1 if bits == 16 else 8 // bits
-
-    @njit(inline="always")
-    def product(codes, mb, x, offset, stride, nb, sums, width, n_rows):
-        code_rows = (nb + fields - 1) // fields
-        plane(codes, mb, code_rows, x.ctypes.data + 4 * offset, stride, sums, width, n_rows)
-
-    return product
-
-
-def _three_bits(low: Any, high: Any) -> Any:
-    """Low two bits, and the high bit times 4, from their planes."""
-
-    @njit(inline="always")
-    def product(codes, mb, x, offset, stride, nb, sums, width, n_rows):
-        low_rows, high_rows = (nb + 3) // 4, (nb + 7) // 8
-        address = x.ctypes.data + 4 * offset
-        high(codes + low_rows * mb, mb, high_rows, address, stride, sums, width, n_rows)
-        for i in range(len(sums)):
-            sums[i] *= 4
-        low(codes, mb, low_rows, address, stride, sums, width, n_rows)
-
-    return product
-
-
 def _plane(bits: int, centre: float) -> Any:
     """All columns of one plane, 16 at a time.
 
     What is left over at the end is computed together with the columns before it and taken from
-    there; tiles of fewer than 16 columns go 4 or 1 at a time.
+    there; tiles of fewer than 16 columns go one at a time.
     """
-    sixteen, four, one = (_any_rows(bits, lanes, centre) for lanes in (16, 4, 1))
+    sixteen, one = (_any_rows(bits, lanes, centre) for lanes in (16, 1))
     item = 2 if bits == 16 else 1
 
     @njit(inline="always")
@@ -90,9 +55,6 @@ def _plane(bits: int, centre: float) -> Any:
                 for i in range(left):
                     sums[r * tile + first + i] += spare[r * 16 + 16 - left + i]
             return
-        while first + 4 <= width:
-            four(codes + item * first, mb, code_rows, x, stride, place + 4 * first, tile, n_rows)
-            first += 4
         while first < width:
             one(codes + item * first, mb, code_rows, x, stride, place + 4 * first, tile, n_rows)
             first += 1
@@ -145,11 +107,6 @@ def _codegen(bits: int, lanes: int, rows: int, centre: float) -> Callable[..., A
             )
             for r in range(rows)
         ]
-        multiply_add = cgutils.get_or_insert_function(
-            builder.module,
-            ir.FunctionType(vector, [vector] * 3),
-            f"llvm.fma.v{lanes}f32",
-        )
         totals = [cgutils.alloca_once(builder, vector) for _ in range(rows)]
         for total, place in zip(totals, sums_at, strict=True):
             builder.store(builder.load(place, align=4), total)
@@ -163,8 +120,8 @@ def _codegen(bits: int, lanes: int, rows: int, centre: float) -> Callable[..., A
                     value = builder.load(
                         builder.gep(builder.inttoptr(x, F32.as_pointer()), [index])
                     )
-                    factor = _splat(builder, value, lanes)
-                    added = builder.call(multiply_add, [weights, factor, builder.load(total)])
+                    factor = splat(builder, value, lanes)
+                    added = multiply_add(builder, weights, factor, builder.load(total))
                     builder.store(added, total)
         for total, place in zip(totals, sums_at, strict=True):
             builder.store(builder.load(total), place, align=4)
@@ -178,15 +135,11 @@ def _fields(
 ) -> list[Any]:
     """The fields of one code row as float vectors, less `centre`."""
     offset = builder.mul(row, mb)
-    vector = ir.VectorType(F32, lanes)
+    vector, wide = ir.VectorType(F32, lanes), ir.VectorType(I32, lanes)
     if bits == 16:
-        half = ir.VectorType(ir.HalfType(), lanes)
-        pointer = builder.gep(builder.inttoptr(codes, ir.HalfType().as_pointer()), [offset])
-        loaded = builder.load(builder.bitcast(pointer, half.as_pointer()), align=2)
+        loaded = builder.load(at(builder, codes, F16, offset, lanes), align=2)
         return [builder.fpext(loaded, vector)]
-    narrow, wide = ir.VectorType(I8, lanes), ir.VectorType(I32, lanes)
-    pointer = builder.gep(builder.inttoptr(codes, I8.as_pointer()), [offset])
-    loaded = builder.load(builder.bitcast(pointer, narrow.as_pointer()), align=1)
+    loaded = builder.load(at(builder, codes, I8, offset, lanes), align=1)
     raw = builder.zext(loaded, wide)
     mask = ir.Constant(wide, [(1 << bits) - 1] * lanes)
     found = []
@@ -198,9 +151,31 @@ def _fields(
     return found
 
 
-def _splat(builder: Any, value: Any, lanes: int) -> Any:
-    vector = ir.VectorType(F32, lanes)
-    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
-    return builder.shuffle_vector(
-        one, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
-    )
+_plane_1, _plane_2 = _plane(1, 0.5), _plane(2, 1.5)
+_plane_4, _plane_8, _values_16 = _plane(4, 7.5), _plane(8, 127.5), _plane(16, 0.0)
+
+
+@njit(inline="always")
+def tile_product(bits, codes, mb, x, offset, stride, nb, sums, width, n_rows):
+    """``sums[r, i] = sum_j (code[j, i] - centre) * x[r, j]`` for one tile of packed codes.
+
+    bits and address of the tile's first code; elements from one code row to the next; x float32,
+    the first row's offset in it and its row stride, padded with zeros past the inputs to the next
+    multiple of 8; inputs nb; sums float32 [8, TILE], zeros; width of the tile; rows, one of
+    `rows_at_once`.
+    """
+    rows = x.ctypes.data + 4 * offset
+    if bits == 4:
+        _plane_4(codes, mb, (nb + 1) // 2, rows, stride, sums, width, n_rows)
+    elif bits == 2:
+        _plane_2(codes, mb, (nb + 3) // 4, rows, stride, sums, width, n_rows)
+    elif bits == 3:  # centre 3.5 = 1.5 + 4 * 0.5
+        low_rows = (nb + 3) // 4
+        _plane_1(codes + low_rows * mb, mb, (nb + 7) // 8, rows, stride, sums, width, n_rows)
+        for i in range(len(sums)):
+            sums[i] *= 4
+        _plane_2(codes, mb, low_rows, rows, stride, sums, width, n_rows)
+    elif bits == 8:
+        _plane_8(codes, mb, nb, rows, stride, sums, width, n_rows)
+    else:
+        _values_16(codes, mb, nb, rows, stride, sums, width, n_rows)

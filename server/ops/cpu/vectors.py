@@ -1,0 +1,102 @@
+"""Dot product and scaled sum of short rows in vector registers, for float32 and bfloat16 rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 16
+F32, I32, I16, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(64)
+VECTOR = ir.VectorType(F32, LANES)
+
+
+def at(builder: Any, address: Any, element: Any, index: Any, lanes: int) -> Any:
+    """Pointer to a vector of `lanes` elements at ``address[index]``."""
+    pointer = builder.gep(builder.inttoptr(address, element.as_pointer()), [index])
+    return builder.bitcast(pointer, ir.VectorType(element, lanes).as_pointer())
+
+
+def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """``a * b + c`` of float vectors, rounded once."""
+    kind = ir.FunctionType(a.type, [a.type] * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{a.type.count}f32")
+    return builder.call(function, [a, b, c])
+
+
+def splat(builder: Any, value: Any, lanes: int) -> Any:
+    """A vector with `value` in every lane."""
+    vector = ir.VectorType(F32, lanes)
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
+    order = ir.Constant(ir.VectorType(I32, lanes), [0] * lanes)
+    return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), order)
+
+
+def _load(builder: Any, address: Any, index: Any, is_bf16: bool) -> Any:
+    if not is_bf16:
+        return builder.load(at(builder, address, F32, index, LANES), align=4)
+    raw = builder.load(at(builder, address, I16, index, LANES), align=2)
+    wide = ir.VectorType(I32, LANES)
+    bits = builder.shl(builder.zext(raw, wide), ir.Constant(wide, [16] * LANES))
+    return builder.bitcast(bits, VECTOR)
+
+
+def _make_dot(is_bf16: bool) -> Any:
+    @intrinsic
+    def dot(typingctx, query, row, n):
+        """Sum of ``query[i] * row[i]``; query float32, n a multiple of 16."""
+        return types.float32(types.int64, types.int64, types.int64), _dot_code(is_bf16)
+
+    return dot
+
+
+def _dot_code(is_bf16: bool) -> Callable[..., Any]:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        query, row, n = args
+        total = cgutils.alloca_once_value(builder, ir.Constant(VECTOR, [0.0] * LANES))
+        with cgutils.for_range(builder, builder.udiv(n, I64(LANES))) as loop:
+            first = builder.mul(loop.index, I64(LANES))
+            a = _load(builder, query, first, False)
+            b = _load(builder, row, first, is_bf16)
+            builder.store(multiply_add(builder, a, b, builder.load(total)), total)
+        kind = ir.FunctionType(F32, [F32, VECTOR])
+        reduce = cgutils.get_or_insert_function(
+            builder.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32"
+        )
+        # "reassoc": in any order, else the lanes are added one after the other.
+        return builder.call(reduce, [F32(0.0), builder.load(total)], fastmath=("reassoc",))
+
+    return codegen
+
+
+def _make_add_scaled(is_bf16: bool) -> Any:
+    @intrinsic
+    def add_scaled(typingctx, sums, row, factor, n):
+        """``sums[i] += factor * row[i]``; sums and factor float32, n a multiple of 16."""
+        signature = types.void(types.int64, types.int64, types.float32, types.int64)
+        return signature, _add_scaled_code(is_bf16)
+
+    return add_scaled
+
+
+def _add_scaled_code(is_bf16: bool) -> Callable[..., Any]:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        sums, row, factor, n = args
+        factors = splat(builder, factor, LANES)
+        with cgutils.for_range(builder, builder.udiv(n, I64(LANES))) as loop:
+            first = builder.mul(loop.index, I64(LANES))
+            values = _load(builder, row, first, is_bf16)
+            place = at(builder, sums, F32, first, LANES)
+            added = multiply_add(builder, values, factors, builder.load(place, align=4))
+            builder.store(added, place, align=4)
+        return context.get_dummy_value()
+
+    return codegen
+
+
+dot_bf16, dot_f32 = _make_dot(True), _make_dot(False)
+add_scaled_bf16, add_scaled_f32 = _make_add_scaled(True), _make_add_scaled(False)

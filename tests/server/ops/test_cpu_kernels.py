@@ -1,0 +1,146 @@
+"""Compiled CPU kernels against their torch references, and those against transformers' modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from server.deltas.norms import find_form
+from server.ops.attention import AttentionPlan, DecodeBatch, write_and_decode
+from server.ops.cpu.kernels import NumbaKernels
+from server.ops.norm import RmsForm, rms_norm
+
+PAGE = 4
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(scope="module")
+def kernels() -> NumbaKernels:
+    return NumbaKernels()
+
+
+def close(ours: Tensor, wanted: Tensor) -> None:
+    loose = ours.dtype is torch.bfloat16
+    torch.testing.assert_close(
+        ours, wanted, rtol=2**-7 if loose else 1e-5, atol=2**-7 if loose else 1e-6
+    )
+
+
+def plan_for(lengths: list[int], n_prefill: int) -> AttentionPlan:
+    """Decode rows first, then a chunk; every sequence on shuffled pages of its own."""
+    n_pages = [-(-n // PAGE) for n in lengths]
+    order = torch.randperm(sum(n_pages) + 2, generator=torch.Generator().manual_seed(0))
+    tables = list(torch.split(order[: sum(n_pages)], n_pages))
+    widest = max(n_pages, default=0)
+    pages = torch.stack([F.pad(t, (0, widest - len(t))) for t in tables])
+    places = [
+        int(t[(n - 1) // PAGE]) * PAGE + (n - 1) % PAGE
+        for t, n in zip(tables, lengths, strict=True)
+    ]
+    places += [int(order[-1]) * PAGE + i for i in range(n_prefill)]
+    rows = torch.arange(len(lengths))
+    return AttentionPlan(
+        places=torch.tensor(places),
+        prefill_rows=torch.arange(len(lengths), len(places)),
+        decode=DecodeBatch(rows, pages, torch.tensor(lengths)),
+        prefill=(),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 32), (4, 4, 16), (3, 1, 20)])
+@pytest.mark.parametrize("lengths", [[1, 9, 4], [5, 12, 1, 3, 8, 2, 7, 16]])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 3.0)])
+def test_write_and_decode_equals_the_torch_reference(
+    kernels: NumbaKernels,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    lengths: list[int],
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    plan = plan_for(lengths, n_prefill=3)
+    n_rows, n_pages = len(lengths) + 3, int(plan.decode.pages.max()) + 3  # type: ignore[union-attr]
+    generator = torch.Generator().manual_seed(1)
+    k_cache = torch.randn(n_pages + 9, PAGE, kv_heads, dim, generator=generator).to(dtype)
+    v_cache = torch.randn(k_cache.shape, generator=generator).to(dtype)
+    q = torch.randn(heads, n_rows, dim, generator=generator).to(dtype).transpose(0, 1)
+    k = torch.randn(kv_heads, n_rows, dim, generator=generator).to(dtype).transpose(0, 1)
+    v = torch.randn(n_rows, kv_heads, dim, generator=generator).to(dtype)
+    results = []
+    for function in (write_and_decode, kernels.write_and_decode):
+        caches = k_cache.clone(), v_cache.clone()
+        out = torch.zeros(n_rows, heads, dim, dtype=dtype)
+        function(out, q, k, v, *caches, plan, 0.3, window, softcap)
+        results.append((out, *caches))
+    (wanted, *written), (ours, *also) = results
+    close(ours, wanted)
+    assert torch.equal(written[0], also[0])
+    assert torch.equal(written[1], also[1])
+
+
+def test_decode_one_sequence_of_nan_spoils_no_other(kernels: NumbaKernels) -> None:
+    plan = plan_for([6, 6, 6, 6, 6], n_prefill=0)
+    q, k, v = (torch.randn(5, 2, 16) for _ in range(3))
+    q[2], k[2] = float("nan"), float("nan")
+    caches = [torch.randn(12, PAGE, 2, 16) for _ in range(2)]
+    out = torch.empty(5, 2, 16)
+    kernels.write_and_decode(out, q, k, v, *caches, plan, 0.25, None, None)
+    assert out[2].isnan().all()
+    assert out[[0, 1, 3, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", [RmsForm(1e-5, 0.0, True), RmsForm(1e-6, 1.0, False)])
+@pytest.mark.parametrize("shape", [(5, 40), (1, 17, 3, 16)])
+def test_rms_norm_weight_per_row_equals_the_torch_reference(
+    kernels: NumbaKernels, dtype: torch.dtype, form: RmsForm, shape: tuple[int, ...]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(dtype)
+    weights = torch.randn(4, shape[-1], generator=generator).to(dtype)
+    n = shape[0] if len(shape) == 2 else shape[1]
+    index = torch.randint(0, 4, (n,), generator=generator)
+    for chosen in (index, None):
+        ours = kernels.rms_norm(x, weights, chosen, form)
+        close(ours, rms_norm(x, weights, chosen, form))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("module", [LlamaRMSNorm(24, eps=1e-5), GemmaRMSNorm(24, eps=1e-6)])
+def test_find_form_known_norm_reproduces_it_exactly(
+    module: torch.nn.Module, dtype: torch.dtype
+) -> None:
+    module = module.to(dtype)
+    with torch.no_grad():
+        module.weight.normal_()  # type: ignore[union-attr, operator]
+    form = find_form(module)
+    assert form is not None
+    x = torch.randn(7, 24).to(dtype)
+    ours = rms_norm(x, module.weight.data.unsqueeze(0), None, form)  # type: ignore[union-attr, operator]
+    torch.testing.assert_close(ours, module(x), rtol=1e-6, atol=1e-6)
+
+
+def test_find_form_layer_norm_is_none() -> None:
+    assert find_form(torch.nn.LayerNorm(16)) is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_mul_strided_halves_equal_torch(kernels: NumbaKernels, dtype: torch.dtype) -> None:
+    fused = (torch.randn(13, 70, generator=torch.Generator().manual_seed(0)) * 20).to(dtype)
+    gate, up = torch.split(fused, 35, dim=1)
+    close(kernels.silu_mul(gate, up), F.silu(gate) * up)
+
+
+def test_silu_mul_infinite_and_nan_gates_stay_as_in_torch(kernels: NumbaKernels) -> None:
+    gate = torch.tensor([[float("nan"), float("inf"), -1e30, 1e30, -100.0, 0.0]])
+    up = torch.ones_like(gate)
+    torch.testing.assert_close(
+        kernels.silu_mul(gate, up), F.silu(gate), equal_nan=True, rtol=1e-5, atol=1e-6
+    )
