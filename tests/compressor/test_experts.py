@@ -14,6 +14,8 @@ from compressor.artifact import read_artifact
 from compressor.checkpoint import Checkpoint
 from compressor.errors import CheckpointError, UnsupportedTensor
 from compressor.layout import read_layout
+from compressor.merge import merge
+from compressor.merge_config import MergeConfig, MergeModel, constant
 from compressor.pairing import pair_tensors
 from compressor.pipeline import Options, compress
 from compressor.reconstruct import reconstruct
@@ -131,3 +133,17 @@ def test_compress_experts_with_calibration_raises_naming_one(tmp_path: Path) -> 
     with pytest.raises(UnsupportedTensor, match=r"experts\.\d\.w\d.*no calibration"):
         compress(tmp_path / "base", tmp_path / "tuned", tmp_path / "delta", options)
     assert not (tmp_path / "delta").exists()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_merge_experts_equals_the_formula(whole: bool, tmp_path: Path) -> None:
+    make("qwen3_moe", tmp_path / "base", whole=whole)
+    make("qwen3_moe", tmp_path / "tuned", change=0.02, whole=whole)
+    models = (MergeModel(str(tmp_path / "tuned"), weight=constant(0.5)),)
+    merge(MergeConfig(str(tmp_path / "base"), models, method="ta"), tmp_path / "out")
+    base, tuned, out = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("base", "tuned", "out")
+    )
+    assert out.keys() == base.keys()
+    for name, tensor in out.items():
+        torch.testing.assert_close(tensor, (base[name] + tuned[name]) / 2)
