@@ -1,0 +1,1 @@
+"""Measurements on one GPU, and what can be known without one."""

@@ -1,0 +1,155 @@
+"""Compile kernels for a GPU that is not there: the launches a caller makes become compilations.
+
+Triton needs no device to produce machine code. With `compiling` active, every ``kernel[grid](...)``
+specialises on its arguments exactly as on a GPU, is compiled down to SASS for the chosen
+architecture, and is not run. Needs ``TRITON_INTERPRET`` unset when triton is first imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from benchmarks.gpu.cases import all_cases
+from benchmarks.gpu.shapes import LLAMA_8B, Codec
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One specialisation. Bytes a program for shared memory, a thread for spills."""
+
+    name: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    warps: int
+    cubin: bytes
+
+
+class OfflineDriver:
+    """The questions triton asks a driver before it compiles."""
+
+    def __init__(self, arch: int) -> None:
+        self._target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> Any:
+        raise NotImplementedError("nothing runs here")
+
+
+@contextmanager
+def compiling(arch: int) -> Iterator[list[Compiled]]:
+    """Within, launches are compiled for ``sm_<arch>`` and collected, not run."""
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError("unset TRITON_INTERPRET: the interpreter compiles nothing")
+    found: dict[str, Compiled] = {}
+    result: list[Compiled] = []
+    original, driver = JITFunction.run, triton.runtime.driver._active
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel.hash not in found:
+            found[kernel.hash] = describe(kernel)
+            result.append(found[kernel.hash])
+        return kernel
+
+    triton.runtime.driver.set_active(OfflineDriver(arch))
+    JITFunction.run = run
+    try:
+        yield result
+    finally:
+        JITFunction.run = original
+        triton.runtime.driver.set_active(driver)
+
+
+def describe(kernel: Any) -> Compiled:
+    """Registers and spills from ptxas, run again on the kernel's PTX."""
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, out = Path(folder) / "kernel.ptx", Path(folder) / "kernel.cubin"
+        ptx.write_text(kernel.asm["ptx"])
+        name = re.search(r"\.target (\w+)", kernel.asm["ptx"])
+        assert name is not None
+        assembler = tool("ptxas-blackwell" if kernel.metadata.target.arch >= 100 else "ptxas")
+        command = [assembler, "-v", f"--gpu-name={name[1]}", str(ptx), "-o", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        registers = re.search(r"Used (\d+) registers", done.stderr)
+        spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+        assert registers is not None
+        assert spills is not None
+        return Compiled(
+            kernel.metadata.name,
+            int(registers[1]),
+            int(spills[1]) + int(spills[2]),
+            kernel.metadata.shared,
+            kernel.metadata.num_warps,
+            out.read_bytes(),
+        )
+
+
+def tool(name: str) -> str:
+    """A program of NVIDIA's toolkit that comes with triton."""
+    return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
+
+
+def machine_code(compiled: Compiled) -> list[str]:
+    """SASS, one instruction a line: ``HMMA.16816.F32.BF16 R4, ...``."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.cubin)
+        file.flush()
+        command = [tool("cuobjdump"), "-sass", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", text)
+
+
+def main() -> None:
+    """Compile every case at Llama-3-8B shapes; print what ptxas says."""
+    arguments = argparse.ArgumentParser(description=main.__doc__)
+    arguments.add_argument("--arch", type=int, default=90, help="compute capability, 80 to 120")
+    arguments.add_argument("--few", action="store_true", help="4 bit and one layer only")
+    chosen = arguments.parse_args()
+    codecs = (Codec(4, 8),) if chosen.few else (Codec(4, 8), Codec(3, 6), Codec(2, 4), Codec(2, 16))
+    cases = all_cases(
+        LLAMA_8B,
+        codecs,
+        rows=4,
+        variants=(2,),
+        length=64,
+        prefill_rows=128,
+        device=torch.device("cpu"),
+        dtype=torch.bfloat16,
+        groups=LLAMA_8B.groups()[1:2] if chosen.few else None,
+    )
+    print(f"triton {triton.__version__}, sm_{chosen.arch}")
+    print("registers  spilled  shared  warps  kernel")
+    seen = 0
+    with compiling(chosen.arch) as found:
+        for case in cases:
+            case.run()
+            for c in found[seen:]:
+                sizes = f"{c.registers:9}  {c.spilled_bytes:7}  {c.shared_bytes:6}  {c.warps:5}"
+                print(f"{sizes}  {c.name.strip('_')}: {case.name}")
+            seen = len(found)
+
+
+if __name__ == "__main__":
+    main()

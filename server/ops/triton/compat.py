@@ -1,0 +1,64 @@
+"""What every kernel shares: the interpreter's rules, dot products, launch sizes.
+
+The interpreter (``TRITON_INTERPRET=1``, set before triton is first imported) runs the kernels on a
+CPU, one program after the other. Where it differs from a GPU the kernels follow these rules:
+
+- ``tl.dot`` on bfloat16 multiplies raw bits there: every dot goes through `mac`, which converts to
+  float32 under the interpreter (`UPCAST`).
+- float32 -> bfloat16 truncates there: tests compare in float32, or allow one bfloat16 step.
+- a masked load without ``other`` gives 0 there and garbage on a GPU: every masked load has one.
+- small integers wrap: indices are int32 before arithmetic, offsets into slot arrays int64.
+- programs never wait for each other: no barriers, no atomics, one owner per output element.
+- float32 dots on a GPU default to TF32: `mac` asks for IEEE.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRET: bool = bool(triton.knobs.runtime.interpret)
+# Passed to every kernel that uses `mac`.
+UPCAST = INTERPRET
+
+
+@triton.jit
+def mac(acc, a, b, UPCAST: tl.constexpr):
+    """``acc + a @ b`` with float32 accumulation; a and b of one dtype."""
+    if UPCAST:
+        return tl.dot(
+            a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee", out_dtype=tl.float32
+        )
+    return tl.dot(a, b, acc, input_precision="ieee", out_dtype=tl.float32)
+
+
+@triton.jit
+def slot_of(seg_slot, present, segment):
+    """The segment's slot, or -1 if it has nothing to add: base rows, padding, absent slots."""
+    slot = tl.load(seg_slot + segment)
+    here = 0
+    if slot >= 0:
+        here = tl.load(present + slot)
+    return tl.where(here != 0, slot, -1)
+
+
+def next_power_of_two(n: int) -> int:
+    """Smallest power of two >= n (n >= 1)."""
+    return 1 << (n - 1).bit_length()
+
+
+def n_programs(device: torch.device, per_processor: int) -> int:
+    """Programs of a persistent kernel: enough to fill the device, few under the interpreter."""
+    if device.type != "cuda":
+        return 4
+    processors: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return per_processor * processors
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+    """``kernel[grid](*args, **meta)``; an empty grid is no launch."""
+    if all(grid):
+        kernel[grid](*args, **meta)

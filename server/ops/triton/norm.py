@@ -1,0 +1,117 @@
+"""RMSNorm with a weight per row, and SiLU times up: one pass over memory each.
+
+A step's rows may belong to variants with their own norm weights: `vectors` holds the base's weight
+in row 0 and slot c's in row c + 1, `place` says which one each token uses. Elementwise on rows:
+under tensor parallelism both run unchanged on whatever columns a rank holds (the norm on all).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from server.ops.triton.compat import launch, next_power_of_two
+
+SILU_TILE = 1024
+
+
+def rms_norm(
+    x: Tensor, vectors: Tensor, place: Tensor, eps: float, *, offset: float = 0.0
+) -> Tensor:
+    """``x / sqrt(mean(x^2) + eps) * (vectors[place] + offset)`` along the last axis.
+
+    x [T, n] or [T, H, n] (a norm per head), last axis contiguous; vectors [1 + C, n]; place [T]
+    integer, 0 for the base; offset 1 for Gemma's form.
+    Numerics: float32; offset 0 rounds the normalised value to x's dtype before the weight is
+    applied, as Llama's definition does, offset 1 does not, as Gemma's. Returns x's shape and dtype.
+    Bytes: x twice, plus the weights of the variants present.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    heads = len(rows) // max(1, len(x))
+    out = torch.empty_like(rows)
+    n = rows.shape[1]
+    launch(
+        _rms_norm_kernel,
+        (len(rows),),
+        *(out, rows, vectors, place, heads, n, rows.stride(0), vectors.stride(0), eps, offset),
+        ROUND=offset == 0.0,
+        TILE=next_power_of_two(n),
+        num_warps=4 if n > 256 else 1,
+    )
+    return out.view(x.shape)
+
+
+def rms_norm_reference(
+    x: Tensor,
+    vectors: Tensor,
+    place: Tensor,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    compute: torch.dtype = torch.float32,
+) -> Tensor:
+    """The same in torch, in `compute`."""
+    wide = x.to(compute)
+    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    weight = vectors[place].view(len(x), *(1,) * (x.dim() - 2), -1)
+    if offset:
+        return (normal * (weight.to(compute) + offset)).to(x.dtype)
+    return (normal.to(x.dtype).to(compute) * weight.to(compute)).to(x.dtype)
+
+
+@triton.jit
+def _rms_norm_kernel(
+    out, x, vectors, place, heads, n, x_stride, vector_stride, eps, offset,
+    ROUND: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, TILE)
+    mask = column < n
+    values = tl.load(x + row * x_stride + column, mask=mask, other=0.0)
+    wide = values.to(tl.float32)
+    normal = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / n + eps)
+    if ROUND:
+        normal = normal.to(values.dtype).to(tl.float32)
+    which = tl.load(place + row // heads).to(tl.int64)
+    weight = tl.load(vectors + which * vector_stride + column, mask=mask, other=0.0)
+    result = normal * (weight.to(tl.float32) + offset)
+    tl.store(out + row * n + column, result.to(values.dtype), mask=mask)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """``silu(gate) * up`` of ``gate_up [T, 2 I]``, gate first: ``[T, I]`` in its dtype.
+
+    Numerics: silu in float32, rounded to the dtype, then the product rounded, as in torch.
+    Bytes: 3 I elements a row.
+    """
+    rows, width = len(gate_up), gate_up.shape[1] // 2
+    out = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
+    launch(
+        _silu_mul_kernel,
+        (rows, triton.cdiv(width, SILU_TILE)),
+        *(out, gate_up, width, gate_up.stride(0)),
+        TILE=SILU_TILE,
+        num_warps=4,
+    )
+    return out
+
+
+def silu_mul_reference(gate_up: Tensor) -> Tensor:
+    """The same in torch."""
+    gate, up = gate_up.chunk(2, dim=1)
+    return F.silu(gate) * up
+
+
+@triton.jit
+def _silu_mul_kernel(out, gate_up, width, stride, TILE: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * TILE + tl.arange(0, TILE)
+    mask = column < width
+    gate = tl.load(gate_up + row * stride + column, mask=mask, other=0.0)
+    up = tl.load(gate_up + row * stride + width + column, mask=mask, other=0.0)
+    wide = gate.to(tl.float32)
+    silu = (wide * tl.sigmoid(wide)).to(gate.dtype).to(tl.float32)
+    tl.store(out + row * width + column, (silu * up.to(tl.float32)).to(gate.dtype), mask=mask)

@@ -1,0 +1,113 @@
+"""Rotary embedding of q and k, and k, v into the paged cache, in one pass.
+
+Heads are independent: under tensor parallelism a rank runs it on its own heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from server.ops.triton.compat import launch, next_power_of_two
+
+
+def rope_and_write_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    places: Tensor,
+) -> None:
+    """Rotate q in place; write rotated k and v to their places in the cache.
+
+    q [T, H, D], k, v [T, Hkv, D]: last axis contiguous, may be slices of one fused tensor;
+    cos, sin [T, R], R <= D even: the first R dimensions turn, halves ``[0, R/2)`` and
+    ``[R/2, R)`` paired as in Hugging Face's Llama; caches [n_pages, page, Hkv, D] contiguous;
+    places [T] integer: row of the flattened cache, -1 writes nothing (padding).
+    Numerics: float32, one rounding. Bytes: q twice, k and v read and written.
+    """
+    tokens, heads, dim = q.shape
+    kv_heads, rotated = k.shape[1], cos.shape[1]
+    launch(
+        _rope_kernel,
+        (tokens, heads + kv_heads),
+        *(q, k, v, cos, sin, k_cache, v_cache, places, heads, kv_heads, dim, rotated),
+        *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
+        cos.stride(0),
+        TILE=next_power_of_two(dim),
+        num_warps=1,
+    )
+
+
+def rope_and_write_reference_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    places: Tensor,
+    compute: torch.dtype = torch.float32,
+) -> None:
+    """The same in torch, in `compute`."""
+    q.copy_(_rotate(q, cos, sin, compute))
+    kept = places >= 0
+    flat = (-1, *k_cache.shape[2:])
+    k_cache.view(flat)[places[kept].long()] = _rotate(k, cos, sin, compute)[kept]
+    v_cache.view(flat)[places[kept].long()] = v[kept]
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype) -> Tensor:
+    turning, rest = x.to(compute).split([cos.shape[1], x.shape[2] - cos.shape[1]], dim=2)
+    first, second = turning.chunk(2, dim=2)
+    turned = turning * cos.to(compute).unsqueeze(1)
+    turned += torch.cat([-second, first], dim=2) * sin.to(compute).unsqueeze(1)
+    return torch.cat([turned, rest], dim=2).to(x.dtype)
+
+
+@triton.jit
+def _turn(row, cos, sin, dim, rotated, TILE: tl.constexpr):
+    """float32 rotated row; dimensions from `rotated` on pass through."""
+    i = tl.arange(0, TILE)
+    mask = i < dim
+    turns = i < rotated
+    half = rotated // 2
+    other = tl.where(turns, tl.where(i < half, i + half, i - half), i)
+    x = tl.load(row + i, mask=mask, other=0.0).to(tl.float32)
+    partner = tl.load(row + other, mask=mask, other=0.0).to(tl.float32)
+    c = tl.load(cos + i, mask=turns, other=1.0).to(tl.float32)
+    s = tl.load(sin + i, mask=turns, other=0.0).to(tl.float32)
+    return x * c + tl.where(i < half, -partner, partner) * s
+
+
+@triton.jit
+def _rope_kernel(
+    q, k, v, cos, sin, k_cache, v_cache, places, heads, kv_heads, dim, rotated,
+    q_token, q_head, k_token, k_head, v_token, v_head, cos_stride, TILE: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
+    i = tl.arange(0, TILE)
+    mask = i < dim
+    cos += token * cos_stride
+    sin += token * cos_stride
+    if head < heads:
+        row = q + token * q_token + head * q_head
+        turned = _turn(row, cos, sin, dim, rotated, TILE)
+        tl.debug_barrier()  # every lane has read its partner before any writes
+        tl.store(row + i, turned.to(q.dtype.element_ty), mask=mask)
+    else:
+        place = tl.load(places + token).to(tl.int64)
+        if place >= 0:
+            kv_head = head - heads
+            target = (place * kv_heads + kv_head) * dim
+            turned = _turn(k + token * k_token + kv_head * k_head, cos, sin, dim, rotated, TILE)
+            tl.store(k_cache + target + i, turned.to(k_cache.dtype.element_ty), mask=mask)
+            value = tl.load(v + token * v_token + kv_head * v_head + i, mask=mask, other=0.0)
+            tl.store(v_cache + target + i, value.to(v_cache.dtype.element_ty), mask=mask)

@@ -1,0 +1,156 @@
+"""The packed grouped GEMM under the interpreter, against dense float64 products."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from server.ops.triton import compat
+from server.ops.triton.blockdiag import (
+    blockdiag_add_,
+    blockdiag_add_reference_,
+    plan_kernel,
+)
+from server.ops.triton.layout import gathers, pack_planes, segment_arrays, unpack_planes
+from tests.server.ops.triton.helpers import (
+    CPU,
+    assert_guard_intact,
+    expected,
+    generator,
+    guarded,
+    pack,
+    random_term,
+    segments_of,
+)
+
+BITS = [2, 3, 4, 8, 16]
+# outputs of each matrix, inputs, blocks: words of two bytes, a group like q, k, v; neither divides;
+# one block; bytes only
+SHAPES = [((64, 32, 32), 48, 2), ((50,), 37, 3), ((33,), 40, 1), ((21, 10), 29, 2)]
+BATCHES = [[(-1, 3), (0, 2), (1, 1)], [(-1, 1), (1, 5), (3, 20)]]
+
+
+def test_interpreter_is_on_and_dots_are_upcast() -> None:
+    assert compat.INTERPRET
+    assert compat.UPCAST
+
+
+@given(st.data(), st.sampled_from([2, 3, 4, 8]), st.integers(1, 40))
+def test_planes_hold_each_code_at_its_stated_bits(data: st.DataObject, bits: int, mb: int) -> None:
+    values = data.draw(st.lists(st.integers(0, (1 << bits) - 1), min_size=mb, max_size=mb))
+    packed = pack_planes(torch.tensor([values], dtype=torch.uint8), bits)[0].tolist()
+    for i, value in enumerate(values):
+        if bits == 3:
+            low_bytes, high_bytes = -(-mb // 4), -(-mb // 8)
+            low = packed[i % low_bytes] >> (2 * (i // low_bytes)) & 3
+            high = packed[low_bytes + i % high_bytes] >> (i // high_bytes) & 1
+            assert low + 4 * high == value
+        else:
+            width = -(-mb * bits // 8)
+            assert packed[i % width] >> (bits * (i // width)) & ((1 << bits) - 1) == value
+    packed_row = torch.tensor([packed], dtype=torch.uint8)
+    assert unpack_planes(packed_row, bits, mb)[0].tolist() == values
+
+
+@pytest.mark.parametrize("counts", BATCHES)
+@pytest.mark.parametrize(("sizes", "n", "s"), SHAPES)
+@pytest.mark.parametrize("bits", BITS)
+def test_kernel_mixed_batch_equals_dense_products(
+    bits: int, sizes: tuple[int, ...], n: int, s: int, counts: list[tuple[int, int]]
+) -> None:
+    variants = {
+        slot: [random_term((m, n), s, bits, 10 * slot + g) for g, m in enumerate(sizes)]
+        for slot in (0, 1, 3)
+    }
+    blocks = pack(variants, 5)
+    segments = segments_of(counts)
+    rows = segments[-1].end
+    x = torch.randn(rows, n, generator=generator(7))
+    y, whole = guarded(rows, sum(sizes), 8, torch.float32)
+    dense = {slot: torch.cat([t.to_dense() for t in terms]) for slot, terms in variants.items()}
+    want = expected(y, x, segments, dense)
+    arrays = segment_arrays(segments, 16, CPU)
+    reference = y.clone()
+    blockdiag_add_reference_(reference, x, arrays, blocks)
+    blockdiag_add_(y, x, arrays, blocks, plan_kernel(blocks))
+    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(reference.double(), want, rtol=1e-5, atol=1e-5)
+    assert_guard_intact(whole, rows, sum(sizes))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bits", BITS)
+def test_kernel_half_precision_stays_within_a_rounding(bits: int, dtype: torch.dtype) -> None:
+    variants = {slot: [random_term((64, 32), 2, bits, slot)] for slot in (0, 1)}
+    blocks = pack(variants, 2)
+    segments = segments_of([(0, 3), (1, 18)])
+    x = torch.randn(21, 32, generator=generator(1)).to(dtype)
+    y, whole = guarded(21, 64, 2, dtype)
+    dense = {slot: terms[0].to_dense() for slot, terms in variants.items()}
+    want = expected(y, x, segments, dense)
+    before = y.clone()
+    blockdiag_add_(y, x, segment_arrays(segments, 16, CPU), blocks, plan_kernel(blocks))
+    step = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]
+    # one rounding of the sum (truncation under the interpreter), one of each 16-bit value
+    bound = step * (want.abs() + (want - before.double()).abs() + (0.5 if bits == 16 else 1e-3))
+    assert bool(((y.double() - want).abs() <= bound).all())
+    assert_guard_intact(whole, 21, 64)
+
+
+def test_prefill_tiles_equal_decode_tiles() -> None:
+    variants = {slot: [random_term((40, 64), 2, 4, slot)] for slot in (0, 1)}
+    blocks = pack(variants, 2)
+    segments = segments_of([(-1, 5), (0, 70), (1, 33)])
+    x = torch.randn(108, 64, generator=generator(1))
+    results = []
+    for tile_rows in (16, 64):
+        y = torch.zeros(108, 40)
+        arrays = segment_arrays(segments, tile_rows, CPU)
+        blockdiag_add_(y, x, arrays, blocks, plan_kernel(blocks, prefill=tile_rows == 64))
+        results.append(y)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-6)
+
+
+def test_absent_slots_and_padding_entries_are_never_read() -> None:
+    blocks = pack({1: [random_term((32, 32), 2, 4, 0)]}, 4)  # slots 0, 2, 3: garbage, NaN scales
+    segments = segments_of([(0, 2), (1, 2), (2, 1)])
+    arrays = segment_arrays(segments, 16, CPU)
+    wide = [
+        torch.cat([t, torch.full((3,), bad, dtype=torch.int32)])
+        for t, bad in (
+            (arrays.slots, 3),
+            (arrays.starts, 10**6),
+            (arrays.ends, 10**6 + 9),
+        )
+    ]
+    padded = type(arrays)(*wide, arrays.count, 16)
+    padded.slots[2] = -1
+    x = torch.randn(5, 32, generator=generator(3))
+    y = torch.zeros(5, 32)
+    blockdiag_add_(y, x, padded, blocks, plan_kernel(blocks))
+    assert bool((y[2:4] != 0).any())
+    assert bool((y[[0, 1, 4]] == 0).all())
+
+
+def test_a_row_does_not_depend_on_who_shares_the_batch() -> None:
+    variants = {slot: [random_term((32, 40), 2, 2, slot)] for slot in range(4)}
+    blocks = pack(variants, 4)
+    x = torch.randn(6, 40, generator=generator(3))
+    together, alone = torch.zeros(6, 32), torch.zeros(6, 32)
+    kernel = plan_kernel(blocks)
+    segments = segments_of([(0, 1), (1, 2), (2, 1), (3, 2)])
+    blockdiag_add_(together, x, segment_arrays(segments, 16, CPU), blocks, kernel)
+    for segment in segments:
+        blockdiag_add_(alone, x, segment_arrays([segment], 16, CPU), blocks, kernel)
+    assert torch.equal(together, alone)
+
+
+def test_three_bit_shapes_use_both_paths() -> None:
+    aligned = pack({0: [random_term((64, 48), 4, 3, 0)]}, 1)
+    uneven = pack({0: [random_term((50, 37), 3, 3, 0)]}, 1)
+    assert not gathers(aligned.layout)
+    assert gathers(uneven.layout)

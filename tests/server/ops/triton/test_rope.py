@@ -1,0 +1,51 @@
+"""RoPE and KV write against Hugging Face's rotation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+pytest.importorskip("triton")
+
+from server.ops.triton.rope import rope_and_write_, rope_and_write_reference_
+from tests.server.ops.triton.helpers import CANARY, generator
+
+
+@pytest.mark.parametrize(("dim", "rotated"), [(16, 16), (24, 8)])
+@pytest.mark.parametrize("write", [rope_and_write_, rope_and_write_reference_])
+def test_rotation_and_places_equal_hugging_face(write: object, dim: int, rotated: int) -> None:
+    tokens, heads, kv_heads = 5, 4, 2
+    width = (heads + 2 * kv_heads) * dim
+    fused = torch.randn(
+        tokens, width, generator=generator(0)
+    )  # q, k, v side by side, as in a group
+    q, k, v = (
+        part.view(tokens, -1, dim)
+        for part in fused.clone().split([heads * dim, kv_heads * dim, kv_heads * dim], dim=1)
+    )
+    angle = torch.rand(tokens, rotated // 2, generator=generator(1)) * 6
+    angle = torch.cat([angle, angle], dim=1)
+    cos, sin = angle.cos(), angle.sin()
+    before = q.clone()
+    k_cache = torch.full((3, 4, kv_heads, dim), CANARY)
+    v_cache = k_cache.clone()
+    places = torch.tensor([7, 0, -1, 11, 3])
+    write(q, k, v, cos, sin, k_cache, v_cache, places)  # type: ignore[operator]
+    turned_q, turned_k = apply_rotary_pos_emb(
+        before[..., :rotated].double().transpose(0, 1).unsqueeze(0),
+        k[..., :rotated].double().transpose(0, 1).unsqueeze(0),
+        cos.double().unsqueeze(0),
+        sin.double().unsqueeze(0),
+    )
+    want_q = torch.cat([turned_q[0].transpose(0, 1), before[..., rotated:].double()], dim=-1)
+    want_k = torch.cat([turned_k[0].transpose(0, 1), k[..., rotated:].double()], dim=-1)
+    torch.testing.assert_close(q.double(), want_q, rtol=1e-5, atol=1e-6)
+    flat_k, flat_v = k_cache.view(12, kv_heads, dim), v_cache.view(12, kv_heads, dim)
+    for token, place in enumerate(places.tolist()):
+        if place >= 0:
+            torch.testing.assert_close(flat_k[place].double(), want_k[token], rtol=1e-5, atol=1e-6)
+            assert torch.equal(flat_v[place], v[token])
+    untouched = [i for i in range(12) if i not in places.tolist()]
+    assert bool((flat_k[untouched] == CANARY).all())
+    assert bool((flat_v[untouched] == CANARY).all())
