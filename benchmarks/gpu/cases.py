@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.shapes import Codec, Group, ModelShape
+from server.ops.quantize import QuantizedWeight, linear_reference, quantize_int8
 from server.ops.rows import Segment
 from server.ops.triton.attention import paged_decode, paged_decode_reference
 from server.ops.triton.blockdiag import (
@@ -29,7 +30,7 @@ from server.ops.triton.impart import (
     rank_lists,
 )
 from server.ops.triton.layout import BlockLayout, PackedBlocks, new_blocks, segment_arrays
-from server.ops.triton.linear import QuantizedWeight, linear_, linear_reference, quantize_int8
+from server.ops.triton.linear import linear_
 from server.ops.triton.lowrank import (
     LowRankArrays,
     lowrank_add_,

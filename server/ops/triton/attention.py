@@ -42,7 +42,7 @@ def paged_decode(
 ) -> Tensor:
     """Attention of one new token per sequence over its own pages.
 
-    q [B, H, D] contiguous; caches [n_pages, page, Hkv, D] contiguous; pages [B, P] integer page
+    q [B, H, D], last axis contiguous; caches [n_pages, page, Hkv, D] contiguous; pages [B, P] integer page
     ids, only those that `lengths` reaches are read; lengths [B] integer, the new token included,
     0: a padding row, its output is 0. Returns [B, H, D] in q's dtype.
     """
@@ -51,14 +51,14 @@ def paged_decode(
     splits = splits_for(batch) if n_splits is None else n_splits
     partial = torch.empty((batch, heads, splits, dim), dtype=torch.float32, device=q.device)
     lse = torch.empty((batch, heads, splits), dtype=torch.float32, device=q.device)
-    out = torch.empty_like(q)
+    out = torch.empty((batch, heads, dim), dtype=q.dtype, device=q.device)
     group = heads // kv_heads
     launch(
         _attend_kernel,
         (batch, kv_heads, splits),
         *(partial, lse, q, k_cache, v_cache, pages, lengths),
         *(scale, 0.0 if softcap is None else softcap, 0 if window is None else window),
-        *(heads, kv_heads, dim, page, pages.stride(0)),
+        *(heads, kv_heads, dim, page, pages.stride(0), q.stride(0), q.stride(1)),
         GROUP=group,
         SPLITS=splits,
         WINDOW=window is not None,
@@ -114,7 +114,7 @@ def paged_decode_reference(
 @triton.jit
 def _attend_kernel(
     partial, lse, q, k_cache, v_cache, pages, lengths, scale, softcap, window,
-    heads, kv_heads, dim, page, pages_stride,
+    heads, kv_heads, dim, page, pages_stride, q_row, q_head,
     GROUP: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     TILE_G: tl.constexpr, TILE_D: tl.constexpr, TILE_L: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -136,7 +136,7 @@ def _attend_kernel(
     g_mask = g < GROUP
     d_mask = d < dim
     queries = tl.load(
-        q + (row * heads + head[:, None]) * dim + d[None, :],
+        q + row * q_row + head[:, None] * q_head + d[None, :],
         mask=g_mask[:, None] & d_mask[None, :], other=0.0,
     )  # fmt: skip
     top = tl.full((TILE_G,), float("-inf"), tl.float32)

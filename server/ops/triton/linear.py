@@ -1,9 +1,6 @@
 """Weight-only linear with one scale per output: int8, or float8 where the device has it.
 
-Decode reads every weight once per step, so halving the weights' bytes nearly halves the step; a
-card of 24 GB then holds an 8B base beside its deltas. Deltas are untouched by this: they were
-made against the unquantised base and are added to ``x Q(W)^T`` as to ``x W^T``; what is lost is
-the base's own rounding, the same for every variant.
+The torch reference is `server.ops.quantize.linear_reference`.
 
 Numerics: weights become x's dtype exactly (int8 in bfloat16: 8 significant bits; float8 too),
 products in float32, one scale per output at the end, one rounding.
@@ -14,47 +11,16 @@ all scales.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from server.ops.quantize import QuantizedWeight
 from server.ops.triton.compat import UPCAST, launch, mac
 
 TILE_OUTPUTS = 64
 TILE_INPUTS = 128
 SMALL_ROWS, LARGE_ROWS = 16, 64
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizedWeight:
-    """``W ~ values * scales[:, None]``: values int8 or float8_e4m3fn [m, n], scales float32 [m]."""
-
-    values: Tensor
-    scales: Tensor
-
-    def dense(self, dtype: torch.dtype) -> Tensor:
-        """``[m, n]`` in `dtype`."""
-        return (self.values.float() * self.scales.unsqueeze(1)).to(dtype)
-
-
-def quantize_int8(weight: Tensor) -> QuantizedWeight:
-    """Round to nearest, symmetric, one scale per output: ``max |w| / 127``. weight [m, n]."""
-    wide = weight.float()
-    scales = wide.abs().amax(dim=1) / 127.0
-    safe = torch.where(scales > 0, scales, torch.ones_like(scales))
-    values = (wide / safe.unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8)
-    return QuantizedWeight(values, scales)
-
-
-def quantize_float8(weight: Tensor) -> QuantizedWeight:
-    """float8_e4m3fn with one scale per output that maps ``max |w|`` to its largest number, 448."""
-    wide = weight.float()
-    scales = wide.abs().amax(dim=1) / torch.finfo(torch.float8_e4m3fn).max
-    safe = torch.where(scales > 0, scales, torch.ones_like(scales))
-    return QuantizedWeight((wide / safe.unsqueeze(1)).to(torch.float8_e4m3fn), scales)
 
 
 def linear_(y: Tensor, x: Tensor, weight: QuantizedWeight) -> Tensor:
@@ -74,13 +40,6 @@ def linear_(y: Tensor, x: Tensor, weight: QuantizedWeight) -> Tensor:
         num_stages=4,
     )
     return y
-
-
-def linear_reference(
-    x: Tensor, weight: QuantizedWeight, compute: torch.dtype = torch.float32
-) -> Tensor:
-    """The same in torch: ``[T, m]`` in `compute`."""
-    return x.to(compute) @ (weight.values.to(compute) * weight.scales.to(compute).unsqueeze(1)).T
 
 
 @triton.jit

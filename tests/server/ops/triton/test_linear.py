@@ -8,13 +8,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from server.ops.triton.linear import (
+from server.ops.quantize import (
     QuantizedWeight,
-    linear_,
     linear_reference,
     quantize_float8,
     quantize_int8,
 )
+from server.ops.triton.linear import linear_
 from tests.server.ops.triton.helpers import assert_guard_intact, generator, guarded
 
 

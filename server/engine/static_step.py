@@ -1,0 +1,221 @@
+"""Decode steps over buffers that never move, so that a CUDA graph can replay them.
+
+A step is padded to a bucket of rows. Everything that changes from step to step - tokens, positions,
+cache places, page tables, lengths, which rows belong to which slot - is data in two device buffers,
+filled by two copies from pinned memory. The number of variants is therefore no graph key: there are
+two graphs per bucket, with and without deltas. On a CPU the same code runs without capture.
+
+Padding is inert: length 0 attends to nothing, place `padding_place` is not written (or to a page
+nobody reads), slot -1 has no delta. What a padding row computes is thrown away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from server.errors import ConfigError
+from server.ops.rows import BASE_SLOT, Segment
+from server.ops.triton.layout import SegmentArrays, cut_segments
+
+BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+SEGMENT_ROWS = 16  # `blockdiag.DECODE_ROWS`, without importing triton
+WARM_UPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """One sequence's new token.
+
+    place   row of the flattened cache where its key and value go
+    pages   the sequence's pages, the new token's included
+    length  positions to attend to, the new token included
+    slot    of its variant, -1 for the base
+    """
+
+    token: int
+    position: int
+    place: int
+    pages: Sequence[int]
+    length: int
+    slot: int = BASE_SLOT
+
+
+@dataclass(frozen=True, slots=True)
+class StaticBatch:
+    """Device views of one bucket, T rows; their addresses never change.
+
+    input_ids, position_ids  int64 [1, T]
+    places       int64 [T]
+    vector_rows  int64 [T], slot + 1: row of a 1-D parameter's ``[1 + C, m]`` values
+    pages        int32 [T, P]; lengths int32 [T], 0 for padding
+    segments     at most T entries, the rest -1
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    places: Tensor
+    vector_rows: Tensor
+    pages: Tensor
+    lengths: Tensor
+    segments: SegmentArrays
+
+
+Forward = Callable[[StaticBatch, bool], Tensor]
+
+
+class StaticBuffers:
+    """Host and device memory of one bucket: int64 ``[4, T]`` and int32 ``[T (P + 4) + 1]``."""
+
+    def __init__(self, rows: int, max_pages: int, device: torch.device, padding_place: int) -> None:
+        self.rows = rows
+        self._max_pages, self._padding_place = max_pages, padding_place
+        pinned = device.type == "cuda"
+        n_small = rows * (max_pages + 4) + 1
+        self._host_wide = torch.zeros((4, rows), dtype=torch.int64, pin_memory=pinned)
+        self._host_small = torch.zeros(n_small, dtype=torch.int32, pin_memory=pinned)
+        self.wide = self._host_wide.to(device, copy=True)
+        self.small = self._host_small.to(device, copy=True)
+        self._copied = torch.cuda.Event() if pinned else None
+        self.batch = self._views()
+        self.fill([])
+
+    def _views(self) -> StaticBatch:
+        t = self.rows
+        ids, positions, places, vector_rows = self.wide
+        sizes = [t * self._max_pages, t, t, t, t, 1]
+        pages, lengths, slots, starts, ends, count = self.small.split(sizes)
+        return StaticBatch(
+            input_ids=ids.view(1, t),
+            position_ids=positions.view(1, t),
+            places=places,
+            vector_rows=vector_rows,
+            pages=pages.view(t, self._max_pages),
+            lengths=lengths,
+            segments=SegmentArrays(slots, starts, ends, count, SEGMENT_ROWS),
+        )
+
+    def fill(self, rows: Sequence[DecodeRow]) -> None:
+        """Write a step, sorted by slot, and padding after it; start the copies to the device."""
+        if self._copied is not None:
+            self._copied.synchronize()  # the previous step's copy may still read the host side
+        t, n = self.rows, len(rows)
+        padding = t - n
+        wide = [
+            [row.token for row in rows] + [0] * padding,
+            [row.position for row in rows] + [0] * padding,
+            [row.place for row in rows] + [self._padding_place] * padding,
+            [row.slot + 1 for row in rows] + [0] * padding,
+        ]
+        self._host_wide.copy_(torch.tensor(wide))
+        pages = torch.zeros((t, self._max_pages), dtype=torch.int32)
+        for i, row in enumerate(rows):
+            pages[i, : len(row.pages)] = torch.tensor(row.pages, dtype=torch.int32)
+        pieces = cut_segments(segments_of(rows), SEGMENT_ROWS)
+        spare = [BASE_SLOT] * (t - len(pieces))
+        rest = [
+            *([row.length for row in rows] + [0] * padding),
+            *([piece.slot for piece in pieces] + spare),
+            *([piece.start for piece in pieces] + spare),
+            *([piece.end for piece in pieces] + spare),
+            len(pieces),
+        ]
+        self._host_small[: pages.numel()] = pages.flatten()
+        self._host_small[pages.numel() :] = torch.tensor(rest, dtype=torch.int32)
+        self.wide.copy_(self._host_wide, non_blocking=True)
+        self.small.copy_(self._host_small, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+
+def segments_of(rows: Sequence[DecodeRow]) -> list[Segment]:
+    """Runs of rows with one slot."""
+    segments: list[Segment] = []
+    for i, row in enumerate(rows):
+        if segments and segments[-1].slot == row.slot:
+            segments[-1] = Segment(row.slot, segments[-1].start, i + 1)
+        else:
+            segments.append(Segment(row.slot, i, i + 1))
+    return segments
+
+
+class StaticStep:
+    """Runs decode steps: `forward` captured per bucket, with and without deltas.
+
+    forward  ``(batch, with_deltas) -> logits [T, V]``. It reads what changes only from the batch
+             (Python runs at capture, not at replay), allocates nothing that outlives it and never
+             waits for the device. With `with_deltas` it applies whatever slots the batch names.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        *,
+        max_rows: int,
+        max_pages: int,
+        device: torch.device,
+        padding_place: int = -1,
+    ) -> None:
+        if max_rows > BUCKETS[-1]:
+            raise ConfigError(
+                f"{max_rows} decode rows per step are more than the largest graph's "
+                f"{BUCKETS[-1]}; lower --max-num-seqs"
+            )
+        self._forward, self._device = forward, device
+        wanted = [bucket for bucket in BUCKETS if bucket < max_rows]
+        sizes = [*wanted, BUCKETS[len(wanted)]]
+        self._buffers = {t: StaticBuffers(t, max_pages, device, padding_place) for t in sizes}
+        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        return tuple(self._buffers)
+
+    def buffers(self, bucket: int) -> StaticBuffers:
+        return self._buffers[bucket]
+
+    def prepare(self) -> None:
+        """Compile and capture everything: largest bucket first, so that the others share its
+        memory. Call once the slot arrays and caches have their final addresses, and again if one
+        of them moves. Does nothing on a CPU.
+        """
+        if self._device.type != "cuda":
+            return
+        self._graphs.clear()
+        pool = torch.cuda.graph_pool_handle()
+        for bucket in reversed(self.buckets):
+            for with_deltas in (False, True):
+                self._graphs[bucket, with_deltas] = self._capture(bucket, with_deltas, pool)
+
+    def _capture(
+        self, bucket: int, with_deltas: bool, pool: tuple[int, int]
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        buffers = self._buffers[bucket]
+        buffers.fill([])
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):  # compiles kernels and sets up cuBLAS outside the capture
+                self._forward(buffers.batch, with_deltas)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            logits = self._forward(buffers.batch, with_deltas)
+        return graph, logits
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[DecodeRow]) -> Tensor:
+        """Logits ``[n, V]`` of n rows sorted by slot; valid until the next call."""
+        bucket = next(t for t in self.buckets if t >= len(rows))
+        buffers = self._buffers[bucket]
+        buffers.fill(rows)
+        with_deltas = any(row.slot != BASE_SLOT for row in rows)
+        captured = self._graphs.get((bucket, with_deltas))
+        if captured is None:
+            return self._forward(buffers.batch, with_deltas)[: len(rows)]
+        graph, logits = captured
+        graph.replay()
+        return logits[: len(rows)]

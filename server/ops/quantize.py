@@ -1,0 +1,50 @@
+"""8-bit weights for the base: one scale per output, weights only.
+
+Decode reads every weight once per step, so halving the weights' bytes nearly halves the step; a
+card of 24 GB then holds an 8B base beside its deltas. Deltas are untouched by this: they were
+made against the unquantised base and are added to ``x Q(W)^T`` as to ``x W^T``; what is lost is
+the base's own rounding, the same for every variant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedWeight:
+    """``W ~ values * scales[:, None]``: values int8 or float8_e4m3fn [m, n], scales float32 [m]."""
+
+    values: Tensor
+    scales: Tensor
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """``[m, n]`` in `dtype`."""
+        return (self.values.float() * self.scales.unsqueeze(1)).to(dtype)
+
+
+def quantize_int8(weight: Tensor) -> QuantizedWeight:
+    """Round to nearest, symmetric, one scale per output: ``max |w| / 127``. weight [m, n]."""
+    wide = weight.float()
+    scales = wide.abs().amax(dim=1) / 127.0
+    safe = torch.where(scales > 0, scales, torch.ones_like(scales))
+    values = (wide / safe.unsqueeze(1)).round_().clamp_(-127, 127).to(torch.int8)
+    return QuantizedWeight(values, scales)
+
+
+def quantize_float8(weight: Tensor) -> QuantizedWeight:
+    """float8_e4m3fn with one scale per output that maps ``max |w|`` to its largest number, 448."""
+    wide = weight.float()
+    scales = wide.abs().amax(dim=1) / torch.finfo(torch.float8_e4m3fn).max
+    safe = torch.where(scales > 0, scales, torch.ones_like(scales))
+    return QuantizedWeight((wide / safe.unsqueeze(1)).to(torch.float8_e4m3fn), scales)
+
+
+def linear_reference(
+    x: Tensor, weight: QuantizedWeight, compute: torch.dtype = torch.float32
+) -> Tensor:
+    """The same in torch: ``[T, m]`` in `compute`."""
+    return x.to(compute) @ (weight.values.to(compute) * weight.scales.to(compute).unsqueeze(1)).T

@@ -1,0 +1,107 @@
+"""Static buffers with stale and poisoned contents: a step depends on its own rows only.
+
+The forward pass is made of the kernels' references, so it runs at torch's speed; the kernels
+themselves go through the same buffers in `tests/benchmarks/gpu/test_decoder.py`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+pytest.importorskip("triton")  # the references live beside the kernels
+
+from server.engine.static_step import DecodeRow, StaticBatch, StaticStep, segments_of
+from server.errors import ConfigError
+from server.ops.rows import Segment
+from server.ops.triton.attention import paged_decode_reference
+from server.ops.triton.blockdiag import blockdiag_add_reference_
+from server.ops.triton.norm import rms_norm_reference
+from tests.server.ops.triton.helpers import CPU, generator, pack, random_term
+
+PAGE, DIM, VOCAB = 4, 8, 20
+SLOTS = (0, 2)  # slot 1 holds garbage and NaN
+
+
+class Toy:
+    """Embedding, a norm per variant, cached attention, one linear with deltas."""
+
+    def __init__(self) -> None:
+        self.embedding = torch.randn(VOCAB, DIM, generator=generator(0))
+        self.weight = torch.randn(VOCAB, DIM, generator=generator(1))
+        self.norms = torch.rand(4, DIM, generator=generator(2))
+        self.norms[2] = float("nan")  # slot 1's
+        terms = {slot: [random_term((VOCAB, DIM), 2, 4, slot)] for slot in SLOTS}
+        self.blocks = pack(terms, 3)
+        self.cache = torch.full((6, PAGE, 1, DIM), float("nan"))
+
+    def __call__(self, batch: StaticBatch, with_deltas: bool) -> Tensor:
+        h = F.embedding(batch.input_ids[0], self.embedding)
+        h = h + batch.position_ids[0].unsqueeze(1).cos()
+        kept = batch.places >= 0
+        self.cache.view(-1, 1, DIM)[batch.places[kept]] = h[kept].unsqueeze(1)
+        q = h.unsqueeze(1)
+        h = paged_decode_reference(
+            q, self.cache, self.cache, batch.pages, batch.lengths, scale=1.0
+        ).flatten(1)
+        x = rms_norm_reference(h, self.norms, batch.vector_rows, 1e-5)
+        y = x @ self.weight.T
+        if with_deltas:
+            blockdiag_add_reference_(y, x, batch.segments, self.blocks)
+        return y
+
+
+def row(token: int, at: int, page: int, slot: int) -> DecodeRow:
+    return DecodeRow(token, at, page * PAGE + at, [page], at + 1, slot)
+
+
+def new_step(max_rows: int) -> StaticStep:
+    return StaticStep(Toy(), max_rows=max_rows, max_pages=3, device=CPU)
+
+
+def test_padding_stale_rows_and_garbage_change_nothing() -> None:
+    rows = [row(5, 0, 0, -1), row(5, 0, 1, 0), row(5, 0, 2, 2)]
+    want = [new_step(1).run([one])[0].clone() for one in rows]  # no padding, fresh buffers
+    step = new_step(8)
+    step.run([row(i, 0, i % 6, slot) for i, slot in enumerate((-1, -1, 0, 0, 2, 2, 2))])
+    for bucket in step.buckets:
+        step.buffers(bucket).wide.fill_(10**9)
+        step.buffers(bucket).small.fill_(10**9)
+    for i, one in enumerate(rows):
+        torch.testing.assert_close(step.run([one])[0], want[i])
+    together = step.run(rows)
+    for i in range(3):
+        torch.testing.assert_close(together[i], want[i])
+    assert not torch.allclose(want[0], want[1])
+    assert bool(torch.isfinite(together).all())
+
+
+def test_rows_of_a_sequence_see_its_earlier_tokens() -> None:
+    step = new_step(2)
+    first = step.run([row(3, 0, 4, 0)])[0].clone()
+    second = step.run([row(3, 1, 4, 0)])[0].clone()
+    other = step.run([row(9, 0, 5, 0), row(3, 1, 4, 0)])
+    torch.testing.assert_close(other[1], second)
+    assert not torch.allclose(first, second)
+
+
+def test_addresses_never_change() -> None:
+    step = new_step(4)
+    before = step.buffers(4).batch
+    places = [getattr(before, name).data_ptr() for name in ("input_ids", "pages", "lengths")]
+    step.run([row(1, 0, 0, -1)] * 3)
+    after = step.buffers(4).batch
+    assert [getattr(after, n).data_ptr() for n in ("input_ids", "pages", "lengths")] == places
+    assert after.segments.slots.data_ptr() == before.segments.slots.data_ptr()
+
+
+def test_segments_are_runs_of_one_slot() -> None:
+    rows = [row(0, 0, 0, slot) for slot in (-1, -1, 0, 2, 2)]
+    assert segments_of(rows) == [Segment(-1, 0, 2), Segment(0, 2, 3), Segment(2, 3, 5)]
+
+
+def test_too_many_rows_names_the_setting() -> None:
+    with pytest.raises(ConfigError, match="max-num-seqs"):
+        new_step(1000)
