@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.shapes import Codec, Group, ModelShape
+from server.ops.packed import PackedBlocks, packed_rows
 from server.ops.quantize import QuantizedWeight, linear_reference, quantize_int8
 from server.ops.rows import Segment
 from server.ops.triton.attention import paged_decode, paged_decode_reference
@@ -29,7 +30,7 @@ from server.ops.triton.impart import (
     impart_add_reference_,
     rank_lists,
 )
-from server.ops.triton.layout import BlockLayout, PackedBlocks, new_blocks, segment_arrays
+from server.ops.triton.layout import segment_arrays
 from server.ops.triton.linear import linear_
 from server.ops.triton.lowrank import (
     LowRankArrays,
@@ -70,17 +71,18 @@ def relative(got: Tensor, want: Tensor) -> float:
     return float(difference / want.double().abs().max())
 
 
-def random_blocks(layout: BlockLayout, n_slots: int, device: torch.device) -> PackedBlocks:
-    """All slots present; values of about 1e-3."""
-    blocks = new_blocks(layout, n_slots, device)
-    if layout.bits == 16:
-        blocks.codes.normal_()
+def random_blocks(group: Group, codec: Codec, n_slots: int, device: torch.device) -> PackedBlocks:
+    """Slot arrays full of random values of about 1e-3."""
+    s, bits = codec.n_blocks, codec.bits
+    outputs = sum(-(-m // s) for m in group.sizes)
+    shape = (n_slots, s, packed_rows(-(-group.n // s), bits), outputs)
+    if bits == 16:
+        codes = torch.randn(shape, device=device).half()
     else:
-        blocks.codes.random_(0, 256)
-    blocks.scales.uniform_(0.5, 1.5)
-    blocks.units.fill_(2.0**-10)
-    blocks.present.fill_(1)
-    return blocks
+        codes = torch.randint(0, 256, shape, device=device, dtype=torch.uint8)
+    scales = torch.rand((n_slots, s, outputs), device=device).add_(0.5).half()
+    units = torch.full((n_slots, len(group.sizes)), 2.0**-10, device=device)
+    return PackedBlocks(codes, scales, units, group.sizes, group.n, bits)
 
 
 def even_segments(rows: int, slots: int) -> list[Segment]:
@@ -93,25 +95,28 @@ def blockdiag_case(
     group: Group, codec: Codec, rows: int, slots: int, device: torch.device, dtype: torch.dtype
 ) -> Case:
     prefill = rows > DECODE_ROWS * slots
-    layout = group.layout(codec)
-    blocks = random_blocks(layout, slots, device)
+    blocks = random_blocks(group, codec, slots, device)
+    present = torch.ones(slots, dtype=torch.int32, device=device)
     kernel = plan_kernel(blocks, prefill=prefill)
     tile_rows = PREFILL_ROWS if prefill else DECODE_ROWS
     where = segment_arrays(even_segments(rows, slots), tile_rows, device)
     x = torch.randn(rows, group.n, device=device, dtype=dtype)
     y = torch.zeros(rows, sum(group.sizes), device=device, dtype=dtype)
+    parts = y.split(group.sizes, 1)
 
     def error() -> float:
         got, want = torch.zeros_like(y), torch.zeros_like(y, dtype=torch.float64)
-        blockdiag_add_(got, x, where, blocks, kernel)
-        blockdiag_add_reference_(want, x, where, blocks, torch.float64)
+        blockdiag_add_(got.split(group.sizes, 1), x, where, blocks, kernel, present)
+        wanted = want.split(group.sizes, 1)
+        blockdiag_add_reference_(wanted, x, where, blocks, present, torch.float64)
         return relative(got, want)
 
     distinct = min(rows, slots)
-    n_bytes = distinct * layout.bytes_per_slot() + rows * (group.n + 2 * sum(group.sizes)) * 2
+    n_bytes = distinct * group.delta_bytes(codec) + rows * (group.n + 2 * sum(group.sizes)) * 2
     kind = "prefill" if prefill else "decode"
     name = f"blockdiag {kind} {group.name} ({codec.name}, {distinct} variants, {rows} rows)"
-    return Case(name, n_bytes, lambda: blockdiag_add_(y, x, where, blocks, kernel), error)
+    run = lambda: blockdiag_add_(parts, x, where, blocks, kernel, present)  # noqa: E731
+    return Case(name, n_bytes, run, error)
 
 
 def lowrank_case(

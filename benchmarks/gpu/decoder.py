@@ -16,10 +16,16 @@ from torch.nn import functional as F
 from benchmarks.gpu.cases import PAGE, random_blocks
 from benchmarks.gpu.shapes import Codec, ModelShape
 from server.engine.static_step import StaticBatch
+from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight, quantize_int8
 from server.ops.triton.attention import paged_decode
-from server.ops.triton.blockdiag import BlockKernel, blockdiag_add_, plan_kernel
-from server.ops.triton.layout import PackedBlocks, SegmentArrays
+from server.ops.triton.blockdiag import (
+    DECODE_ROWS,
+    BlockKernel,
+    blockdiag_add_,
+    plan_kernel,
+)
+from server.ops.triton.layout import SegmentArrays
 from server.ops.triton.linear import linear_
 from server.ops.triton.norm import rms_norm, silu_mul
 from server.ops.triton.rope import rope_and_write_
@@ -33,6 +39,7 @@ class GroupWeights:
 
     base: Weight
     blocks: PackedBlocks | None = None
+    present: Tensor | None = None  # int32 [C]
     kernels: dict[bool, BlockKernel] = field(default_factory=dict)  # by prefill
 
     def __post_init__(self) -> None:
@@ -49,9 +56,10 @@ class GroupWeights:
             y = F.linear(x, self.base)
         else:
             y = residual.addmm_(x, self.base.t())
-        if segments is not None and self.blocks is not None:
-            kernel = self.kernels[segments.tile_rows > 16]
-            blockdiag_add_(y, x, segments, self.blocks, kernel)
+        if segments is not None and self.blocks is not None and self.present is not None:
+            kernel = self.kernels[segments.tile_rows > DECODE_ROWS]
+            parts = y.split(self.blocks.sizes, 1)
+            blockdiag_add_(parts, x, segments, self.blocks, kernel, self.present)
         return y
 
 
@@ -149,7 +157,8 @@ def random_decoder(
         groups = {
             group.name: GroupWeights(
                 weight(sum(group.sizes), group.n),
-                random_blocks(group.layout(codec), n_slots, device) if n_slots else None,
+                random_blocks(group, codec, n_slots, device) if n_slots else None,
+                torch.ones(n_slots, dtype=torch.int32, device=device),
             )
             for group in shape.groups()
         }

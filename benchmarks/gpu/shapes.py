@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from server.ops.triton.layout import BlockLayout
+from server.ops.packed import packed_rows
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,11 @@ class Group:
     def base_bytes(self) -> int:
         return 2 * self.n * sum(self.sizes)
 
-    def layout(self, codec: Codec) -> BlockLayout:
-        return BlockLayout(self.n, codec.n_blocks, codec.bits, self.sizes)
+    def delta_bytes(self, codec: Codec) -> int:
+        """Codes and scales of one variant: what a decode step reads of it."""
+        s, outputs = codec.n_blocks, sum(-(-m // codec.n_blocks) for m in self.sizes)
+        element = 2 if codec.bits == 16 else 1
+        return s * outputs * (element * packed_rows(-(-self.n // s), codec.bits) + 2)
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class ModelShape:
 
     def delta_bytes(self, codec: Codec) -> int:
         """What a decode step reads for one variant: every linear of every layer."""
-        return self.layers * sum(g.layout(codec).bytes_per_slot() for g in self.groups())
+        return self.layers * sum(group.delta_bytes(codec) for group in self.groups())
 
     def kv_bytes(self, tokens: int) -> int:
         """bfloat16 keys and values of `tokens` positions, all layers."""

@@ -25,7 +25,7 @@ class Upload:
 
     def done(self) -> bool:
         """Whether every copy has arrived; never waits."""
-        return self._event is None or bool(self._event.query())
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
 
     def wait(self) -> None:
         """Block this thread (a loader's, not the engine's) until they have."""
@@ -43,7 +43,7 @@ class SlotUploader:
         self._buffers = [
             torch.empty(chunk_bytes, dtype=torch.uint8, pin_memory=self._cuda) for _ in range(ring)
         ]
-        self._stream = torch.cuda.Stream(device) if self._cuda else None
+        self._stream = torch.cuda.Stream(device) if self._cuda else None  # type: ignore[no-untyped-call]
         self._free: list[torch.cuda.Event | None] = [None] * ring
         self._turn = itertools.cycle(range(ring))
 
@@ -56,7 +56,7 @@ class SlotUploader:
                 self._copy_one(target, source)
         if self._stream is None:
             return Upload(None)
-        event = torch.cuda.Event()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._stream)
         return Upload(event)
 
@@ -87,6 +87,6 @@ class SlotUploader:
             return
         with torch.cuda.stream(self._stream):
             target.copy_(staged, non_blocking=True)
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(self._stream)
         self._free[place] = event

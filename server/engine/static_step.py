@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,7 +80,7 @@ class StaticBuffers:
         self._host_small = torch.zeros(n_small, dtype=torch.int32, pin_memory=pinned)
         self.wide = self._host_wide.to(device, copy=True)
         self.small = self._host_small.to(device, copy=True)
-        self._copied = torch.cuda.Event() if pinned else None
+        self._copied = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
         self.batch = self._views()
         self.fill([])
 
@@ -87,7 +88,7 @@ class StaticBuffers:
         t = self.rows
         ids, positions, places, vector_rows = self.wide
         sizes = [t * self._max_pages, t, t, t, t, 1]
-        pages, lengths, slots, starts, ends, count = self.small.split(sizes)
+        pages, lengths, slots, starts, ends, count = self.small.split(sizes)  # type: ignore[no-untyped-call]
         return StaticBatch(
             input_ids=ids.view(1, t),
             position_ids=positions.view(1, t),
@@ -191,11 +192,11 @@ class StaticStep:
                 self._graphs[bucket, with_deltas] = self._capture(bucket, with_deltas, pool)
 
     def _capture(
-        self, bucket: int, with_deltas: bool, pool: tuple[int, int]
+        self, bucket: int, with_deltas: bool, pool: Any
     ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         buffers = self._buffers[bucket]
         buffers.fill([])
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):  # compiles kernels and sets up cuBLAS outside the capture

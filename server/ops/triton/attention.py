@@ -42,9 +42,9 @@ def paged_decode(
 ) -> Tensor:
     """Attention of one new token per sequence over its own pages.
 
-    q [B, H, D], last axis contiguous; caches [n_pages, page, Hkv, D] contiguous; pages [B, P] integer page
-    ids, only those that `lengths` reaches are read; lengths [B] integer, the new token included,
-    0: a padding row, its output is 0. Returns [B, H, D] in q's dtype.
+    q [B, H, D], last axis contiguous; caches [n_pages, page, Hkv, D] contiguous; pages [B, P]
+    integer page ids, only those that `lengths` reaches are read; lengths [B] integer, the new token
+    included, 0: a padding row, its output is 0. Returns [B, H, D] in q's dtype.
     """
     batch, heads, dim = q.shape
     page, kv_heads = k_cache.shape[1:3]

@@ -38,7 +38,7 @@ def mac(acc, a, b, UPCAST: tl.constexpr):
 @triton.jit
 def slot_of(seg_slot, present, segment):
     """The segment's slot, or -1 if it has nothing to add: base rows, padding, absent slots."""
-    slot = tl.load(seg_slot + segment)
+    slot = tl.load(seg_slot + segment).to(tl.int32)
     here = 0
     if slot >= 0:
         here = tl.load(present + slot)

@@ -79,7 +79,7 @@ def decoder_of(model: LlamaForCausalLM, n_pages: int) -> Decoder:
         for name, members in MEMBERS.items():
             base = torch.cat([layer.get_submodule(path).weight.data for path in members])
             variants = {s: [t[f"{i}.{path}"] for path in members] for s, t in terms.items()}
-            groups[name] = GroupWeights(base, pack(variants, SLOTS))
+            groups[name] = GroupWeights(base, *pack(variants, SLOTS))
         cache = torch.full((n_pages, PAGE, shape.kv_heads, shape.head_dim), float("nan"))
         norm_in, norm_mlp = norms(layer.input_layernorm), norms(layer.post_attention_layernorm)
         layers.append(Layer(norm_in, norm_mlp, groups, cache, cache.clone()))

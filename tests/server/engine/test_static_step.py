@@ -34,7 +34,7 @@ class Toy:
         self.norms = torch.rand(4, DIM, generator=generator(2))
         self.norms[2] = float("nan")  # slot 1's
         terms = {slot: [random_term((VOCAB, DIM), 2, 4, slot)] for slot in SLOTS}
-        self.blocks = pack(terms, 3)
+        self.blocks, self.present = pack(terms, 3)
         self.cache = torch.full((6, PAGE, 1, DIM), float("nan"))
 
     def __call__(self, batch: StaticBatch, with_deltas: bool) -> Tensor:
@@ -49,7 +49,7 @@ class Toy:
         x = rms_norm_reference(h, self.norms, batch.vector_rows, 1e-5)
         y = x @ self.weight.T
         if with_deltas:
-            blockdiag_add_reference_(y, x, batch.segments, self.blocks)
+            blockdiag_add_reference_([y], x, batch.segments, self.blocks, self.present)
         return y
 
 

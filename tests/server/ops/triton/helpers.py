@@ -7,14 +7,8 @@ from torch import Tensor
 
 from compressor.codecs.blockdiag import BlockDiagTerm
 from compressor.codecs.quantize import to_half
+from server.ops.packed import PackedBlocks, pack_columns, packed_rows
 from server.ops.rows import BASE_SLOT, Segment
-from server.ops.triton.layout import (
-    BlockLayout,
-    PackedBlocks,
-    column_bytes,
-    new_blocks,
-    pack_planes,
-)
 
 CPU = torch.device("cpu")
 CANARY = 12345.0
@@ -39,34 +33,33 @@ def random_term(shape: tuple[int, int], n_blocks: int, bits: int, seed: int) -> 
     return BlockDiagTerm(shape, n_blocks, bits, codes, to_half(scales, unit).float() * unit, unit)
 
 
-def pack(variants: dict[int, list[BlockDiagTerm]], n_slots: int) -> PackedBlocks:
-    """Element by element from the terms; slots without a variant hold garbage and NaN."""
+def pack(variants: dict[int, list[BlockDiagTerm]], n_slots: int) -> tuple[PackedBlocks, Tensor]:
+    """Element by element from the terms, and which slots are present; others hold garbage, NaN."""
     first = next(iter(variants.values()))
-    s, bits = first[0].n_blocks, first[0].bits
-    n = first[0].shape[1]
-    layout = BlockLayout(n, s, bits, tuple(t.shape[0] for t in first))
-    blocks = new_blocks(layout, n_slots, CPU)
+    s, bits, n = first[0].n_blocks, first[0].bits, first[0].shape[1]
+    sizes = tuple(term.shape[0] for term in first)
+    nb, width = -(-n // s), sum(-(-m // s) for m in sizes)
+    nan = float("nan")
     if bits == 16:
-        blocks.codes.fill_(float("nan"))
+        codes = torch.full((n_slots, s, nb, width), nan, dtype=torch.float16)
     else:
-        blocks.codes.fill_(0xA5)
-    blocks.scales.fill_(float("nan"))
-    blocks.units.fill_(float("nan"))
+        codes = torch.full((n_slots, s, packed_rows(nb, bits), width), 0xA5, dtype=torch.uint8)
+    scales = torch.full((n_slots, s, width), nan, dtype=torch.float16)
+    units = torch.full((n_slots, len(sizes)), nan)
+    blocks = PackedBlocks(codes, scales, units, sizes, n, bits)
     for slot, terms in variants.items():
-        blocks.codes[slot] = 0
-        blocks.scales[slot] = 0
-        byte = place = 0
+        place = 0
         for g, term in enumerate(terms):
             mb = -(-term.shape[0] // s)
-            width = column_bytes(mb, bits)
-            values, scales = _padded(term, mb, layout.block_inputs)
-            packed = values if bits == 16 else pack_planes(values.to(torch.uint8), bits)
-            blocks.codes[slot, :, :, byte : byte + width] = packed
-            blocks.scales[slot, :, place : place + mb] = scales
-            blocks.units[slot, g] = term.unit
-            byte, place = byte + width, place + mb
-        blocks.present[slot] = 1
-    return blocks
+            values, scale = _padded(term, mb, nb)
+            values = values if bits == 16 else pack_columns(values.to(torch.uint8), bits)
+            codes[slot, :, :, place : place + mb] = values
+            scales[slot, :, place : place + mb] = scale
+            units[slot, g] = term.unit
+            place += mb
+    present = torch.zeros(n_slots, dtype=torch.int32)
+    present[list(variants)] = 1
+    return blocks, present
 
 
 def _padded(term: BlockDiagTerm, mb: int, nb: int) -> tuple[Tensor, Tensor]:
