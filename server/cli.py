@@ -35,7 +35,7 @@ HELP = {
     "prefix_cache": "Requests of one variant share the KV blocks of a common beginning.",
     "max_model_len": "Longest prompt plus output.  [default: the base's own limit]",
     "max_num_seqs": "Sequences running at once.",
-    "max_batch_tokens": "Tokens per engine step.",
+    "max_batch_tokens": "Tokens per engine step.  [default: 256 on the CPU, 2048 on CUDA]",
     "max_queued_requests": "Sequences waiting; beyond that 503 with Retry-After.",
     "request_timeout_s": "Seconds until a request fails with 504.",
     "drain_timeout_s": "Seconds that running requests get after SIGTERM.",

@@ -36,7 +36,8 @@ class Settings:
     prefix_cache: bool = True  # requests of one variant share the pages of a common beginning
     max_model_len: int | None = None  # default: the base's own limit
     max_num_seqs: int = 64  # running at once
-    max_batch_tokens: int = 512  # per engine step: decode first, then prefill chunks
+    # Per engine step: decode first, then prefill chunks. Default: 256 on the CPU, 2048 on CUDA.
+    max_batch_tokens: int | None = None
     max_queued_requests: int = 256  # waiting; beyond: 503 + Retry-After
     request_timeout_s: float = 300.0
     drain_timeout_s: float = 30.0
@@ -62,8 +63,9 @@ class Settings:
             "template_timeout_s",
         )
         for name in positive:
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ConfigError(f"{name} must be positive, got {value}")
         if self.heartbeat_timeout_s < 1:  # an idle engine beats twice per second
             raise ConfigError(f"heartbeat_timeout_s must be >= 1, got {self.heartbeat_timeout_s}")
         if self.drain_timeout_s < 0:

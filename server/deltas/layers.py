@@ -162,7 +162,9 @@ class ProjectionGroup:
     def _compute(self, x: Tensor, rows: RowPlan | None) -> None:
         flat = x.reshape(-1, x.shape[-1])
         if rows is None or not rows.slots:
-            parts = torch.split(self._linear(flat, self._bias), self._sizes, dim=1)
+            parts: Sequence[Tensor] = self._linear(flat, self._bias).split_with_sizes(
+                self._sizes, dim=1
+            )
         else:
             parts = self._products(flat, rows)
             self._add_deltas_(parts, flat, rows)
@@ -170,7 +172,7 @@ class ProjectionGroup:
 
     def _products(self, flat: Tensor, rows: RowPlan) -> tuple[Tensor, ...]:
         """Base products of all rows, or reconstructed weights' where a slot has them."""
-        parts = torch.split(self._linear(flat), self._sizes, dim=1)
+        parts = self._linear(flat).split_with_sizes(self._sizes, dim=1)
         for member, part in zip(self._members, parts, strict=True):
             merged = member.delta_weight.merged
             for segment in rows.segments if merged else ():
