@@ -35,7 +35,8 @@ PRESETS = {
     "impart-qt-gptq": "impart-qt:gptq=true",
     "lowrank": "lowrank:bits=16",
 }
-_UNSEEDED = ("blockdiag", "lowrank")  # codecs that draw nothing
+AUTO = "auto"  # chooses codec and settings itself, within `compress`
+_UNSEEDED = (AUTO, "blockdiag", "lowrank")  # draw nothing
 
 
 class Size(NamedTuple):
@@ -216,7 +217,7 @@ class BaselineMethod:
 
 
 def make_method(text: str) -> Method:
-    """Return the method called `text`: a baseline, a preset, or ``codec:option=value,...``.
+    """Return the method called `text`: a baseline, a preset, ``codec:option=value,...`` or auto.
 
     Values are JSON where they parse, else text. Raises InputError for what does not exist.
     """
@@ -224,7 +225,8 @@ def make_method(text: str) -> Method:
         return BaselineMethod(text, BASELINES[text])
     codec, _, rest = PRESETS.get(text, text).partition(":")
     options = dict(_option(part) for part in rest.split(",") if part)
-    make_encoder(codec, **options)
+    if codec != AUTO:
+        make_encoder(codec, **options)
     return CodecMethod(codec, options)
 
 

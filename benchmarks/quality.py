@@ -148,7 +148,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--text-tokens", type=int, default=48, help="tokens of each")
     add("--ratios", type=float, nargs="+", default=list(RATIOS))
     known = [*PRESETS, *BASELINES]
-    methods = f"{', '.join(known)}, or any codec as codec:option=value,..."
+    methods = f"{', '.join(known)}, auto, or any codec as codec:option=value,..."
     add("--methods", nargs="+", default=known, metavar="METHOD", help=methods)
     add("--seeds", type=int, default=3, help="seeds 0 ... n - 1 of methods that draw")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the variants")

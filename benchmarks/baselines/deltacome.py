@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
@@ -12,10 +14,10 @@ from compressor.codecs import Params, Shape, lowrank_from_factors
 from compressor.codecs.lowrank import lowrank_size
 from compressor.codecs.sources import TensorSource
 from compressor.codecs.svd import factors
-from compressor.plan import share_out
 
 _UNIT_BYTES = 4
 _NEVER = 1 << 30
+_BISECTIONS = 40
 
 
 class DeltaCome:
@@ -32,28 +34,24 @@ class DeltaCome:
     groups: ClassVar[tuple[tuple[int, int], ...]] = ((2, 8), (32, 3), (_NEVER, 2))
 
     def plan(self, matrices: Sequence[Matrix], budget_bytes: float) -> list[Params | None]:
-        """Ranks in proportion to the matrices' sizes."""
-        sites = [(matrix.shape,) for matrix in matrices]
-        allotments = share_out(self, sites, budget_bytes)
-        total = sum(allotment.n_bytes for allotment in allotments)
-        if total > budget_bytes * 1.02:
-            raise too_small("delta-come", budget_bytes, total)
-        return [allotment.params for allotment in allotments]
-
-    def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> Params:
-        """Return the rank of one matrix whose size is nearest the budget, at least 1."""
-        (shape,) = shapes
-        rank = 1
-        while rank < min(shape) and deltacome_size(shape, rank) < budget_bytes:
-            rank += 1
-        over = deltacome_size(shape, rank) - budget_bytes
-        if rank > 1 and over > budget_bytes - deltacome_size(shape, rank - 1):
-            rank -= 1
-        return {"rank": rank}
-
-    def size_bytes(self, shape: Shape, params: Params) -> int:
-        """Payload bytes."""
-        return deltacome_size(shape, params["rank"])
+        """Bytes in proportion to the matrices' sizes; what is left over goes to the first ones."""
+        shapes = [matrix.shape for matrix in matrices]
+        least = sum(deltacome_size(shape, 1) for shape in shapes)
+        if least > budget_bytes:
+            raise too_small("delta-come", budget_bytes, least)
+        low, high = 0.0, 2.0  # bytes an element; two fit the whole decomposition
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            total = sum(deltacome_size(shape, _rank(shape, middle)) for shape in shapes)
+            low, high = (middle, high) if total <= budget_bytes else (low, middle)
+        ranks = [_rank(shape, low) for shape in shapes]
+        rest = budget_bytes - sum(map(deltacome_size, shapes, ranks))
+        for index, (shape, rank) in enumerate(zip(shapes, ranks, strict=True)):
+            more = deltacome_size(shape, rank + 1) - deltacome_size(shape, rank)
+            if rank < min(shape) and more <= rest:
+                ranks[index] += 1
+                rest -= more
+        return [{"rank": rank} for rank in ranks]
 
     def encode(self, name: str, delta: Tensor, params: Params, seed: int) -> Encoded:
         """The seed is not used: nothing here is random."""
@@ -72,6 +70,13 @@ def deltacome_size(shape: Shape, rank: int) -> int:
     return sum(
         lowrank_size(shape, end - start, bits) + 2 * _UNIT_BYTES for start, end, bits in _cut(rank)
     )
+
+
+def _rank(shape: Shape, bytes_per_element: float) -> int:
+    """Return the largest rank within a matrix' share, at least 1."""
+    share = bytes_per_element * math.prod(shape)
+    ranks = range(1, min(shape) + 1)
+    return max(1, bisect.bisect_right(ranks, share, key=lambda rank: deltacome_size(shape, rank)))
 
 
 def _cut(rank: int) -> Iterator[tuple[int, int, int]]:
