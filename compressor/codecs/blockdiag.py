@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compressor.codecs.packing import pack_bits, unpack_bits
 from compressor.codecs.partition import Band, bands, kept_values
-from compressor.codecs.quantize import from_half, to_half
+from compressor.codecs.quantize import from_half, from_octaves, to_half, to_octaves
 from compressor.codecs.term import Params, Shape
 from compressor.codecs.validate import (
     bits_param,
@@ -30,7 +30,8 @@ from compressor.codecs.validate import (
     unit_param,
 )
 
-BLOCKDIAG_BITS = (2, 3, 4, 8, 16)
+BLOCKDIAG_BITS = (1, 2, 3, 4, 8, 16)
+SCALE_BITS = (8, 16)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +42,9 @@ class BlockDiagTerm:
             after block, each row-major, which is row after row of the matrix
     scales  float32 ``[m]``, the rescale ``n / n_b`` folded in; for 16 bits every one is `unit`
             (the values already hold the rescale)
-    unit    what the float16 numbers on disk are multiples of
+    unit    what the numbers on disk are multiples of
+    scale_bits  of a scale on disk: 16, float16, or 8, sixteenths of an octave (`to_octaves`);
+            16 where there are none
 
     The value of code ``c`` in row ``i`` is ``(c - (2^bits - 1) / 2) * scales[i]``, and
     ``c * scales[i]`` for 16 bits. Float32 throughout.
@@ -54,16 +57,18 @@ class BlockDiagTerm:
     codes: Tensor
     scales: Tensor
     unit: float
+    scale_bits: int = 16
 
     def params(self) -> Params:
-        return {"n_blocks": self.n_blocks, "bits": self.bits, "unit": self.unit}
+        params: Params = {"n_blocks": self.n_blocks, "bits": self.bits, "unit": self.unit}
+        return params | ({"scale_bits": self.scale_bits} if self.scale_bits != 16 else {})
 
     def tensors(self) -> dict[str, Tensor]:
         if self.bits == 16:
             return {"values": self.codes}
         return {
             "codes": pack_bits(self.codes, self.bits),
-            "scales": to_half(self.scales, self.unit),
+            "scales": store_scales(self.scales, self.unit, self.scale_bits),
         }
 
     @classmethod
@@ -73,6 +78,7 @@ class BlockDiagTerm:
         n_blocks = int_param(cls.codec, params, "n_blocks", 1, min(m, n))
         bits = bits_param(cls.codec, params, "bits", BLOCKDIAG_BITS)
         unit = unit_param(cls.codec, params, "unit")
+        scale_bits = bits_param(cls.codec, {"scale_bits": 16} | params, "scale_bits", SCALE_BITS)
         n_values = kept_values(shape, n_blocks)
         if bits == 16:
             check_names(cls.codec, tensors, {"values"})
@@ -80,10 +86,11 @@ class BlockDiagTerm:
             scales = torch.full((m,), unit, dtype=torch.float32)
         else:
             check_names(cls.codec, tensors, {"codes", "scales"})
-            stored = check_part(cls.codec, tensors, "scales", torch.float16, (m,))
-            scales = from_half(stored, unit)
+            dtype = torch.uint8 if scale_bits == 8 else torch.float16
+            stored = check_part(cls.codec, tensors, "scales", dtype, (m,))
+            scales = load_scales(stored, unit)
             codes = unpack_bits(tensors["codes"], bits, n_values)
-        return cls(shape, n_blocks, bits, codes, scales, unit)
+        return cls(shape, n_blocks, bits, codes, scales, unit, scale_bits)
 
     def apply(self, x: Tensor) -> Tensor:
         out = torch.empty(x.shape[0], self.shape[0], dtype=torch.float32)
@@ -146,3 +153,13 @@ class BlockDiagTerm:
         if self.bits != 16:
             centred -= ((1 << self.bits) - 1) / 2
         return centred.mul_(scales.unsqueeze(1))
+
+
+def store_scales(scales: Tensor, unit: float, scale_bits: int) -> Tensor:
+    """Scales ``[m]`` as they are on disk: float16, or uint8 for 8 bits."""
+    return to_octaves(scales, unit) if scale_bits == 8 else to_half(scales, unit)
+
+
+def load_scales(stored: Tensor, unit: float) -> Tensor:
+    """Inverse of `store_scales`, float32."""
+    return from_octaves(stored, unit) if stored.dtype == torch.uint8 else from_half(stored, unit)

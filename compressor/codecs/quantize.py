@@ -1,10 +1,12 @@
 """Row-wise scalar quantisation by least squares, and the number formats on disk.
 
 Levels are symmetric without a zero: ``value = (code - (2^b - 1) / 2) * scale`` with ``code`` in
-``0 .. 2^b - 1`` (2 bit: +-0.5, +-1.5). One scale per row, chosen to minimise the squared error.
+``0 .. 2^b - 1`` (1 bit: +-0.5; 2 bit: +-0.5, +-1.5). One scale per row, chosen to minimise the
+squared error.
 
 On disk, scales and 16-bit values are float16 in units of one power of two per tensor, so that
-deltas of 1e-5 keep float16's full precision instead of falling among its subnormals.
+deltas of 1e-5 keep float16's full precision instead of falling among its subnormals. Scales may
+also be one byte each, a sixteenth of an octave a step.
 """
 
 from __future__ import annotations
@@ -14,20 +16,27 @@ import math
 import torch
 from torch import Tensor
 
-QUANT_BITS = (2, 3, 4, 8)  # widths stored as codes and scales
+QUANT_BITS = (1, 2, 3, 4, 8)  # widths stored as codes and scales
+SCALE_STEPS = 16  # of a one-byte scale, per octave
 
 _CHUNK = 1 << 17  # elements worked on at once: stays in the cache
 _TINY = 2.0**-100  # a row below this is treated as zero: its scale has no float32 reciprocal
 # Range of (largest level * scale) / absmax searched, by bits, and steps. Wide enough for rows
 # from uniform to heavy-tailed; the finer the levels, the nearer to 1 the optimum lies.
-_GRID = {2: (0.15, 1.0, 24), 3: (0.25, 1.0, 24), 4: (0.35, 1.0, 20), 8: (0.7, 1.0, 12)}
+_GRID = {
+    1: (1.0, 1.0, 1),
+    2: (0.15, 1.0, 24),
+    3: (0.25, 1.0, 24),
+    4: (0.35, 1.0, 20),
+    8: (0.7, 1.0, 12),
+}
 
 
 def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Quantise each row with its own scale.
 
     x       ``[R, C]`` float32, finite
-    bits    2, 3, 4 or 8
+    bits    1, 2, 3, 4 or 8
     returns codes uint8 ``[R, C]`` and scales float32 ``[R]`` (>= 0; 0 for an all-zero row)
 
     For given codes the best scale is ``<x, l> / <l, l>`` (`l` the levels) and leaves the error
@@ -62,7 +71,7 @@ def _best_scale(magnitude: Tensor, bits: int) -> Tensor:
     best = unit.clone()
     levels = torch.empty_like(magnitude)
     for step in range(n_steps):
-        fraction = low + (high - low) * step / (n_steps - 1)
+        fraction = low + (high - low) * step / max(1, n_steps - 1)
         torch.mul(magnitude, (1.0 / (unit * fraction)).unsqueeze(1), out=levels)
         levels.floor_().clamp_(max=top).add_(0.5)
         dot = torch.einsum("rc,rc->r", magnitude, levels)
@@ -105,3 +114,31 @@ def to_half(x: Tensor, unit: float) -> Tensor:
 def from_half(stored: Tensor, unit: float) -> Tensor:
     """Return ``stored * unit`` as float32."""
     return stored.float() * unit
+
+
+def to_octaves(scales: Tensor, unit: float) -> Tensor:
+    """Return scales ``[m]`` >= 0 as one byte each: uint8 ``[m]``, 0 for zero.
+
+    Code ``c > 0`` is ``unit * 2^((c - 255) / 16)``, at most 2.2 % off; what is more than 15 octaves
+    below `unit` (a power of two, and the least that is not below the largest scale) counts as zero.
+    """
+    wide = scales.double() / unit
+    codes = (wide.clamp(min=1e-30).log2() * SCALE_STEPS).round_() + 255
+    return codes.clamp_(0, 255).to(torch.uint8)
+
+
+def from_octaves(stored: Tensor, unit: float) -> Tensor:
+    """Return float32 ``[m]``, the inverse of `to_octaves`."""
+    exponents = (torch.arange(256, dtype=torch.float64) - 255) / SCALE_STEPS
+    table = (exponents.exp2() * unit).float()
+    table[0] = 0.0
+    return table[stored.long()]
+
+
+def octave_unit(scales: Tensor) -> float:
+    """The unit for `to_octaves`; 1.0 if all scales are zero."""
+    largest = float(scales.max()) if scales.numel() else 0.0
+    if largest == 0.0:
+        return 1.0
+    mantissa, exponent = math.frexp(largest)
+    return math.ldexp(1.0, max(exponent - (mantissa == 0.5), -126))

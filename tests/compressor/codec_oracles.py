@@ -64,6 +64,9 @@ def dense_blockdiag(term: BlockDiagTerm) -> np.ndarray:
                     dense[i, j] = values[e]
                 else:
                     scale = float(parts["scales"][i]) * params["unit"]
+                    if params.get("scale_bits") == 8:
+                        step = int(parts["scales"][i])
+                        scale = params["unit"] * 2 ** ((step - 255) / 16) if step else 0.0
                     dense[i, j] = (values[e] - (2 ** params["bits"] - 1) / 2) * scale
                 e += 1
     return dense

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compressor.codecs import BlockDiagTerm, LowRankTerm, make_encoder
-from compressor.codecs.blockdiag import BLOCKDIAG_BITS
+from compressor.codecs.blockdiag import BLOCKDIAG_BITS, SCALE_BITS
 from compressor.codecs.partition import partition
 from compressor.codecs.sources import TensorSource
 from compressor.errors import Corrupt, NonFinite, UnsupportedTensor, UnsupportedVersion, WrongShape
@@ -39,8 +39,10 @@ class RecordingSource:
         return self._source.block(row_start, row_end, col_start, col_end)
 
 
-def make(shape: tuple[int, int], n_blocks: int, bits: int, seed: int = 0) -> BlockDiagTerm:
-    params = {"n_blocks": n_blocks, "bits": bits}
+def make(
+    shape: tuple[int, int], n_blocks: int, bits: int, seed: int = 0, scale_bits: int = 16
+) -> BlockDiagTerm:
+    params = {"n_blocks": n_blocks, "bits": bits, "scale_bits": scale_bits}
     (term,) = encode(make_encoder("blockdiag"), random_matrix(shape, seed), params)
     assert isinstance(term, BlockDiagTerm)
     return term
@@ -54,9 +56,17 @@ def test_partition_any_size_equals_array_split(size: int, parts: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(SHAPES, st.integers(1, 40), st.sampled_from(BLOCKDIAG_BITS), st.integers(0, 99))
-def test_blockdiag_any_shape_agrees_with_element_loop(shape, n_blocks, bits, seed) -> None:
-    term = make(shape, min(n_blocks, *shape), bits, seed)
+@given(
+    SHAPES,
+    st.integers(1, 40),
+    st.sampled_from(BLOCKDIAG_BITS),
+    st.integers(0, 99),
+    st.sampled_from(SCALE_BITS),
+)
+def test_blockdiag_any_shape_agrees_with_element_loop(
+    shape, n_blocks, bits, seed, scale_bits
+) -> None:
+    term = make(shape, min(n_blocks, *shape), bits, seed, scale_bits)
     check_term(term)
 
 
@@ -82,7 +92,9 @@ def test_blockdiag_code_blocks_any_shape_hold_the_diagonal_of_to_dense(
         assert not scales[block, len(r) :].any()
 
 
-@pytest.mark.parametrize(("bits", "tolerance"), [(16, 1e-3), (8, 0.015), (4, 0.12), (2, 0.4)])
+@pytest.mark.parametrize(
+    ("bits", "tolerance"), [(16, 1e-3), (8, 0.015), (4, 0.12), (2, 0.4), (1, 0.63)]
+)
 def test_blockdiag_encode_keeps_diagonal_rescaled_by_inverse_share(bits, tolerance) -> None:
     shape, s = (50, 31), 4
     matrix = random_matrix(shape)
@@ -93,6 +105,22 @@ def test_blockdiag_encode_keeps_diagonal_rescaled_by_inverse_share(bits, toleran
         expected[block] = matrix[block] * (31 / len(c))
     assert float((dense - expected).norm() / expected.norm()) < tolerance
     assert not dense[expected == 0].any()
+
+
+def test_blockdiag_one_byte_scales_are_within_half_a_step_of_the_exact() -> None:
+    exact, coarse = make((40, 30), 3, 2), make((40, 30), 3, 2, scale_bits=8)
+    assert torch.equal(exact.codes, coarse.codes)
+    assert coarse.tensors()["scales"].dtype == torch.uint8
+    ratio = (coarse.scales / exact.scales).double().log2()
+    assert float(ratio.abs().max()) < 0.5 / 16 + 1e-3
+    assert payload((exact,)) - payload((coarse,)) == 40
+
+
+def test_blockdiag_stored_before_one_byte_scales_still_reads() -> None:
+    """Artifacts of format 1 without `scale_bits` hold float16."""
+    term = make((11, 9), 2, 4)
+    assert "scale_bits" not in term.params()
+    check_term(BlockDiagTerm.from_parts((11, 9), term.params(), term.tensors()))
 
 
 def test_blockdiag_one_block_of_16_bits_is_the_matrix() -> None:
@@ -139,9 +167,8 @@ def test_blockdiag_size_bytes_any_plan_is_what_tensors_hold(shape, bits, budget,
 @pytest.mark.parametrize("shape", [(50, 31), (64, 48), (200, 10)])
 def test_blockdiag_plan_without_slack_is_the_nearest_size(bits: int, shape) -> None:
     codec = make_encoder("blockdiag", bits=bits, divisor_slack=0)
-    sizes = {
-        s: codec.size_bytes(shape, {"bits": bits, "n_blocks": s}) for s in range(1, min(shape) + 1)
-    }
+    form = codec.plan(shape, 0)
+    sizes = {s: codec.size_bytes(shape, form | {"n_blocks": s}) for s in range(1, min(shape) + 1)}
     for budget in (0, 50, 130, 400, 777, 1500, 10**6):
         chosen = codec.plan(shape, budget)["n_blocks"]
         nearest = min(abs(size - budget) for size in sizes.values())
@@ -221,6 +248,9 @@ def _parts(bits: int = 3) -> tuple[dict, dict[str, Tensor]]:
         ("n_blocks", True, Corrupt),
         ("n_blocks", None, Corrupt),
         ("bits", 5, UnsupportedVersion),
+        ("scale_bits", 4, UnsupportedVersion),
+        ("scale_bits", 8, WrongShape),
+        ("scale_bits", True, Corrupt),
         ("bits", 4, WrongShape),
         ("unit", float("nan"), NonFinite),
         ("unit", float("inf"), NonFinite),
