@@ -12,8 +12,8 @@ from compressor.codecs import Codec, Params, Shape
 from compressor.codecs.siblings import sibling_groups
 from compressor.layout import Parameter
 from compressor.pairing import TensorPair, check_encodable
-from compressor.plan import check_ratio, share_out
-from compressor.sizing import TermForm, entry_estimate, header_bytes, surroundings_bytes, term_forms
+from compressor.plan import Allotter, check_ratio, share_out
+from compressor.sizing import Forms, surroundings_bytes
 
 _ROUNDS = 4  # metadata depends on the settings a little, so size and plan are iterated
 
@@ -68,23 +68,27 @@ def plan_jobs(
     codec: Codec,
     config: DeltaConfig,
     companions: Mapping[str, bytes],
+    allot: Allotter | None = None,
 ) -> list[Job]:
     """Choose every matrix's settings so that the whole artifact meets the ratio in `config`.
 
+    allot  shares the bytes out; by default in proportion to elements
     Raises BudgetError, saying what can be had, if it cannot be met within the tolerance.
     """
     ratio = config.ratio_requested or 1.0
     target = config.finetuned_bytes / ratio
     groups = _groups(jobs, codec)
+    names = [tuple(jobs[index].pair.name for index in group) for group in groups]
     sites = [tuple(jobs[index].matrix_shape for index in group) for group in groups]
-    forms = term_forms(codec)
+    forms = Forms(codec)
     planned = list(jobs)
     fixed, payload = _fixed_bytes(planned, forms, config, companions, 0), 0
     for _ in range(_ROUNDS):
-        allotments = share_out(codec, sites, target - fixed)
+        budget = target - fixed
+        allotments = allot(names, sites, budget) if allot else share_out(codec, sites, budget)
         for group, allotment in zip(groups, allotments, strict=True):
-            for index in group:
-                planned[index] = replace(planned[index], params=allotment.params)
+            for index, params in zip(group, allotment.settings, strict=True):
+                planned[index] = replace(planned[index], params=params)
         payload = sum(allotment.n_bytes for allotment in allotments)
         fixed = _fixed_bytes(planned, forms, config, companions, payload)
     reason = _reason(codec, fixed, payload, target)
@@ -111,17 +115,17 @@ def _groups(jobs: Sequence[Job], codec: Codec) -> list[list[int]]:
 
 def _fixed_bytes(
     jobs: Sequence[Job],
-    forms: Sequence[TermForm],
+    forms: Forms,
     config: DeltaConfig,
     companions: Mapping[str, bytes],
     payload: int,
 ) -> int:
     entries = [
-        entry_estimate(job.entry(), forms, job.params or {}) if job.is_encoded else job.entry()
+        forms.entry(job.entry(), job.params or {}) if job.is_encoded else job.entry()
         for job in jobs
     ]
     exact = sum(job.exact_bytes for job in jobs)
-    header = header_bytes(entries, forms, payload + exact)
+    header = forms.header_bytes(entries, payload + exact)
     return exact + header + surroundings_bytes(config.with_tensors(tuple(entries)), companions)
 
 

@@ -9,7 +9,7 @@ time.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from compressor.codecs import Codec, Params, Shape
@@ -23,16 +23,20 @@ _BISECTIONS = 40
 _SETTLEMENTS = 100
 
 
-# Matrices that get equal settings: one, or siblings with the same number of columns.
+# Matrices that are planned together: one, or siblings with the same number of columns.
 Site = tuple[Shape, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Allotment:
-    """Settings of one site's matrices and the exact payload bytes they give together."""
+    """Settings of each of one site's matrices, and the exact payload bytes they give together."""
 
-    params: Params
+    settings: tuple[Params, ...]
     n_bytes: int
+
+
+# Chooses settings for named sites: (names of each site's matrices, sites, bytes in all).
+Allotter = Callable[[Sequence[tuple[str, ...]], Sequence[Site], float], list[Allotment]]
 
 
 def share_out(codec: Codec, sites: Sequence[Site], budget_bytes: float) -> list[Allotment]:
@@ -65,6 +69,12 @@ def share_out(codec: Codec, sites: Sequence[Site], budget_bytes: float) -> list[
     return planner.settle(best, budget_bytes)
 
 
+def allotment(codec: Codec, site: Site, settings: tuple[Params, ...]) -> Allotment:
+    """Return these settings with their exact size."""
+    sizes = (codec.size_bytes(s, p) for s, p in zip(site, settings, strict=True))
+    return Allotment(settings, sum(sizes))
+
+
 def check_ratio(requested: float, possible: float, reason: str) -> None:
     """Raise BudgetError if the ratio that would result is further off than `TOLERANCE`."""
     if abs(possible / requested - 1) <= TOLERANCE:
@@ -88,9 +98,8 @@ class _Planner:
     def plan(self, site: Site, budget_bytes: float) -> Allotment:
         key = (site, max(0, round(budget_bytes)))
         if key not in self._known:
-            params = self._codec.plan_siblings(site, key[1])
-            size = sum(self._codec.size_bytes(shape, params) for shape in site)
-            self._known[key] = Allotment(params, size)
+            settings = self._codec.plan_siblings(site, key[1])
+            self._known[key] = allotment(self._codec, site, settings)
         return self._known[key]
 
     def largest(self) -> list[Allotment]:

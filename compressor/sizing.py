@@ -32,44 +32,45 @@ class TermForm:
     parts: tuple[tuple[str, int], ...]
 
 
-def term_forms(codec: Codec) -> tuple[TermForm, ...]:
-    """Encode one small matrix to see the form of the codec's terms."""
-    m, n = _PROBE_SHAPE
-    matrix = torch.randn(m, n, generator=torch.Generator().manual_seed(0)) * 1e-4
-    params = codec.plan(_PROBE_SHAPE, m * n / 4)
-    terms = codec.encode("probe", TensorSource(matrix), params, seed=0)
-    return tuple(_form(term) for term in terms)
+class Forms:
+    """The forms of a codec's terms, learned by encoding one small matrix."""
+
+    def __init__(self, codec: Codec) -> None:
+        m, n = _PROBE_SHAPE
+        matrix = torch.randn(m, n, generator=torch.Generator().manual_seed(0)) * 1e-4
+        self._codec = codec
+        params = codec.probe(_PROBE_SHAPE)
+        terms = codec.encode("probe", TensorSource(matrix), params, seed=0)
+        self._forms = tuple(_form(term) for term in terms)
+
+    def entry(self, entry: TensorEntry, params: Params) -> TensorEntry:
+        """Return the entry as it will be once the matrix is encoded with `params`."""
+        forms = self._forms[len(self._forms) - self._codec.n_terms(params) :]
+        terms = tuple(
+            TermEntry(form.codec, {k: params.get(k, v) for k, v in form.params.items()})
+            for form in forms
+        )
+        return replace(entry, terms=terms, error=_USUAL_ERROR)
+
+    def header_bytes(self, entries: Sequence[TensorEntry], payload_bytes: int) -> int:
+        """Bytes of delta.safetensors' header, its length field included, to within a digit."""
+        offset = len(str(payload_bytes))
+        fixed = len('"":{"dtype":"F16","shape":[],"data_offsets":[,]},') + 2 * offset
+        parts = {form.codec: form.parts for form in self._forms}
+        total = len(_METADATA) + 2
+        for index, entry in enumerate(entries):
+            if entry.exact_row_start is not None:
+                total += fixed + len(f"{index}.exact") + len(str(list(entry.shape))) - 2
+            digits = len(str(max(entry.shape)))
+            for t, term in enumerate(entry.terms):
+                for name, ndim in parts.get(term.codec, ()):
+                    total += fixed + len(f"{index}.{t}.{name}") + ndim * (digits + 1) - 1
+        return 8 + total
 
 
 def _form(term: Term) -> TermForm:
     parts = tuple((name, tensor.ndim) for name, tensor in term.tensors().items())
     return TermForm(term.codec, term.params(), parts)
-
-
-def entry_estimate(entry: TensorEntry, forms: Sequence[TermForm], params: Params) -> TensorEntry:
-    """Return the entry as it will be once the matrix is encoded with `params`."""
-    terms = tuple(
-        TermEntry(form.codec, {k: params.get(k, v) for k, v in form.params.items()})
-        for form in forms
-    )
-    return replace(entry, terms=terms, error=_USUAL_ERROR)
-
-
-def header_bytes(
-    entries: Sequence[TensorEntry], forms: Sequence[TermForm], payload_bytes: int
-) -> int:
-    """Bytes of the header of delta.safetensors, its length field included, to within a digit."""
-    offset = len(str(payload_bytes))
-    fixed = len('"":{"dtype":"F16","shape":[],"data_offsets":[,]},') + 2 * offset
-    total = len(_METADATA) + 2
-    for index, entry in enumerate(entries):
-        if entry.exact_row_start is not None:
-            total += fixed + len(f"{index}.exact") + len(str(list(entry.shape))) - 2
-        digits = len(str(max(entry.shape)))
-        for t, form in enumerate(forms if entry.terms else ()):
-            for name, ndim in form.parts:
-                total += fixed + len(f"{index}.{t}.{name}") + ndim * (digits + 1) - 1
-    return 8 + total
 
 
 def surroundings_bytes(config: DeltaConfig, companions: Mapping[str, bytes]) -> int:

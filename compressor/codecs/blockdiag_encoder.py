@@ -80,30 +80,46 @@ class BlockDiagCodec:
     @property
     def joins_siblings(self) -> bool:
         """Equal numbers of blocks let a server apply siblings in one product."""
-        return self.head_fraction == 0.0
+        return True
 
     def plan(self, shape: Shape, budget_bytes: float) -> Params:
         """Return the setting whose size is nearest `budget_bytes`."""
-        return self.plan_siblings((shape,), budget_bytes)
-
-    def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> Params:
-        """Return one setting for all of `shapes` together, nearest `budget_bytes`."""
-        if self.head_fraction == 0.0:
-            return self._form() | {"n_blocks": self._choose_blocks(shapes, budget_bytes)}
-        (shape,) = shapes
-        params = self._form()
-        per_component = lowrank_size(shape, 8, self.head_bits) / 8
-        head_rank = min(round(self.head_fraction * budget_bytes / per_component), min(shape) // 2)
-        if head_rank > 0:
-            params |= {"head_rank": head_rank, "head_bits": self.head_bits}
-            budget_bytes -= lowrank_size(shape, head_rank, self.head_bits)
-        params["n_blocks"] = self._choose_blocks(shapes, budget_bytes)
+        (params,) = self.plan_siblings((shape,), budget_bytes)
         return params
 
-    def _form(self) -> Params:
-        """How values and scales are written; 16-bit values have no scales."""
+    def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> tuple[Params, ...]:
+        """Return settings for all of `shapes` together, nearest `budget_bytes`.
+
+        Heads share the bytes by elements; the number of blocks is the same for all.
+        """
+        n_elements = sum(m * n for m, n in shapes)
+        ranks = [self._head_rank(shape, budget_bytes / n_elements) for shape in shapes]
+        heads = [lowrank_size(s, r, self.head_bits) for s, r in zip(shapes, ranks, strict=True)]
+        n_blocks = self._choose_blocks(shapes, budget_bytes - sum(heads))
+        return tuple(self.settings(rank, n_blocks) for rank in ranks)
+
+    def settings(self, head_rank: int, n_blocks: int) -> Params:
+        """Return the parameters of one matrix; 16-bit values have no scales."""
         scale_bits = 16 if self.bits == 16 else self.scale_bits
-        return {"bits": self.bits} | ({"scale_bits": scale_bits} if scale_bits != 16 else {})
+        params: Params = {"bits": self.bits}
+        params |= {"scale_bits": scale_bits} if scale_bits != 16 else {}
+        params |= {"head_rank": head_rank, "head_bits": self.head_bits} if head_rank else {}
+        return params | {"n_blocks": n_blocks}
+
+    def probe(self, shape: Shape) -> Params:
+        """Return a setting with a head: single matrices may have one without `head_fraction`."""
+        del shape
+        return self.settings(1, 2)
+
+    def n_terms(self, params: Params) -> int:
+        """Return 2 with a head, 1 without."""
+        return 2 if params.get("head_rank") else 1
+
+    def _head_rank(self, shape: Shape, bytes_per_element: float) -> int:
+        m, n = shape
+        per_component = lowrank_size(shape, 8, self.head_bits) / 8
+        wanted = self.head_fraction * bytes_per_element * m * n / per_component
+        return min(round(wanted), min(shape) // 2)
 
     def size_bytes(self, shape: Shape, params: Params) -> int:
         """Exact payload bytes."""

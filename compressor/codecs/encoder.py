@@ -28,11 +28,14 @@ class Codec(Protocol):
 
     @property
     def joins_siblings(self) -> bool:
-        """Whether matrices that read the same input should get equal settings (`plan_siblings`)."""
+        """Whether matrices that read the same input should be planned together."""
         ...
 
-    def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> Params:
-        """Return one setting for matrices of equal width; as `plan` for a single one."""
+    def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> tuple[Params, ...]:
+        """Return a setting for each of `shapes`, of equal width; as `plan` for a single one.
+
+        The settings agree in what a server needs to apply the matrices in one product.
+        """
         ...
 
     def plan(self, shape: Shape, budget_bytes: float) -> Params:
@@ -40,6 +43,14 @@ class Codec(Protocol):
 
         JSON-able and complete: with the seed it determines what `encode` does.
         """
+        ...
+
+    def probe(self, shape: Shape) -> Params:
+        """Return any setting for a matrix of `shape` that gives every term this codec can give."""
+        ...
+
+    def n_terms(self, params: Params) -> int:
+        """How many terms `encode` returns for `params`: the last ones of those of `probe`."""
         ...
 
     def size_bytes(self, shape: Shape, params: Params) -> int:

@@ -50,10 +50,10 @@ class ImpartCodec:
         """No: ranks are chosen matrix by matrix."""
         return False
 
-    def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> Params:
+    def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> tuple[Params, ...]:
         """Plan the one matrix given."""
         (shape,) = shapes
-        return self.plan(shape, budget_bytes)
+        return (self.plan(shape, budget_bytes),)
 
     def plan(self, shape: Shape, budget_bytes: float) -> Params:
         """Return the number of components a block keeps whose size is nearest the budget.
@@ -63,6 +63,15 @@ class ImpartCodec:
         ideal = round(budget_bytes / impart_size(shape, 1, self.block_rows))
         most = kept_before_shift(min(shape), self.beta)
         return {"kept": min(max(ideal, 1), most)} | self.options()
+
+    def probe(self, shape: Shape) -> Params:
+        """Return any setting."""
+        return self.plan(shape, shape[0] * shape[1] / 4)
+
+    def n_terms(self, params: Params) -> int:
+        """One."""
+        del params
+        return 1
 
     def size_bytes(self, shape: Shape, params: Params) -> int:
         """Exact payload bytes."""

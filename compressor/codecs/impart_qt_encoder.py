@@ -71,10 +71,10 @@ class ImpartQtCodec:
         """No: ranks are chosen matrix by matrix."""
         return False
 
-    def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> Params:
+    def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> tuple[Params, ...]:
         """Plan the one matrix given."""
         (shape,) = shapes
-        return self.plan(shape, budget_bytes)
+        return (self.plan(shape, budget_bytes),)
 
     def plan(self, shape: Shape, budget_bytes: float) -> Params:
         """Return the budget itself: it is met to the byte once the spectrum is known.
@@ -83,6 +83,15 @@ class ImpartQtCodec:
         """
         most = largest_size(shape, self.beta)
         return {"payload": min(max(round(budget_bytes), smallest_size(shape)), most)} | asdict(self)
+
+    def probe(self, shape: Shape) -> Params:
+        """Return any setting."""
+        return self.plan(shape, shape[0] * shape[1] / 4)
+
+    def n_terms(self, params: Params) -> int:
+        """One."""
+        del params
+        return 1
 
     def size_bytes(self, shape: Shape, params: Params) -> int:
         """Exact payload bytes."""

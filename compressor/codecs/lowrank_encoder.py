@@ -32,15 +32,24 @@ class LowRankCodec:
         """No: ranks are chosen matrix by matrix."""
         return False
 
-    def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> Params:
+    def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> tuple[Params, ...]:
         """Plan the one matrix given."""
         (shape,) = shapes
-        return self.plan(shape, budget_bytes)
+        return (self.plan(shape, budget_bytes),)
 
     def plan(self, shape: Shape, budget_bytes: float) -> Params:
         """Return the rank whose size is nearest `budget_bytes`, at least 1."""
         ideal = round(budget_bytes / (lowrank_size(shape, 8, self.bits) / 8))
         return {"bits": self.bits, "rank": min(max(ideal, 1), min(shape))}
+
+    def probe(self, shape: Shape) -> Params:
+        """Return any setting."""
+        return self.plan(shape, shape[0] * shape[1] / 4)
+
+    def n_terms(self, params: Params) -> int:
+        """One."""
+        del params
+        return 1
 
     def size_bytes(self, shape: Shape, params: Params) -> int:
         """Exact payload bytes."""

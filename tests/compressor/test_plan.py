@@ -35,17 +35,17 @@ def test_share_out_siblings_get_equal_blocks_that_divide_all() -> None:
     site = ((576, 576), (192, 576), (192, 576))
     allotments = share_out(encoder, [site] * 30, 30 * 960 * 576 * 2 / 32)
     for allotment in allotments:
-        assert 192 % allotment.params["n_blocks"] == 0
-        assert allotment.n_bytes == sum(
-            encoder.size_bytes(shape, allotment.params) for shape in site
-        )
+        assert 192 % allotment.settings[0]["n_blocks"] == 0
+        assert len({params["n_blocks"] for params in allotment.settings}) == 1
+        sizes = map(encoder.size_bytes, site, allotment.settings)
+        assert allotment.n_bytes == sum(sizes)
     total = sum(a.n_bytes for a in allotments)
     assert total == pytest.approx(30 * 960 * 576 * 2 / 32, rel=5e-3)
 
 
 def test_share_out_siblings_have_no_more_blocks_than_the_smallest_has_rows() -> None:
     (allotment,) = share_out(make_encoder("blockdiag", bits=4), [((64, 64), (8, 64))], 1)
-    assert allotment.params["n_blocks"] == 8
+    assert [p["n_blocks"] for p in allotment.settings] == [8, 8]
 
 
 @pytest.mark.parametrize(("codec", "options"), OPTIONS)
@@ -58,7 +58,7 @@ def test_share_out_many_matrices_meets_the_budget(
     allotments = share_out(encoder, alone(LLAMA), budget)
     assert sum(a.n_bytes for a in allotments) == pytest.approx(budget, rel=2e-3)
     for shape, a in zip(LLAMA, allotments, strict=True):
-        assert a.n_bytes == encoder.size_bytes(shape, a.params)
+        assert a.n_bytes == encoder.size_bytes(shape, a.settings[0])
         share = bytes_per_element * shape[0] * shape[1]
         assert 0.5 < a.n_bytes / share < 2  # nobody starves and nobody feasts
 
@@ -84,8 +84,8 @@ def test_share_out_impossible_budgets_give_the_extremes() -> None:
     shapes = [(64, 64), (128, 64)]
     least = share_out(encoder, alone(shapes), 1)
     most = share_out(encoder, alone(shapes), 1e9)
-    assert [a.params["n_blocks"] for a in least] == [64, 64]
-    assert [a.params["n_blocks"] for a in most] == [1, 1]
+    assert [a.settings[0]["n_blocks"] for a in least] == [64, 64]
+    assert [a.settings[0]["n_blocks"] for a in most] == [1, 1]
 
 
 def test_share_out_nothing_to_encode_is_empty() -> None:
