@@ -74,11 +74,19 @@ def compress(
     ],
     out: Annotated[Path, typer.Argument(help="Directory to write the artifact to.")],
     codec: Annotated[
-        str, typer.Option(help="blockdiag, impart, impart-qt or lowrank.")
-    ] = "blockdiag",
+        str, typer.Option(help="auto, blockdiag, impart, impart-qt or lowrank.")
+    ] = "auto",
     ratio: Annotated[
-        float, typer.Option(help="Fine-tune bytes / bytes of the whole artifact.")
-    ] = 32.0,
+        float | None,
+        typer.Option(help="Fine-tune bytes / bytes of the whole artifact; 32 if nothing is given."),
+    ] = None,
+    max_bytes: Annotated[
+        int | None, typer.Option(help="auto: bytes of the whole artifact, instead of a ratio.")
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(help="auto: KL in nats per token not to exceed, instead of a ratio."),
+    ] = None,
     bits: Annotated[
         int | None, typer.Option(help="Bits a value (blockdiag: 2, 3, 4, 8, 16; lowrank).")
     ] = None,
@@ -108,9 +116,10 @@ def compress(
     calibration: Annotated[
         Path | None,
         typer.Option(
-            help="Texts (.txt: one a line; .jsonl, .parquet: text) to measure KL and agreement on."
+            help="Texts to measure KL on, and for auto to choose by (.txt, .jsonl, .parquet)."
         ),
     ] = None,
+    device: Annotated[str, typer.Option(help="Where to encode: cpu or cuda.")] = "cpu",
     base_revision: BaseRevision = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit, if FINETUNED is a Hub id.")
@@ -143,6 +152,9 @@ def compress(
         codec=codec,
         codec_options={name: value for name, value in given.items() if value is not None},
         ratio=ratio,
+        max_bytes=max_bytes,
+        max_kl=max_kl,
+        device=device,
         seed=seed,
         overwrite=overwrite,
         base_name=base_name,
@@ -159,6 +171,8 @@ def compress(
         f"{summary.path}: {summary.n_bytes:,} bytes, ratio {summary.ratio:.2f}, "
         f"{summary.n_tensors} tensors, {summary.n_unchanged} unchanged"
     )
+    for note in summary.notes:
+        typer.echo(note)
     if summary.fidelity:
         typer.echo(
             f"KL {summary.fidelity['kl_per_token']:.4g} nats per token, "

@@ -224,7 +224,7 @@ class Evaluator:
     ) -> Evaluation:
         """Measure a delta of this base and fine-tune; the tables over the first samples only."""
         reference = self._reference
-        self._model.set_variant(artifact)
+        self._model.set_variant(artifact.tensors)
         self._model.use(dict.fromkeys(self._model.names, "variant"))
         ours = reference.outputs()
         self._progress("compare", 3, 3)

@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from compressor.artifact import Artifact
 from compressor.checkpoint import Checkpoint
 from compressor.codecs import TensorDelta
 from compressor.errors import CheckpointError, WrongShape
@@ -96,13 +95,18 @@ class SwappedModel:
         self._head = Head(self._model, owns_weights=False)
         self._output_kind: type = type(None)
 
-    def set_variant(self, artifact: Artifact) -> None:
+    @property
+    def module(self) -> Any:
+        """The Hugging Face model, with the weights that were chosen last."""
+        return self._model
+
+    def set_variant(self, deltas: Sequence[TensorDelta]) -> None:
         """Choose what ``variant`` weights are; the model returns to the fine-tune's.
 
         Raises WrongShape if the delta and the fine-tune have different shapes.
         """
         self.use({})
-        for delta in artifact.tensors:
+        for delta in deltas:
             parameter = self._parameters.get(delta.name)
             shape = delta.shape[::-1] if delta.transposed else delta.shape
             if parameter is None or tuple(parameter.shape) != shape:
@@ -111,7 +115,7 @@ class SwappedModel:
                     f"{'none' if parameter is None else list(parameter.shape)}; it was made for "
                     "another fine-tune"
                 )
-        self._deltas = {delta.name: delta for delta in artifact.tensors}
+        self._deltas = {delta.name: delta for delta in deltas}
 
     def use(self, chosen: Mapping[str, Weights]) -> bool:
         """Give each named parameter the chosen weights and all others the fine-tune's.

@@ -127,6 +127,7 @@ def print_inspection(
         ("digest", inspection.digest),
         ("codec", f"{config.codec} {_options(config.options)}"),
         ("settings", _settings(config.tensors)),
+        *(("chosen by", line) for line in _chosen_by(config.options)),
         ("ratio", f"{inspection.ratio:.2f}{asked}, {inspection.n_bytes:,} bytes in all"),
         ("tensors", f"{len(config.tensors)} stored, {len(config.unchanged)} as in the base"),
         ("fidelity", _fidelity(inspection)),
@@ -174,7 +175,21 @@ def _text(value: str) -> Text:
 
 
 def _options(options: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in options.items())
+    return ", ".join(f"{key} {value}" for key, value in options.items() if key != "auto")
+
+
+def _chosen_by(options: dict[str, Any]) -> list[str]:
+    """What `auto` chose by, and what it tried; nothing if settings were given."""
+    record = options.get("auto")
+    if not isinstance(record, dict):
+        return []
+    lines = [f"auto: {record.get('basis', '')}"]
+    tried = record.get("tried")
+    for trial in tried if isinstance(tried, list) else []:
+        if isinstance(trial, dict) and isinstance(trial.get("kl"), dict):
+            kl = ", ".join(f"{value} on {name} texts" for name, value in trial["kl"].items())
+            lines.append(f"{trial.get('setting')} at ratio {trial.get('ratio')}: KL {kl}")
+    return lines
 
 
 def _settings(entries: tuple[TensorEntry, ...]) -> str:

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from compressor import __version__
 from compressor.artifact_config import BaseInfo, DeltaConfig
 from compressor.artifact_writer import ArtifactWriter
+from compressor.auto import Choice, Goal, Inputs, choose
 from compressor.calibration import LazyMoments
 from compressor.card import model_card
 from compressor.checkpoint import DTYPE_NAMES, Checkpoint
@@ -27,7 +29,7 @@ from compressor.codecs.encoder import wants_inputs
 from compressor.codecs.sources import WithInputs
 from compressor.companions import changed_companions, dropped_companions
 from compressor.draft import Job, group_of, make_job, plan_jobs
-from compressor.errors import CheckpointError, InputError
+from compressor.errors import BudgetError, CheckpointError, InputError
 from compressor.fidelity import Fidelity, measure
 from compressor.identity import base_identity
 from compressor.pairing import CHUNK_ELEMENTS, Pairing, is_unchanged, pair_tensors
@@ -39,7 +41,10 @@ from compressor.texts import load_texts, texts_digest
 Progress = Callable[[str, int, int], None]
 """Called with the stage's name, the work done in it so far, and all of its work."""
 
+AUTO = "auto"
+DEFAULT_RATIO = 32.0
 ADDED_ROWS = "added rows"
+_ON_GPU = (AUTO, "blockdiag", "lowrank")
 _ROOM = 10_000_000  # a number of usual length, where one is not known yet
 
 
@@ -47,31 +52,56 @@ _ROOM = 10_000_000  # a number of usual length, where one is not known yet
 class Options:
     """How to compress.
 
+    codec          a name that `make_encoder` knows, or "auto"
     codec_options  for `make_encoder`; what is left out has the codec's default
     ratio          bytes of the fine-tune's safetensors files / bytes of the whole artifact
+    max_bytes, max_kl  for auto, instead of the ratio: see `auto.Goal`
     base_name      what to call the base in the artifact (its Hub id); default: as given
-    calibration    texts to measure KL and agreement on afterwards, or None; codecs that want their
-                   layers' inputs (GPTQ) take these, or else the built-in texts
+    calibration    texts to measure KL and agreement on; auto also chooses by them, and codecs that
+                   want their layers' inputs (GPTQ) take them, or else the built-in texts
+    device         where to encode: "cpu" or "cuda"
     """
 
     codec: str = "blockdiag"
     codec_options: dict[str, Any] = field(default_factory=dict)
-    ratio: float = 32.0
+    ratio: float | None = None
+    max_bytes: int | None = None
+    max_kl: float | None = None
     seed: int = 0
     overwrite: bool = False
     base_name: str | None = None
     calibration: Path | None = None
+    device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.ratio) and self.ratio >= 1):
+        if self.ratio is not None and not (math.isfinite(self.ratio) and self.ratio >= 1):
             raise InputError(f"the ratio must be 1 or more, got {self.ratio:g}")
+        if self.codec == AUTO and self.codec_options:
+            raise InputError(
+                f"auto chooses {', '.join(self.codec_options)} itself; name a --codec to set them"
+            )
+        if self.codec != AUTO and (self.max_bytes is not None or self.max_kl is not None):
+            raise InputError("--max-bytes and --max-kl are for --codec auto; give a --ratio")
+        if self.device not in ("cpu", "cuda"):
+            raise InputError(f"the device must be cpu or cuda, got {self.device}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise InputError("this torch sees no GPU; leave --device out")
+        if self.device == "cuda" and self.codec not in _ON_GPU:
+            raise InputError(f"{self.codec} encodes on the CPU only; leave --device out")
         if not 0 <= self.seed < 1 << 63:
             raise InputError(f"the seed must be within [0, 2^63), got {self.seed}")
+
+    @property
+    def goal(self) -> Goal:
+        """What is asked for; ratio 32 unless something else is."""
+        if self.ratio is None and self.max_bytes is None and self.max_kl is None:
+            return Goal(ratio=DEFAULT_RATIO)
+        return Goal(self.ratio, self.max_bytes, self.max_kl)
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What was written. `ratio` counts every file of the artifact."""
+    """What was written. `ratio` counts every file of the artifact; `notes` are for the user."""
 
     path: Path
     digest: str
@@ -80,6 +110,7 @@ class Summary:
     n_tensors: int
     n_unchanged: int
     fidelity: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def compress(
@@ -96,40 +127,89 @@ def compress(
     """
     options = options or Options()
     progress = progress or _silent
-    codec = make_encoder(options.codec, **options.codec_options)
-    calibrated = wants_inputs(codec)
-    texts = load_texts(options.calibration) if options.calibration or calibrated else []
+    codec = None if options.codec == AUTO else make_encoder(options.codec, **options.codec_options)
+    calibrated = codec is not None and wants_inputs(codec)
+    is_measured = codec is not None and options.calibration is not None
+    texts = load_texts(options.calibration) if is_measured or calibrated else []
     with Checkpoint(base) as base_files, Checkpoint(tuned) as tuned_files:
         pairing = pair_tensors(base_files, tuned_files)
         jobs, unchanged = _compare(base_files, tuned_files, pairing, progress)
         companions = changed_companions(base_files.path, tuned_files.path)
-        config = _describe(base_files, tuned_files, pairing, codec, options, jobs, unchanged)
-        if calibrated:
-            config.finetuned_details["calibration"] = texts_digest(texts)
-        planned = plan_jobs(jobs, codec, config, companions)
+        names = [job.pair.name for job in jobs if job.is_encoded]
+        inputs = LazyMoments(tuned_files.path, texts, names) if calibrated else None
+        run = _Run(
+            base_files, tuned_files, pairing, options, jobs, unchanged, companions, texts, inputs
+        )
+        chosen = _choose(run, codec, progress)
+        config, planned = chosen.config, chosen.jobs
         key = _run_key(config, planned, tuned_files)
         with ArtifactWriter(out, run_key=key, overwrite=options.overwrite) as writer:
-            names = [job.pair.name for job in planned if job.params is not None]
-            inputs = LazyMoments(tuned_files.path, texts, names) if calibrated else None
-            _encode_all(planned, codec, base_files, tuned_files, inputs, options, writer, progress)
-            fidelity = {}
-            if options.calibration:
+            _encode_all(run, chosen, writer, progress)
+            config = replace(config, bytes=_byte_table(planned, writer))
+            if is_measured:
                 progress("measure", 0, 1)
                 deltas = (writer.read_staged(job.pair.name) for job in planned)
-                fidelity = measure(base_files, tuned_files.path, deltas, texts).to_json()
+                found = measure(base_files, tuned_files.path, deltas, texts)
+                config = replace(config, fidelity=found.to_json())
                 progress("measure", 1, 1)
-            config = replace(config, bytes=_byte_table(planned, writer), fidelity=fidelity)
-            _check_size(config, writer, companions)
+            _check_size(config, options.goal.max_bytes, writer, companions)
             digest = writer.finish(config, companions, lambda n: model_card(config, n).encode())
-    return summarise(Path(out), digest, config, len(planned))
+    return summarise(Path(out), digest, config, len(planned), chosen.notes)
 
 
-def summarise(out: Path, digest: str, config: DeltaConfig, n_tensors: int) -> Summary:
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One compression: the pair, what is asked for, and what is to be stored."""
+
+    base: Checkpoint
+    tuned: Checkpoint
+    pairing: Pairing
+    options: Options
+    jobs: list[Job]
+    unchanged: list[str]
+    companions: dict[str, bytes]
+    texts: list[str]
+    inputs: LazyMoments | None
+
+    def source(self, job: Job) -> MatrixSource:
+        source = DeltaSource(self.base, self.tuned, job.pair, self.options.device)
+        hessian = None if self.inputs is None else self.inputs.get(job.pair.name)
+        return source if hessian is None else WithInputs(source, hessian)
+
+
+def _choose(run: _Run, codec: Codec | None, progress: Progress) -> Choice:
+    """Settings of every tensor, and the configuration that describes them; no codec: auto."""
+    options = run.options
+    if codec is None:
+        inputs = Inputs(
+            base=run.base,
+            tuned=run.tuned,
+            jobs=run.jobs,
+            companions=run.companions,
+            n_parameters=sum(math.prod(tensor.shape) for tensor in run.tuned.tensors.values()),
+            configure=partial(_describe, run),
+            encode=partial(_encode_afresh, run),
+            own_texts=options.calibration,
+            device=options.device,
+        )
+        return choose(inputs, options.goal, progress)
+    ratio = options.goal.ratio
+    assert ratio is not None
+    config = _describe(run, codec, codec.options(), ratio)
+    if options.calibration:
+        room = Fidelity(0.12345, 0.12345, _ROOM, 100).to_json()
+        config = replace(config, fidelity=room)
+    return Choice(codec, plan_jobs(run.jobs, codec, config, run.companions), config, ())
+
+
+def summarise(
+    out: Path, digest: str, config: DeltaConfig, n_tensors: int, notes: tuple[str, ...] = ()
+) -> Summary:
     """Describe the artifact just published at `out`."""
     n_bytes = sum(file.stat().st_size for file in out.iterdir())
     ratio = config.finetuned_bytes / n_bytes
     n_unchanged = len(config.unchanged)
-    return Summary(out, digest, n_bytes, ratio, n_tensors, n_unchanged, config.fidelity)
+    return Summary(out, digest, n_bytes, ratio, n_tensors, n_unchanged, config.fidelity, notes)
 
 
 def relative_error(terms: Iterable[Term], source: MatrixSource) -> float:
@@ -140,7 +220,7 @@ def relative_error(terms: Iterable[Term], source: MatrixSource) -> float:
     wanted = off = 0.0
     for start in range(0, m, step):
         end = min(start + step, m)
-        part = source.block(start, end, 0, n)
+        part = source.block(start, end, 0, n).cpu()
         wanted += _square_sum(part)
         for term in terms:
             rows = torch.arange(start, end)
@@ -178,20 +258,15 @@ def _compare(
     return jobs, unchanged
 
 
-def _describe(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    pairing: Pairing,
-    codec: Codec,
-    options: Options,
-    jobs: list[Job],
-    unchanged: list[str],
-) -> DeltaConfig:
+def _describe(run: _Run, codec: Codec, options: dict[str, Any], ratio: float) -> DeltaConfig:
     """The artifact's configuration before anything is encoded, with room for what comes later."""
-    groups = {ADDED_ROWS if job.exact_start else group_of(job.pair) for job in jobs}
+    base, tuned, pairing = run.base, run.tuned, run.pairing
+    groups = {ADDED_ROWS if job.exact_start else group_of(job.pair) for job in run.jobs}
     details: dict[str, Any] = {"dtype": checkpoint_dtype(tuned)}
     if tuned.revision is not None:
         details["revision"] = tuned.revision
+    if run.inputs is not None:
+        details["calibration"] = texts_digest(run.texts)
     if pairing.config_changes:
         details["config"] = pairing.config_changes
     if dropped := dropped_companions(base.path, tuned.path):
@@ -199,15 +274,14 @@ def _describe(
     return DeltaConfig(
         created_by=f"impart-serve {__version__}",
         codec=codec.name,
-        options=codec.options(),
-        ratio_requested=options.ratio,
+        options=options,
+        ratio_requested=ratio,
         finetuned_bytes=tuned.n_bytes,
         finetuned=tuned.name,
-        base=base_info(base, pairing.tied, options.base_name),
-        seed=options.seed,
-        unchanged=tuple(unchanged),
+        base=base_info(base, pairing.tied, run.options.base_name),
+        seed=run.options.seed,
+        unchanged=tuple(run.unchanged),
         bytes=dict.fromkeys(groups, _ROOM),
-        fidelity=Fidelity(0.12345, 0.12345, _ROOM, 100).to_json() if options.calibration else {},
         finetuned_details=details,
     )
 
@@ -229,50 +303,36 @@ def base_info(
     )
 
 
-def _encode_all(
-    jobs: list[Job],
-    codec: Codec,
-    base: Checkpoint,
-    tuned: Checkpoint,
-    inputs: LazyMoments | None,
-    options: Options,
-    writer: ArtifactWriter,
-    progress: Progress,
-) -> None:
-    sizes = [math.prod(job.pair.shape) for job in jobs]
+def _encode_all(run: _Run, chosen: Choice, writer: ArtifactWriter, progress: Progress) -> None:
+    sizes = [math.prod(job.pair.shape) for job in chosen.jobs]
     staged = writer.staged()
-    for index, job in enumerate(jobs):
+    for index, job in enumerate(chosen.jobs):
         progress("encode", sum(sizes[:index]), sum(sizes))
-        if job.pair.name not in staged:
-            delta, error = _encode(job, codec, base, tuned, inputs, options.seed)
+        name = job.pair.name
+        if name not in staged:
+            source = run.source(job) if job.params is not None else None
+            known = chosen.deltas.get(name)
+            delta = known or _encode(run, job, chosen.codec, source)
+            error = relative_error(delta.terms, source) if source is not None else None
             writer.add(delta, error)
     progress("encode", sum(sizes), sum(sizes))
 
 
-def _encode(
-    job: Job,
-    codec: Codec,
-    base: Checkpoint,
-    tuned: Checkpoint,
-    inputs: LazyMoments | None,
-    seed: int,
-) -> tuple[TensorDelta, float | None]:
-    pair = job.pair
+def _encode_afresh(run: _Run, job: Job, codec: Codec) -> TensorDelta:
+    return _encode(run, job, codec, run.source(job) if job.params is not None else None)
+
+
+def _encode(run: _Run, job: Job, codec: Codec, source: MatrixSource | None) -> TensorDelta:
+    pair, tuned = job.pair, run.tuned
     terms: tuple[Term, ...] = ()
-    exact, error = None, None
-    if job.params is not None:
-        source: MatrixSource = DeltaSource(base, tuned, pair)
-        hessian = None if inputs is None else inputs.get(pair.name)
-        if hessian is not None:
-            source = WithInputs(source, hessian)
-        terms = codec.encode(pair.name, source, job.params, seed)
-        error = relative_error(terms, source)
+    exact = None
+    if job.params is not None and source is not None:
+        terms = codec.encode(pair.name, source, job.params, run.options.seed)
     if job.exact_start is not None:
         exact = DenseRows(job.exact_start, tuned.rows(pair.tuned_key, job.exact_start))
         if not bool(torch.isfinite(exact.values).all()):
             raise CheckpointError(f"{pair.name}: NaN or infinity in {tuned.name}; save it again")
-    delta = TensorDelta(pair.name, pair.shape, pair.base_shape, pair.transposed, terms, exact)
-    return delta, error
+    return TensorDelta(pair.name, pair.shape, pair.base_shape, pair.transposed, terms, exact)
 
 
 def _byte_table(jobs: list[Job], writer: ArtifactWriter) -> dict[str, int]:
@@ -286,10 +346,20 @@ def _byte_table(jobs: list[Job], writer: ArtifactWriter) -> dict[str, int]:
     return dict(sorted(table.items()))
 
 
-def _check_size(config: DeltaConfig, writer: ArtifactWriter, companions: dict[str, bytes]) -> None:
+def _check_size(
+    config: DeltaConfig,
+    max_bytes: int | None,
+    writer: ArtifactWriter,
+    companions: dict[str, bytes],
+) -> None:
     """Refuse to publish what missed the ratio after all: planning rests on small estimates."""
     complete = config.with_tensors(tuple(writer.staged().values()))
     total = writer.tensor_file_bytes() + surroundings_bytes(complete, companions)
+    if max_bytes is not None and total > max_bytes:
+        raise BudgetError(
+            f"the artifact came out {total:,} bytes large; for at most {max_bytes:,} ask for a "
+            f"ratio of {1.02 * config.finetuned_bytes / max_bytes:.3g}"
+        )
     reason = "the metadata came out larger than planned"
     check_ratio(config.ratio_requested or 1.0, config.finetuned_bytes / total, reason)
 

@@ -13,12 +13,17 @@ _KEPT_BYTES = 64 << 20
 
 
 class DeltaSource:
-    """A MatrixSource over two checkpoints, in ``[out, in]`` orientation, the base's rows only."""
+    """A MatrixSource over two checkpoints, in ``[out, in]`` orientation, the base's rows only.
 
-    def __init__(self, base: Checkpoint, tuned: Checkpoint, pair: TensorPair) -> None:
+    device  where blocks are returned, and so where encoders compute
+    """
+
+    def __init__(
+        self, base: Checkpoint, tuned: Checkpoint, pair: TensorPair, device: str = "cpu"
+    ) -> None:
         m, n = pair.base_shape
         self.shape: Shape = (m, n)
-        self._base, self._tuned, self._pair = base, tuned, pair
+        self._base, self._tuned, self._pair, self._device = base, tuned, pair, device
         self._kept: Tensor | None = None
         if 4 * m * n <= _KEPT_BYTES:
             self._kept = self._read(0, m, 0, n)
@@ -35,4 +40,4 @@ class DeltaSource:
             where = (col_start, col_end, row_start, row_end)
         delta = self._tuned.slice(self._pair.tuned_key, *where)
         delta -= self._base.slice(self._pair.base_key, *where)
-        return delta.T.contiguous() if self._pair.transposed else delta
+        return (delta.T.contiguous() if self._pair.transposed else delta).to(self._device)

@@ -30,7 +30,7 @@ from compressor.codecs.validate import (
     unit_param,
 )
 
-BLOCKDIAG_BITS = (1, 2, 3, 4, 8, 16)
+BLOCKDIAG_BITS = (2, 3, 4, 8, 16)
 SCALE_BITS = (8, 16)
 
 

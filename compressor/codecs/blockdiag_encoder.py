@@ -33,7 +33,7 @@ _BATCH = 1 << 20  # values read and quantised at once
 class BlockDiagCodec:
     """Options of the codec.
 
-    bits           1, 2, 3, 4, 8 or 16 a value
+    bits           2, 3, 4, 8 or 16 a value
     scale_bits     8 or 16 a row's scale; half a step of 8 is 2.2 %, which costs less than the
                    second byte does where rows of a block are short
     head_fraction  share of the bytes for a dense low-rank head; 0 for none (and then no

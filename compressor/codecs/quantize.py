@@ -1,8 +1,7 @@
 """Row-wise scalar quantisation by least squares, and the number formats on disk.
 
 Levels are symmetric without a zero: ``value = (code - (2^b - 1) / 2) * scale`` with ``code`` in
-``0 .. 2^b - 1`` (1 bit: +-0.5; 2 bit: +-0.5, +-1.5). One scale per row, chosen to minimise the
-squared error.
+``0 .. 2^b - 1`` (2 bit: +-0.5, +-1.5). One scale per row, chosen to minimise the squared error.
 
 On disk, scales and 16-bit values are float16 in units of one power of two per tensor, so that
 deltas of 1e-5 keep float16's full precision instead of falling among its subnormals. Scales may
@@ -16,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-QUANT_BITS = (1, 2, 3, 4, 8)  # widths stored as codes and scales
+QUANT_BITS = (2, 3, 4, 8)  # widths stored as codes and scales
 SCALE_STEPS = 16  # of a one-byte scale, per octave
 
 _CHUNK = 1 << 17  # elements worked on at once: stays in the cache
@@ -24,7 +23,6 @@ _TINY = 2.0**-100  # a row below this is treated as zero: its scale has no float
 # Range of (largest level * scale) / absmax searched, by bits, and steps. Wide enough for rows
 # from uniform to heavy-tailed; the finer the levels, the nearer to 1 the optimum lies.
 _GRID = {
-    1: (1.0, 1.0, 1),
     2: (0.15, 1.0, 24),
     3: (0.25, 1.0, 24),
     4: (0.35, 1.0, 20),
@@ -36,7 +34,7 @@ def quantize_rows(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Quantise each row with its own scale.
 
     x       ``[R, C]`` float32, finite
-    bits    1, 2, 3, 4 or 8
+    bits    2, 3, 4 or 8
     returns codes uint8 ``[R, C]`` and scales float32 ``[R]`` (>= 0; 0 for an all-zero row)
 
     For given codes the best scale is ``<x, l> / <l, l>`` (`l` the levels) and leaves the error
@@ -71,7 +69,7 @@ def _best_scale(magnitude: Tensor, bits: int) -> Tensor:
     best = unit.clone()
     levels = torch.empty_like(magnitude)
     for step in range(n_steps):
-        fraction = low + (high - low) * step / max(1, n_steps - 1)
+        fraction = low + (high - low) * step / (n_steps - 1)
         torch.mul(magnitude, (1.0 / (unit * fraction)).unsqueeze(1), out=levels)
         levels.floor_().clamp_(max=top).add_(0.5)
         dot = torch.einsum("rc,rc->r", magnitude, levels)

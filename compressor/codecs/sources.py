@@ -66,7 +66,7 @@ class Residual:
         """Return a new float32 tensor."""
         block = self._source.block(row_start, row_end, col_start, col_end)
         b, a = self._head.b[:, row_start:row_end], self._head.a[:, col_start:col_end]
-        return block.sub_(b.T @ a)
+        return block.sub_(b.to(block.device).T @ a.to(block.device))
 
 
 def finite_block(

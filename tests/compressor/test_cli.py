@@ -35,7 +35,9 @@ def one_line_error(*arguments: object) -> str:
 @pytest.fixture(scope="module")
 def delta(tiny_llama: Path, tiny_llama_ft: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("cli") / "delta"
-    code, stdout, stderr = impart("compress", tiny_llama, tiny_llama_ft, out, "--ratio", 10)
+    code, stdout, stderr = impart(
+        "compress", tiny_llama, tiny_llama_ft, out, "--codec", "blockdiag", "--ratio", 10
+    )
     assert (code, stderr) == (0, "")
     n_bytes = sum(file.stat().st_size for file in out.iterdir())
     assert f"{n_bytes:,} bytes, ratio 10.0" in stdout
@@ -126,9 +128,10 @@ def test_reconstruct_writes_a_model(delta: Path, tiny_llama: Path, tmp_path: Pat
     ("options", "message"),
     [
         (["--codec", "zip"], "unknown codec 'zip'"),
-        (["--bits", "5"], "bits must be one of"),
+        (["--codec", "blockdiag", "--bits", "5"], "bits must be one of"),
+        (["--bits", "4"], "auto chooses bits itself"),
         (["--codec", "impart", "--bits", "4"], "no option bits"),
-        (["--head-fraction", "1.5"], "head_fraction"),
+        (["--codec", "blockdiag", "--head-fraction", "1.5"], "head_fraction"),
         (["--ratio", "0"], "ratio must be 1 or more"),
         (["--ratio", "100000"], "nearest possible"),
         (["--calibration", "/no/such/file"], "No such file"),

@@ -96,11 +96,11 @@ def test_compress_interrupted_run_resumes_to_identical_bytes(
 
     encode, calls = pipeline._encode, []
 
-    def failing(job, *rest):  # type: ignore[no-untyped-def]
+    def failing(run, job, *rest):  # type: ignore[no-untyped-def]
         calls.append(job.pair.name)
         if len(calls) == 7:
             raise KeyboardInterrupt
-        return encode(job, *rest)
+        return encode(run, job, *rest)
 
     monkeypatch.setattr(pipeline, "_encode", failing)
     with pytest.raises(KeyboardInterrupt):

@@ -1,0 +1,319 @@
+"""`auto`: find the codec and the settings that keep the model's words, by trying them.
+
+With a model that runs here: gradients on calibration texts tell how much each weight matters; one
+optimiser over true bytes (`auto_allocate`) then plans each candidate; each is encoded, run, and its
+KL to the fine-tune measured, on the user's texts and on built-in ones. The smallest geometric mean
+wins. Without: fixed settings, and the record says so.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from compressor.artifact_config import DeltaConfig
+from compressor.auto_allocate import HeadCosts, NoiseAllotter
+from compressor.auto_bench import Bench, Measured, open_bench, rounded
+from compressor.checkpoint import Checkpoint
+from compressor.codecs import Codec, TensorDelta
+from compressor.codecs.blockdiag_encoder import BlockDiagCodec
+from compressor.codecs.lowrank_encoder import LowRankCodec
+from compressor.draft import Job, plan_jobs
+from compressor.errors import BudgetError, InputError
+from compressor.evaluate import Progress
+from compressor.plan import Allotter
+
+HEAD_BITS = 4
+UNMEASURED = BlockDiagCodec(bits=2, head_fraction=0.3, head_bits=HEAD_BITS)
+
+_FIRST_RATIO = 64.0  # where the search for a KL begins
+_RATIOS = (1.5, 2048.0)  # and ends
+_SEARCH_TRIALS = 8
+_CLOSE = 0.85  # of the KL asked for: near enough
+_AIM = 0.93  # of it: what a guess aims at
+_NARROW = 1.02  # ratios nearer to each other than this are one
+_STEEPNESS = 1.5  # KL grows about with this power of the ratio
+_BREAKDOWN = 0.1  # of the base's own KL: so much and answers are lost
+_BELOW_BYTES = 0.995  # share of `max_bytes` that is planned for, so that it is not exceeded
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """What is asked for; one of the three.
+
+    ratio      fine-tune bytes / artifact bytes
+    max_bytes  of the whole artifact
+    max_kl     nats per token, on the user's texts or, without any, on the built-in ones
+    """
+
+    ratio: float | None = None
+    max_bytes: int | None = None
+    max_kl: float | None = None
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.ratio, self.max_bytes, self.max_kl)) != 1:
+            raise InputError("give one of --ratio, --max-bytes and --max-kl")
+        if self.max_bytes is not None and self.max_bytes < 1:
+            raise InputError(f"--max-bytes must be positive, got {self.max_bytes}")
+        if self.max_kl is not None and not (math.isfinite(self.max_kl) and self.max_kl > 0):
+            raise InputError(f"--max-kl must be a positive number, got {self.max_kl}")
+
+    def starting_ratio(self, finetuned_bytes: int) -> float:
+        """Where to begin: what is asked for, unless that is a KL."""
+        if self.max_bytes is not None:
+            return max(1.0, finetuned_bytes / (self.max_bytes * _BELOW_BYTES))
+        return self.ratio if self.ratio is not None else _FIRST_RATIO
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What the pipeline lends `auto`.
+
+    configure  (codec, its options, ratio) -> the artifact's configuration before encoding
+    encode     one job that has its settings
+    """
+
+    base: Checkpoint
+    tuned: Checkpoint
+    jobs: Sequence[Job]
+    companions: Mapping[str, bytes]
+    n_parameters: int
+    configure: Callable[[Codec, dict[str, Any], float], DeltaConfig]
+    encode: Callable[[Job, Codec], TensorDelta]
+    own_texts: Path | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What `auto` settled on. `deltas` are the encoded tensors by name, if it encoded them."""
+
+    codec: Codec
+    jobs: list[Job]
+    config: DeltaConfig
+    notes: tuple[str, ...]
+    deltas: dict[str, TensorDelta] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    label: str
+    codec: Codec
+    allot: Allotter | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    candidate: _Candidate
+    ratio: float
+    jobs: list[Job]
+    deltas: dict[str, TensorDelta]
+    found: Measured
+
+    def record(self) -> dict[str, Any]:
+        return {"setting": self.candidate.label, "ratio": self.ratio, "kl": self.found.kl}
+
+    def line(self) -> str:
+        kl = ", ".join(f"{value:.3g} on {name} texts" for name, value in self.found.kl.items())
+        return f"{self.candidate.label} at ratio {self.ratio:.4g}: KL {kl}"
+
+
+def choose(inputs: Inputs, goal: Goal, progress: Progress) -> Choice:
+    """Return settings for every tensor that meet `goal`.
+
+    Raises BudgetError if they cannot, InputError if a KL is asked for that cannot be measured.
+    """
+    started = time.perf_counter()
+    encoded = [job for job in inputs.jobs if job.is_encoded]
+    bench = open_bench(inputs.base, inputs.tuned, encoded, inputs.own_texts, inputs.n_parameters)
+    if isinstance(bench, str):
+        return _unmeasured(inputs, goal, bench)
+    costs = bench.survey(encoded, inputs.device, HEAD_BITS, progress)
+    search = _Search(inputs, goal, bench, [_blockdiag(bits, costs) for bits in (4, 8)], progress)
+    best = search.run(candidates(costs))
+    notes = search.notes(best, time.perf_counter() - started)
+    config = search.config(best.candidate.codec, best.ratio, bench.fidelity(best.found))
+    return Choice(best.candidate.codec, best.jobs, config, notes, best.deltas)
+
+
+def candidates(costs: Mapping[str, HeadCosts]) -> list[_Candidate]:
+    """What is tried, the likeliest first."""
+    lowrank = _Candidate("lowrank of 4 bits", LowRankCodec(bits=4), None)
+    return [_blockdiag(2, costs), _blockdiag(4, costs), lowrank]
+
+
+def _blockdiag(bits: int, costs: Mapping[str, HeadCosts]) -> _Candidate:
+    codec = BlockDiagCodec(bits=bits, head_bits=HEAD_BITS)
+    label = f"blockdiag of {bits} bits, heads where they pay"
+    return _Candidate(label, codec, NoiseAllotter(codec, costs))
+
+
+class _Search:
+    """Tries candidates, and ratios if a KL is asked for; remembers what came of them."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        goal: Goal,
+        bench: Bench,
+        finer: Sequence[_Candidate],
+        progress: Progress,
+    ) -> None:
+        self._inputs, self._goal, self._bench, self._progress = inputs, goal, bench, progress
+        self._finer = finer
+        self._trials: list[_Trial] = []
+
+    def run(self, choices: Sequence[_Candidate]) -> _Trial:
+        """The best of `choices`; if a KL is asked for, at the ratio where it keeps that."""
+        ratio = rounded(self._goal.starting_ratio(self._inputs.tuned.n_bytes))
+        max_kl = self._goal.max_kl
+        while True:
+            tried, impossible = [], None
+            for candidate in choices:
+                try:
+                    tried.append(self._try(candidate, ratio))
+                except BudgetError as error:
+                    impossible = impossible or error
+            if tried:
+                best = min(tried, key=lambda trial: trial.found.score)
+                return best if max_kl is None else self._reach(best, max_kl)
+            assert impossible is not None
+            if max_kl is None or ratio / 2 < _RATIOS[0]:
+                raise impossible
+            ratio /= 2  # a small model: what is stored exactly leaves no room for more
+
+    def _reach(self, trial: _Trial, max_kl: float) -> _Trial:
+        """Move along the ratio to the largest one found that keeps the KL."""
+        kept: _Trial | None = None
+        low, high = (
+            _RATIOS  # the KL is kept at `low` or so many bytes cannot be spent; not at `high`
+        )
+        for _ in range(_SEARCH_TRIALS):
+            kl = trial.found.kl[self._bench.main]
+            if kl <= max_kl:
+                kept, low = trial, trial.ratio
+                if kl >= _CLOSE * max_kl:
+                    break
+            else:
+                high = min(high, trial.ratio)
+                failed = trial
+            guess = _guess(trial, kept, failed, _AIM * max_kl, self._bench.main)
+            found = None
+            while found is None and low * _NARROW < high / _NARROW:
+                ratio = rounded(min(max(guess, low * _NARROW), high / _NARROW))
+                found = self._try_finer(trial.candidate, ratio)
+                if found is None:
+                    low, guess = ratio, math.sqrt(ratio * high)
+            if found is None:
+                break
+            trial = found
+        if kept is None:
+            kl = trial.found.kl[self._bench.main]
+            raise BudgetError(
+                f"a KL of {max_kl:g} was not reached: at ratio {trial.ratio:.3g} it is still "
+                f"{kl:.3g}; allow more, or store the fine-tune itself"
+            )
+        return kept
+
+    def _try_finer(self, candidate: _Candidate, ratio: float) -> _Trial | None:
+        """Try `candidate`, or one of more bits if it cannot use so many bytes."""
+        for choice in (candidate, *self._finer):
+            try:
+                return self._try(choice, ratio)
+            except BudgetError:
+                continue
+        return None
+
+    def _try(self, candidate: _Candidate, ratio: float) -> _Trial:
+        inputs, codec = self._inputs, candidate.codec
+        config = self.config(codec, ratio, self._bench.fidelity(_room(self._bench)))
+        jobs = plan_jobs(inputs.jobs, codec, config, inputs.companions, candidate.allot)
+        sizes = [math.prod(job.pair.shape) for job in jobs]
+        deltas = {}
+        stage = f"try {len(self._trials) + 1}"
+        for index, job in enumerate(jobs):
+            self._progress(stage, sum(sizes[:index]), sum(sizes))
+            deltas[job.pair.name] = inputs.encode(job, codec)
+        trial = _Trial(candidate, ratio, jobs, deltas, self._bench.measure(list(deltas.values())))
+        self._progress(stage, sum(sizes), sum(sizes))
+        self._trials.append(trial)
+        return trial
+
+    def config(self, codec: Codec, ratio: float, fidelity: dict[str, Any]) -> DeltaConfig:
+        """The configuration with the record of what was tried so far."""
+        record = {
+            "basis": "KL measured on calibration texts; bytes by diagonal Fisher information",
+            "tokens": self._bench.n_tokens,
+            "base_kl": self._bench.base_kl,
+            "tried": [trial.record() for trial in self._trials],
+        }
+        options = codec.options() | {"auto": record}
+        return replace(self._inputs.configure(codec, options, ratio), fidelity=fidelity)
+
+    def notes(self, best: _Trial, seconds: float) -> tuple[str, ...]:
+        """What to tell the user."""
+        bench = self._bench
+        lines = [f"auto tried {trial.line()}" for trial in self._trials]
+        spent = _head_share(best.jobs)
+        how = f", {spent:.0%} of the bytes in low-rank heads" if spent else ""
+        lines.append(
+            f"auto chose {best.candidate.label}{how} ({seconds:.0f} s; gradients and KL on "
+            + " and ".join(f"{n:,} tokens of {name} texts" for name, n in bench.n_tokens.items())
+            + ")"
+        )
+        lost = best.found.kl[bench.main] / max(bench.base_kl[bench.main], 1e-9)
+        if lost > _BREAKDOWN:
+            lines.append(
+                f"warning: the KL is {lost:.0%} of that of the base itself: this difference is too "
+                "heavy for so few bytes; ask for a lower --ratio, or for a --max-kl"
+            )
+        return tuple(lines)
+
+
+def _guess(last: _Trial, kept: _Trial | None, failed: _Trial | None, kl: float, name: str) -> float:
+    """The ratio where KL should be `kl`: between two trials in logarithms, or by a usual slope."""
+    slope = _STEEPNESS
+    if kept is not None and failed is not None and failed.ratio > kept.ratio:
+        rise = math.log(failed.found.kl[name] / max(kept.found.kl[name], 1e-9))
+        slope = max(rise / math.log(failed.ratio / kept.ratio), 0.2)
+    return last.ratio * math.exp(math.log(kl / max(last.found.kl[name], 1e-9)) / slope)
+
+
+def _unmeasured(inputs: Inputs, goal: Goal, reason: str) -> Choice:
+    """Fixed settings, and why."""
+    if goal.max_kl is not None:
+        raise InputError(f"--max-kl needs the model to run here: {reason}; give --ratio instead")
+    basis = (
+        "fixed settings, the best of those measured on other fine-tunes, because nothing could be "
+        f"measured on this one: {reason}"
+    )
+    ratio = rounded(goal.starting_ratio(inputs.tuned.n_bytes))
+    options = UNMEASURED.options() | {"auto": {"basis": basis}}
+    config = inputs.configure(UNMEASURED, options, ratio)
+    jobs = plan_jobs(inputs.jobs, UNMEASURED, config, inputs.companions)
+    return Choice(UNMEASURED, jobs, config, (f"auto took {basis}",))
+
+
+def _room(bench: Bench) -> Measured:
+    """Stands for what is not measured yet, where only the length of the numbers matters."""
+    usual = dict.fromkeys(bench.n_tokens, 0.01234)
+    return Measured(usual, usual)
+
+
+def _head_share(jobs: Sequence[Job]) -> float:
+    codec = BlockDiagCodec(head_bits=HEAD_BITS)
+    total = heads = 0
+    for job in jobs:
+        params = job.params
+        if params is None or "n_blocks" not in params:
+            continue
+        size = codec.size_bytes(job.matrix_shape, params)
+        total += size
+        if params.get("head_rank"):
+            without = {k: v for k, v in params.items() if k != "head_rank"}
+            heads += size - codec.size_bytes(job.matrix_shape, without)
+    return heads / total if total else 0.0

@@ -1,0 +1,169 @@
+"""Share bytes out among matrices by what each byte saves: one Lagrangian over true bytes.
+
+The error of `blockdiag` in matrix t, weighted by how much the model minds it (`HeadCosts`), is
+
+    cost_t(s, r) = energy_t(r) * (s (1 + D) - 1)
+
+with s blocks, a head of rank r that leaves the energy given, and D the relative squared error of
+the quantiser: keeping one of s blocks and rescaling has variance s - 1, and what quantisation adds
+is rescaled too. The sum of the costs is minimised under the sum of the bytes by bisecting the price
+of a byte; at a given price every site is its own small search.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from compressor.codecs.blockdiag_encoder import BlockDiagCodec, blocks_size
+from compressor.codecs.lowrank import lowrank_size
+from compressor.codecs.term import Shape
+from compressor.plan import Allotment, Site, allotment
+
+# Relative squared error of `quantize_rows` on Gaussian values, by bits.
+GAUSSIAN_ERROR = {2: 0.119, 3: 0.0374, 4: 0.0115, 8: 1e-4, 16: 0.0}
+
+_BISECTIONS = 60
+_FEW_DIVISORS = 6
+_GRID = 48  # block counts tried where few divide both sides
+_REFUNDS = (0.9, 0.7, 0.5, 0.3)  # prices, of the last one, at which what is left over is spent
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class HeadCosts:
+    """What heads leave of one matrix: weighted squared norms of the rest, by rank.
+
+    ranks   ascending, from 0
+    energy  ``sum_ij weight_ij (dW - head_r)_ij^2`` of each
+    """
+
+    ranks: tuple[int, ...]
+    energy: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Menu:
+    """What a site can choose from: sizes and cost factors by number of blocks; heads by matrix."""
+
+    n_blocks: npt.NDArray[np.int64]
+    block_bytes: Floats
+    factor: Floats
+    ranks: tuple[tuple[int, ...], ...]
+    head_bytes: tuple[Floats, ...]
+    energy: tuple[Floats, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pick:
+    n_blocks: int
+    ranks: tuple[int, ...]
+    n_bytes: float
+    cost: float
+
+
+class NoiseAllotter:
+    """An `Allotter` for `blockdiag` that spends every byte where it saves most.
+
+    costs  by matrix name, of every matrix it will be asked about
+    """
+
+    def __init__(self, codec: BlockDiagCodec, costs: Mapping[str, HeadCosts]) -> None:
+        self._codec, self._costs = codec, costs
+
+    def __call__(
+        self, names: Sequence[tuple[str, ...]], sites: Sequence[Site], budget_bytes: float
+    ) -> list[Allotment]:
+        """Return one allotment a site, in all as near below `budget_bytes` as the search gets.
+
+        Beyond what the codec can do, the smallest or largest total.
+        """
+        menus = [self._menu(*pair) for pair in zip(names, sites, strict=True)]
+        picks = _spend(menus, budget_bytes)
+        codec = self._codec
+        return [
+            allotment(
+                codec, site, tuple(codec.settings(rank, pick.n_blocks) for rank in pick.ranks)
+            )
+            for site, pick in zip(sites, picks, strict=True)
+        ]
+
+    def _menu(self, names: tuple[str, ...], site: Site) -> _Menu:
+        codec = self._codec
+        scale_bits = 16 if codec.bits == 16 else codec.scale_bits
+        counts = block_counts(site)
+        block_bytes = [
+            sum(blocks_size(shape, s, codec.bits, scale_bits) for shape in site) for s in counts
+        ]
+        costs = [self._costs[name] for name in names]
+        return _Menu(
+            np.array(counts),
+            np.array(block_bytes, dtype=np.float64),
+            np.array(counts) * (1 + GAUSSIAN_ERROR[codec.bits]) - 1,
+            tuple(cost.ranks for cost in costs),
+            tuple(
+                np.array([lowrank_size(shape, r, codec.head_bits) for r in cost.ranks], np.float64)
+                for shape, cost in zip(site, costs, strict=True)
+            ),
+            tuple(np.array(cost.energy) for cost in costs),
+        )
+
+
+def block_counts(site: Site) -> list[int]:
+    """Numbers of blocks worth trying: those that divide all sides, or a grid where few do."""
+    most = min(min(shape) for shape in site)
+    common = math.gcd(*(side for shape in site for side in shape))
+    divisors = [s for s in range(1, most + 1) if common % s == 0]
+    if len(divisors) >= min(_FEW_DIVISORS, most):
+        return divisors
+    return sorted({*divisors, *(round(most ** (i / _GRID)) for i in range(_GRID + 1))})
+
+
+def possible_ranks(shape: Shape) -> tuple[int, ...]:
+    """Ranks of a head worth trying: few enough that finding them is cheap."""
+    grid = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
+    return tuple(rank for rank in grid if rank <= min(shape) // 6)
+
+
+def _spend(menus: Sequence[_Menu], budget_bytes: float) -> list[_Pick]:
+    """Bisect the price of a byte, then spend what is left over where it saves most."""
+    low, high = -80.0, 80.0  # natural logarithms: sure to overspend, sure to underspend
+    picks = [_pick(menu, math.exp(high)) for menu in menus]
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        found = [_pick(menu, math.exp(middle)) for menu in menus]
+        if sum(pick.n_bytes for pick in found) > budget_bytes:
+            low = middle
+        else:
+            high, picks = middle, found
+    rest = budget_bytes - sum(pick.n_bytes for pick in picks)
+    for refund in _REFUNDS:
+        price = math.exp(high) * refund
+        for index, menu in enumerate(menus):
+            better = _pick(menu, price)
+            extra = better.n_bytes - picks[index].n_bytes
+            if 0 < extra <= rest:
+                picks[index] = better
+                rest -= extra
+    return picks
+
+
+def _pick(menu: _Menu, price: float) -> _Pick:
+    """The cheapest choice of one site where a byte costs `price`."""
+    cost = np.zeros(len(menu.n_blocks))
+    n_bytes = menu.block_bytes.copy()
+    chosen = []
+    for energy, head_bytes in zip(menu.energy, menu.head_bytes, strict=True):
+        total = np.multiply.outer(menu.factor, energy) + price * head_bytes
+        best = total.argmin(axis=1)
+        chosen.append(best)
+        cost += menu.factor * energy[best]
+        n_bytes += head_bytes[best]
+    at = int((cost + price * n_bytes).argmin())
+    ranks = tuple(r[int(best[at])] for r, best in zip(menu.ranks, chosen, strict=True))
+    return _Pick(int(menu.n_blocks[at]), ranks, float(n_bytes[at]), float(cost[at]))

@@ -1,0 +1,175 @@
+"""What `auto` measures with: the fine-tune's model, texts, and the KL of any delta on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compressor.auto_allocate import HeadCosts
+from compressor.auto_survey import add_scaled, diagonal_fisher, head_costs, weighted_energy
+from compressor.auto_texts import OWN, calibration_sets, spread
+from compressor.checkpoint import Checkpoint
+from compressor.codecs import TensorDelta
+from compressor.draft import Job
+from compressor.errors import CheckpointError, InputError
+from compressor.evaluate import Progress, Reference
+from compressor.evaluate_model import SwappedModel
+from compressor.evaluate_samples import load_tokenizer
+from compressor.fidelity import Fidelity
+from compressor.source import DeltaSource
+
+_CPU_PARAMETERS = 1_500_000_000  # beyond, the passes that auto needs take too long without a GPU
+_BYTES_A_PARAMETER = 16  # weights, gradients and two sums of squares in float32
+_FISHER_TOKENS = 768  # predicted tokens of a set that gradients are taken of
+_DIGITS = 4  # significant
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """KL per token of one delta on each set of texts, and top-1 agreement."""
+
+    kl: dict[str, float]
+    agreement: dict[str, float]
+
+    @property
+    def score(self) -> float:
+        """Geometric mean of the sets' KL: a set counts by ratios, however large its own KL is."""
+        logs = [math.log(max(kl, 1e-9)) for kl in self.kl.values()]
+        return math.exp(sum(logs) / len(logs))
+
+
+class Bench:
+    """The fine-tune, its texts and what it says about them.
+
+    Raises CheckpointError if the model cannot be run here, InputError if `own` cannot be used.
+    """
+
+    def __init__(self, base: Checkpoint, tuned: Checkpoint, own: Path | None) -> None:
+        self._base, self._tuned = base, tuned
+        sets = calibration_sets(own, load_tokenizer(tuned.path))
+        self._model = SwappedModel(base, tuned)
+        self._references = {name: Reference(self._model, found) for name, found in sets.items()}
+        self.main = next(iter(sets))  # the user's own texts, if there are any
+        self._model.use(dict.fromkeys(self._model.names, "base"))
+        self.base_kl = {name: rounded(ref.kl().mean) for name, ref in self._references.items()}
+        self._model.use({})
+
+    @property
+    def n_tokens(self) -> dict[str, int]:
+        """Predicted tokens by set."""
+        return {name: reference.n_tokens for name, reference in self._references.items()}
+
+    def measure(self, deltas: Sequence[TensorDelta]) -> Measured:
+        """Run the fine-tune with these deltas in place of its own."""
+        self._model.set_variant(deltas)
+        self._model.use(dict.fromkeys(self._model.names, "variant"))
+        kl, agreement = {}, {}
+        for name, reference in self._references.items():
+            found = reference.compare(reference.outputs())
+            kl[name] = rounded(found.kl.mean)
+            agreement[name] = rounded(found.top1_agreement.mean)
+        self._model.use({})
+        return Measured(kl, agreement)
+
+    def fidelity(self, found: Measured) -> dict[str, object]:
+        """The record of what was measured: the user's texts first, if there are any."""
+        records = {
+            name: Fidelity(
+                found.kl[name],
+                found.agreement[name],
+                reference.n_tokens,
+                len(reference.samples),
+            ).to_json()
+            for name, reference in self._references.items()
+        }
+        main = records.pop(self.main)
+        return main | ({"texts": self.main} | records)
+
+    def survey(
+        self, jobs: Sequence[Job], device: str, head_bits: int, progress: Progress
+    ) -> dict[str, HeadCosts]:
+        """How much the model minds what each head leaves of each matrix, all sets alike."""
+        weights = self._weights(jobs, device)
+        sizes = [math.prod(job.matrix_shape) for job in jobs]
+        costs = {}
+        for index, job in enumerate(jobs):
+            progress("survey", sum(sizes[:index]), sum(sizes))
+            name = job.pair.name
+            source = DeltaSource(self._base, self._tuned, job.pair, device)
+            costs[name] = head_costs(name, source, _oriented(weights.pop(name), job), head_bits)
+        progress("survey", sum(sizes), sum(sizes))
+        return costs
+
+    def _weights(self, jobs: Sequence[Job], device: str) -> dict[str, Tensor]:
+        """Diagonal Fisher of all sets, each divided by what plain sampling would cost on it."""
+        names = [job.pair.name for job in jobs]
+        total: dict[str, Tensor] = {}
+        for reference in self._references.values():
+            samples = spread(reference.samples, _FISHER_TOKENS)
+            fisher = diagonal_fisher(self._model.module, names, samples)
+            cost = 0.0
+            for job in jobs:
+                source = DeltaSource(self._base, self._tuned, job.pair, device)
+                name = job.pair.name
+                cost += weighted_energy(name, source, _oriented(fisher[name], job))
+            add_scaled(total, fisher, 1.0 / max(cost, 1e-30))
+        return total
+
+
+def why_not_measurable(n_parameters: int, jobs: Sequence[Job], names: Mapping[str, object]) -> str:
+    """Say why the model cannot be run here, as far as its size and form tell; empty if it can.
+
+    names  of the model's parameters as transformers has them
+    """
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        if n_parameters * _BYTES_A_PARAMETER > free:
+            needed = n_parameters * _BYTES_A_PARAMETER
+            return (
+                f"gradients of {n_parameters:,} parameters need {needed / 1e9:,.0f} GB of GPU "
+                f"memory, {free / 1e9:,.0f} are free"
+            )
+    elif n_parameters > _CPU_PARAMETERS:
+        return f"{n_parameters:,} parameters are too many to run without a GPU"
+    inside = next((job.pair.name for job in jobs if job.pair.name not in names), None)
+    return f"transformers keeps {inside} inside a larger tensor" if inside else ""
+
+
+def open_bench(
+    base: Checkpoint, tuned: Checkpoint, jobs: Sequence[Job], own: Path | None, n_parameters: int
+) -> Bench | str:
+    """Return the bench, or why there is none. With texts of the user's, none is an InputError."""
+    from compressor.layout import read_layout
+
+    reason = why_not_measurable(n_parameters, jobs, read_layout(tuned.path).parameters)
+    if not reason:
+        try:
+            return Bench(base, tuned, own)
+        except CheckpointError as error:
+            reason = str(error)
+    if own is not None:
+        raise InputError(
+            f"auto cannot measure on {own}: {reason}; leave the texts out, or name a --codec"
+        )
+    return reason
+
+
+def rounded(value: float) -> float:
+    """To a few significant digits: what is beyond depends on the number of threads."""
+    return float(f"{value:.{_DIGITS}g}")
+
+
+def is_own(name: str) -> bool:
+    """Whether a set is the user's."""
+    return name == OWN
+
+
+def _oriented(weights: Tensor, job: Job) -> Tensor:
+    """A parameter's weights as its difference is encoded: ``[out, in]``, the base's rows."""
+    turned = weights.T if job.pair.transposed else weights
+    return turned[: job.matrix_shape[0]]

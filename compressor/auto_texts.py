@@ -1,0 +1,46 @@
+"""The texts that `auto` measures on: the user's own, and the built-in ones, of no one task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from compressor.evaluate_samples import Sample, read_samples, text_samples
+from compressor.texts import built_in_texts
+
+OWN, BUILT_IN = "own", "built-in"
+
+_MAX_TOKENS = 128  # of one text
+_MEASURED_TOKENS = 1536  # predicted tokens of a set that KL is measured on
+_MAX_MEASURED_TEXTS = 96
+
+
+def calibration_sets(own: Path | None, tokenizer: Any) -> dict[str, list[Sample]]:
+    """Return the sets by name, `OWN` first if the user gave texts; `BUILT_IN` always.
+
+    own  as `read_samples` takes it. Evenly spread over the file, up to some 1,500 tokens.
+    """
+    sets = {}
+    if own is not None:
+        sets[OWN] = spread(read_samples(own, tokenizer, max_tokens=_MAX_TOKENS))
+    generic = text_samples(built_in_texts(), tokenizer)
+    sets[BUILT_IN] = spread([_cut(sample) for sample in generic if len(sample.ids) > 1])
+    return sets
+
+
+def spread(samples: Sequence[Sample], max_tokens: int = _MEASURED_TOKENS) -> list[Sample]:
+    """Return evenly spread samples that predict about `max_tokens` tokens in all, at least one."""
+    n_tokens = sum(n_predicted(sample) for sample in samples)
+    share = min(1.0, max_tokens / n_tokens, _MAX_MEASURED_TEXTS / len(samples))
+    wanted = max(1, int(share * len(samples)))
+    return [samples[i * len(samples) // wanted] for i in range(wanted)]
+
+
+def n_predicted(sample: Sample) -> int:
+    """Return how many tokens of it are measured."""
+    return sum(sample.counted[1:])
+
+
+def _cut(sample: Sample) -> Sample:
+    return Sample(sample.ids[:_MAX_TOKENS], sample.counted[:_MAX_TOKENS], sample.is_answer)

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import compressor.auto_bench as auto_bench
+from compressor.artifact import read_artifact
+from compressor.artifact_config import DeltaConfig
+from compressor.auto import Goal
+from compressor.auto_texts import BUILT_IN, OWN, n_predicted, spread
+from compressor.errors import BudgetError, InputError
+from compressor.evaluate_samples import Sample
+from compressor.pipeline import Options, Summary, compress
+
+Pair = tuple[Path, Path]
+
+
+@pytest.fixture
+def pair(tiny_llama: Path, tiny_llama_ft: Path) -> Pair:
+    return tiny_llama, tiny_llama_ft
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    file = tmp_path / "own.jsonl"
+    lines = (f"the {n} quick foxes jump over {n + 3} lazy dogs" for n in range(12))
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return file
+
+
+def run(pair: Pair, out: Path, **options: object) -> tuple[Summary, DeltaConfig]:
+    summary = compress(*pair, out, Options(codec="auto", **options))  # type: ignore[arg-type]
+    return summary, read_artifact(out).config
+
+
+def test_auto_ratio_is_met_and_the_best_of_what_was_tried_is_stored(
+    pair: Pair, own: Path, tmp_path: Path
+) -> None:
+    summary, config = run(pair, tmp_path / "out", ratio=8.0, calibration=own)
+    assert summary.ratio == pytest.approx(8, rel=0.03)
+    record = config.options["auto"]
+    tried = record["tried"]
+    assert [trial["setting"].split()[0] for trial in tried] == ["blockdiag", "blockdiag", "lowrank"]
+    for trial in tried:
+        assert trial["kl"].keys() == {OWN, BUILT_IN}
+    best = min(tried, key=lambda trial: trial["kl"][OWN] * trial["kl"][BUILT_IN])
+    assert config.codec == best["setting"].split()[0]
+    assert config.fidelity["kl_per_token"] == best["kl"][OWN]
+    assert config.fidelity["texts"] == OWN
+    assert config.fidelity[BUILT_IN]["kl_per_token"] == best["kl"][BUILT_IN]
+    assert sum("tried" in note for note in summary.notes) == 3
+    assert any(best["setting"] in note and "chose" in note for note in summary.notes)
+
+
+def test_auto_record_is_what_an_evaluation_of_the_artifact_finds(
+    pair: Pair, own: Path, tmp_path: Path
+) -> None:
+    from compressor.checkpoint import Checkpoint
+
+    _, config = run(pair, tmp_path / "out", ratio=10.0, calibration=own)
+    with Checkpoint(pair[0]) as base, Checkpoint(pair[1]) as tuned:
+        bench = auto_bench.Bench(base, tuned, own)
+        found = bench.measure(read_artifact(tmp_path / "out").tensors)
+    assert found.kl[OWN] == pytest.approx(config.fidelity["kl_per_token"], rel=1e-3)
+
+
+def test_auto_same_inputs_give_identical_bytes(pair: Pair, tmp_path: Path) -> None:
+    one, _ = run(pair, tmp_path / "one", ratio=8.0)
+    two, _ = run(pair, tmp_path / "two", ratio=8.0)
+    assert one.digest == two.digest
+
+
+def test_auto_without_texts_measures_on_the_built_in_ones(pair: Pair, tmp_path: Path) -> None:
+    _, config = run(pair, tmp_path / "out", ratio=8.0)
+    assert config.options["auto"]["tokens"].keys() == {BUILT_IN}
+    assert config.fidelity["texts"] == BUILT_IN
+
+
+def test_auto_max_bytes_is_not_exceeded(pair: Pair, tmp_path: Path) -> None:
+    summary, _ = run(pair, tmp_path / "out", max_bytes=50_000)
+    assert 0.95 * 50_000 < summary.n_bytes <= 50_000
+
+
+def test_auto_max_kl_is_kept_with_a_ratio_above_the_smallest(pair: Pair, tmp_path: Path) -> None:
+    loose, config = run(pair, tmp_path / "a", ratio=6.0)
+    target = 1.05 * config.fidelity["kl_per_token"]
+    summary, config = run(pair, tmp_path / "b", max_kl=target)
+    assert config.fidelity["kl_per_token"] <= target
+    assert summary.ratio > 0.5 * loose.ratio
+    failed = [t for t in config.options["auto"]["tried"] if t["kl"][BUILT_IN] > target]
+    assert failed
+    assert all(trial["ratio"] > summary.ratio / 1.03 for trial in failed)
+
+
+def test_auto_max_kl_out_of_reach_says_what_was_reached(pair: Pair, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="was not reached: at ratio"):
+        run(pair, tmp_path / "out", max_kl=1e-8)
+    assert not (tmp_path / "out").exists()
+
+
+def test_auto_too_heavy_for_the_bytes_warns(pair: Pair, tmp_path: Path) -> None:
+    summary, _ = run(pair, tmp_path / "out", ratio=12.0)
+    assert any(note.startswith("warning: the KL is") for note in summary.notes)
+
+
+def test_auto_model_too_large_to_run_takes_fixed_settings_and_says_why(
+    pair: Pair, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto_bench, "_CPU_PARAMETERS", 1000)
+    monkeypatch.setattr(auto_bench.torch.cuda, "is_available", lambda: False)
+    summary, config = run(pair, tmp_path / "out", ratio=8.0)
+    assert summary.ratio == pytest.approx(8, rel=0.03)
+    assert "too many to run without a GPU" in config.options["auto"]["basis"]
+    assert "too many to run without a GPU" in summary.notes[0]
+    assert config.fidelity == {}
+    with pytest.raises(InputError, match=r"cannot measure on .*own\.jsonl"):
+        run(pair, tmp_path / "other", ratio=8.0, calibration=own)
+    with pytest.raises(InputError, match="--max-kl needs the model"):
+        run(pair, tmp_path / "other", max_kl=0.1)
+
+
+def test_auto_impossible_ratio_raises(pair: Pair, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match="nearest possible"):
+        run(pair, tmp_path / "out", ratio=500.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"ratio": 8.0, "max_kl": 0.1}, "one of"),
+        ({"max_bytes": 0}, "must be positive"),
+        ({"max_kl": float("nan")}, "positive number"),
+    ],
+)
+def test_goal_contradictory_or_unusable_raises(options: dict, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        Goal(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"codec": "auto", "codec_options": {"bits": 4}}, "auto chooses bits itself"),
+        ({"codec": "blockdiag", "max_kl": 0.1}, "are for --codec auto"),
+        ({"device": "tpu"}, "cpu or cuda"),
+    ],
+)
+def test_options_that_do_not_go_together_raise(options: dict, complaint: str) -> None:
+    with pytest.raises(InputError, match=complaint):
+        Options(**options)
+
+
+def test_spread_takes_evenly_up_to_the_tokens_wanted() -> None:
+    samples = [Sample((n, n, n), (True,) * 3) for n in range(100)]
+    chosen = spread(samples, 40)
+    assert [sample.ids[0] for sample in chosen] == list(range(0, 100, 5))
+    assert sum(map(n_predicted, chosen)) == 40
+    assert spread(samples[:3], 10_000) == samples[:3]
+    assert len(spread(samples, 1)) == 1
