@@ -83,7 +83,7 @@ class RescaleEncoder:
             members = [shapes[name] for name in group]
             budget = sum(m * n for m, n in members) * itemsize / ratio
             chosen = codec.plan_siblings(members, budget)
-            params |= dict.fromkeys(group, chosen)
+            params |= dict(zip(group, chosen, strict=True))
         return cls(ratio, seed, codec, params)
 
     def encode(self, name: str, parts: DoraParts, a: Tensor) -> tuple[Term, ...]:

@@ -20,7 +20,15 @@ from compressor.layout import Layout, read_layout
 from compressor.model_writer import DTYPES
 from compressor.peft import Adapter
 from compressor.peft_config import CONFIG_FILE
-from compressor.pipeline import Options, Progress, Summary, base_info, checkpoint_dtype, summarise
+from compressor.pipeline import (
+    DEFAULT_RATIO,
+    Options,
+    Progress,
+    Summary,
+    base_info,
+    checkpoint_dtype,
+    summarise,
+)
 
 RESCALE_BITS = 4  # of DoRA's rescaled rows, if none are asked for
 
@@ -45,6 +53,8 @@ def import_adapter(
         raise InputError(
             "--calibration measures what compression lost; an imported adapter is exact"
         )
+    if options.max_bytes is not None or options.max_kl is not None:
+        raise InputError("--max-bytes and --max-kl are for full fine-tunes, not for adapters")
     with Checkpoint(base) as base_files, Adapter(adapter) as opened:
         layout = read_layout(base_files.path)
         rescale = None if exact else _plan_rescaling(base_files, opened, options)
@@ -74,7 +84,8 @@ def _plan_rescaling(base: Checkpoint, adapter: Adapter, options: Options) -> Res
         return None
     itemsize = DTYPES[checkpoint_dtype(base)].itemsize
     bits = options.codec_options.get("bits", RESCALE_BITS)
-    return RescaleEncoder.plan(shapes, itemsize, options.ratio, bits, options.seed)
+    ratio = options.ratio if options.ratio is not None else DEFAULT_RATIO
+    return RescaleEncoder.plan(shapes, itemsize, ratio, bits, options.seed)
 
 
 def _rescale_options(rescale: RescaleEncoder | None) -> dict[str, Any]:

@@ -76,10 +76,6 @@ class Options:
     def __post_init__(self) -> None:
         if self.ratio is not None and not (math.isfinite(self.ratio) and self.ratio >= 1):
             raise InputError(f"the ratio must be 1 or more, got {self.ratio:g}")
-        if self.codec == AUTO and self.codec_options:
-            raise InputError(
-                f"auto chooses {', '.join(self.codec_options)} itself; name a --codec to set them"
-            )
         if self.codec != AUTO and (self.max_bytes is not None or self.max_kl is not None):
             raise InputError("--max-bytes and --max-kl are for --codec auto; give a --ratio")
         if self.device not in ("cpu", "cuda"):
@@ -128,6 +124,10 @@ def compress(
     options = options or Options()
     progress = progress or _silent
     codec = None if options.codec == AUTO else make_encoder(options.codec, **options.codec_options)
+    if codec is None and options.codec_options:
+        raise InputError(
+            f"auto chooses {', '.join(options.codec_options)} itself; name a --codec to set it"
+        )
     calibrated = codec is not None and wants_inputs(codec)
     is_measured = codec is not None and options.calibration is not None
     texts = load_texts(options.calibration) if is_measured or calibrated else []

@@ -121,6 +121,11 @@ def test_auto_model_too_large_to_run_takes_fixed_settings_and_says_why(
         run(pair, tmp_path / "other", max_kl=0.1)
 
 
+def test_auto_with_options_of_a_codec_raises(pair: Pair, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="auto chooses bits itself"):
+        run(pair, tmp_path / "out", codec_options={"bits": 4})
+
+
 def test_auto_impossible_ratio_raises(pair: Pair, tmp_path: Path) -> None:
     with pytest.raises(BudgetError, match="nearest possible"):
         run(pair, tmp_path / "out", ratio=500.0)
@@ -142,7 +147,6 @@ def test_goal_contradictory_or_unusable_raises(options: dict, complaint: str) ->
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"codec": "auto", "codec_options": {"bits": 4}}, "auto chooses bits itself"),
         ({"codec": "blockdiag", "max_kl": 0.1}, "are for --codec auto"),
         ({"device": "tpu"}, "cpu or cuda"),
     ],
