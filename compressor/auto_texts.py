@@ -23,13 +23,15 @@ def calibration_sets(own: Path | None, tokenizer: Any) -> dict[str, list[Sample]
     """
     sets = {}
     if own is not None:
-        sets[OWN] = spread(read_samples(own, tokenizer, max_tokens=_MAX_TOKENS))
+        sets[OWN] = spread(read_samples(own, tokenizer, max_tokens=_MAX_TOKENS), _MEASURED_TOKENS)
     generic = text_samples(built_in_texts(), tokenizer)
-    sets[BUILT_IN] = spread([_cut(sample) for sample in generic if len(sample.ids) > 1])
+    sets[BUILT_IN] = spread(
+        [_cut(sample) for sample in generic if len(sample.ids) > 1], _MEASURED_TOKENS
+    )
     return sets
 
 
-def spread(samples: Sequence[Sample], max_tokens: int = _MEASURED_TOKENS) -> list[Sample]:
+def spread(samples: Sequence[Sample], max_tokens: int) -> list[Sample]:
     """Return evenly spread samples that predict about `max_tokens` tokens in all, at least one."""
     n_tokens = sum(n_predicted(sample) for sample in samples)
     share = min(1.0, max_tokens / n_tokens, _MAX_MEASURED_TEXTS / len(samples))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import compressor.auto_bench as auto_bench
+import compressor.auto_texts as auto_texts
 from compressor.artifact import read_artifact
 from compressor.artifact_config import DeltaConfig
 from compressor.auto import Goal
@@ -15,6 +16,12 @@ from compressor.evaluate_samples import Sample
 from compressor.pipeline import Options, Summary, compress
 
 Pair = tuple[Path, Path]
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto_texts, "_MEASURED_TOKENS", 250)
+    monkeypatch.setattr(auto_bench, "_FISHER_TOKENS", 120)
 
 
 @pytest.fixture
