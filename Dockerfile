@@ -37,7 +37,6 @@ ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HF_HUB_OFFLINE=1 \
     HF_HOME=/tmp/huggingface \
-    XDG_CACHE_HOME=/tmp/cache \
     TRITON_CACHE_DIR=/tmp/triton \
     NUMBA_CACHE_DIR=/tmp/numba \
     IMPART_HOST=0.0.0.0 \

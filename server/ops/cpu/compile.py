@@ -33,5 +33,8 @@ def cache_folder() -> Path:
     """
     sources = sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
-    home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(home) / "impart-serve" / f"kernels-{digest[:16]}"
+    folder = os.environ.get("NUMBA_CACHE_DIR")
+    if not folder:
+        home = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+        folder = str(Path(home) / "impart-serve")
+    return Path(folder) / f"kernels-{digest[:16]}"

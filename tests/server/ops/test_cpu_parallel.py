@@ -31,7 +31,7 @@ def mark_tasks(address):  # type: ignore[no-untyped-def]
 @pytest.fixture(scope="module")
 def kernel(tmp_path_factory: pytest.TempPathFactory) -> Kernel:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("NUMBA_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
         return compile_kernel(mark_tasks)
 
 
@@ -60,6 +60,7 @@ def test_compile_kernel_cache_that_cannot_be_written_compiles_anyway(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "file").write_text("")
+    monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert (run(compile_kernel(mark_tasks), Parallel(), 5) == 1).all()
 
