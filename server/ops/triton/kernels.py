@@ -1,4 +1,4 @@
-"""`server.ops.kernels.Kernels` for a GPU: what `choose_kernels` returns for a CUDA device."""
+"""`server.ops.kernels.Kernels` for a GPU; no default until it has been measured on one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from server.ops.delta import BlockDiagOp
+from server.ops.kernels import TorchKernels
 from server.ops.linear import LinearOp, TorchLinear
 from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight, quantize_int8
@@ -57,17 +59,14 @@ class TritonInt8Linear:
         return self._weight.dense(self._dtype)
 
 
-class TritonKernels:
-    """Deltas in Triton; the base's products in cuBLAS, or int8 in Triton."""
+class TritonKernels(TorchKernels):
+    """Deltas in Triton; the base's products in cuBLAS, or int8 in Triton; the rest in torch."""
 
     def __init__(self, *, int8_base: bool = False) -> None:
         self._int8_base = int8_base
+        self.name = "triton, int8 base" if int8_base else "triton"
 
-    @property
-    def name(self) -> str:
-        return "triton, int8 base" if self._int8_base else "triton"
-
-    def blockdiag(self, blocks: PackedBlocks) -> TritonBlockDiag:
+    def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp:
         return TritonBlockDiag(blocks)
 
     def linear(self, weight: Tensor) -> LinearOp:
