@@ -119,7 +119,7 @@ class _Trial:
 
     def line(self) -> str:
         kl = ", ".join(f"{value:.3g} on {name} texts" for name, value in self.found.kl.items())
-        return f"{self.candidate.label} at ratio {self.ratio:.4g}: KL {kl}"
+        return f"{self.candidate.label} at ratio {self.ratio:.4g}:\n     KL {kl}"
 
 
 def choose(inputs: Inputs, goal: Goal, progress: Progress) -> Choice:
