@@ -128,16 +128,19 @@ class BlockDiagTerm:
 
     def code_blocks(self) -> tuple[Tensor, Tensor]:
         """Return what a server keeps: codes ``[s, m_max, n_max]`` (uint8, or float16 values for 16
-        bits) and scales float16 ``[s, m_max]`` in units of `unit`; padding is zero.
+        bits) and scales ``[s, m_max]`` as on disk (`store_scales`); padding is zero.
         """
         m, n = (-(-size // self.n_blocks) for size in self.shape)
         codes = torch.zeros(self.n_blocks, m, n, dtype=self.codes.dtype)
-        scales = torch.zeros(self.n_blocks, m, dtype=torch.float16)
+        scales = torch.zeros(
+            self.n_blocks, m, dtype=torch.uint8 if self.scale_bits == 8 else torch.float16
+        )
         for band in bands(self.shape, self.n_blocks):
             height, blocks = band.count * band.rows, slice(band.first, band.first + band.count)
             part = self.codes[band.code : band.code + height * band.cols]
             codes[blocks, : band.rows, : band.cols] = part.view(band.count, band.rows, band.cols)
-            scale = to_half(self.scales[band.row : band.row + height], self.unit)
+            part = self.scales[band.row : band.row + height]
+            scale = store_scales(part, self.unit, self.scale_bits)
             scales[blocks, : band.rows] = scale.view(band.count, band.rows)
         return codes, scales
 

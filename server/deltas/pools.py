@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,17 +88,25 @@ def _segments(rows: RowPlan, present: frozenset[int]) -> list[tuple[int, slice]]
     ]
 
 
+class BlockLayout(NamedTuple):
+    """What variants must share to be applied in one product."""
+
+    n_blocks: int
+    bits: int
+    scale_bits: int
+
+
 class BlockDiagPool(TermPool):
-    """Parts: packed codes [s, byte rows, mb], scales float16 [s, mb], unit float32 [1].
+    """Parts: packed codes [s, byte rows, mb], scales float16 or uint8 [s, mb], unit float32 [1].
 
     shared  set if the arrays are slices of ones that a whole projection group uses
     """
 
     def __init__(
-        self, shape: Shape, n_blocks: int, bits: int, kernels: Kernels, device: torch.device
+        self, shape: Shape, layout: BlockLayout, kernels: Kernels, device: torch.device
     ) -> None:
         super().__init__(shape, torch.float32, device)
-        self.n_blocks, self.bits = n_blocks, bits
+        self.n_blocks, self.bits, self.scale_bits = layout
         self.shared: SharedBlocks | None = None
         self.kernels = kernels
         self._op: BlockDiagOp | None = None
@@ -168,11 +177,12 @@ class SharedBlocks:
         s, nb = first.n_blocks, first.block_shape[1]
         code_rows = packed_rows(nb, first.bits)
         code_dtype = torch.float16 if first.bits == 16 else torch.uint8
+        scale_dtype = torch.uint8 if first.scale_bits == 8 else torch.float16
         device = first.device
         # Zeros: a member that lacks a slot has scale 0 there.
         arrays = (
             torch.zeros((n_slots, s, code_rows, width), dtype=code_dtype, device=device),
-            torch.zeros((n_slots, s, width), dtype=torch.float16, device=device),
+            torch.zeros((n_slots, s, width), dtype=scale_dtype, device=device),
             torch.zeros((n_slots, len(self.pools)), dtype=torch.float32, device=device),
         )
         for new, old in zip(arrays, self._arrays, strict=False):
@@ -266,7 +276,7 @@ def _in_blocks(values: Tensor, block_rows: int) -> Tensor:
 def layout_of(term: Term) -> Layout:
     """What must be equal for two terms to share a pool."""
     if isinstance(term, BlockDiagTerm):
-        return "blockdiag", (term.n_blocks, term.bits)
+        return "blockdiag", (term.n_blocks, term.bits, term.scale_bits)
     if isinstance(term, LowRankTerm):
         return "lowrank", (len(term.a),)
     if isinstance(term, ImpartTerm):
@@ -282,8 +292,7 @@ def make_pool(
     """Create the empty pool of a layout."""
     kind, sizes = layout
     if kind == "blockdiag":
-        n_blocks, bits = sizes
-        return BlockDiagPool(shape, n_blocks, bits, kernels, device)
+        return BlockDiagPool(shape, BlockLayout(*sizes), kernels, device)
     makers: dict[str, Callable[[Shape, torch.dtype, torch.device], TermPool]] = {
         "lowrank": LowRankPool,
         "impart": ImpartPool,

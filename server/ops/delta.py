@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from server.ops.packed import PackedBlocks, unpack_columns
+from server.ops.packed import PackedBlocks, scale_values, unpack_columns
 from server.ops.rows import SlotRun, SlotSegments, add_rows_, pad_rows
 
 
@@ -125,7 +125,7 @@ def blockdiag_rows_add_(y: Tensor, ids: Tensor, slots: Tensor, blocks: PackedBlo
     values = unpack_columns(packed, blocks.bits, nb).squeeze(-1).float()  # [T, nb]
     if blocks.bits != 16:
         values -= ((1 << blocks.bits) - 1) / 2
-    scales = blocks.scales[slots, block, within].float() * blocks.units[slots, 0]
+    scales = scale_values(blocks.scales[slots, block, within]) * blocks.units[slots, 0]
     values *= scales.unsqueeze(1)
     short, longer = divmod(n, s)
     cols = short + (block < longer).long()

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor.codecs.quantize import SCALE_STEPS
+
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # bits of each plane, the lowest first
 
 
@@ -28,7 +30,8 @@ class PackedBlocks:
     """Blocks of one matrix or of several that read the same x (their outputs side by side).
 
     codes   uint8 [C, s, byte rows, sum of mb], or float16 [C, s, nb, sum of mb] for 16 bits
-    scales  float16 [C, s, sum of mb], 0 for padding
+    scales  [C, s, sum of mb], 0 for padding: float16, or uint8 where ``c`` stands for
+            ``2^((c - 255) / 16)`` and 0 for 0 (`compressor.codecs.quantize.to_octaves`)
     units   float32 [C, number of matrices]
     sizes   outputs m of each matrix; its longest block has ``mb = ceil(m / s)``
     n       inputs; the longest block has ``nb = ceil(n / s)``
@@ -62,11 +65,25 @@ class PackedBlocks:
         units = self.units[slot].repeat_interleave(
             torch.tensor(self.block_rows(), device=codes.device)
         )
-        values = codes.mul_((self.scales[slot].float() * units).unsqueeze(1))
+        values = codes.mul_((scale_values(self.scales[slot]) * units).unsqueeze(1))
         short = self.n % self.n_blocks
         if short:  # the last column of the shorter blocks is padding
             values[short:, nb - 1] = 0
         return values
+
+
+def octaves(device: torch.device | None = None) -> Tensor:
+    """[256] float32: what one-byte scales stand for."""
+    table = ((torch.arange(256, dtype=torch.float64) - 255) / SCALE_STEPS).exp2().float()
+    table[0] = 0
+    return table.to(device)
+
+
+def scale_values(scales: Tensor) -> Tensor:
+    """Stored scales -> float32, still in units of the term's unit."""
+    if scales.dtype is torch.uint8:
+        return octaves(scales.device)[scales.long()]
+    return scales.float()
 
 
 def packed_rows(n_inputs: int, bits: int) -> int:

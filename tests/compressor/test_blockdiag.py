@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compressor.codecs import BlockDiagTerm, LowRankTerm, make_encoder
-from compressor.codecs.blockdiag import BLOCKDIAG_BITS, SCALE_BITS
+from compressor.codecs.blockdiag import BLOCKDIAG_BITS, SCALE_BITS, load_scales
 from compressor.codecs.partition import partition
 from compressor.codecs.sources import TensorSource
 from compressor.errors import Corrupt, NonFinite, UnsupportedTensor, UnsupportedVersion, WrongShape
@@ -85,7 +85,8 @@ def test_blockdiag_code_blocks_any_shape_hold_the_diagonal_of_to_dense(
     centre = 0.0 if bits == 16 else (2**bits - 1) / 2
     for block, (r, c) in enumerate(zip(rows, cols, strict=True)):
         for i, j in itertools.product(range(len(r)), range(len(c))):
-            value = (float(codes[block, i, j]) - centre) * float(scales[block, i]) * term.unit
+            scale = float(load_scales(scales[block, i : i + 1], term.unit))
+            value = (float(codes[block, i, j]) - centre) * scale
             assert value == pytest.approx(float(dense[r.start + i, c.start + j]), rel=1e-6)
         assert not codes[block, len(r) :].any()
         assert not codes[block, :, len(c) :].any()

@@ -25,11 +25,12 @@ from server.ops.cpu.intrinsics import (
     load_row,
     next_task,
     to_bf16,
+    u8_at,
     u16_at,
 )
 from server.ops.cpu.parallel import Parallel
 from server.ops.cpu.tile_product import ROW_GROUP, rows_at_once, tile_product
-from server.ops.packed import PackedBlocks
+from server.ops.packed import PackedBlocks, octaves
 from server.ops.rows import SlotSegments
 
 ROWS = 64  # rows of x held in float32 at a time
@@ -38,7 +39,7 @@ U = np.uint64
 
 # Places in the argument array.
 (_X, _X_STRIDE, _IS_BF16, _SEGMENTS, _N_SEGMENTS, _CODES, _SCALES, _UNITS) = range(1, 9)
-(_S, _N, _BYTE_ROWS, _MB, _BITS, _N_OUTPUTS, _N_CHUNKS, _OUTPUTS) = range(9, 17)
+(_S, _N, _BYTE_ROWS, _MB, _BITS, _N_OUTPUTS, _OCTAVES, _N_CHUNKS, _OUTPUTS) = range(9, 18)
 _OUTPUT_FIELDS = 4  # address, row stride, m, first column of its block rows in the stacked tile
 
 
@@ -48,6 +49,7 @@ class BlockDiagKernel:
     def __init__(self, parallel: Parallel) -> None:
         self.parallel = parallel
         self.compiled = compile_kernel(_blockdiag)
+        self.octaves = octaves()
 
 
 class NumbaBlockDiag:
@@ -57,6 +59,7 @@ class NumbaBlockDiag:
     """
 
     def __init__(self, kernel: BlockDiagKernel, blocks: PackedBlocks) -> None:
+        self._kernel = kernel  # keeps the table of scales alive
         self._parallel, self._compiled = kernel.parallel, kernel.compiled
         self._blocks = blocks  # keeps the memory alive
         _, s, byte_rows, mb = blocks.codes.shape
@@ -72,6 +75,7 @@ class NumbaBlockDiag:
             mb,
             blocks.bits,
             n_outputs,
+            kernel.octaves.data_ptr() if blocks.scales.dtype is torch.uint8 else 0,
             0,
         )
         column = 0
@@ -165,7 +169,9 @@ def _plan_parts(address, slot, block, first_output, width, parts, scales):
     a = i64_at(address)
     s, mb, n_outputs = a[_S], a[_MB], a[_N_OUTPUTS]
     item_bytes = 2 if a[_IS_BF16] != 0 else 4
-    stored = u16_at(a[_SCALES] + 2 * ((slot * s + block) * mb + first_output))
+    first_scale = (slot * s + block) * mb + first_output
+    octave_of = f32_at(a[_OCTAVES])
+    halves, bytes_ = u16_at(a[_SCALES] + 2 * first_scale), u8_at(a[_SCALES] + first_scale)
     units = f32_at(a[_UNITS] + 4 * slot * n_outputs)
     n_parts = 0
     for output in range(n_outputs):
@@ -184,8 +190,12 @@ def _plan_parts(address, slot, block, first_output, width, parts, scales):
         n_parts += 1
         unit = units[U(output)]
         first = U(low - first_output)
-        for i in range(U(high - low)):
-            scales[first + i] = from_f16(stored[first + i]) * unit
+        if a[_OCTAVES] != 0:
+            for i in range(U(high - low)):
+                scales[first + i] = octave_of[U(bytes_[first + i])] * unit
+        else:
+            for i in range(U(high - low)):
+                scales[first + i] = from_f16(halves[first + i]) * unit
     return n_parts
 
 

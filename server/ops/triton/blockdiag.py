@@ -331,7 +331,10 @@ def _blockdiag_tile(
     for h in tl.static_range(WORD):
         out = (word - matrix_first) * WORD + h
         used = inside & (out < rows)
-        scale = tl.load(scales + word * WORD + h, mask=used, other=0.0).to(tl.float32) * unit
+        scale = tl.load(scales + word * WORD + h, mask=used, other=0).to(tl.float32)
+        if scales.dtype.element_ty == tl.uint8:  # sixteenths of an octave, 0 for zero
+            scale = tl.where(scale > 0, tl.exp2((scale - 255) / 16), 0.0)
+        scale *= unit
         delta = (accs[h] - OFFSET * x_sum[:, None]) * scale[None, :]
         y_mask = row_mask[:, None] & used[None, :]
         old = tl.load(y_rows + out[None, :], mask=y_mask, other=0.0)

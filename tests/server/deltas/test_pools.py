@@ -17,7 +17,13 @@ from tests.server.ops.test_rows import plan_of
 CPU = torch.device("cpu")
 SHAPES = [(64, 48), (50, 37), (96, 24), (33, 80)]
 OPTIONS = {
-    "blockdiag": [{"bits": 2}, {"bits": 3}, {"bits": 16}, {"bits": 4, "head_fraction": 0.3}],
+    "blockdiag": [
+        {"bits": 2, "scale_bits": 16},
+        {"bits": 2},
+        {"bits": 3},
+        {"bits": 16},
+        {"bits": 4, "head_fraction": 0.3},
+    ],
     "lowrank": [{"bits": 16}, {"bits": 4}],
     "impart": [{"block_rows": 16}],
     "impart-qt": [{"block_rows": 16}],
@@ -111,7 +117,7 @@ def test_pool_hidden_slot_full_of_nan_is_never_read(kernels: Kernels) -> None:
     variants = encode_all("blockdiag", {"bits": 4}, (64, 48))
     pool = fill(0, variants, kernels)
     pool.hide(1)
-    pool.arrays[1][1].fill_(float("nan"))  # scales
+    pool.arrays[2][1].fill_(float("nan"))  # units
     plan = plan_of({0: 2, 1: 2, 2: 2})
     y = torch.zeros(plan.n_rows, 64)
     pool.add_(y, torch.randn(plan.n_rows, 48), plan)

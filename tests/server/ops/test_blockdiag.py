@@ -39,6 +39,9 @@ def make(s: int, sizes: tuple[int, ...], n: int, bits: int) -> PackedBlocks:
         codes = pack_columns(raw, bits)
     scales = torch.rand(3, s, mb, generator=generator).half() * 2.0**-20  # subnormals too
     units = torch.rand(3, len(sizes), generator=generator) * 2.0**18
+    if bits in (2, 8):  # with scales of one byte
+        scales = torch.randint(0, 256, (3, s, mb), dtype=torch.uint8, generator=generator)
+        units *= 2.0**-18
     return PackedBlocks(codes, scales, units, sizes, n, bits)
 
 
@@ -55,13 +58,20 @@ def dense(blocks: PackedBlocks, slot: int) -> list[Tensor]:
         matrix = torch.zeros(m, blocks.n, dtype=torch.float64)
         for b in range(s):
             for i, row in enumerate(run(m, s, b)):
-                scale = float(blocks.scales[slot, b, column + i]) * float(blocks.units[slot, place])
+                scale = scale_at(blocks, slot, b, column + i) * float(blocks.units[slot, place])
                 for j, col in enumerate(run(blocks.n, s, b)):
                     code = code_at(blocks, slot, b, j, column + i)
                     matrix[row, col] = (code - centre) * scale
         found.append(matrix)
         column += -(-m // s)
     return found
+
+
+def scale_at(blocks: PackedBlocks, slot: int, b: int, i: int) -> float:
+    stored = blocks.scales[slot, b, i]
+    if blocks.scales.dtype is torch.float16:
+        return float(stored)
+    return 2.0 ** ((int(stored) - 255) / 16) if int(stored) else 0.0
 
 
 def code_at(blocks: PackedBlocks, slot: int, b: int, j: int, i: int) -> float:

@@ -14,7 +14,10 @@ from server.ops.packed import pack_columns, packed_rows, unpack_columns
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 20), st.integers(1, 5), st.sampled_from([2, 3, 4, 8]), st.integers(0, 2**31 - 1)
+    st.integers(1, 20),
+    st.integers(1, 5),
+    st.sampled_from([2, 3, 4, 8]),
+    st.integers(0, 2**31 - 1),
 )
 def test_pack_columns_any_size_round_trips(nb: int, mb: int, bits: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
