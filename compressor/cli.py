@@ -19,6 +19,7 @@ from compressor.commands import eval as eval_command
 from compressor.commands import export as export_command
 from compressor.commands import import_adapter as import_command
 from compressor.commands import merge as merge_command
+from compressor.commands import report as report_command
 from compressor.commands.common import (
     BaseArg,
     BaseRevision,
@@ -256,6 +257,7 @@ def reconstruct(
 
 
 app.command("eval")(eval_command.evaluate)
+app.command("report")(report_command.report)
 app.command("merge")(merge_command.merge)
 app.command("export")(export_command.export)
 app.command("import")(import_command.import_adapter)
