@@ -54,7 +54,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     found = dict.fromkeys(row.method for row in measured if not row.is_control)
     methods = sorted(found, key=lambda method: [*_STYLES, method].index(method))
     with mpl.rc_context({"svg.hashsalt": "impart", "font.size": 9, "svg.fonttype": "none"}):
-        figure = Figure(figsize=(13, 5.4), layout="constrained")
+        figure = Figure(figsize=(13, 6.4), layout="constrained")
         panels = figure.subplots(1, 3)
         for axes, field in zip(panels, ("kl_task", "kl_text", "score"), strict=True):
             for index, method in enumerate(methods):
@@ -62,12 +62,12 @@ def plot(rows: Sequence[Row], path: Path) -> None:
                 _line(axes, [row for row in measured if row.method == method], field, drawn)
             _controls(axes, controls, field)
             _sizes(axes, measured)
-        panels[0].set_title("KL to the fine-tune on its task (nats per token)")
-        panels[1].set_title("KL to the fine-tune on text it never saw")
+        panels[0].set_title("KL on the task, nats per token")
+        panels[1].set_title("KL on text the fine-tune never saw")
         panels[2].set_title("exact match on the task")
         figure.suptitle(f"{measured[0].pair}: quality against true bytes of the whole artifact")
         handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside right center", frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
         figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None, dpi=120)
 
 
@@ -108,7 +108,7 @@ def _line(axes: Any, rows: Sequence[Row], field: str, drawn: Style) -> None:
 def _controls(axes: Any, controls: dict[str, Row], field: str) -> None:
     """Scales, and the controls as horizontal lines."""
     axes.set_xscale("log", base=2)
-    axes.set_xlabel("ratio, and size of the artifact")
+    axes.set_xlabel("ratio, and MB of the artifact")
     axes.grid(visible=True, which="major", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     if field == "score":
@@ -140,5 +140,5 @@ def _sizes(axes: Any, rows: Sequence[Row]) -> None:
     low, high = min(row.ratio_true for row in sized), max(row.ratio_true for row in sized)
     ratios = [2.0**k for k in range(14) if low / 1.2 < 2.0**k < high * 1.2]
     axes.set_xticks([total / ratio / 1e6 for ratio in ratios])
-    axes.set_xticklabels([f"{ratio:g}x\n{total / ratio / 1e6:.2g} MB" for ratio in ratios])
+    axes.set_xticklabels([f"{ratio:g}x\n{total / ratio / 1e6:.2g}" for ratio in ratios])
     axes.minorticks_off()
