@@ -24,7 +24,7 @@ HELP = {
     "port": "Port to listen on.",
     "device": "Where the model runs.",
     "dtype": "Number format of weights; auto: as stored.",
-    "kernels": "Kernels on the CPU: compiled by numba, or plain torch; auto: compiled if possible.",
+    "kernels": "numba (CPU), triton (CUDA) or plain torch; auto: numba on the CPU, else torch.",
     "mode": "How variants are served: deltas applied beside the base, or merged weights.",
     "mode_overrides": "VARIANT=MODE for a variant that differs from --mode; may be repeated.",
     "delta_budget_bytes": "Device memory for resident deltas; least recently used go first.",

@@ -25,7 +25,7 @@ class Settings:
     port: int = 8000
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as stored
-    kernels: Literal["auto", "torch", "numba"] = "auto"  # auto: compiled ones where they run
+    kernels: Literal["auto", "torch", "numba", "triton"] = "auto"  # auto: see choose_kernels
     mode: Literal["apply", "reconstruct"] = "apply"
     mode_overrides: dict[str, Literal["apply", "reconstruct"]] = field(default_factory=dict)
     delta_budget_bytes: int = 4 * GIB  # device memory for resident deltas, LRU beyond

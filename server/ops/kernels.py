@@ -1,7 +1,8 @@
 """The operations that have a fast form on some devices, behind one interface.
 
-`TorchKernels` is the reference that runs everywhere; `server.ops.cpu` holds compiled ones.
-`choose_kernels` says which a device gets.
+`TorchKernels` is the reference that runs everywhere; `server.ops.cpu` and `server.ops.triton` hold
+compiled ones. `choose_kernels` says which a device gets; Triton's only if asked for by name, until
+`benchmarks.gpu` has checked and timed them on a device.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from server.ops.norm import RmsForm, rms_norm
 from server.ops.packed import PackedBlocks
 
 log = logging.getLogger(__name__)
-KernelChoice = Literal["auto", "torch", "numba"]
+KernelChoice = Literal["auto", "torch", "numba", "triton"]
 
 
 class Kernels(Protocol):
@@ -70,6 +71,8 @@ class TorchKernels:
 
 def choose_kernels(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> Kernels:
     """The kernels for this device and compute dtype. ValueError if `choice` cannot run there."""
+    if choice == "triton":
+        return _triton_kernels(device)
     fits = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
     if choice == "numba" and not fits:
         raise ValueError("numba kernels run on the CPU in float32 or bfloat16 only")
@@ -83,3 +86,13 @@ def choose_kernels(choice: KernelChoice, device: torch.device, dtype: torch.dtyp
     from server.ops.cpu.kernels import NumbaKernels
 
     return NumbaKernels()
+
+
+def _triton_kernels(device: torch.device) -> Kernels:
+    if device.type != "cuda":
+        raise ValueError("triton kernels run on CUDA devices only")
+    if find_spec("triton") is None:
+        raise ValueError("triton is not installed; `pip install 'impart-serve[gpu]'`")
+    from server.ops.triton.kernels import TritonKernels
+
+    return TritonKernels()

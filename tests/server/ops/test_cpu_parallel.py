@@ -88,3 +88,8 @@ def test_choose_kernels_numba_missing_is_said(
     assert "pip install numba" in caplog.text
     with pytest.raises(ValueError, match="pip install numba"):
         choose_kernels("numba", CPU, torch.float32)
+
+
+def test_choose_kernels_triton_off_cuda_is_refused() -> None:
+    with pytest.raises(ValueError, match="CUDA devices only"):
+        choose_kernels("triton", CPU, torch.float32)
