@@ -129,7 +129,7 @@ def test_reconstruct_writes_a_model(delta: Path, tiny_llama: Path, tmp_path: Pat
     [
         (["--codec", "zip"], "unknown codec 'zip'"),
         (["--codec", "blockdiag", "--bits", "5"], "bits must be one of"),
-        (["--bits", "4"], "auto chooses bits itself"),
+        (["--max-kl", "0.1", "--bits", "4"], "auto chooses bits itself"),
         (["--codec", "impart", "--bits", "4"], "no option bits"),
         (["--codec", "blockdiag", "--head-fraction", "1.5"], "head_fraction"),
         (["--ratio", "0"], "ratio must be 1 or more"),
@@ -227,3 +227,16 @@ def test_console_script_in_a_process_prints_one_line_and_exits_2(tmp_path: Path)
     assert done.stdout == ""
     assert done.stderr.startswith("impart: error: no SHA256SUMS")
     assert done.stderr.count("\n") == 1
+
+
+def test_compress_without_codec_is_auto_only_with_texts_or_a_goal(
+    tiny_llama: Path, tiny_llama_ft: Path, tmp_path: Path
+) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("one\ntwo\n")
+    for options, codec in (([], "blockdiag"), (["--calibration", str(texts)], "auto")):
+        out = tmp_path / codec
+        code, _, stderr = impart("compress", tiny_llama, tiny_llama_ft, out, "--ratio", 8, *options)
+        assert code == 0, stderr
+        config = json.loads((out / "delta_config.json").read_text())
+        assert ("auto" in config["options"]) == (codec == "auto")
