@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,13 +17,14 @@ from compressor.codecs.impart_sampling import (
     solve_allocation,
 )
 from compressor.codecs.quantize import to_half, unit_for
+from compressor.codecs.single import SingleMatrixCodec
 from compressor.codecs.svd import Spectrum, root_inverse, row_strips, spectrum, tall
 from compressor.codecs.term import MatrixSource, Params, Shape, Term
 from compressor.errors import InputError, UnsupportedTensor
 
 
 @dataclass(frozen=True, slots=True)
-class ImpartCodec:
+class ImpartCodec(SingleMatrixCodec):
     """Options of the codec, named as in the paper.
 
     beta        share of the components pruned beforehand, within [0, 1)
@@ -45,16 +45,6 @@ class ImpartCodec:
         """Resolved options, JSON-able."""
         return {"beta": self.beta, "C": self.C, "block_rows": self.block_rows}
 
-    @property
-    def joins_siblings(self) -> bool:
-        """No: ranks are chosen matrix by matrix."""
-        return False
-
-    def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> tuple[Params, ...]:
-        """Plan the one matrix given."""
-        (shape,) = shapes
-        return (self.plan(shape, budget_bytes),)
-
     def plan(self, shape: Shape, budget_bytes: float) -> Params:
         """Return the number of components a block keeps whose size is nearest the budget.
 
@@ -63,15 +53,6 @@ class ImpartCodec:
         ideal = round(budget_bytes / impart_size(shape, 1, self.block_rows))
         most = kept_before_shift(min(shape), self.beta)
         return {"kept": min(max(ideal, 1), most)} | self.options()
-
-    def probe(self, shape: Shape) -> Params:
-        """Return any setting."""
-        return self.plan(shape, shape[0] * shape[1] / 4)
-
-    def n_terms(self, params: Params) -> int:
-        """One."""
-        del params
-        return 1
 
     def size_bytes(self, shape: Shape, params: Params) -> int:
         """Exact payload bytes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
@@ -28,6 +28,7 @@ from compressor.codecs.impart_qt_sampling import (
 from compressor.codecs.impart_sampling import kept_before_shift
 from compressor.codecs.quantize import to_half, unit_for
 from compressor.codecs.quantize_groups import code_levels, fit_steps, nearest_codes
+from compressor.codecs.single import SingleMatrixCodec
 from compressor.codecs.sources import WithInputs
 from compressor.codecs.svd import spectrum, tall
 from compressor.codecs.term import MatrixSource, Params, Shape, Term
@@ -35,7 +36,7 @@ from compressor.errors import InputError, UnsupportedTensor
 
 
 @dataclass(frozen=True, slots=True)
-class ImpartQtCodec:
+class ImpartQtCodec(SingleMatrixCodec):
     """Options of the codec, named as in the paper.
 
     beta        share of the components pruned beforehand, within [0, 1)
@@ -66,16 +67,6 @@ class ImpartQtCodec:
         """Whether sources should be `WithInputs` where that is possible."""
         return self.gptq
 
-    @property
-    def joins_siblings(self) -> bool:
-        """No: ranks are chosen matrix by matrix."""
-        return False
-
-    def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> tuple[Params, ...]:
-        """Plan the one matrix given."""
-        (shape,) = shapes
-        return (self.plan(shape, budget_bytes),)
-
     def plan(self, shape: Shape, budget_bytes: float) -> Params:
         """Return the budget itself: it is met to the byte once the spectrum is known.
 
@@ -83,15 +74,6 @@ class ImpartQtCodec:
         """
         most = largest_size(shape, self.beta)
         return {"payload": min(max(round(budget_bytes), smallest_size(shape)), most)} | asdict(self)
-
-    def probe(self, shape: Shape) -> Params:
-        """Return any setting."""
-        return self.plan(shape, shape[0] * shape[1] / 4)
-
-    def n_terms(self, params: Params) -> int:
-        """One."""
-        del params
-        return 1
 
     def size_bytes(self, shape: Shape, params: Params) -> int:
         """Exact payload bytes."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 from compressor.codecs.lowrank import LOWRANK_BITS, lowrank_from_factors, lowrank_size
+from compressor.codecs.single import SingleMatrixCodec
 from compressor.codecs.svd import factors
 from compressor.codecs.term import MatrixSource, Params, Shape, Term
 from compressor.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
-class LowRankCodec:
+class LowRankCodec(SingleMatrixCodec):
     """Options of the codec: `bits` a value, 2, 3, 4, 8, 16 or 32."""
 
     name: ClassVar[str] = "lowrank"
@@ -27,29 +27,10 @@ class LowRankCodec:
         """Resolved options, JSON-able."""
         return asdict(self)
 
-    @property
-    def joins_siblings(self) -> bool:
-        """No: ranks are chosen matrix by matrix."""
-        return False
-
-    def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> tuple[Params, ...]:
-        """Plan the one matrix given."""
-        (shape,) = shapes
-        return (self.plan(shape, budget_bytes),)
-
     def plan(self, shape: Shape, budget_bytes: float) -> Params:
         """Return the rank whose size is nearest `budget_bytes`, at least 1."""
         ideal = round(budget_bytes / (lowrank_size(shape, 8, self.bits) / 8))
         return {"bits": self.bits, "rank": min(max(ideal, 1), min(shape))}
-
-    def probe(self, shape: Shape) -> Params:
-        """Return any setting."""
-        return self.plan(shape, shape[0] * shape[1] / 4)
-
-    def n_terms(self, params: Params) -> int:
-        """One."""
-        del params
-        return 1
 
     def size_bytes(self, shape: Shape, params: Params) -> int:
         """Exact payload bytes."""

@@ -1,0 +1,37 @@
+"""What codecs that plan every matrix by itself have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from compressor.codecs.term import Params, Shape
+
+
+class SingleMatrixCodec(ABC):
+    """The part of `Codec` about siblings and terms, for one term a matrix and no siblings."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def plan(self, shape: Shape, budget_bytes: float) -> Params:
+        """See `Codec.plan`."""
+
+    @property
+    def joins_siblings(self) -> bool:
+        """No: ranks are chosen matrix by matrix."""
+        return False
+
+    def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> tuple[Params, ...]:
+        """Plan the one matrix given."""
+        (shape,) = shapes
+        return (self.plan(shape, budget_bytes),)
+
+    def probe(self, shape: Shape) -> Params:
+        """Return any setting."""
+        return self.plan(shape, shape[0] * shape[1] / 4)
+
+    def n_terms(self, params: Params) -> int:
+        """One."""
+        del params
+        return 1
