@@ -22,6 +22,7 @@ from compressor.commands import merge as merge_command
 from compressor.commands import report as report_command
 from compressor.commands.common import (
     BaseArg,
+    BaseName,
     BaseRevision,
     DeltaArg,
     Overwrite,
@@ -129,9 +130,7 @@ def compress(
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit, if FINETUNED is a Hub id.")
     ] = None,
-    base_name: Annotated[
-        str | None, typer.Option(help="What to call the base in the artifact, e.g. its Hub id.")
-    ] = None,
+    base_name: BaseName = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:

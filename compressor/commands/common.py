@@ -23,6 +23,9 @@ Report = Callable[[str, int, int], None]
 BaseArg = Annotated[
     str, typer.Argument(help="Base model: directory or Hub id[@revision].", metavar="BASE")
 ]
+BaseName = Annotated[
+    str | None, typer.Option(help="What to call the base in the artifact, e.g. its Hub id.")
+]
 BaseRevision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit, if BASE is a Hub id.")
 ]

@@ -9,6 +9,7 @@ import typer
 
 from compressor.commands.common import (
     BaseArg,
+    BaseName,
     BaseRevision,
     Overwrite,
     Quiet,
@@ -38,9 +39,7 @@ def import_adapter(
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit, if ADAPTER is a Hub id.")
     ] = None,
-    base_name: Annotated[
-        str | None, typer.Option(help="What to call the base in the artifact, e.g. its Hub id.")
-    ] = None,
+    base_name: BaseName = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
