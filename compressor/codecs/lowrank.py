@@ -6,13 +6,14 @@ dW ~ b^T a        a [k, n], b [k, m], the root of the singular value in each
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from compressor.codecs.packing import pack_bits, packed_size, unpack_bits
 from compressor.codecs.quantize import (
+    QUANT_BITS,
     dequantize,
     from_half,
     quantize_rows,
@@ -32,6 +33,19 @@ from compressor.codecs.validate import (
 from compressor.errors import InputError
 
 LOWRANK_BITS = (2, 3, 4, 8, 16, 32)
+
+
+class FactorCodes(NamedTuple):
+    """One quantised factor as a server keeps it.
+
+    codes   uint8 ``[k, size]``
+    scales  float16 ``[k]``, one per component, in units of
+    unit    a power of two
+    """
+
+    codes: Tensor
+    scales: Tensor
+    unit: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,6 +97,19 @@ class LowRankTerm:
         a = _load_factor("a", (rank, n), bits, units[0], tensors)
         b = _load_factor("b", (rank, m), bits, units[1], tensors)
         return cls(shape, bits, a, b, units, dict(tensors))
+
+    def factor_codes(self) -> tuple[FactorCodes, FactorCodes]:
+        """Return the codes of a and of b. Only for factors of 8 bits or less."""
+        assert self.bits in QUANT_BITS
+        a, b = (
+            FactorCodes(
+                unpack_bits(self.stored[name], self.bits, factor.numel()).view(factor.shape),
+                self.stored[f"{name}_scales"],
+                unit,
+            )
+            for name, factor, unit in (("a", self.a, self.units[0]), ("b", self.b, self.units[1]))
+        )
+        return a, b
 
     def apply(self, x: Tensor) -> Tensor:
         return (x.float() @ self.a.T) @ self.b

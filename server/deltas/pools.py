@@ -13,20 +13,24 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from compressor.codecs.blockdiag import BlockDiagTerm
 from compressor.codecs.impart import ImpartTerm
 from compressor.codecs.impart_qt import ImpartQtTerm
 from compressor.codecs.lowrank import LowRankTerm
+from compressor.codecs.quantize import QUANT_BITS
 from compressor.codecs.term import Shape, Term
 from server.ops import delta as ops
 from server.ops.delta import BlockDiagOp
 from server.ops.kernels import Kernels
+from server.ops.lowrank import PackedLowRank
 from server.ops.packed import PackedBlocks, pack_columns, packed_rows
 from server.ops.rows import BASE_SLOT, RowPlan
 
 Layout = tuple[str, tuple[int, ...]]
 Staged = tuple[Tensor, ...]
+RANK_STEP = 4  # ranks of packed factors are rounded up to a multiple: variants then share pools
 
 
 class TermPool(ABC):
@@ -94,6 +98,13 @@ class BlockLayout(NamedTuple):
     n_blocks: int
     bits: int
     scale_bits: int
+
+
+class LowRankLayout(NamedTuple):
+    """What variants must share to be applied in one product of packed factors."""
+
+    rank: int
+    bits: int
 
 
 class BlockDiagPool(TermPool):
@@ -205,8 +216,52 @@ class SharedBlocks:
             self._op.add_(outputs, x, segments)
 
 
+class PackedLowRankPool(TermPool):
+    """Parts: those of `PackedLowRank` without the slot axis, of a rank rounded up so that variants
+    of about the same rank share the pool; components that are not there have scale 0.
+    """
+
+    def __init__(
+        self, shape: Shape, layout: LowRankLayout, kernels: Kernels, device: torch.device
+    ) -> None:
+        super().__init__(shape, torch.float32, device)
+        self.rank, self.bits = layout
+        self.kernels = kernels
+        self._op: PackedLowRank | None = None
+
+    def reserve(self, example: Staged, n_slots: int) -> None:
+        if n_slots > self.capacity:
+            super().reserve(example, n_slots)
+            self._op = PackedLowRank(
+                *self.arrays, n=self.shape[1], bits=self.bits, make_op=self.kernels.blockdiag
+            )
+
+    def stage(self, term: Term) -> Staged:
+        assert isinstance(term, LowRankTerm)
+        down, up = term.factor_codes()
+        missing = self.rank - term.rank
+        codes = [F.pad(part.codes, (0, 0, 0, missing)) for part in (down, up)]
+        return (
+            pack_columns(codes[0].T, self.bits).contiguous(),
+            F.pad(down.scales, (0, missing)),
+            torch.tensor([down.unit], dtype=torch.float32),
+            pack_columns(codes[1], self.bits).contiguous(),
+            F.pad(up.scales.float() * up.unit, (0, missing)),
+        )
+
+    def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
+        segments = rows.table(self.present)
+        if segments.n and self._op is not None:
+            self._op.add_(y, x, rows.places_in(self.capacity), segments)
+
+    def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
+        for slot, part in _segments(rows, self.present):
+            if self._op is not None:
+                self._op.add_rows_(y[part], ids[part], slot)
+
+
 class LowRankPool(TermPool):
-    """Parts: a [r, n], b [r, m]."""
+    """Parts: a [r, n], b [r, m], in the compute dtype. For factors stored in 16 or 32 bits."""
 
     def stage(self, term: Term) -> Staged:
         assert isinstance(term, LowRankTerm)
@@ -269,7 +324,7 @@ class ImpartPool(TermPool):
 def _in_blocks(values: Tensor, block_rows: int) -> Tensor:
     """``[rows, S]`` -> ``[blocks, R, S]``, the last block zero-padded."""
     n_blocks = -(-len(values) // block_rows)
-    padded = torch.nn.functional.pad(values, (0, 0, 0, n_blocks * block_rows - len(values)))
+    padded = F.pad(values, (0, 0, 0, n_blocks * block_rows - len(values)))
     return padded.view(n_blocks, block_rows, values.shape[1])
 
 
@@ -278,7 +333,9 @@ def layout_of(term: Term) -> Layout:
     if isinstance(term, BlockDiagTerm):
         return "blockdiag", (term.n_blocks, term.bits, term.scale_bits)
     if isinstance(term, LowRankTerm):
-        return "lowrank", (len(term.a),)
+        if term.bits in QUANT_BITS:
+            return "packed_lowrank", (-(-term.rank // RANK_STEP) * RANK_STEP, term.bits)
+        return "lowrank", (term.rank,)
     if isinstance(term, ImpartTerm):
         return "impart", (term.block_rows, term.u_index.shape[1])
     if isinstance(term, ImpartQtTerm):
@@ -293,6 +350,8 @@ def make_pool(
     kind, sizes = layout
     if kind == "blockdiag":
         return BlockDiagPool(shape, BlockLayout(*sizes), kernels, device)
+    if kind == "packed_lowrank":
+        return PackedLowRankPool(shape, LowRankLayout(*sizes), kernels, device)
     makers: dict[str, Callable[[Shape, torch.dtype, torch.device], TermPool]] = {
         "lowrank": LowRankPool,
         "impart": ImpartPool,

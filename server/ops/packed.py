@@ -31,7 +31,8 @@ class PackedBlocks:
 
     codes   uint8 [C, s, byte rows, sum of mb], or float16 [C, s, nb, sum of mb] for 16 bits
     scales  [C, s, sum of mb], 0 for padding: float16, or uint8 where ``c`` stands for
-            ``2^((c - 255) / 16)`` and 0 for 0 (`compressor.codecs.quantize.to_octaves`)
+            ``2^((c - 255) / 16)`` and 0 for 0 (`compressor.codecs.quantize.to_octaves`); slots may
+            share theirs (a stride of 0)
     units   float32 [C, number of matrices]
     sizes   outputs m of each matrix; its longest block has ``mb = ceil(m / s)``
     n       inputs; the longest block has ``nb = ceil(n / s)``

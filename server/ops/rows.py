@@ -75,6 +75,7 @@ class RowPlan:
         self._spans: dict[frozenset[int], tuple[Segment, ...]] = {}
         self._tables: dict[frozenset[int], SlotSegments] = {}
         self._rows_of: dict[frozenset[int], Tensor] = {}
+        self._places_in: dict[int, Tensor] = {}
 
     def row_of_vector(self, present: frozenset[int]) -> Tensor:
         """[T] int64: ``slot + 1`` where the row's slot is in `present`, else 0 (the base's row)."""
@@ -83,6 +84,15 @@ class RowPlan:
             places = [s.slot + 1 if s.slot in active else 0 for s in self.segments]
             self._rows_of[active] = self._per_row(places)
         return self._rows_of[active]
+
+    def places_in(self, n_slots: int) -> Tensor:
+        """[T] int64: each row's slot, some slot below `n_slots` for rows of the base or of others.
+
+        To index slot arrays with where what such rows get is not read.
+        """
+        if n_slots not in self._places_in:
+            self._places_in[n_slots] = self.slot_of_row.clamp(0, n_slots - 1)
+        return self._places_in[n_slots]
 
     def _per_row(self, values: list[int]) -> Tensor:
         counts = torch.tensor([s.end - s.start for s in self.segments], dtype=torch.int64)

@@ -39,7 +39,8 @@ U = np.uint64
 
 # Places in the argument array.
 (_X, _X_STRIDE, _IS_BF16, _SEGMENTS, _N_SEGMENTS, _CODES, _SCALES, _UNITS) = range(1, 9)
-(_S, _N, _BYTE_ROWS, _MB, _BITS, _N_OUTPUTS, _OCTAVES, _N_CHUNKS, _OUTPUTS) = range(9, 18)
+(_S, _N, _BYTE_ROWS, _MB, _BITS, _N_OUTPUTS, _OCTAVES, _SCALE_STRIDE) = range(9, 17)
+(_N_CHUNKS, _OUTPUTS) = range(17, 19)
 _OUTPUT_FIELDS = 4  # address, row stride, m, first column of its block rows in the stacked tile
 
 
@@ -76,6 +77,7 @@ class NumbaBlockDiag:
             blocks.bits,
             n_outputs,
             kernel.octaves.data_ptr() if blocks.scales.dtype is torch.uint8 else 0,
+            blocks.scales.stride(0),
             0,
         )
         column = 0
@@ -169,7 +171,7 @@ def _plan_parts(address, slot, block, first_output, width, parts, scales):
     a = i64_at(address)
     s, mb, n_outputs = a[_S], a[_MB], a[_N_OUTPUTS]
     item_bytes = 2 if a[_IS_BF16] != 0 else 4
-    first_scale = (slot * s + block) * mb + first_output
+    first_scale = slot * a[_SCALE_STRIDE] + block * mb + first_output
     octave_of = f32_at(a[_OCTAVES])
     halves, bytes_ = u16_at(a[_SCALES] + 2 * first_scale), u8_at(a[_SCALES] + first_scale)
     units = f32_at(a[_UNITS] + 4 * slot * n_outputs)

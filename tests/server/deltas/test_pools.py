@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from compressor.codecs.encoder import make_encoder
+from compressor.codecs.lowrank import lowrank_from_factors
 from compressor.codecs.sources import TensorSource
 from compressor.codecs.term import Term
 from server.deltas.pools import BlockDiagPool, SharedBlocks, TermPool, layout_of, make_pool
@@ -24,7 +25,7 @@ OPTIONS = {
         {"bits": 16},
         {"bits": 4, "head_fraction": 0.3},
     ],
-    "lowrank": [{"bits": 16}, {"bits": 4}],
+    "lowrank": [{"bits": 16}, {"bits": 8}, {"bits": 4}, {"bits": 3}],
     "impart": [{"block_rows": 16}],
     "impart-qt": [{"block_rows": 16}],
 }
@@ -178,3 +179,20 @@ def test_shared_blocks_one_member_alone_equals_its_own_product(kernels: Kernels)
     dense = [terms[0].to_dense().double() for terms in variants]
     want = expected(x, plan.slot_of_row.tolist(), dense, 50)
     torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-6)
+
+
+def test_packed_low_rank_pool_takes_variants_of_near_ranks_in_their_stored_bytes(
+    kernels: Kernels,
+) -> None:
+    factors = [(torch.randn(k, 200) * 0.01, torch.randn(k, 300)) for k in (9, 12, 11)]
+    terms = [lowrank_from_factors(a, b, bits=4) for a, b in factors]
+    assert len({layout_of(term) for term in terms}) == 1
+    pool = fill(0, [(term,) for term in terms], kernels)
+    plan = plan_of({-1: 2, 0: 1, 1: 3, 2: 9})
+    x = torch.randn(plan.n_rows, 200, generator=torch.Generator().manual_seed(3))
+    y = torch.zeros(plan.n_rows, 300)
+    pool.add_(y, x, plan)
+    want = expected(x, plan.slot_of_row.tolist(), [t.to_dense().double() for t in terms], 300)
+    torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-6)
+    held = sum(part[0].nbytes for part in pool.arrays)
+    assert held < 1.05 * sum(part.nbytes for part in terms[1].tensors().values())
