@@ -1,16 +1,15 @@
-"""How far a model is from its fine-tune: KL per token, top-1 agreement, exact match, flips.
+"""How far a model in memory is from its fine-tune, measured fast for one variant after another.
 
-The fine-tune runs over the samples once, in float32; its distribution at every position that
-counts is kept, so that each variant costs one pass of its own. What all samples begin with runs
-once a model. Exact match needs no generation: greedy decoding gives the gold answer and stops if
-and only if, gold answer given, every one of its tokens and the end are the most likely ones.
+The measures are `compressor.comparison`'s. The fine-tune runs over the samples once, in float32;
+its distribution at every position that counts is kept, so that each variant costs one pass of its
+own. What all samples begin with runs once a model.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,21 +19,8 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.tasks import Item
-
-BATCH_TOKENS = 1024  # of padded input; bounds what is in memory
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """Token ids of one text. Positions from `n_prompt - 1` on predict what counts."""
-
-    ids: tuple[int, ...]
-    n_prompt: int
-
-    @property
-    def target(self) -> tuple[int, ...]:
-        """The tokens predicted."""
-        return self.ids[self.n_prompt :]
+from compressor.comparison import Batch, Comparer, LogProbs, padded
+from compressor.evaluate_samples import Sample, completion_sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +52,7 @@ class Score:
 
 def task_samples(tokenizer: PreTrainedTokenizerBase, items: Sequence[Item]) -> list[Sample]:
     """Prompt, gold answer and EOS as the fine-tune saw them in training."""
-    samples = []
-    for item in items:
-        prompt = tokenizer(item.prompt).input_ids
-        answer = tokenizer(item.answer, add_special_tokens=False).input_ids
-        samples.append(Sample((*prompt, *answer, tokenizer.eos_token_id), len(prompt)))
-    return samples
+    return [completion_sample(item.prompt, item.answer, tokenizer) for item in items]
 
 
 def text_samples(
@@ -79,10 +60,10 @@ def text_samples(
 ) -> list[Sample]:
     """Plain texts, cut at `max_tokens`; every position counts."""
     encoded = (tuple(tokenizer(text).input_ids[:max_tokens]) for text in texts)
-    return [Sample(ids, 1) for ids in encoded if len(ids) > 1]
+    return [Sample(ids, (True,) * len(ids)) for ids in encoded if len(ids) > 1]
 
 
-class Reference:
+class Reference(Comparer):
     """The fine-tune's predictions over samples.
 
     It must compute logits as lm_head(hidden) with nothing after it (no soft capping); ValueError
@@ -90,77 +71,45 @@ class Reference:
     """
 
     def __init__(self, finetuned: PreTrainedModel, samples: Sequence[Sample]) -> None:
-        self.samples = list(samples)
-        self.n_tokens = sum(len(sample.target) for sample in samples)
+        super().__init__(samples, lambda batch: [self._kept[batch.number]])
         self._prefix = common_prefix(samples)
-        self._batches = list(batches(self.samples))
         check_head(finetuned, self.samples[0])
-        self._log_p = [logits.log_softmax(-1) for logits in self._logits(finetuned)]
-        self._best = [log_p.argmax(-1) for log_p in self._log_p]
-        self.correct = self._correct(self._best)
+        run = self._runner(finetuned)
+        self._kept = [part for batch in self.batches for part in run(batch)]
+        self.correct = self._correct(self.outputs_of(None).right)
 
     def distance(self, model: PreTrainedModel) -> Distance:
-        """Compare `model` on the same samples.
+        """Compare `model` on the same samples."""
+        outputs = self.outputs_of(self._runner(model))
+        found = self.compare(outputs)
+        return Distance(found.kl.mean, found.top1_agreement.mean, self._correct(outputs.right))
 
-        A vocabulary smaller than the fine-tune's (the base's, as a control) counts as it is.
-        """
-        kl = 0.0
-        agree = 0
-        bests = []
-        references = zip(self._log_p, self._best, strict=True)
-        for (log_p, best), logits in zip(references, self._logits(model), strict=True):
-            log_q = logits.log_softmax(-1)
-            log_p = log_p[:, : log_q.shape[1]]
-            kl += float(torch.einsum("tv,tv->t", log_p.exp(), log_p - log_q).double().sum())
-            bests.append(log_q.argmax(-1))
-            agree += int((bests[-1] == best).sum())
-        return Distance(kl / self.n_tokens, agree / self.n_tokens, self._correct(bests))
+    def _correct(self, right: Tensor) -> tuple[bool, ...]:
+        return tuple(self.answers(right).tolist())
 
-    def _correct(self, bests: Sequence[Tensor]) -> tuple[bool, ...]:
-        """Which samples' targets are the most likely tokens throughout."""
-        correct = [False] * len(self.samples)
-        for batch, best in zip(self._batches, bests, strict=True):
-            start = 0
-            for index in batch:
-                target = self.samples[index].target
-                end = start + len(target)
-                correct[index] = tuple(best[start:end].tolist()) == target
-                start = end
-        return tuple(correct)
-
-    def _logits(self, model: PreTrainedModel) -> Iterator[Tensor]:
-        """Float32 logits of every prediction of each batch, ``[sum(len(target)), V]``."""
+    def _runner(self, model: PreTrainedModel) -> LogProbs:
+        """Log-probabilities from float32 logits, whatever the model's dtype."""
         head = model.get_output_embeddings()
         weight = head.weight.float()
         bias = None if getattr(head, "bias", None) is None else head.bias.float()
         cache = prefix_cache(model, self._prefix)
-        with torch.no_grad():
-            for batch in self._batches:
-                chosen = [self.samples[index] for index in batch]
-                hidden = hidden_states(model, chosen, len(self._prefix), cache)
-                yield F.linear(hidden.float(), weight, bias)
+
+        def run(batch: Batch) -> list[Tensor]:
+            hidden = hidden_states(model, batch.samples, len(self._prefix), cache)
+            with torch.no_grad():
+                return [F.linear(hidden.float(), weight, bias).log_softmax(-1)]
+
+        return run
 
 
 def common_prefix(samples: Sequence[Sample]) -> tuple[int, ...]:
     """What all prompts begin with; at least one token of each prompt is left."""
     first, last = min(s.ids for s in samples), max(s.ids for s in samples)
-    longest = min(sample.n_prompt for sample in samples) - 1
+    longest = min(sample.counted.index(True, 1) for sample in samples) - 1
     n = 0
     while n < longest and first[n] == last[n]:
         n += 1
     return first[:n]
-
-
-def batches(samples: Sequence[Sample]) -> Iterator[list[int]]:
-    """Indices of samples of like length, at most BATCH_TOKENS padded tokens together."""
-    batch: list[int] = []
-    for index in sorted(range(len(samples)), key=lambda i: len(samples[i].ids)):
-        if batch and (len(batch) + 1) * len(samples[index].ids) > BATCH_TOKENS:
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def prefix_cache(model: PreTrainedModel, prefix: Sequence[int]) -> DynamicCache | None:
@@ -176,19 +125,11 @@ def prefix_cache(model: PreTrainedModel, prefix: Sequence[int]) -> DynamicCache 
 def hidden_states(
     model: PreTrainedModel, batch: Sequence[Sample], n_prefix: int, cache: DynamicCache | None
 ) -> Tensor:
-    """Input of the lm_head for every prediction, sample after sample: ``[sum(len(target)), d]``.
+    """Input of the lm_head for every counted token, sample after sample: ``[N, d]``.
 
     cache  holds the `n_prefix` tokens that all samples begin with; it is not changed
     """
-    width = max(len(sample.ids) for sample in batch) - n_prefix
-    ids = torch.zeros(len(batch), width, dtype=torch.long)
-    mask = torch.zeros(len(batch), n_prefix + width, dtype=torch.long)
-    wanted = torch.zeros(len(batch), width, dtype=torch.bool)
-    for row, sample in enumerate(batch):
-        rest = sample.ids[n_prefix:]
-        ids[row, : len(rest)] = torch.tensor(rest)
-        mask[row, : len(sample.ids)] = 1
-        wanted[row, sample.n_prompt - 1 - n_prefix : len(rest) - 1] = True
+    ids, mask, wanted = padded(batch, n_prefix)
     past: dict[str, Any] = {"use_cache": False}
     if cache is not None:
         mine = copy.deepcopy(cache)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from compressor.comparison import n_predicted
 from compressor.evaluate_samples import Sample, read_samples, text_samples
 from compressor.texts import built_in_texts
 
@@ -37,11 +38,6 @@ def spread(samples: Sequence[Sample], max_tokens: int) -> list[Sample]:
     share = min(1.0, max_tokens / n_tokens, _MAX_MEASURED_TEXTS / len(samples))
     wanted = max(1, int(share * len(samples)))
     return [samples[i * len(samples) // wanted] for i in range(wanted)]
-
-
-def n_predicted(sample: Sample) -> int:
-    """Return how many tokens of it are measured."""
-    return sum(sample.counted[1:])
 
 
 def _cut(sample: Sample) -> Sample:

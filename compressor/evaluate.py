@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from compressor.artifact import Artifact
 from compressor.checkpoint import Checkpoint
+from compressor.comparison import Batch, Comparer, Comparison, Estimate, Outputs
 from compressor.draft import group_of
-from compressor.evaluate_model import SwappedModel, Weights, batches
+from compressor.evaluate_model import SwappedModel, Weights
 from compressor.evaluate_samples import Sample
-from compressor.fidelity import kl_per_token
 from compressor.layout import read_layout
 
 Progress = Callable[[str, int, int], None]
@@ -29,35 +29,6 @@ LAYER_SAMPLES = 64  # what the tables by layer and by kind run over, unless told
 
 _LAYER = re.compile(r"(.*?\.\d+)\.")
 _DIGITS = 5  # significant; what is beyond depends on the machine's thread count
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A mean over predicted tokens, and its standard error over texts (NaN for a single text)."""
-
-    mean: float
-    standard_error: float
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """One set of weights against the fine-tune.
-
-    kl              KL(fine-tune || these weights), nats per token
-    top1_agreement  how often both find the same token most likely
-    token_flips     how often one of the two predicts the text's own next token and the other not
-                    (Dutta et al., 2024, arXiv 2407.09141)
-    perplexity      of the texts
-    exact_match     share of answers that greedy decoding gives word for word; None without prompts
-    answer_flips    share of answers right in one of the two only; None without prompts
-    """
-
-    kl: Estimate
-    top1_agreement: Estimate
-    token_flips: Estimate
-    perplexity: float
-    exact_match: float | None
-    answer_flips: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,101 +71,32 @@ class Evaluation:
         return plain
 
 
-@dataclass(frozen=True, slots=True)
-class _Outputs:
-    """What weights say of every counted token: float32, int64, float32 and bool ``[N]``."""
-
-    kl: Tensor
-    top: Tensor
-    loss: Tensor
-    right: Tensor
-
-
-class Reference:
-    """A fine-tune's predictions over samples, to compare other weights of `model` with."""
+class Reference(Comparer):
+    """The fine-tune's predictions over samples, to compare other weights of `model` with."""
 
     def __init__(self, model: SwappedModel, samples: Sequence[Sample]) -> None:
-        self._model, self.samples = model, samples
-        self._batches = list(batches(samples))
-        order = [index for batch in self._batches for index in batch]
-        counts = [sum(samples[index].counted[1:]) for index in order]
-        self._text = torch.tensor(order).repeat_interleave(torch.tensor(counts))
-        self._targets = torch.cat([_targets(samples[index]) for index in order])
+        super().__init__(samples, self._recall)
+        self._model = model
         model.use({})
         with torch.inference_mode():
-            model.check_head(samples[order[0]])
-            self._hidden = [model.hidden(self._samples(batch)) for batch in self._batches]
-        self.own = self._run(self._hidden)
+            model.check_head(self.batches[0].samples[0])
+            self._hidden = [model.hidden(batch.samples) for batch in self.batches]
 
-    @property
-    def n_tokens(self) -> int:
-        """Tokens measured."""
-        return len(self._targets)
-
-    def outputs(self) -> _Outputs:
+    def outputs(self) -> Outputs:
         """Run the model with the weights it has now."""
-        with torch.inference_mode():
-            return self._run([self._model.hidden(self._samples(b)) for b in self._batches])
+        return self.outputs_of(lambda batch: self._model.log_probs(batch.samples))
+
+    def own(self) -> Outputs:
+        """Return the fine-tune's, from what is kept."""
+        return self.outputs_of(None)
 
     def kl(self) -> Estimate:
         """KL of the weights that the model has now."""
-        return self._estimate(self.outputs().kl)
+        return self.estimate(self.outputs().kl)
 
-    def compare(self, ours: _Outputs) -> Comparison:
-        """Summarise `ours` against the fine-tune."""
-        has_answers = any(sample.is_answer for sample in self.samples)
-        right, theirs = self._answers(ours.right), self._answers(self.own.right)
-        return Comparison(
-            kl=self._estimate(ours.kl),
-            top1_agreement=self._estimate((ours.top == self.own.top).float()),
-            token_flips=self._estimate((ours.right != self.own.right).float()),
-            perplexity=math.exp(min(float(ours.loss.double().mean()), 700.0)),
-            exact_match=float(right.double().mean()) if has_answers else None,
-            answer_flips=float((right != theirs).double().mean()) if has_answers else None,
-        )
-
-    def changes_kept(self, base: _Outputs, ours: _Outputs) -> float | None:
-        """Share of the fine-tune's changes to the base's most likely tokens that `ours` makes."""
-        changed = base.top != self.own.top
-        if not bool(changed.any()):
-            return None
-        return float((ours.top == self.own.top)[changed].double().mean())
-
-    def _samples(self, batch: Sequence[int]) -> list[Sample]:
-        return [self.samples[index] for index in batch]
-
-    @torch.inference_mode()
-    def _run(self, hidden: Sequence[Tensor]) -> _Outputs:
-        found: list[list[Tensor]] = []
-        start = 0
-        for ours, theirs in zip(hidden, self._hidden, strict=True):
-            logits = self._model.logits(ours)
-            reference = self._model.logits(theirs, finetuned=True)
-            for q, p in zip(logits, reference, strict=True):
-                target = self._targets[start : start + len(q)].to(q.device)
-                start += len(q)
-                loss = torch.nn.functional.cross_entropy(q, target, reduction="none")
-                kl = torch.zeros_like(loss) if ours is theirs else kl_per_token(p, q)
-                top = q.argmax(-1)
-                found.append([kl.cpu(), top.cpu(), loss.cpu(), (top == target).cpu()])
-        return _Outputs(*(torch.cat(parts) for parts in zip(*found, strict=True)))
-
-    def _estimate(self, values: Tensor) -> Estimate:
-        """Mean over tokens; the error from the linearised ratio of sums over texts."""
-        n = len(self.samples)
-        zeros = torch.zeros(n, dtype=torch.float64)
-        total = zeros.index_add(0, self._text, values.double())
-        count = zeros.index_add(0, self._text, torch.ones_like(values, dtype=torch.float64))
-        mean = float(total.sum() / count.sum())
-        if n < 2:
-            return Estimate(mean, math.nan)
-        square = float(((total - mean * count) ** 2).sum()) * n / (n - 1)
-        return Estimate(mean, math.sqrt(square) / float(count.sum()))
-
-    def _answers(self, right: Tensor) -> Tensor:
-        """Whether all counted tokens of a text are right: what greedy decoding then gives."""
-        wrong = torch.zeros(len(self.samples), dtype=torch.int64)
-        return wrong.index_add(0, self._text, (~right).long()) == 0
+    def _recall(self, batch: Batch) -> Iterator[Tensor]:
+        for logits in self._model.logits(self._hidden[batch.number], finetuned=True):
+            yield logits.log_softmax(-1)
 
 
 class Evaluator:
@@ -236,8 +138,8 @@ class Evaluator:
             n_tokens=reference.n_tokens,
             variant=reference.compare(ours),
             base=reference.compare(self._base),
-            finetuned=reference.compare(reference.own),
-            changes_kept=reference.changes_kept(self._base, ours),
+            finetuned=reference.compare(reference.own()),
+            changes_kept=_changes_kept(self._base, ours),
             **tables,
         )
 
@@ -295,14 +197,12 @@ def _bytes_of(artifact: Artifact) -> Mapping[str, int]:
     }
 
 
-def _targets(sample: Sample) -> Tensor:
-    return torch.tensor(
-        [
-            token
-            for token, counted in zip(sample.ids[1:], sample.counted[1:], strict=True)
-            if counted
-        ]
-    )
+def _changes_kept(base: Outputs, ours: Outputs) -> float | None:
+    """Share of the fine-tune's changes to the base's most likely tokens that `ours` makes."""
+    changed = base.top != base.reference_top
+    if not bool(changed.any()):
+        return None
+    return float((ours.top == ours.reference_top)[changed].double().mean())
 
 
 def _rounded(value: Any) -> Any:

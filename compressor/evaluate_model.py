@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from compressor.checkpoint import Checkpoint
 from compressor.codecs import TensorDelta
+from compressor.comparison import padded
 from compressor.errors import CheckpointError, WrongShape
 from compressor.evaluate_samples import Sample
-from compressor.fidelity import BATCH_TOKENS, load_model
+from compressor.fidelity import load_model
 from compressor.layout import read_layout
 
 Weights = Literal["finetuned", "base", "variant"]
@@ -155,14 +156,7 @@ class SwappedModel:
 
     def hidden(self, samples: Sequence[Sample]) -> Tensor:
         """Return the decoder's output ``[N, H]`` that predicts each counted token, in order."""
-        width = max(len(sample.ids) for sample in samples)
-        ids = torch.zeros(len(samples), width, dtype=torch.int64)
-        mask = torch.zeros_like(ids)
-        wanted = torch.zeros(len(samples), width, dtype=torch.bool)
-        for row, sample in enumerate(samples):
-            ids[row, : len(sample.ids)] = torch.tensor(sample.ids)
-            mask[row, : len(sample.ids)] = 1
-            wanted[row, : len(sample.ids) - 1] = torch.tensor(sample.counted[1:])
+        ids, mask, wanted = padded(samples)
         device = self._model.device
         decoder = getattr(self._model, self._model.base_model_prefix)
         output = decoder(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
@@ -178,6 +172,11 @@ class SwappedModel:
         head = self._tuned_head if finetuned else self._head
         return head.logits(hidden, self._output_kind)
 
+    def log_probs(self, samples: Sequence[Sample]) -> Iterator[Tensor]:
+        """Yield float32 log-probabilities ``[t, V]`` with the weights the model has now."""
+        for logits in self.logits(self.hidden(samples)):
+            yield logits.log_softmax(-1)
+
     def check_head(self, sample: Sample) -> None:
         """Check that decoder and head, run apart, are the model; CheckpointError if not."""
         ids = torch.tensor([sample.ids], device=self._model.device)
@@ -189,15 +188,3 @@ class SwappedModel:
                 f"{type(self._model).__name__}: its output layer needs more than the decoder's "
                 "output, so this architecture cannot be evaluated"
             )
-
-
-def batches(samples: Sequence[Sample]) -> Iterator[list[int]]:
-    """Yield indices of samples of like length, at most `BATCH_TOKENS` padded tokens a batch."""
-    waiting: list[int] = []
-    for index in sorted(range(len(samples)), key=lambda i: len(samples[i].ids)):
-        if waiting and len(samples[index].ids) * (len(waiting) + 1) > BATCH_TOKENS:
-            yield waiting
-            waiting = []
-        waiting.append(index)
-    if waiting:
-        yield waiting

@@ -19,8 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.errors import CheckpointError, InputError
-from compressor.fidelity import MAX_TEXT_TOKENS
-from compressor.texts import MAX_TEXTS, read_texts
+from compressor.texts import MAX_TEXT_TOKENS, MAX_TEXTS, read_texts
 
 _CHAT_KEYS = ("messages", "prompt")
 
@@ -85,6 +84,15 @@ def text_samples(texts: Sequence[str], tokenizer: Any) -> Iterator[Sample]:
         yield Sample(ids, (True,) * len(ids))
 
 
+def completion_sample(prompt: str, completion: str, tokenizer: Any) -> Sample:
+    """Prompt and answer: the answer counts, and the end of text after it."""
+    sample = _join([_Piece(prompt, False), _Piece(completion, True)], tokenizer)
+    eos = tokenizer.eos_token_id
+    if eos is None or (sample.ids and sample.ids[-1] == eos):
+        return sample
+    return Sample((*sample.ids, eos), (*sample.counted, True), True)
+
+
 def _samples(file: Path, tokenizer: Any, limit: int) -> Iterator[Sample]:
     records = _chat_records(file, limit)
     if records is None:
@@ -132,11 +140,7 @@ def _parse(file: Path, number: int, line: str) -> dict[str, Any]:
 def _completion(where: str, record: dict[str, Any], tokenizer: Any) -> Sample:
     prompt, completion = record.get("prompt"), record.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
-        sample = _join([_Piece(prompt, False), _Piece(completion, True)], tokenizer)
-        eos = tokenizer.eos_token_id
-        if eos is None or (sample.ids and sample.ids[-1] == eos):
-            return sample
-        return Sample((*sample.ids, eos), (*sample.counted, True), True)
+        return completion_sample(prompt, completion, tokenizer)
     if isinstance(prompt, list) and isinstance(completion, list):
         first = _messages(where, record, "prompt")
         messages = first + _messages(where, record, "completion")

@@ -6,7 +6,7 @@ says does not. Both models run in memory over the user's calibration texts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from torch import Tensor
 
 from compressor.checkpoint import Checkpoint
 from compressor.codecs import TensorDelta
+from compressor.comparison import Batch, Comparer, padded
 from compressor.errors import CheckpointError, InputError, UnsupportedTensor
+from compressor.evaluate_samples import Sample
 from compressor.layout import read_layout
-
-BATCH_TOKENS = 1024  # of padded input; bounds the logits in memory
-MAX_TEXT_TOKENS = 512
+from compressor.texts import MAX_TEXT_TOKENS
 
 _FLOAT32_LIMIT = 2_000_000_000  # parameters; larger models run in the dtype they are stored in
 _DIGITS = 5  # significant; what is beyond depends on the machine's thread count
@@ -103,55 +103,18 @@ def encode_texts(
 
 def compare(reference: Any, candidate: Any, samples: Sequence[Sequence[int]]) -> Fidelity:
     """Run both models over the token ids; means over all predicted positions."""
-    kl, agreed, n_tokens = 0.0, 0, 0
-    width = min(reference.get_input_embeddings().num_embeddings, candidate.config.vocab_size)
-    for ids, mask in _batches(samples, reference.device):
-        predicted = mask[:, 1:].bool()
-        p = _logits(reference, ids, mask)[predicted][:, :width]
-        q = _logits(candidate, ids, mask)[predicted][:, :width]
-        kl += float(kl_per_token(p, q).double().sum())
-        agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
-        n_tokens += len(p)
+    texts = [Sample(tuple(ids), (True,) * len(ids)) for ids in samples]
+    comparer = Comparer(texts, lambda batch: [_log_probs(reference, batch)])
+    found = comparer.compare(comparer.outputs_of(lambda batch: [_log_probs(candidate, batch)]))
     return Fidelity(
-        kl_per_token=float(f"{kl / n_tokens:.{_DIGITS}g}"),
-        top1_agreement=float(f"{agreed / n_tokens:.{_DIGITS}g}"),
-        n_tokens=n_tokens,
+        kl_per_token=float(f"{found.kl.mean:.{_DIGITS}g}"),
+        top1_agreement=float(f"{found.top1_agreement.mean:.{_DIGITS}g}"),
+        n_tokens=comparer.n_tokens,
         n_texts=len(samples),
     )
 
 
-def kl_per_token(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """Return ``KL(p || q)`` in nats: float logits ``[T, V]`` twice -> float32 ``[T]``."""
-    p = p_logits.float().log_softmax(-1)
-    q = q_logits.float().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1)
-
-
-def _logits(model: Any, ids: Tensor, mask: Tensor) -> Tensor:
-    with torch.inference_mode():
-        logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    return logits[:, :-1]
-
-
-def _batches(
-    samples: Sequence[Sequence[int]], device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (ids, mask) ``[B, T]`` of texts of like length, padded on the right."""
-    waiting: list[Sequence[int]] = []
-    for ids in sorted(samples, key=len):
-        if waiting and len(ids) * (len(waiting) + 1) > BATCH_TOKENS:
-            yield _padded(waiting, device)
-            waiting = []
-        waiting.append(ids)
-    if waiting:
-        yield _padded(waiting, device)
-
-
-def _padded(batch: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    longest = max(map(len, batch))
-    ids = torch.zeros(len(batch), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    for row, tokens in enumerate(batch):
-        ids[row, : len(tokens)] = torch.tensor(list(tokens))
-        mask[row, : len(tokens)] = 1
-    return ids.to(device), mask.to(device)
+def _log_probs(model: Any, batch: Batch) -> Tensor:
+    ids, mask, wanted = (tensor.to(model.device) for tensor in padded(batch.samples))
+    logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    return logits[wanted].float().log_softmax(-1)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from compressor import __version__
-from compressor.evaluate import Estimate, Evaluation, Part
+from compressor.comparison import Estimate
+from compressor.evaluate import Evaluation, Part
 from compressor.inspection import Inspection
 from compressor.printable import printable
 from compressor.report import Report

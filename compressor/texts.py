@@ -12,6 +12,7 @@ from typing import Any
 from compressor.errors import InputError
 
 MAX_TEXTS = 512
+MAX_TEXT_TOKENS = 512
 
 _COLUMN = "text"
 

@@ -22,7 +22,8 @@ from compressor.commands.common import (
 )
 
 if TYPE_CHECKING:
-    from compressor.evaluate import Comparison, Estimate, Evaluation, Part
+    from compressor.comparison import Comparison, Estimate
+    from compressor.evaluate import Evaluation, Part
 
 TunedArg = Annotated[
     str, typer.Argument(help="The full fine-tune: directory or Hub id.", metavar="FINETUNED")

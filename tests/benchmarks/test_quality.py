@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.evaluate import (
     Reference,
-    Sample,
     Score,
     common_prefix,
     hidden_states,
@@ -20,12 +19,17 @@ from benchmarks.evaluate import (
     text_samples,
 )
 from benchmarks.tasks import Item, load_items, reference_paragraphs
+from compressor.evaluate_samples import Sample
 
 ITEMS = [
     Item("Request: my card\nIntent:", " card arrival"),
     Item("Request: hello there, I would like a table\nIntent:", " none"),
     Item("Hi", " a much longer answer than the prompt"),
 ]
+
+
+def sample_of(ids: tuple[int, ...], n_prompt: int) -> Sample:
+    return Sample(ids, (False,) * n_prompt + (True,) * (len(ids) - n_prompt), True)
 
 
 def load(path: Path) -> tuple[torch.nn.Module, object]:
@@ -51,7 +55,7 @@ def test_distance_equals_unbatched_float64_loop(
         with torch.no_grad():
             p = torch.log_softmax(tuned(ids).logits[0].double(), -1)
             q = torch.log_softmax(base(ids).logits[0].double(), -1)
-        for at in range(sample.n_prompt - 1, len(sample.ids) - 1):
+        for at in range(sample.counted.index(True) - 1, len(sample.ids) - 1):
             kl.append(float((p[at].exp() * (p[at] - q[at])).sum()))
             agree.append(int(p[at].argmax()) == int(q[at].argmax()))
     reference = Reference(tuned, samples)
@@ -82,9 +86,9 @@ def test_correct_is_what_greedy_generation_gives(tiny_llama: Path) -> None:
     for prompt in prompts:
         ids = alone(model, prompt, 4)
         samples += [
-            Sample((*prompt, *ids), len(prompt)),
-            Sample((*prompt, *ids[:3], ids[3] ^ 1), len(prompt)),
-            Sample((*prompt, ids[0] ^ 1, *ids[1:]), len(prompt)),
+            sample_of((*prompt, *ids), len(prompt)),
+            sample_of((*prompt, *ids[:3], ids[3] ^ 1), len(prompt)),
+            sample_of((*prompt, ids[0] ^ 1, *ids[1:]), len(prompt)),
         ]
     reference = Reference(model, samples)
     assert reference.correct == (True, False, False) * 3
@@ -106,10 +110,10 @@ def test_shared_prefix_is_run_once_and_changes_nothing(tiny_qwen2: Path) -> None
 
 
 def test_common_prefix_leaves_a_token_of_every_prompt() -> None:
-    samples = [Sample((1, 2, 3, 4), 3), Sample((1, 2, 3, 5), 2)]
+    samples = [sample_of((1, 2, 3, 4), 3), sample_of((1, 2, 3, 5), 2)]
     assert common_prefix(samples) == (1,)
-    assert common_prefix([Sample((1, 2, 3), 2), Sample((4, 2, 3), 2)]) == ()
-    assert common_prefix([Sample((1, 2, 3), 3)]) == (1, 2)
+    assert common_prefix([sample_of((1, 2, 3), 2), sample_of((4, 2, 3), 2)]) == ()
+    assert common_prefix([sample_of((1, 2, 3, 4), 3)]) == (1, 2)
 
 
 def test_reference_of_a_model_that_caps_its_logits_is_refused(tiny_llama: Path) -> None:
@@ -124,7 +128,7 @@ def test_reference_of_a_model_that_caps_its_logits_is_refused(tiny_llama: Path) 
 
     model.__class__ = Capped
     with pytest.raises(ValueError, match="after lm_head"):
-        Reference(model, [Sample((1, 5, 9, 17), 2)])
+        Reference(model, [sample_of((1, 5, 9, 17), 2)])
 
 
 def test_score_standard_error() -> None:

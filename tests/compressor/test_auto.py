@@ -10,7 +10,8 @@ import compressor.auto_texts as auto_texts
 from compressor.artifact import read_artifact
 from compressor.artifact_config import DeltaConfig
 from compressor.auto import Goal
-from compressor.auto_texts import BUILT_IN, OWN, n_predicted, spread
+from compressor.auto_texts import BUILT_IN, OWN, spread
+from compressor.comparison import n_predicted
 from compressor.errors import BudgetError, InputError
 from compressor.evaluate_samples import Sample
 from compressor.pipeline import Options, Summary, compress
