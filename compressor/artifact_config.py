@@ -80,7 +80,8 @@ class DeltaConfig:
     bytes            table by group
     fidelity         what was measured when it was made
     finetuned_details  what else `impart reconstruct` needs of the fine-tune, beside its name:
-                     dtype, settings of config.json that differ, companion files it dropped
+                     dtype, settings of config.json that differ, companion files it dropped;
+                     and what its own card says of licence, languages and data sets
     """
 
     created_by: str

@@ -17,7 +17,7 @@ from compressor.errors import CheckpointError, InputError
 
 _REF = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(@(?P<revision>\w[\w./-]*))?")
 _IN_CACHE = re.compile(r"models--(?P<repo>.+)/snapshots/(?P<commit>[0-9a-f]{40})$")
-_SETTINGS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "SHA256SUMS")
+_SETTINGS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "SHA256SUMS", "README.md")
 _DELTAS = "impart-deltas"  # folder in the Hub's cache; an artifact must not consist of links
 
 
@@ -81,7 +81,7 @@ def fetch_artifact(ref: HubRef, snapshot: Path) -> Path:
     commit = cached_ref(snapshot) or ref
     folder = f"{ref.repo.replace('/', '--')}@{commit.revision or 'main'}"
     local = Path(constants.HF_HUB_CACHE) / _DELTAS / folder
-    names = (*_SETTINGS, "delta.safetensors", "README.md")
+    names = (*_SETTINGS, "delta.safetensors")
     return _snapshot(HubRef(ref.repo, commit.revision), names, asked=ref, local_dir=local)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from compressor import __version__
 from compressor.artifact_config import DeltaConfig
 from compressor.artifact_writer import ArtifactWriter
-from compressor.card import model_card
+from compressor.card import model_card, own_facts
 from compressor.checkpoint import Checkpoint
 from compressor.companions import changed_companions
 from compressor.dora import RescaleEncoder
@@ -67,7 +67,8 @@ def import_adapter(
             finetuned=opened.name,
             base=base_info(base_files, layout.tied, options.base_name),
             seed=options.seed,
-            finetuned_details={"dtype": checkpoint_dtype(base_files)},
+            finetuned_details={"dtype": checkpoint_dtype(base_files)}
+            | ({"card": facts} if (facts := own_facts(opened.path)) else {}),
         )
         companions = changed_companions(base_files.path, adapter)
         key = _run_key(config, opened)

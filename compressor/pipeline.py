@@ -22,7 +22,7 @@ from compressor.artifact_config import BaseInfo, DeltaConfig
 from compressor.artifact_writer import ArtifactWriter
 from compressor.auto import Choice, Goal, Inputs, choose
 from compressor.calibration import LazyMoments
-from compressor.card import model_card
+from compressor.card import model_card, own_facts
 from compressor.checkpoint import DTYPE_NAMES, Checkpoint
 from compressor.codecs import Codec, DenseRows, MatrixSource, TensorDelta, Term, make_encoder
 from compressor.codecs.encoder import wants_inputs
@@ -271,6 +271,8 @@ def _describe(run: _Run, codec: Codec, options: dict[str, Any], ratio: float) ->
         details["config"] = pairing.config_changes
     if dropped := dropped_companions(base.path, tuned.path):
         details["dropped_files"] = dropped
+    if facts := own_facts(tuned.path):
+        details["card"] = facts
     return DeltaConfig(
         created_by=f"impart-serve {__version__}",
         codec=codec.name,
