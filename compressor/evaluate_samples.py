@@ -1,6 +1,6 @@
 """What an evaluation runs over: texts, or prompts with the answers that count.
 
-A JSON line is one of
+A line of JSON, or a row of Parquet, is one of
 
     {"text": ...}                          every token counts
     {"prompt": ..., "completion": ...}     the completion counts, and the end-of-text token after it
@@ -15,13 +15,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from compressor.errors import CheckpointError, InputError
-from compressor.texts import MAX_TEXT_TOKENS, MAX_TEXTS, read_texts
+from compressor.texts import (
+    MAX_TEXT_TOKENS,
+    MAX_TEXTS,
+    load_texts,
+    parquet_columns,
+    parquet_records,
+)
 
-_CHAT_KEYS = ("messages", "prompt")
+_CHAT_FORMS = (("messages",), ("prompt", "completion"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +62,16 @@ def load_tokenizer(path: Path) -> Any:
 
 
 def read_samples(
-    file: Path, tokenizer: Any, *, limit: int = MAX_TEXTS, max_tokens: int = MAX_TEXT_TOKENS
+    file: Path | None,
+    tokenizer: Any,
+    *,
+    limit: int = MAX_TEXTS,
+    max_tokens: int = MAX_TEXT_TOKENS,
 ) -> list[Sample]:
     """Read up to `limit` samples, each cut at `max_tokens` tokens.
 
-    file  as `read_texts` takes them, or ``.jsonl`` with the chat forms above
+    file  as `read_texts` takes them, or ``.jsonl`` or ``.parquet`` with the chat forms above; None
+          for the general texts that come with the package
 
     Samples with nothing to predict within `max_tokens` are left out. Raises InputError naming file
     and line for what cannot be used.
@@ -71,8 +83,8 @@ def read_samples(
             samples.append(Sample(ids, counted, sample.is_answer))
     if not samples:
         raise InputError(
-            f"{file}: no text has a token to predict within {max_tokens} tokens; give longer texts "
-            "or allow more tokens"
+            f"{file or 'built-in texts'}: no text has a token to predict within {max_tokens} "
+            "tokens; give longer texts or allow more tokens"
         )
     return samples
 
@@ -93,10 +105,10 @@ def completion_sample(prompt: str, completion: str, tokenizer: Any) -> Sample:
     return Sample((*sample.ids, eos), (*sample.counted, True), True)
 
 
-def _samples(file: Path, tokenizer: Any, limit: int) -> Iterator[Sample]:
-    records = _chat_records(file, limit)
+def _samples(file: Path | None, tokenizer: Any, limit: int) -> Iterator[Sample]:
+    records = None if file is None else _chat_records(file, limit)
     if records is None:
-        yield from text_samples(read_texts(file, limit), tokenizer)
+        yield from text_samples(load_texts(file, limit), tokenizer)
         return
     for where, record in records:
         if "messages" in record:
@@ -108,6 +120,8 @@ def _samples(file: Path, tokenizer: Any, limit: int) -> Iterator[Sample]:
 
 def _chat_records(file: Path, limit: int) -> list[tuple[str, dict[str, Any]]] | None:
     """The records of a file whose first line is a chat or a prompt, with their places; or None."""
+    if file.suffix == ".parquet":
+        return _chat_rows(file, limit)
     if file.suffix != ".jsonl":
         return None
     records: list[tuple[str, dict[str, Any]]] = []
@@ -118,13 +132,22 @@ def _chat_records(file: Path, limit: int) -> list[tuple[str, dict[str, Any]]] | 
                     break
                 if line.strip():
                     records.append((f"{file}, line {number}", _parse(file, number, line)))
-                    if not any(key in records[0][1] for key in _CHAT_KEYS):
+                    if not any(form[0] in records[0][1] for form in _CHAT_FORMS):
                         return None
     except OSError as error:
         raise InputError(f"{file}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8 text") from error
     return records or None
+
+
+def _chat_rows(file: Path, limit: int) -> list[tuple[str, dict[str, Any]]] | None:
+    columns = parquet_columns(file)
+    wanted = next((form for form in _CHAT_FORMS if form[0] in columns), None)
+    if wanted is None:
+        return None
+    rows = islice(parquet_records(file, wanted, limit), limit)
+    return [(f"{file}, row {number}", record) for number, record in rows] or None
 
 
 def _parse(file: Path, number: int, line: str) -> dict[str, Any]:

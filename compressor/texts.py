@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,45 @@ def _line_texts(file: Path, limit: int) -> Iterator[str]:
 
 
 def _parquet_texts(file: Path, limit: int) -> Iterator[str]:
-    """Batch by batch, so that a large file is read only as far as it is needed."""
+    found = 0
+    for number, record in parquet_records(file, (_COLUMN,), limit):
+        value = record[_COLUMN]
+        if value is not None:
+            text = _text(file, number, value)
+            yield text
+            found += bool(text.strip())
+        if found >= limit:
+            return
+
+
+def parquet_columns(file: Path) -> list[str]:
+    """Return the names of a Parquet file's columns; InputError if it cannot be read."""
+    with _parquet(file) as table:
+        return list(table.schema_arrow.names)
+
+
+def parquet_records(
+    file: Path, columns: Sequence[str], batch: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield row numbers, from 1, and rows, of which only `columns` are read.
+
+    Batch by batch, so that a large file is read only as far as it is needed.
+    """
+    number = 0
+    with _parquet(file) as table:
+        for column in columns:
+            if column not in table.schema_arrow.names:
+                raise InputError(
+                    f'{file} has no column "{column}", only {", ".join(table.schema_arrow.names)}'
+                )
+        for rows in table.iter_batches(batch_size=max(1, batch), columns=list(columns)):
+            for record in rows.to_pylist():
+                number += 1
+                yield number, record
+
+
+@contextmanager
+def _parquet(file: Path) -> Iterator[Any]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError as error:
@@ -70,26 +109,16 @@ def _parquet_texts(file: Path, limit: int) -> Iterator[str]:
             f"{file}: reading Parquet needs pyarrow; pip install 'impart-serve[parquet]', or give "
             ".jsonl or .txt"
         ) from error
-    found = 0
     try:
         with parquet.ParquetFile(file) as table:
-            if _COLUMN not in table.schema_arrow.names:
-                raise InputError(
-                    f'{file} has no column "{_COLUMN}", only {", ".join(table.schema_arrow.names)}'
-                )
-            for batch in table.iter_batches(batch_size=max(1, limit), columns=[_COLUMN]):
-                values = batch.column(0).to_pylist()
-                yield from (_text(file, value) for value in values if value is not None)
-                found += sum(1 for value in values if value and value.strip())
-                if found >= limit:
-                    return
+            yield table
     except (OSError, ArrowException) as error:
         raise InputError(f"{file} cannot be read as Parquet: {error}") from error
 
 
-def _text(file: Path, value: Any) -> str:
+def _text(file: Path, number: int, value: Any) -> str:
     if not isinstance(value, str):
-        raise InputError(f'{file}: column "{_COLUMN}" does not hold strings')
+        raise InputError(f'{file}, row {number}: column "{_COLUMN}" does not hold strings')
     return value
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from compressor.commands.common import (
@@ -20,6 +21,7 @@ from compressor.commands.common import (
     reporting,
     silence_libraries,
 )
+from compressor.printable import printable
 
 if TYPE_CHECKING:
     from compressor.comparison import Comparison, Estimate
@@ -29,11 +31,13 @@ TunedArg = Annotated[
     str, typer.Argument(help="The full fine-tune: directory or Hub id.", metavar="FINETUNED")
 ]
 DataOption = Annotated[
-    Path,
+    Path | None,
     typer.Option(
-        help="Texts: .txt (one a line), or .jsonl with text, prompt and completion, or messages."
+        help="Texts: .txt (one a line), or .jsonl or .parquet with text, prompt and completion, or "
+        "messages; default: general texts that come with the package."
     ),
 ]
+BUILT_IN = "built-in texts"
 MaxTexts = Annotated[int, typer.Option(min=1, help="Use so many texts of the file.")]
 MaxTokens = Annotated[int, typer.Option(min=2, help="Cut each text to so many tokens.")]
 LayerTexts = Annotated[int, typer.Option(min=1, help="Texts for the tables by layer and kind.")]
@@ -44,7 +48,7 @@ def evaluate(
     base: BaseArg,
     finetuned: TunedArg,
     delta: DeltaArg,
-    data: DataOption,
+    data: DataOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
     layers: Annotated[
         bool, typer.Option("--layers", help="Also KL when only one layer is compressed.")
@@ -52,6 +56,9 @@ def evaluate(
     max_texts: MaxTexts = 512,
     max_tokens: MaxTokens = 512,
     layer_texts: LayerTexts = 64,
+    max_kl: Annotated[
+        float | None, typer.Option(min=0.0, help="Exit with status 1 if the KL is larger.")
+    ] = None,
     quiet: Quiet = False,
 ) -> None:
     """Measure DELTA against FINETUNED: KL, agreement, flips, perplexity, by layer if asked."""
@@ -61,18 +68,23 @@ def evaluate(
             base, finetuned, [delta], data, max_texts, max_tokens, layer_texts if layers else 0,
             progress,
         )  # fmt: skip
+    name = BUILT_IN if data is None else data.name
     if as_json:
-        typer.echo(json.dumps(evaluation.to_json() | {"data": data.name}, indent=2))
-        return
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    print_evaluation(evaluation, console)
+        typer.echo(json.dumps(evaluation.to_json() | {"data": name}, indent=2))
+    else:
+        width = None if sys.stdout.isatty() else 120
+        print_evaluation(evaluation, name, Console(width=width, highlight=False))
+    kl = evaluation.variant.kl.mean
+    if max_kl is not None and not kl <= max_kl:
+        typer.echo(f"impart: KL {kl:.4g} is above --max-kl {max_kl:g}", err=True)
+        raise typer.Exit(1)
 
 
 def run(
     base: str,
     finetuned: str,
     deltas: list[Path],
-    data: Path,
+    data: Path | None,
     max_texts: int,
     max_tokens: int,
     layer_texts: int,
@@ -102,11 +114,12 @@ def run(
         ]
 
 
-def print_evaluation(evaluation: Evaluation, console: Console) -> None:
+def print_evaluation(evaluation: Evaluation, data: str, console: Console) -> None:
     """Print the tables of `impart eval`."""
     variant, base, tuned = evaluation.variant, evaluation.base, evaluation.finetuned
     columns = ("fine-tune", "with the delta", "base")
-    table = Table("", *columns, title=f"{evaluation.n_texts} texts, {evaluation.n_tokens:,} tokens")
+    title = f"{printable(data)}: {evaluation.n_texts} texts, {evaluation.n_tokens:,} tokens"
+    table = Table("", *columns, title=escape(title))
     for column in table.columns[1:]:
         column.justify = "right"
     for name, values in comparison_rows(tuned, variant, base):

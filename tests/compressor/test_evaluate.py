@@ -187,6 +187,34 @@ def test_prompts_and_completions_measure_the_completion_only(
     assert read_samples(file, tokenizer) == [sample]  # no second end of text
 
 
+def test_parquet_rows_give_the_samples_of_the_same_json_lines(
+    tiny_llama_ft: Path, tmp_path: Path
+) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    tokenizer = load_tokenizer(tiny_llama_ft)
+    chat = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    for records in (
+        [{"prompt": f"Say {i}:", "completion": f" {i}", "id": i} for i in range(4)],
+        [{"messages": chat}, {"messages": chat * 2}],
+        [{"prompt": chat[:1], "completion": chat[1:]}],
+        [{"text": "some text"}, {"text": "more"}],
+    ):
+        lines, table = tmp_path / "d.jsonl", tmp_path / "d.parquet"
+        lines.write_text("\n".join(map(json.dumps, records)))
+        parquet.write_table(pa.Table.from_pylist(records), table)
+        for limit in (1, 9):
+            expected = read_samples(lines, tokenizer, limit=limit)
+            assert read_samples(table, tokenizer, limit=limit) == expected
+    parquet.write_table(pa.table({"prompt": ["x"], "answer": ["y"]}), table)
+    with pytest.raises(InputError, match='no column "completion", only prompt, answer'):
+        read_samples(table, tokenizer)
+    parquet.write_table(pa.table({"prompt": ["x"], "completion": [None]}), table)
+    with pytest.raises(InputError, match="row 1"):
+        read_samples(table, tokenizer)
+
+
 def test_exact_match_is_what_greedy_decoding_gives(
     tiny_llama: Path, tiny_llama_ft: Path, delta: Path
 ) -> None:
@@ -323,6 +351,28 @@ def test_command_prints_tables_and_json(
     assert record["finetuned"]["top1_agreement"] == {"mean": 1.0, "standard_error": 0.0}
     assert [part["name"] for part in record["layers"]][1] == "model.layers.0"
     assert record["n_layer_texts"] == 5
+
+
+def test_command_without_data_uses_the_built_in_texts(
+    tiny_llama: Path, tiny_llama_ft: Path, delta: Path
+) -> None:
+    arguments = ("eval", tiny_llama, tiny_llama_ft, delta, "--max-texts", 3, "--max-tokens", 12)
+    record = json.loads(impart(*arguments, "--json").stdout)
+    assert (record["data"], record["n_texts"]) == ("built-in texts", 3)
+    samples = read_samples(None, load_tokenizer(tiny_llama_ft), limit=3, max_tokens=12)
+    expected = evaluate(tiny_llama, tiny_llama_ft, delta, samples)
+    assert record["variant"]["kl"]["mean"] == pytest.approx(expected.variant.kl.mean, rel=1e-3)
+
+
+def test_command_above_max_kl_exits_with_1_and_still_prints(
+    tiny_llama: Path, tiny_llama_ft: Path, delta: Path
+) -> None:
+    arguments = ("eval", tiny_llama, tiny_llama_ft, delta, "--max-texts", 2, "--max-tokens", 9)
+    assert impart(*arguments, "--max-kl", 1e9).exit_code == 0
+    refused = impart(*arguments, "--max-kl", 0)
+    assert refused.exit_code == 1
+    assert "KL from the fine-tune" in refused.stdout
+    assert "above --max-kl 0" in refused.stderr
 
 
 def test_command_errors_are_one_line(
