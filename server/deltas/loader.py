@@ -1,10 +1,12 @@
 """Bring a variant from disk into a slot, beside the running engine.
 
     engine thread   request(key)            -> worker: read, verify, decode ("staged")
-    engine thread   place in the slot table -> worker: copy into the slot ("stored")
+    engine thread   place in the slot table -> worker: copy into the slot, wait until every byte
+                                               has arrived ("stored")
     engine thread   show                    -> rows of the slot get their delta from the next step
 
-Nothing here waits for a step and no step waits for anything here. One variant is copied at a time:
+Nothing here waits for a step and no step waits for anything here: on a GPU the bytes go through
+pinned memory and a stream of their own (`SlotUploader`). One variant is copied at a time:
 making room for another may replace the arrays that a copy is writing to.
 """
 
@@ -16,11 +18,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+import torch
+
 from compressor.artifact import Artifact
 from compressor.errors import ArtifactError, UnsupportedTensor
 from server.deltas.parameter import DeltaParameter, Mode, StagedParameter
 from server.deltas.registry import safe_reason
 from server.deltas.slots import Slot, SlotTable
+from server.deltas.upload import Ready, SlotUploader, Uploader
 from server.errors import ServeError
 
 log = logging.getLogger(__name__)
@@ -95,10 +100,12 @@ class DeltaLoader:
         slots: SlotTable,
         post: Callable[[LoaderMessage], None],
         n_workers: int = 2,
+        uploader: Uploader | None = None,
     ) -> None:
         self._parameters = parameters
         self._slots = slots
         self._post = post
+        self._uploader = uploader or SlotUploader(_device_of(parameters))
         self._pool = ThreadPoolExecutor(n_workers, thread_name_prefix="delta-loader")
         self._loading: set[str] = set()
         self._waiting_for_room: list[Staged] = []
@@ -170,11 +177,12 @@ class DeltaLoader:
         try:
             room = min(1 << slot.index.bit_length(), self._slots.n_slots)
             for parameter in staged.parameters:
-                parameter.parameter.reserve(parameter, room)
+                parameter.parameter.reserve(slot.index, parameter, room)
+            made = self._uploader.ready()
         except Exception as error:  # out of memory: this load fails, serving goes on
             self._post(_failed(staged.job, error, slot))
             return
-        self._pool.submit(self._store, staged, slot)
+        self._pool.submit(self._store, staged, slot, made)
 
     def close(self) -> None:
         self._pool.shutdown(wait=True, cancel_futures=True)
@@ -201,13 +209,21 @@ class DeltaLoader:
         except Exception as error:
             self._post(_failed(job, error))
 
-    def _store(self, staged: Staged, slot: Slot) -> None:
+    def _store(self, staged: Staged, slot: Slot, made: Ready) -> None:
         try:
-            for parameter in staged.parameters:
-                parameter.parameter.store(slot.index, parameter)
+            transfers = [
+                transfer
+                for parameter in staged.parameters
+                for transfer in parameter.parameter.transfers(slot.index, parameter)
+            ]
+            self._uploader.copy(transfers, after=made).wait()
             self._post(Stored(staged, slot))
         except Exception as error:
             self._post(_failed(staged.job, error, slot))
+
+
+def _device_of(parameters: Mapping[str, DeltaParameter]) -> torch.device:
+    return next((p.device for p in parameters.values()), torch.device("cpu"))
 
 
 def _failed(job: LoadJob, error: Exception, slot: Slot | None = None) -> LoadFailed:

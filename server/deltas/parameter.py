@@ -1,12 +1,13 @@
 """One parameter of the base model and the deltas of it that are resident, by slot.
 
 A slot's life on a parameter: `stage` (any thread, host memory) -> `reserve` (engine thread) ->
-`store` (loader thread; no step reads the slot yet) -> `show` (engine thread) -> `hide`.
+`transfers`, carried out by the loader (no step reads the slot yet) -> `show` (engine thread) ->
+`hide`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,7 @@ from server.deltas.pools import (
     layout_of,
     make_pool,
 )
+from server.deltas.upload import Transfer
 from server.ops.kernels import Kernels
 from server.ops.rows import RowPlan
 
@@ -139,8 +141,8 @@ class DeltaParameter:
             together.append(pool)
         SharedBlocks(together)
 
-    def reserve(self, staged: StagedParameter, n_slots: int) -> None:
-        """Make room for the staged parts in slots below `n_slots`."""
+    def reserve(self, slot: int, staged: StagedParameter, n_slots: int) -> None:
+        """Make room for the staged parts in `slot`, and in every slot below `n_slots`."""
         for key, parts in staged.terms:
             if key not in self.pools:
                 self._create_pool(key)
@@ -152,17 +154,20 @@ class DeltaParameter:
                 room = self.base.new_zeros((missing, len(self.base)))
                 self.vectors = torch.cat([self.vectors, room])
 
-    def store(self, slot: int, staged: StagedParameter) -> None:
-        """Copy the parts into a slot that no step reads yet."""
+        for held, part in ((self.merged, staged.merged), (self.extra, staged.extra)):
+            if part is not None:
+                held[slot] = torch.empty_like(part, device=self.device)
+
+    def transfers(self, slot: int, staged: StagedParameter) -> Iterator[Transfer]:
+        """What to copy into a slot that no step reads yet, once `reserve` has made room."""
         for key, parts in staged.terms:
-            self.pools[key].store(slot, parts)
+            yield from zip(self.pools[key].places(slot), parts, strict=True)
         if staged.vector is not None:
             assert self.vectors is not None
-            self.vectors[slot + 1].copy_(staged.vector)
-        if staged.merged is not None:
-            self.merged[slot] = staged.merged.to(self.device)
-        if staged.extra is not None:
-            self.extra[slot] = staged.extra.to(self.device)
+            yield self.vectors[slot + 1], staged.vector
+        for held, part in ((self.merged, staged.merged), (self.extra, staged.extra)):
+            if part is not None:
+                yield held[slot], part
 
     def show(self, slot: int, staged: StagedParameter) -> None:
         """Apply the slot from the next step on."""

@@ -34,8 +34,8 @@ RANK_STEP = 4  # ranks of packed factors are rounded up to a multiple: variants 
 
 
 class TermPool(ABC):
-    """One array per part, slot-major. `store` writes only its own slot, so a loader thread may
-    call it while a step reads others; `reserve`, `show` and `hide` belong to the engine thread.
+    """One array per part, slot-major. A loader thread may write a slot's `places` while a step
+    reads others; `reserve`, `show` and `hide` belong to the engine thread.
     """
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
@@ -58,10 +58,9 @@ class TermPool(ABC):
             new[: self.capacity] = old
         self.arrays, self.capacity = grown, n_slots
 
-    def store(self, slot: int, staged: Staged) -> None:
-        """Copy staged parts into a slot that no running step reads."""
-        for array, part in zip(self.arrays, staged, strict=True):
-            array[slot].copy_(part)
+    def places(self, slot: int) -> Staged:
+        """Where the parts of a slot that no running step reads are to be written."""
+        return tuple(array[slot] for array in self.arrays)
 
     def show(self, slot: int) -> None:
         """From the next step on, rows of `slot` get this pool's terms."""

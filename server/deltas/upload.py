@@ -9,18 +9,35 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 CHUNK_BYTES = 32 << 20
+CPU_CHUNK_BYTES = 1 << 20  # nothing to overlap with
 RING = 3
+Transfer = tuple[Tensor, Tensor]  # (place on the device, values on the host)
+
+
+class Uploader(Protocol):
+    """What the loader needs of one."""
+
+    def ready(self) -> Ready: ...
+    def copy(self, transfers: Sequence[Transfer], after: Ready | None = None) -> Upload: ...
+
+
+class Ready:
+    """A point in the engine's stream. Work queued before it (making room) comes before a copy."""
+
+    def __init__(self, event: torch.cuda.Event | None = None) -> None:
+        self.event = event
 
 
 class Upload:
     """Copies under way. On a CPU they are done when made."""
 
-    def __init__(self, event: torch.cuda.Event | None) -> None:
+    def __init__(self, event: torch.cuda.Event | None = None) -> None:
         self._event = event
 
     def done(self) -> bool:
@@ -37,9 +54,11 @@ class SlotUploader:
     """For one loader thread at a time. Targets must be read by no step until the upload is done."""
 
     def __init__(
-        self, device: torch.device, chunk_bytes: int = CHUNK_BYTES, ring: int = RING
+        self, device: torch.device, chunk_bytes: int | None = None, ring: int = RING
     ) -> None:
         self._cuda = device.type == "cuda"
+        if chunk_bytes is None:
+            chunk_bytes = CHUNK_BYTES if self._cuda else CPU_CHUNK_BYTES
         self._buffers = [
             torch.empty(chunk_bytes, dtype=torch.uint8, pin_memory=self._cuda) for _ in range(ring)
         ]
@@ -47,9 +66,22 @@ class SlotUploader:
         self._free: list[torch.cuda.Event | None] = [None] * ring
         self._turn = itertools.cycle(range(ring))
 
-    def copy(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Upload:
-        """Copy each ``(target on the device, source on the host)``; equal shapes and dtypes."""
-        for target, source in pairs:
+    def ready(self) -> Ready:
+        """Call on the engine's thread once the targets' memory is made: its zeros come first."""
+        if self._stream is None:
+            return Ready()
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return Ready(event)
+
+    def copy(self, transfers: Sequence[Transfer], after: Ready | None = None) -> Upload:
+        """Copy each ``(target on the device, source on the host)``; equal shapes and dtypes.
+
+        after  what the engine's stream must have done before the first byte is written
+        """
+        if self._stream is not None and after is not None and after.event is not None:
+            self._stream.wait_event(after.event)
+        for target, source in transfers:
             assert target.shape == source.shape, (target.shape, source.shape)
             assert target.dtype == source.dtype, (target.dtype, source.dtype)
             if source.numel():

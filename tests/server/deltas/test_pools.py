@@ -10,7 +10,15 @@ from compressor.codecs.encoder import make_encoder
 from compressor.codecs.lowrank import lowrank_from_factors
 from compressor.codecs.sources import TensorSource
 from compressor.codecs.term import Term
-from server.deltas.pools import BlockDiagPool, SharedBlocks, TermPool, layout_of, make_pool
+from server.deltas.pools import (
+    BlockDiagPool,
+    SharedBlocks,
+    Staged,
+    TermPool,
+    layout_of,
+    make_pool,
+)
+from server.deltas.upload import SlotUploader
 from server.ops.kernels import Kernels, TorchKernels, choose_kernels
 from server.ops.rows import BASE_SLOT
 from tests.server.ops.test_rows import plan_of
@@ -58,13 +66,17 @@ def encode_all(
     return terms
 
 
+def put(pool: TermPool, slot: int, staged: Staged) -> None:
+    SlotUploader(CPU).copy(list(zip(pool.places(slot), staged, strict=True)))
+
+
 def fill(term_index: int, variants: list[tuple[Term, ...]], kernels: Kernels) -> TermPool:
     first = variants[0][term_index]
     pool = make_pool(layout_of(first), first.shape, torch.float32, CPU, kernels)
     for slot, terms in enumerate(variants):
         staged = pool.stage(terms[term_index])
         pool.reserve(staged, 1 << slot.bit_length())
-        pool.store(slot, staged)
+        put(pool, slot, staged)
         pool.show(slot)
     return pool
 
@@ -145,7 +157,7 @@ def siblings(kernels: Kernels, variants: list[tuple[Term, ...]]) -> list[BlockDi
     for slot, terms in enumerate(variants):
         for pool in together:
             pool.reserve(pool.stage(terms[0]), len(variants))
-            pool.store(slot, pool.stage(terms[0]))
+            put(pool, slot, pool.stage(terms[0]))
             pool.show(slot)
     together[1].hide(1)
     return together

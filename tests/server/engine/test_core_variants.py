@@ -12,6 +12,7 @@ from compressor.artifact import Artifact
 from compressor.errors import Corrupt
 from server.deltas.loader import LoadJob
 from server.deltas.parameter import DeltaParameter
+from server.deltas.upload import SlotUploader, Upload
 from server.engine.variant import Variant
 from server.errors import DeltaUnusable, NoSlot
 from tests.server.engine.conftest import ALL_CODECS, Served
@@ -149,20 +150,21 @@ def test_growing_the_arrays_never_overlaps_with_a_copy_into_them(
 ) -> None:
     """`reserve` replaces arrays: a copy that had begun would be lost, and garbage served."""
     engine = harness(many)
-    store, reserve = DeltaParameter.store, DeltaParameter.reserve
+    copy, reserve = SlotUploader.copy, DeltaParameter.reserve
     storing, go, overlaps = threading.Event(), threading.Event(), []
 
-    def slow_store(self: DeltaParameter, *args: object) -> None:
+    def slow_copy(self: SlotUploader, *args: object, **kwargs: object) -> Upload:
         storing.set()
         go.wait(60)
-        store(self, *args)  # type: ignore[arg-type]
+        upload = copy(self, *args, **kwargs)  # type: ignore[arg-type]
         storing.clear()
+        return upload
 
     def watched_reserve(self: DeltaParameter, *args: object) -> None:
         overlaps.append(storing.is_set())
         reserve(self, *args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(DeltaParameter, "store", slow_store)
+    monkeypatch.setattr(SlotUploader, "copy", slow_copy)
     monkeypatch.setattr(DeltaParameter, "reserve", watched_reserve)
     # The second is read while the first is being copied.
     intercept_reads(engine, lambda name: name != FIVE[0] and storing.wait(60) and None)
@@ -261,7 +263,7 @@ def test_failed_load_fails_its_waiters_and_is_tried_again_for_the_next(
     assert_true_text(many, served_at_last)
 
 
-@pytest.mark.parametrize("where", ["stage", "reserve", "store"])
+@pytest.mark.parametrize("where", ["stage", "reserve", "transfers"])
 def test_out_of_memory_in_a_load_fails_that_load_only(
     many: Served, harness: Make, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
