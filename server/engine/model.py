@@ -52,11 +52,11 @@ def load_base_model(
     path: Path,
     device: torch.device,
     dtype: torch.dtype | None,
-    kernels: KernelChoice = "auto",
+    kernels: KernelChoice | Kernels = "auto",
 ) -> BaseModel:
     """Load, check that the engine can run this architecture, and replace its layers.
 
-    Raises ConfigError naming what is not supported.
+    kernels: by name, or ready ones. Raises ConfigError naming what is not supported.
     """
     config = _read_config(path)
     transformers_logging.disable_progress_bar()  # it would write into the server's log
@@ -70,7 +70,7 @@ def load_base_model(
     )
     model = model.eval().requires_grad_(False).to(device)
     context = StepContext()
-    chosen = _kernels(kernels, device, model.dtype)
+    chosen = _kernels(kernels, device, model.dtype) if isinstance(kernels, str) else kernels
     store = KVStore(decode=chosen.write_and_decode)
     parameters = install_delta_layers(model, context, chosen)
     attach_store(model, store)
