@@ -1,8 +1,8 @@
 """Where an engine step's time goes: the core alone, without HTTP, with timers around its parts.
 
-Example: ``python -m benchmarks.profile --base BASE --deltas DELTAS --variants 8``. Requests are kept
-in flight as by `benchmarks.serve`. Speed is measured first without timers; shares are of the time
-inside a second, timed run, each part's own (what other parts take within it is theirs).
+Example: ``python -m benchmarks.profile --base BASE --deltas DELTAS --variants 8``. Requests are
+kept in flight as by `benchmarks.serve`. Speed is measured first without timers; shares are of the
+time inside a second, timed run, each part's own (what other parts take within it is theirs).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from compressor.identity import base_identity
 from server.deltas.registry import DeltaRegistry
+from server.engine import core as core_module
 from server.engine.catalog import VariantCatalog
 from server.engine.core import EngineCore, Events
 from server.engine.detokenizer import Detokenizer
@@ -45,16 +46,16 @@ ID_RANGE = (1000, 10000)
 LINEARS, DELTAS = "base linears", "delta products"
 # Kernels' operations by the part they belong to.
 OPERATIONS = {
-    "write_and_decode": "decode attention and cache",
-    "prefill": "prefill attention",
+    "decode_": "decode attention",
+    "prefill_": "prefill attention",
+    "rotate_and_write_": "rotary embedding and cache",
     "rms_norm": "norms and the MLP's gate",
     "silu_mul": "norms and the MLP's gate",
-    "rope_": "rotary embedding",
 }
 # What is left inside a module once the kernels it calls are taken out.
 MODULES = {
     "Attention": "attention: views, Python",
-    "RotaryEmbedding": "rotary embedding",
+    "RotaryEmbedding": "rotary embedding and cache",
     "DecoderLayer": "residuals",
     "DeltaEmbedding": "embeddings",
     "MLP": "MLP: views, Python",
@@ -230,8 +231,6 @@ def timed_engine(bench: Bench, clock: Clock) -> ExitStack:
         (core, "_sample", "sampling"),
     ):
         stack.enter_context(mock.patch.object(owner, name, clock.wrap(part, getattr(owner, name))))
-    from server.engine import core as core_module
-
     build = clock.wrap("scheduling and batch building", core_module.build_batch)
     stack.enter_context(mock.patch.object(core_module, "build_batch", build))
     return stack

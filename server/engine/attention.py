@@ -15,10 +15,11 @@ from transformers import AttentionInterface
 
 from server.errors import ConfigError
 from server.ops.attention import (
+    AttentionCall,
+    AttentionKernels,
     AttentionPlan,
-    WriteAndDecode,
+    Rotary,
     paged_attention,
-    write_and_decode,
 )
 
 ATTENTION_NAME = "impart_paged"
@@ -34,18 +35,49 @@ class LayerPages:
     v: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a module handed to the attention function in a probing forward pass.
+
+    q [1, H, T, D]; k, v [1, Hkv, T, D]; the rest as in `AttentionCall`, the same in every step
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
 @dataclass(slots=True)
 class KVStore:
     """All layers' pages and the plan of the step in progress.
 
     Layers are found by a probing forward pass: each attention module that calls `attention_forward`
-    for the first time registers its ``(Hkv, D)`` here.
+    registers its ``(Hkv, D)`` here.
     """
 
-    decode: WriteAndDecode = write_and_decode
+    kernels: AttentionKernels
     plan: AttentionPlan | None = None
     probed: dict[nn.Module, tuple[int, int, torch.dtype]] = field(default_factory=dict)
+    seen: dict[nn.Module, Seen] = field(default_factory=dict)
     layers: dict[nn.Module, LayerPages] = field(default_factory=dict)
+
+    def attend(
+        self,
+        module: nn.Module,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        rotary: Rotary | None = None,
+    ) -> Tensor:
+        """Attention of one layer: q [T, H, D]; k, v [T, Hkv, D] -> [T, H, D]."""
+        assert self.plan is not None, "attention called outside an engine step"
+        pages = self.layers[module]
+        call = AttentionCall(*qkv, pages.k, pages.v, self.plan, scale, window, softcap, rotary)
+        return paged_attention(call, self.kernels)
 
     def bytes_per_token(self) -> int:
         return sum(2 * heads * dim * dtype.itemsize for heads, dim, dtype in self.probed.values())
@@ -90,32 +122,27 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """query [1, H, T, D], key and value [1, Hkv, T, D] -> ([1, T, H, D], None)."""
     store: KVStore = module.impart_kv_store  # type: ignore[assignment]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not store.layers:
-        return _probe(store, module, query, key, value, kwargs), None
-    pages = store.layers[module]
-    assert store.plan is not None, "attention called outside an engine step"
-    out = paged_attention(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
-        pages.k,
-        pages.v,
-        store.plan,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        window=sliding_window,
-        softcap=softcap,
-        decode=store.decode,
-    )
-    return out.unsqueeze(0), None
+        seen = Seen(query, key, value, scale, sliding_window, softcap)
+        return _probe(store, module, seen, kwargs), None
+    qkv = (_packed(query), _packed(key), _packed(value))
+    return store.attend(module, qkv, scale, sliding_window, softcap).unsqueeze(0), None
 
 
-def _probe(
-    store: KVStore, module: nn.Module, q: Tensor, k: Tensor, v: Tensor, kwargs: dict[str, Any]
-) -> Tensor:
+def _packed(x: Tensor) -> Tensor:
+    """[1, H, T, D] -> [T, H, D] with a contiguous last axis."""
+    rows = x[0].transpose(0, 1)
+    return rows if rows.stride(2) == 1 else rows.contiguous()
+
+
+def _probe(store: KVStore, module: nn.Module, seen: Seen, kwargs: dict[str, Any]) -> Tensor:
     for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ConfigError(f"this base model's attention uses `{name}`, which is not supported")
-    if v.shape != k.shape:
+    k = seen.k
+    if seen.v.shape != k.shape:
         raise ConfigError("this base model's keys and values differ in shape: not supported")
     store.probed[module] = (k.shape[1], k.shape[3], k.dtype)
-    return q.transpose(1, 2)
+    store.seen[module] = seen
+    return seen.q.transpose(1, 2)

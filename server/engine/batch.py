@@ -69,10 +69,8 @@ def build_batch(scheduled: Sequence[Scheduled], page_tokens: int, device: torch.
         wanted = _logit_rows(item, start, end)
         outputs.append(LogitRows(len(logit_rows), len(wanted), item.finishes_known_tokens))
         logit_rows.extend(wanted)
-    chunked = [row for chunk in prefill for row in range(chunk.start, chunk.end)]
     plan = AttentionPlan(
         places=torch.tensor(places, device=device),
-        prefill_rows=torch.tensor(chunked, dtype=torch.int64, device=device),
         decode=_decode_batch(decode, device),
         prefill=tuple(prefill),
     )

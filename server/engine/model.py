@@ -24,6 +24,7 @@ from server.deltas.mlp import fuse_gated_mlp
 from server.deltas.norms import DeltaNorm
 from server.deltas.parameter import DeltaParameter
 from server.engine.attention import ATTENTION_NAME, KVStore, attach_store, register_attention
+from server.engine.rotary import fuse_rotary
 from server.errors import ConfigError
 from server.ops.kernels import KernelChoice, Kernels, choose_kernels
 
@@ -71,7 +72,7 @@ def load_base_model(
     model = model.eval().requires_grad_(False).to(device)
     context = StepContext()
     chosen = _kernels(kernels, device, model.dtype) if isinstance(kernels, str) else kernels
-    store = KVStore(decode=chosen.write_and_decode)
+    store = KVStore(chosen)
     parameters = install_delta_layers(model, context, chosen)
     attach_store(model, store)
     text_config = config.get_text_config()
@@ -86,6 +87,8 @@ def load_base_model(
         max_len=int(getattr(text_config, "max_position_embeddings", 2048)),
     )
     _probe(base)
+    n_fused = fuse_rotary(model, store)
+    log.info("%d of %d attention layers fused", n_fused, len(store.probed))
     return base
 
 

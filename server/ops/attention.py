@@ -6,8 +6,8 @@ a sequence with one new token is a decode row, any other a prefill chunk.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class DecodeBatch:
 class PrefillChunk:
     """One sequence's chunk: rows ``[start, end)`` hold positions from `context` on.
 
-    pages  [P] int64, the sequence's pages up to the chunk's end; unused when context is 0
+    pages  [P] int64, the sequence's pages up to the chunk's end
     """
 
     start: int
@@ -46,14 +46,92 @@ class AttentionPlan:
     """Where each row's keys and values go, and who reads what.
 
     places        [T] int64, row in the flattened cache ``[n_pages * page]``
-    prefill_rows  [R] int64, the rows of all prefill chunks
+    masks         of this step, by prefill chunk (None: decode), window and dtype
     """
 
     places: Tensor
-    prefill_rows: Tensor
     decode: DecodeBatch | None
     prefill: tuple[PrefillChunk, ...]
-    masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int | None, int | None, torch.dtype], Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Rotary:
+    """The angles of rotary position embedding (Su et al., arXiv 2104.09864).
+
+    cos, sin  [T, R], R <= D even: the first R dimensions of every head turn, dimension i < R / 2
+              together with i + R / 2, as in Hugging Face's Llama
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionCall:
+    """One layer's attention in one step; T new tokens.
+
+    q [T, H, D]; k, v [T, Hkv, D]: the new tokens', may be slices of one fused tensor, last axis
+    contiguous; k_cache, v_cache [n_pages, page, Hkv, D]
+    rotary   turns q and k first; None if they are turned already, or the model has no such thing
+    window   each token sees only the last `window` positions
+    softcap  tanh cap on the scores
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    plan: AttentionPlan
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+    rotary: Rotary | None = None
+
+
+class AttentionKernels(Protocol):
+    """The parts of `Kernels` that attention consists of; see the functions below."""
+
+    def rotate_and_write_(self, call: AttentionCall) -> None: ...
+
+    def decode_(self, out: Tensor, call: AttentionCall) -> None: ...
+
+    def prefill_(self, out: Tensor, call: AttentionCall) -> None: ...
+
+
+def paged_attention(call: AttentionCall, kernels: AttentionKernels) -> Tensor:
+    """Causal attention of every new token over its own sequence.
+
+    Turns q and k in place and writes k and v to the cache. Returns [T, H, D] in q's dtype.
+    Numerics: float32 accumulation.
+    """
+    out = call.q.new_empty(call.q.shape)
+    kernels.rotate_and_write_(call)
+    if call.plan.decode is not None:
+        kernels.decode_(out, call)
+    if call.plan.prefill:
+        kernels.prefill_(out, call)
+    return out
+
+
+def rotate_and_write_(call: AttentionCall) -> None:
+    """Turn q and k in place (in float32, rounded once); write every new key and value."""
+    if call.rotary is not None:
+        for x in (call.q, call.k):
+            x.copy_(rotate(x, call.rotary, torch.float32))
+    write_cache_(call.k_cache, call.k, call.plan.places)
+    write_cache_(call.v_cache, call.v, call.plan.places)
+
+
+def rotate(x: Tensor, rotary: Rotary, compute: torch.dtype) -> Tensor:
+    """``x [T, H, D]`` turned, computed in `compute`, in x's dtype."""
+    cos, sin = (t.to(compute).unsqueeze(1) for t in (rotary.cos, rotary.sin))
+    wide, rotated = x.to(compute), cos.shape[2]
+    turning, rest = wide[..., :rotated], wide[..., rotated:]
+    first, second = turning.chunk(2, dim=2)
+    turned = turning * cos + torch.cat([-second, first], dim=2) * sin
+    return torch.cat([turned, rest], dim=2).to(x.dtype)
 
 
 def write_cache_(cache: Tensor, values: Tensor, places: Tensor) -> None:
@@ -61,103 +139,41 @@ def write_cache_(cache: Tensor, values: Tensor, places: Tensor) -> None:
     cache.view(-1, *cache.shape[2:]).index_copy_(0, places, values)
 
 
-WriteAndDecode = Callable[
-    [
-        Tensor,
-        Tensor,
-        Tensor,
-        Tensor,
-        Tensor,
-        Tensor,
-        AttentionPlan,
-        float,
-        int | None,
-        float | None,
-    ],
-    None,
-]
-
-
-def write_and_decode(
-    out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    plan: AttentionPlan,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> None:
-    """Write every new key and value to the cache; fill the decode rows of `out [T, H, D]`.
-
-    Other arguments as in `paged_attention`, which calls this first.
-    """
-    write_cache_(k_cache, k, plan.places)
-    write_cache_(v_cache, v, plan.places)
-    if plan.decode is None:
-        return
-    rows = plan.decode.rows
-    if len(rows) == len(q):
-        out.copy_(_decode(q, k_cache, v_cache, plan, scale, window, softcap))
+def decode_(out: Tensor, call: AttentionCall) -> None:
+    """Fill the decode rows of ``out [T, H, D]``; their keys and values are in the cache."""
+    assert call.plan.decode is not None
+    rows = call.plan.decode.rows
+    if len(rows) == len(call.q):
+        out.copy_(_decode(call.q, call))
     else:
-        out[rows] = _decode(q[rows], k_cache, v_cache, plan, scale, window, softcap)
+        out[rows] = _decode(call.q[rows], call)
 
 
-def paged_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    plan: AttentionPlan,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    decode: WriteAndDecode = write_and_decode,
-) -> Tensor:
-    """Causal attention of every new token over its own sequence.
-
-    q [T, H, D]; k, v [T, Hkv, D] (the new tokens', written to the cache here);
-    window: each token sees only the last `window` positions; softcap: tanh cap on the scores;
-    decode: `write_and_decode` or a compiled form of it.
-    Returns [T, H, D] in q's dtype. Numerics: float32 accumulation inside SDPA.
-    """
-    out = q.new_empty(q.shape)
-    decode(out, q, k, v, k_cache, v_cache, plan, scale, window, softcap)
-    for chunk in plan.prefill:
+def prefill_(out: Tensor, call: AttentionCall) -> None:
+    """Fill the rows of ``out [T, H, D]`` that belong to prefill chunks, one chunk at a time."""
+    for place, chunk in enumerate(call.plan.prefill):
         part = slice(chunk.start, chunk.end)
-        keys, values = k[part], v[part]
+        keys, values = call.k[part], call.v[part]
         if chunk.context:
             length = chunk.context + chunk.end - chunk.start
-            keys = k_cache[chunk.pages].flatten(0, 1)[:length]
-            values = v_cache[chunk.pages].flatten(0, 1)[:length]
-        out[part] = _prefill(q[part], keys, values, chunk.context, scale, window, softcap)
-    return out
+            # index_select copies whole pages; plain indexing is 5x slower
+            keys = call.k_cache.index_select(0, chunk.pages).flatten(0, 1)[:length]
+            values = call.v_cache.index_select(0, chunk.pages).flatten(0, 1)[:length]
+        out[part] = _prefill(call.q[part], keys, values, place, call)
 
 
-def _decode(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    plan: AttentionPlan,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
+def _decode(q: Tensor, call: AttentionCall) -> Tensor:
     """Query heads that share a KV head are packed as query rows: KV is never repeated."""
-    batch = plan.decode
+    batch = call.plan.decode
     assert batch is not None
     n, heads, dim = q.shape
-    kv_heads = k_cache.shape[2]
-    pages = batch.pages.flatten()  # index_select copies whole pages; plain indexing is 5x slower
-    keys = k_cache.index_select(0, pages).view(n, -1, kv_heads, dim).transpose(1, 2)
-    values = v_cache.index_select(0, pages).view(n, -1, kv_heads, dim).transpose(1, 2)
+    kv_heads = call.k_cache.shape[2]
+    pages = batch.pages.flatten()
+    keys = call.k_cache.index_select(0, pages).view(n, -1, kv_heads, dim).transpose(1, 2)
+    values = call.v_cache.index_select(0, pages).view(n, -1, kv_heads, dim).transpose(1, 2)
     packed = q.view(n, kv_heads, heads // kv_heads, dim)
-    mask = _decode_mask(plan, batch, keys.shape[2], window, q.dtype)
-    out = _attend(packed, keys, values, mask, scale, softcap)
+    mask = _decode_mask(call.plan, batch, keys.shape[2], call.window, q.dtype)
+    out = _attend(packed, keys, values, mask, call.scale, call.softcap)
     return out.reshape(n, heads, dim)
 
 
@@ -165,54 +181,63 @@ def _decode_mask(
     plan: AttentionPlan, batch: DecodeBatch, length: int, window: int | None, dtype: torch.dtype
 ) -> Tensor:
     """[B, 1, 1, L] additive mask, made once per step and window."""
-    key = (window, dtype)
+    key = (None, window, dtype)
     if key not in plan.masks:
         position = torch.arange(length, device=batch.lengths.device)
         seen = position < batch.lengths.unsqueeze(1)
         if window is not None:
             seen &= position >= batch.lengths.unsqueeze(1) - window
-        mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-        plan.masks[key] = mask.masked_fill_(~seen, float("-inf")).view(len(seen), 1, 1, length)
+        plan.masks[key] = _additive(seen, dtype).view(len(seen), 1, 1, length)
     return plan.masks[key]
 
 
-def _prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    context: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """One chunk: q [t, H, D] at positions context.., k, v [context + t, Hkv, D] -> [t, H, D]."""
-    t, heads, _ = q.shape
-    keys, values = k.transpose(0, 1).unsqueeze(0), v.transpose(0, 1).unsqueeze(0)
-    queries = q.transpose(0, 1).unsqueeze(0)
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, float("-inf"))
+
+
+def _prefill(q: Tensor, k: Tensor, v: Tensor, place: int, call: AttentionCall) -> Tensor:
+    """Chunk number `place`: q [t, H, D] at positions context.., k, v [context + t, Hkv, D]
+    -> [t, H, D].
+    """
+    t, context = len(q), call.plan.prefill[place].context
+    queries, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+    window, softcap = call.window, call.softcap
     if context == 0 and softcap is None and (window is None or window >= t):
         out = F.scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, scale=scale, enable_gqa=True
+            queries, keys, values, is_causal=True, scale=call.scale, enable_gqa=True
         )
     else:
-        rows = torch.arange(context, context + t, device=q.device).unsqueeze(1)
-        cols = torch.arange(len(k), device=q.device)
+        mask = _prefill_mask(call.plan, place, window, q)
+        out = _attend(queries, keys, values, mask, call.scale, softcap)
+    return out.squeeze(0).transpose(0, 1)
+
+
+def _prefill_mask(plan: AttentionPlan, place: int, window: int | None, q: Tensor) -> Tensor:
+    """[t, context + t] additive mask of one chunk, made once per step and window."""
+    key = (place, window, q.dtype)
+    if key not in plan.masks:
+        context = plan.prefill[place].context
+        rows = torch.arange(context, context + len(q), device=q.device).unsqueeze(1)
+        cols = torch.arange(context + len(q), device=q.device)
         seen = cols <= rows
         if window is not None:
             seen &= cols > rows - window
-        mask = torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
-        mask = mask.masked_fill_(~seen, float("-inf"))
-        groups = heads // k.shape[1]
-        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
-        out = _attend(queries, keys, values, mask, scale, softcap)
-    return out.squeeze(0).transpose(0, 1)
+        plan.masks[key] = _additive(seen, q.dtype)
+    return plan.masks[key]
 
 
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None
 ) -> Tensor:
-    """[B, H, q, D] x [B, H, L, D] with an additive mask; scores in float32 under a softcap."""
+    """[B, H, q, D] x [B, Hkv, L, D] with an additive mask; scores in float32 under a softcap."""
     if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     scores = (q @ k.transpose(2, 3)).float() * scale
     scores = torch.tanh(scores / softcap) * softcap + mask.float()
     return torch.softmax(scores, dim=-1).to(v.dtype) @ v

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from server.ops.attention import WriteAndDecode, write_and_decode
+from server.ops import attention
+from server.ops.attention import AttentionCall, AttentionKernels
 from server.ops.delta import BlockDiagOp, TorchBlockDiag
 from server.ops.linear import LinearOp, TorchLinear
 from server.ops.norm import RmsForm, rms_norm
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 KernelChoice = Literal["auto", "torch", "numba", "triton"]
 
 
-class Kernels(Protocol):
+class Kernels(AttentionKernels, Protocol):
     """See the functions of the same names in `server.ops` for shapes and numerics."""
 
     @property
@@ -34,9 +35,6 @@ class Kernels(Protocol):
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp: ...
 
     def linear(self, weight: Tensor) -> LinearOp: ...
-
-    @property
-    def write_and_decode(self) -> WriteAndDecode: ...
 
     def rms_norm(
         self, x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm
@@ -58,9 +56,14 @@ class TorchKernels:
     def linear(self, weight: Tensor) -> LinearOp:
         return TorchLinear(weight)
 
-    @property
-    def write_and_decode(self) -> WriteAndDecode:
-        return write_and_decode
+    def rotate_and_write_(self, call: AttentionCall) -> None:
+        attention.rotate_and_write_(call)
+
+    def decode_(self, out: Tensor, call: AttentionCall) -> None:
+        attention.decode_(out, call)
+
+    def prefill_(self, out: Tensor, call: AttentionCall) -> None:
+        attention.prefill_(out, call)
 
     def rms_norm(self, x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm) -> Tensor:
         return rms_norm(x, weights, index, form)

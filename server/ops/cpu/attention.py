@@ -1,9 +1,8 @@
-"""Decode attention over the paged cache, and writing new keys and values into it.
+"""Decode attention over the paged cache.
 
-A task is one sequence (or one KV head of it, if there are few sequences): it writes the new token's
-key and value, then reads the sequence's pages once, in the order they lie in memory, for all query
-heads. Nothing is gathered or padded. Scores, softmax and sums are float32; bfloat16 is only read
-and written.
+A task is one sequence (or one KV head of it, if there are few sequences): it reads the sequence's
+pages once, in the order they lie in memory, for all query heads. Nothing is gathered or padded.
+Scores, softmax and sums are float32; bfloat16 is only read and written.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from server.ops.attention import AttentionPlan
+from server.ops.attention import AttentionCall
 from server.ops.cpu.compile import compile_kernel
 from server.ops.cpu.intrinsics import (
     FAST_SUMS,
@@ -23,9 +22,9 @@ from server.ops.cpu.intrinsics import (
     load_row,
     next_task,
     store_row,
-    u16_at,
 )
 from server.ops.cpu.parallel import Parallel
+from server.ops.cpu.rotary import check_rows
 from server.ops.cpu.vectors import (
     LANES,
     add_scaled_bf16,
@@ -35,13 +34,11 @@ from server.ops.cpu.vectors import (
 )
 
 U = np.uint64
-COPY_ROWS = 16  # rows of a prefill chunk that one task writes
 
 # Places in the argument array. Strides are in elements.
-(_Q, _Q_ROW, _Q_HEAD, _K, _K_ROW, _K_HEAD, _V, _V_ROW, _V_HEAD, _OUT) = range(1, 11)
-(_K_CACHE, _V_CACHE, _PAGE, _KV_HEADS, _GROUP, _DIM, _IS_BF16, _PLACES) = range(11, 19)
-(_ROWS, _LENGTHS, _PAGES, _MAX_PAGES, _N_SEQUENCES) = range(19, 24)
-(_OTHERS, _N_OTHERS, _WINDOW, _SCALE, _SOFTCAP, _TASK_HEADS, _N_ARGUMENTS) = range(24, 31)
+(_Q, _Q_ROW, _Q_HEAD, _OUT, _K_CACHE, _V_CACHE, _PAGE, _KV_HEADS) = range(1, 9)
+(_GROUP, _DIM, _IS_BF16, _ROWS, _LENGTHS, _PAGES, _MAX_PAGES, _N_SEQUENCES) = range(9, 17)
+(_WINDOW, _SCALE, _SOFTCAP, _TASK_HEADS, _N_ARGUMENTS) = range(17, 22)
 
 
 class AttentionKernel:
@@ -51,95 +48,55 @@ class AttentionKernel:
         self._parallel = parallel
         self._kernel = compile_kernel(_attend, FAST_SUMS)
 
-    def write_and_decode(
-        self,
-        out: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
-        plan: AttentionPlan,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-    ) -> None:
-        """See `server.ops.attention.write_and_decode`."""
-        decode, others = plan.decode, plan.prefill_rows
-        kv_heads, dim = k.shape[1], k.shape[2]
-        n = 0 if decode is None else len(decode.rows)
+    def decode_(self, out: Tensor, call: AttentionCall) -> None:
+        """See `server.ops.attention.decode_`."""
+        decode, q = call.plan.decode, call.q
+        assert decode is not None
+        check_rows(q)
+        n, kv_heads = len(decode.rows), call.k_cache.shape[2]
         a = np.zeros(_N_ARGUMENTS, np.int64)
-        # A view of a slice of heads has a stride of 1 in the last axis: what the kernel assumes.
-        for place, x in ((_Q, q), (_K, k), (_V, v)):
-            a[place : place + 3] = (x.data_ptr(), x.stride(0), x.stride(1))
-        a[_OUT:_PLACES] = (
+        a[_Q:_SCALE] = (
+            q.data_ptr(),
+            q.stride(0),
+            q.stride(1),
             out.data_ptr(),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            k_cache.shape[1],
+            call.k_cache.data_ptr(),
+            call.v_cache.data_ptr(),
+            call.k_cache.shape[1],
             kv_heads,
             q.shape[1] // kv_heads,
-            dim,
+            q.shape[2],
             q.dtype is torch.bfloat16,
+            decode.rows.data_ptr(),
+            decode.lengths.data_ptr(),
+            decode.pages.data_ptr(),
+            decode.pages.shape[1],
+            n,
+            0 if call.window is None else call.window,
         )
-        a[_PLACES] = plan.places.data_ptr()
-        if decode is not None:
-            a[_ROWS:_N_SEQUENCES] = (
-                decode.rows.data_ptr(),
-                decode.lengths.data_ptr(),
-                decode.pages.data_ptr(),
-                decode.pages.shape[1],
-            )
-        a[_N_SEQUENCES] = n
-        a[_OTHERS], a[_N_OTHERS] = others.data_ptr(), len(others)
-        a[_WINDOW] = 0 if window is None else window
-        a[_SCALE : _SOFTCAP + 1].view(np.float64)[:] = (scale, softcap or 0.0)
+        a[_SCALE : _SOFTCAP + 1].view(np.float64)[:] = (call.scale, call.softcap or 0.0)
         # All heads of a sequence in one task read memory in order; few sequences are shared out.
         together = kv_heads if n >= 2 * self._parallel.n_threads else 1
         a[_TASK_HEADS] = together
-        n_decode = n * kv_heads // together
-        self._parallel.run(self._kernel, a, n_decode + -(-len(others) // COPY_ROWS))
+        self._parallel.run(self._kernel, a, n * kv_heads // together)
 
 
 def _attend(address):
     a = i64_at(address)
     kv_heads, heads, dim = a[_KV_HEADS], a[_TASK_HEADS], a[_DIM]
     shares = kv_heads // heads
-    n_decode = a[_N_SEQUENCES] * shares
-    n_tasks = n_decode + (a[_N_OTHERS] + COPY_ROWS - 1) // COPY_ROWS
+    n_tasks = a[_N_SEQUENCES] * shares
     n_queries = heads * a[_GROUP]
     queries = np.empty(n_queries * dim, np.float32)
     sums = np.empty(n_queries * dim, np.float32)
     line = np.empty(heads * dim, np.float32)
     scores = np.empty(n_queries * max(a[_MAX_PAGES] * a[_PAGE], 1), np.float32)
-    others, places = i64_at(a[_OTHERS]), i64_at(a[_PLACES])
     while True:
         task = next_task(address)
         if task >= n_tasks:
             break
-        if task < n_decode:
-            first_head = task % shares * heads
-            _decode(address, task // shares, first_head, queries, scores, sums, line)
-        else:
-            first = (task - n_decode) * COPY_ROWS
-            for i in range(first, min(first + COPY_ROWS, a[_N_OTHERS])):
-                row = others[U(i)]
-                for head in range(kv_heads):
-                    _write(address, row, places[U(row)], head)
-
-
-@njit(inline="always", fastmath=FAST_SUMS, error_model="numpy")
-def _write(address, row, place, head):
-    """Copy one token's key and value of one head to its place in the cache."""
-    a = i64_at(address)
-    dim, item = a[_DIM], 2 if a[_IS_BF16] != 0 else 4
-    target = (place * a[_KV_HEADS] + head) * dim * item
-    k = u16_at(a[_K] + (row * a[_K_ROW] + head * a[_K_HEAD]) * item)
-    v = u16_at(a[_V] + (row * a[_V_ROW] + head * a[_V_HEAD]) * item)
-    k_to, v_to = u16_at(a[_K_CACHE] + target), u16_at(a[_V_CACHE] + target)
-    for i in range(U(dim * item // 2)):
-        k_to[i] = k[i]
-        v_to[i] = v[i]
+        first_head = task % shares * heads
+        _decode(address, task // shares, first_head, queries, scores, sums, line)
 
 
 @njit(inline="always", fastmath=FAST_SUMS, error_model="numpy")
@@ -154,8 +111,6 @@ def _decode(address, sequence, first_head, queries, scores, sums, line):
     pages = i64_at(a[_PAGES] + 8 * sequence * a[_MAX_PAGES])
     floats = f64_at(address + 8 * _SCALE)
     scale, softcap = np.float32(floats[U(0)]), np.float32(floats[U(1)])
-    for head in range(heads):
-        _write(address, row, i64_at(a[_PLACES])[U(row)], first_head + head)
     for q in range(heads * group):
         source = a[_Q] + (row * a[_Q_ROW] + (first_head * group + q) * a[_Q_HEAD]) * item
         load_row(queries, U(q * dim), source, U(dim), is_bf16)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from server.ops.attention import WriteAndDecode
+from server.ops.attention import AttentionCall, prefill_
 from server.ops.cpu.attention import AttentionKernel
 from server.ops.cpu.blockdiag import BlockDiagKernel, NumbaBlockDiag
 from server.ops.cpu.parallel import Parallel
+from server.ops.cpu.rotary import RotaryKernel
 from server.ops.cpu.rows import RowKernels
 from server.ops.delta import BlockDiagOp
 from server.ops.linear import LinearOp, OneDnnLinear, TorchLinear, onednn_linear_works
@@ -25,6 +26,7 @@ class NumbaKernels:
         self.parallel = Parallel()
         self._blockdiag = BlockDiagKernel(self.parallel)
         self._attention = AttentionKernel(self.parallel)
+        self._rotary = RotaryKernel(self.parallel)
         self._rows = RowKernels(self.parallel)
         self._packs_bf16 = onednn_linear_works()
 
@@ -35,9 +37,14 @@ class NumbaKernels:
         packs = self._packs_bf16 and weight.dtype is torch.bfloat16
         return OneDnnLinear(weight) if packs else TorchLinear(weight)
 
-    @property
-    def write_and_decode(self) -> WriteAndDecode:
-        return self._attention.write_and_decode
+    def rotate_and_write_(self, call: AttentionCall) -> None:
+        self._rotary.rotate_and_write_(call)
+
+    def decode_(self, out: Tensor, call: AttentionCall) -> None:
+        self._attention.decode_(out, call)
+
+    def prefill_(self, out: Tensor, call: AttentionCall) -> None:
+        prefill_(out, call)  # torch's own CPU kernel multiplies bfloat16 pairs; numba cannot
 
     def rms_norm(self, x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm) -> Tensor:
         return self._rows.rms_norm(x, weights, index, form)

@@ -10,8 +10,15 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from server.deltas.norms import find_form
-from server.ops.attention import AttentionPlan, DecodeBatch, write_and_decode
+from server.ops.attention import (
+    AttentionCall,
+    AttentionPlan,
+    DecodeBatch,
+    Rotary,
+    paged_attention,
+)
 from server.ops.cpu.kernels import NumbaKernels
+from server.ops.kernels import TorchKernels
 from server.ops.norm import RmsForm, rms_norm
 
 PAGE = 4
@@ -45,7 +52,6 @@ def plan_for(lengths: list[int], n_prefill: int) -> AttentionPlan:
     rows = torch.arange(len(lengths))
     return AttentionPlan(
         places=torch.tensor(places),
-        prefill_rows=torch.arange(len(lengths), len(places)),
         decode=DecodeBatch(rows, pages, torch.tensor(lengths)),
         prefill=(),
     )
@@ -55,7 +61,7 @@ def plan_for(lengths: list[int], n_prefill: int) -> AttentionPlan:
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(6, 2, 32), (4, 4, 16), (3, 1, 20)])
 @pytest.mark.parametrize("lengths", [[1, 9, 4], [5, 12, 1, 3, 8, 2, 7, 16]])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 3.0)])
-def test_write_and_decode_equals_the_torch_reference(
+def test_decode_and_cache_equal_the_torch_reference(
     kernels: NumbaKernels,
     dtype: torch.dtype,
     heads: int,
@@ -74,10 +80,10 @@ def test_write_and_decode_equals_the_torch_reference(
     k = torch.randn(kv_heads, n_rows, dim, generator=generator).to(dtype).transpose(0, 1)
     v = torch.randn(n_rows, kv_heads, dim, generator=generator).to(dtype)
     results = []
-    for function in (write_and_decode, kernels.write_and_decode):
+    for chosen in (TorchKernels(), kernels):
         caches = k_cache.clone(), v_cache.clone()
-        out = torch.zeros(n_rows, heads, dim, dtype=dtype)
-        function(out, q, k, v, *caches, plan, 0.3, window, softcap)
+        call = AttentionCall(q, k, v, *caches, plan, 0.3, window, softcap)
+        out = paged_attention(call, chosen)[: len(lengths)]
         results.append((out, *caches))
     (wanted, *written), (ours, *also) = results
     close(ours, wanted)
@@ -90,10 +96,58 @@ def test_decode_one_sequence_of_nan_spoils_no_other(kernels: NumbaKernels) -> No
     q, k, v = (torch.randn(5, 2, 16) for _ in range(3))
     q[2], k[2] = float("nan"), float("nan")
     caches = [torch.randn(12, PAGE, 2, 16) for _ in range(2)]
-    out = torch.empty(5, 2, 16)
-    kernels.write_and_decode(out, q, k, v, *caches, plan, 0.25, None, None)
+    out = paged_attention(AttentionCall(q, k, v, *caches, plan, 0.25), kernels)
     assert out[2].isnan().all()
     assert out[[0, 1, 3, 4]].isfinite().all()
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Element by element in float64: dimension i with i + R / 2."""
+    out, half = x.double().clone(), cos.shape[1] // 2
+    for t in range(len(x)):
+        for i in range(half):
+            a, b = x[t, :, i].double(), x[t, :, half + i].double()
+            c, s = cos[t].double(), sin[t].double()
+            out[t, :, i] = a * c[i] - b * s[i]
+            out[t, :, half + i] = b * c[half + i] + a * s[half + i]
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotated", [16, 6])
+@pytest.mark.parametrize("name", ["torch", "numba"])
+def test_rotate_and_write_slices_of_one_tensor_equal_the_element_loop(
+    kernels: NumbaKernels, dtype: torch.dtype, rotated: int, name: str
+) -> None:
+    chosen = kernels if name == "numba" else TorchKernels()
+    generator = torch.Generator().manual_seed(2)
+    n, heads, kv_heads, dim = 11, 4, 2, 16
+    fused = torch.randn(n, (heads + 2 * kv_heads) * dim, generator=generator).to(dtype)
+    before = fused.clone()
+    q, k, v = (
+        t.view(n, -1, dim) for t in fused.split([heads * dim, kv_heads * dim, kv_heads * dim], 1)
+    )
+    angles = torch.randn(n, rotated, generator=generator)
+    rotary = Rotary(angles.cos().to(dtype), angles.sin().to(dtype))
+    places = torch.randperm(5 * PAGE, generator=generator)[:n]
+    plan = AttentionPlan(places=places, decode=None, prefill=())
+    caches = [torch.zeros(5, PAGE, kv_heads, dim, dtype=dtype) for _ in range(2)]
+    old_q, old_k, old_v = (t.clone() for t in (q, k, v))
+    chosen.rotate_and_write_(AttentionCall(q, k, v, *caches, plan, 1.0, rotary=rotary))
+    close(q, turned(old_q, rotary.cos, rotary.sin).to(dtype))
+    close(k, turned(old_k, rotary.cos, rotary.sin).to(dtype))
+    assert torch.equal(v, old_v)
+    assert torch.equal(caches[0].flatten(0, 1)[places], k)
+    assert torch.equal(caches[1].flatten(0, 1)[places], v)
+    assert not torch.equal(fused, before)
+
+
+def test_rotate_and_write_strided_last_axis_is_refused(kernels: NumbaKernels) -> None:
+    q = torch.randn(3, 16, 2).transpose(1, 2)
+    plan = AttentionPlan(places=torch.arange(3), decode=None, prefill=())
+    caches = [torch.zeros(1, PAGE, 2, 16) for _ in range(2)]
+    with pytest.raises(ValueError, match="contiguous"):
+        kernels.rotate_and_write_(AttentionCall(q, q, q, *caches, plan, 1.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
