@@ -36,6 +36,9 @@ HELP = {
     "max_model_len": "Longest prompt plus output.  [default: the base's own limit]",
     "max_num_seqs": "Sequences running at once.",
     "max_batch_tokens": "Tokens per engine step.  [default: 256 on the CPU, 2048 on CUDA]",
+    "max_prefill_slowdown": "Longest step while streams run, relative to one without prefill.",
+    "long_prefill_token_threshold": "Prompts longer than this are prefilled one at a time, shorter "
+    "ones overtake them.  [default: max_batch_tokens]",
     "max_queued_requests": "Sequences waiting; beyond that 503 with Retry-After.",
     "request_timeout_s": "Seconds until a request fails with 504.",
     "drain_timeout_s": "Seconds that running requests get after SIGTERM.",

@@ -22,12 +22,13 @@ from server.deltas.loader import DeltaLoader, LoaderMessage, LoadFailed, LoadJob
 from server.deltas.slots import Slot, SlotTable
 from server.engine.batch import Batch, LogitRows, build_batch
 from server.engine.observer import CoreStats, Observer
+from server.engine.pacing import PrefillPacer
 from server.engine.pages import PagePool
 from server.engine.postprocess import Postprocessor
 from server.engine.request import Event, Request, Status
 from server.engine.runner import Runner
 from server.engine.sampler import Sampled, Sampler
-from server.engine.scheduler import Missing, Scheduled, Scheduler
+from server.engine.scheduler import Missing, Scheduled, Scheduler, load_of
 from server.engine.variant import BASE_KEY, Variant
 from server.errors import (
     DeadlineExceeded,
@@ -69,10 +70,14 @@ class EngineCore:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.slots = SlotTable(settings.max_resident_variants, settings.delta_budget_bytes)
         self.loader = DeltaLoader(runner.base.parameters, self.slots, self._post_load)
+        batch_tokens = settings.max_batch_tokens or _batch_tokens(runner.base.device)
+        self._pacer = PrefillPacer(settings.max_prefill_slowdown)
         self.scheduler = Scheduler(
             pages,
             max_num_seqs=settings.max_num_seqs,
-            max_batch_tokens=settings.max_batch_tokens or _batch_tokens(runner.base.device),
+            max_batch_tokens=batch_tokens,
+            long_prefill_tokens=settings.long_prefill_token_threshold or batch_tokens,
+            pacer=self._pacer,
             max_variants=settings.max_variants_per_step,
             acquire=self._acquire,
             wipe=runner.base.store.wipe,
@@ -203,6 +208,7 @@ class EngineCore:
 
     def _run_batch(self, scheduled: list[Scheduled]) -> None:
         page_tokens = self.scheduler.pages.page_tokens
+        load, started = load_of(scheduled), time.perf_counter()
         try:
             batch = build_batch(scheduled, page_tokens, self._runner.base.device)
             logits = self._runner.forward(batch)
@@ -214,6 +220,7 @@ class EngineCore:
         n_generated = 0
         for item, rows in zip(batch.scheduled, batch.outputs, strict=True):
             n_generated += self._finish_chunk(item, rows, logits, sampled)
+        self._pacer.ran(load, time.perf_counter() - started)
         if self._observer is not None:
             n_tokens = sum(s.n_tokens for s in batch.scheduled)
             self._observer.on_step(n_tokens - n_generated, n_generated)

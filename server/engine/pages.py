@@ -11,7 +11,7 @@ Page 0 is never given out: padding points there and it stays zero.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 NEVER = 1 << 62  # more pages than there will ever be
@@ -82,22 +82,29 @@ class PagePool:
 
         At least one token is always left to compute: its logits are wanted.
         """
-        pages: list[int] = []
         if not self._reuse:
-            return pages
+            return []
         self._n_queried += len(tokens)
+        pages = list(self._known(key, tokens))
+        for page in pages:
+            self._idle.pop(page, None)
+            self._refs[page] += 1
+        self._n_hit += len(pages) * self.page_tokens
+        return pages
+
+    def n_known(self, key: str, tokens: Sequence[int]) -> int:
+        """How many tokens `match` would find now; holds and counts nothing."""
+        return self.page_tokens * sum(1 for _ in self._known(key, tokens)) if self._reuse else 0
+
+    def _known(self, key: str, tokens: Sequence[int]) -> Iterator[int]:
         parent = ROOT
         for start in range(0, len(tokens) - self.page_tokens, self.page_tokens):
             chunk = tuple(tokens[start : start + self.page_tokens])
             page = self._by_chain.get((key, parent, chunk))
             if page is None:
-                break
-            self._idle.pop(page, None)
-            self._refs[page] += 1
-            pages.append(page)
+                return
+            yield page
             parent = page
-        self._n_hit += len(pages) * self.page_tokens
-        return pages
 
     def remember(
         self, key: str, tokens: Sequence[int], pages: Sequence[int], n_known: int, n_full: int

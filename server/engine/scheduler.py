@@ -1,7 +1,9 @@
 """Which tokens run in the next engine step.
 
-Continuous batching: every running request decodes one token; what is left of the token budget goes
-to prefill chunks, oldest request first. When pages run out the youngest request is preempted: its
+Continuous batching: every running request decodes one token; what the `PrefillPacer` allows beside
+goes to prefill chunks, oldest request first. One long prompt is computed at a time: until it is
+done half of each step's allowance is its own, shorter prompts share the other half and overtake
+later long ones. When pages run out the youngest request is preempted: its
 pages are freed and it will be recomputed. A waiting request whose variant is being read from disk
 is passed over, never waited for. One that is passed over for another reason is overtaken for
 `MAX_OVERTAKEN_S` at most: where too many variants are mixed already, no later request is admitted
@@ -13,15 +15,17 @@ from __future__ import annotations
 import enum
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from server.deltas.slots import Slot
+from server.engine.pacing import Allowance, PrefillPacer, StepLoad
 from server.engine.pages import PagePool
 from server.engine.request import Request, Status
 from server.engine.variant import BASE_KEY
 
 MAX_OVERTAKEN_S = 2.0
+LONG_PREFILL_SHARE = 0.5  # of a step's prefill, for the long prompt while others wait
 
 
 class Missing(enum.Enum):
@@ -57,6 +61,8 @@ class Scheduler:
         max_num_seqs: int,
         max_batch_tokens: int,
         max_variants: int,
+        long_prefill_tokens: int,
+        pacer: PrefillPacer,
         acquire: Acquire,
         wipe: Callable[[list[int]], None],
     ) -> None:
@@ -66,6 +72,8 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_batch_tokens = max_batch_tokens
         self._max_variants = max_variants
+        self._long_prefill_tokens = long_prefill_tokens
+        self._pacer = pacer
         self._acquire = acquire
         self._wipe = wipe
         self.n_preemptions = 0
@@ -76,34 +84,48 @@ class Scheduler:
     def schedule(self) -> list[Scheduled]:
         """Choose the next step's chunks and make sure their pages exist."""
         n_preemptions = self.n_preemptions
-        batch = self._schedule_running()
+        batch: list[Scheduled] = []
+        # Decodes are single tokens and must not wait behind prompts.
+        self._extend(batch, [r for r in self.running if _remaining(r) == 1], None)
+        allowance = self._pacer.allowance(
+            (s.request.n_computed for s in batch), self._max_batch_tokens - len(batch)
+        )
+        prefills = [r for r in self.running if _remaining(r) > 1]
+        long = [r for r in prefills if self._is_long(_remaining(r))]
+        if long and (len(prefills) > len(long) or self.waiting):
+            allowance.keep(LONG_PREFILL_SHARE)
+        self._extend(batch, [r for r in prefills if r not in long], allowance)
         if self.n_preemptions == n_preemptions:  # else whoever was put back would return at once
-            budget = self._max_batch_tokens - sum(s.n_tokens for s in batch)
-            self._admit(batch, budget)
+            self._admit(batch, allowance, bool(long))
+        allowance.give_back()
+        self._extend(batch, long, allowance)
         return batch
 
-    def _schedule_running(self) -> list[Scheduled]:
-        batch: list[Scheduled] = []
-        budget = self._max_batch_tokens
-        # Decodes are single tokens and must not wait behind prompts.
-        for request in sorted(self.running, key=_remaining_is_many):
+    def _is_long(self, n_tokens: int) -> bool:
+        return n_tokens > self._long_prefill_tokens
+
+    def _extend(
+        self, batch: list[Scheduled], requests: list[Request], allowance: Allowance | None
+    ) -> None:
+        """Add a chunk of each running request; its decode token if there is no allowance."""
+        for request in requests:
             if request.status is not Status.RUNNING:
                 continue  # preempted by an earlier iteration
-            n_tokens = min(len(request.tokens) - request.n_computed, budget)
+            if allowance is None:
+                n_tokens = min(1, self._max_batch_tokens - len(batch))
+            else:
+                n_tokens = allowance.grant(request.n_computed, _remaining(request))
             if n_tokens == 0:
-                break
-            if not self._make_room(request, request.n_computed + n_tokens, batch):
-                continue
-            batch.append(Scheduled(request, n_tokens))
-            budget -= n_tokens
-        return batch
+                return
+            if self._make_room(request, request.n_computed + n_tokens, batch):
+                batch.append(Scheduled(request, n_tokens))
 
     def _make_room(self, request: Request, n_tokens: int, batch: list[Scheduled]) -> bool:
         """Grow the request's pages, preempting the youngest others not yet in the batch."""
         chosen = {id(s.request) for s in batch}
         while not self.pages.grow(request.pages, n_tokens):
-            victims = [r for r in self.running if id(r) not in chosen]
-            victim = victims[-1] if victims else request
+            younger = self.running[self.running.index(request) :]
+            victim = next((r for r in reversed(younger) if id(r) not in chosen), request)
             self._preempt(victim)
             if victim is request:
                 return False
@@ -117,12 +139,12 @@ class Scheduler:
         self.waiting.appendleft(request)
         self.n_preemptions += 1
 
-    def _admit(self, batch: list[Scheduled], budget: int) -> None:
+    def _admit(self, batch: list[Scheduled], allowance: Allowance, long_runs: bool) -> None:
         variants = {r.variant.key for r in self.running}
         now = time.monotonic()
         may_hold = True
         for request in list(self.waiting):
-            if budget <= 0 or len(self.running) >= self._max_num_seqs:
+            if len(self.running) >= self._max_num_seqs:
                 return
             overdue = now - request.arrived > MAX_OVERTAKEN_S
             missing = self._hold_slot(request, may_hold)
@@ -133,9 +155,12 @@ class Scheduler:
                 if overdue:
                     return
                 continue
+            if long_runs and self._has_long_prefill(request):
+                continue
             self._reuse_prefix(request)
-            n_tokens = min(len(request.tokens) - request.n_computed, budget)
-            if not self.pages.grow(request.pages, request.n_computed + n_tokens):
+            is_long = self._is_long(_remaining(request))
+            n_tokens = allowance.grant(request.n_computed, _remaining(request))
+            if n_tokens == 0 or not self.pages.grow(request.pages, request.n_computed + n_tokens):
                 self._release(request)
                 return
             self.waiting.remove(request)
@@ -145,7 +170,16 @@ class Scheduler:
                 request.admitted = now
             variants.add(request.variant.key)
             batch.append(Scheduled(request, n_tokens))
-            budget -= n_tokens
+            long_runs = long_runs or is_long
+
+    def _has_long_prefill(self, request: Request) -> bool:
+        """Whether much of a waiting request is left to compute beyond the known prefix."""
+        if not self._is_long(len(request.tokens)):
+            return False
+        known = 0
+        if not request.params.prompt_logprobs:
+            known = self.pages.n_known(request.cache_key, request.tokens)
+        return self._is_long(len(request.tokens) - known)
 
     def _reuse_prefix(self, request: Request) -> None:
         """Begin with the pages of the longest known prefix. Prompt logprobs need every row."""
@@ -194,5 +228,19 @@ class Scheduler:
         request.n_computed = request.n_settled_pages = 0
 
 
-def _remaining_is_many(request: Request) -> bool:
-    return len(request.tokens) - request.n_computed > 1
+def _remaining(request: Request) -> int:
+    return len(request.tokens) - request.n_computed
+
+
+def _is_decode(item: Scheduled) -> bool:
+    return item.n_tokens == 1 and item.request.n_computed > 0
+
+
+def load_of(batch: Sequence[Scheduled]) -> StepLoad:
+    """What a batch has to compute; ask before it is accounted for."""
+    decodes = [s.request.n_computed for s in batch if _is_decode(s)]
+    load = StepLoad(len(decodes), sum(decodes))
+    for item in batch:
+        if not _is_decode(item):
+            load = load.with_chunk(item.request.n_computed, item.n_tokens)
+    return load
