@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from server.deltas.blockdiag_pools import BlockDiagPool, SharedBlocks
 from server.deltas.parameter import DeltaParameter
-from server.deltas.pools import BlockDiagPool, SharedBlocks
 from server.ops.linear import LinearOp, TorchLinear
 from server.ops.rows import RowPlan
 

@@ -16,15 +16,9 @@ from torch import Tensor
 
 from compressor.codecs.term import TensorDelta
 from compressor.errors import WrongShape
-from server.deltas.pools import (
-    BlockDiagPool,
-    Layout,
-    SharedBlocks,
-    Staged,
-    TermPool,
-    layout_of,
-    make_pool,
-)
+from server.deltas.blockdiag_pools import BlockDiagPool, SharedBlocks
+from server.deltas.pool import Staged, TermPool
+from server.deltas.pools import Layout, layout_of, make_pool
 from server.deltas.upload import Transfer
 from server.ops.kernels import Kernels
 from server.ops.rows import RowPlan
@@ -142,11 +136,11 @@ class DeltaParameter:
         SharedBlocks(together)
 
     def reserve(self, slot: int, staged: StagedParameter, n_slots: int) -> None:
-        """Make room for the staged parts in `slot`, and in every slot below `n_slots`."""
+        """Make room for the staged parts of `slot`; it is below `n_slots`."""
         for key, parts in staged.terms:
             if key not in self.pools:
                 self._create_pool(key)
-            self.pools[key].reserve(parts, n_slots)
+            self.pools[key].reserve(slot, parts)
         if staged.vector is not None:
             assert self.vectors is not None
             missing = n_slots + 1 - len(self.vectors)
@@ -161,7 +155,7 @@ class DeltaParameter:
     def transfers(self, slot: int, staged: StagedParameter) -> Iterator[Transfer]:
         """What to copy into a slot that no step reads yet, once `reserve` has made room."""
         for key, parts in staged.terms:
-            yield from zip(self.pools[key].places(slot), parts, strict=True)
+            yield from zip(self.pools[key].targets(slot), parts, strict=True)
         if staged.vector is not None:
             assert self.vectors is not None
             yield self.vectors[slot + 1], staged.vector
@@ -178,17 +172,23 @@ class DeltaParameter:
 
     def hide(self, slot: int) -> None:
         """Forget the slot. Only when no running request holds it."""
-        for pool in self.pools.values():
+        for key, pool in list(self.pools.items()):
             pool.hide(slot)
+            if pool.idle:
+                self._drop_pool(key, pool)
         self.vector_slots -= {slot}
         self.merged.pop(slot, None)
         self.extra.pop(slot, None)
 
+    def _drop_pool(self, key: PoolKey, pool: TermPool) -> None:
+        """Give the memory of an idle pool back, and of those that share it."""
+        shared = pool.shared if isinstance(pool, BlockDiagPool) else None
+        for parameter in (self,) if shared is None else self.siblings:
+            del parameter.pools[key]
+
     def touches(self, rows: RowPlan) -> bool:
-        """Whether any row of the batch needs this parameter's deltas."""
-        if rows.slots.isdisjoint(self.vector_slots):
-            return any(not rows.slots.isdisjoint(pool.present) for pool in self.pools.values())
-        return True
+        """1-D parameter: whether any row of the batch has a value of its own."""
+        return not rows.slots.isdisjoint(self.vector_slots)
 
     def vector_rows(self, rows: RowPlan) -> Tensor:
         """1-D parameter: the value for every row, ``[T, m]`` (or ``[1, m]`` if all rows agree)."""

@@ -68,14 +68,14 @@ def padded_places(size: int, n_blocks: int, device: torch.device) -> Tensor:
 
 def lowrank_add_(y: Tensor, x: Tensor, run: SlotRun, a: Tensor, b: Tensor) -> None:
     """Low-rank terms ``dW = b^T a``: y [T, m]; x [T, n]; a [C, r, n]; b [C, r, m]."""
-    slots = slice(run.slot, run.slot + run.n_slots)
+    slots = slice(run.place, run.place + run.n_slots)
     hidden = torch.bmm(pad_rows(x, run), a[slots].transpose(1, 2))
     add_rows_(y, torch.bmm(hidden, b[slots]).flatten(0, 1), run)
 
 
 def dense_add_(y: Tensor, x: Tensor, run: SlotRun, weights: Tensor) -> None:
     """Whole matrices: y [T, m]; x [T, n]; weights [C, m, n]."""
-    slots = slice(run.slot, run.slot + run.n_slots)
+    slots = slice(run.place, run.place + run.n_slots)
     out = torch.bmm(pad_rows(x, run), weights[slots].transpose(1, 2))
     add_rows_(y, out.flatten(0, 1), run)
 
@@ -96,7 +96,7 @@ def impart_add_(
     v_values [C, bv, R, S]; v_index [C, bv * S]; sigma [C, r]
     """
     k, w = run.n_slots, run.width
-    slots = slice(run.slot, run.slot + k)
+    slots = slice(run.place, run.place + k)
     bu, block_rows, kept = u_values.shape[1:]
     bv = v_values.shape[1]
     rows = torch.nn.functional.pad(pad_rows(x, run), (0, bv * block_rows - x.shape[1]))

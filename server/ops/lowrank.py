@@ -23,7 +23,7 @@ from server.ops.rows import SlotSegments
 
 
 class PackedLowRank:
-    """Factors of one matrix ``[m, n]`` for C slots of k components, and their two products.
+    """Factors of one matrix ``[m, n]`` for C places of k components, and their two products.
 
     down_codes   uint8 [C, rows of n, k]: a, packed along the inputs (`pack_columns`)
     down_scales  float16 [C, k], in units of
@@ -58,19 +58,19 @@ class PackedLowRank:
         self._up = PackedBlocks(up_codes[:, None], scales, unit, (m,), k, bits)
         self._shrink, self._expand = make_op(self._down), make_op(self._up)
 
-    def add_(self, y: Tensor, x: Tensor, slot_of_row: Tensor, segments: SlotSegments) -> None:
+    def add_(self, y: Tensor, x: Tensor, place_of_row: Tensor, segments: SlotSegments) -> None:
         """``y [T, m] += x [T, n] a^T b`` for the rows of `segments`.
 
-        slot_of_row int64 [T], below C; of rows outside the segments nothing is read.
+        place_of_row int64 [T], below C; of rows outside the segments nothing is read.
         """
         hidden = x.new_zeros((len(x), self._rank))
         self._shrink.add_([hidden], x, segments)
-        hidden.mul_(self._gains[slot_of_row])
+        hidden.mul_(self._gains[place_of_row])
         self._expand.add_([y], hidden, segments)
 
-    def add_rows_(self, y: Tensor, ids: Tensor, slot: int) -> None:
-        """``y [t, n] += dW[ids]`` of one slot: the embedding's side of the same matrix."""
+    def add_rows_(self, y: Tensor, ids: Tensor, place: int) -> None:
+        """``y [t, n] += dW[ids]`` of one place: the embedding's side of the same matrix."""
         hidden = torch.zeros((len(ids), self._rank), device=y.device)
-        blockdiag_rows_add_(hidden, ids, torch.full_like(ids, slot), self._up)
-        hidden *= self._gains[slot]
-        y.copy_(y.float() + hidden @ self._down.values(slot)[0].T)
+        blockdiag_rows_add_(hidden, ids, torch.full_like(ids, place), self._up)
+        hidden *= self._gains[place]
+        y.copy_(y.float() + hidden @ self._down.values(place)[0].T)

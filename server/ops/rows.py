@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 BASE_SLOT = -1
+# Slots and where each one's data lies in an array: slots whose deltas have the same layout share
+# arrays that have room for them only.
+Places = frozenset[tuple[int, int]]
 # A run is cut where padding its rows to the widest segment would cost more than another call.
 MAX_PADDING_FACTOR = 1.25
 MIN_PADDED_ROWS = 16
@@ -30,14 +33,14 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class SlotRun:
-    """Slots ``[slot, slot + n_slots)`` with rows ``[start, end)``, padded to `width` rows each.
+    """Places ``[place, place + n_slots)`` with rows ``[start, end)``, padded to `width` rows each.
 
     gather   [n_slots * width] int64, row (from `start`) at each place; None if none is padded
     scatter  [end - start] int64, padded place of each row; None if none is padded
     counts   rows of each slot
     """
 
-    slot: int
+    place: int
     n_slots: int
     start: int
     end: int
@@ -51,7 +54,7 @@ class SlotRun:
 class SlotSegments:
     """The segments of some slots as data for a kernel.
 
-    table    int64 [k, 3]: slot, first row, end row
+    table    int64 [k, 3]: place in the arrays, first row, end row
     n        k
     longest  rows of the longest segment
     """
@@ -71,11 +74,11 @@ class RowPlan:
         self.slots = frozenset(s.slot for s in self.segments if s.slot != BASE_SLOT)
         # [T] int64, -1 for the base
         self.slot_of_row = self._per_row([s.slot for s in self.segments])
-        self._runs: dict[frozenset[int], tuple[SlotRun, ...]] = {}
+        self._runs: dict[Places, tuple[SlotRun, ...]] = {}
         self._spans: dict[frozenset[int], tuple[Segment, ...]] = {}
-        self._tables: dict[frozenset[int], SlotSegments] = {}
+        self._tables: dict[Places, SlotSegments] = {}
         self._rows_of: dict[frozenset[int], Tensor] = {}
-        self._places_in: dict[int, Tensor] = {}
+        self._place_of_row: dict[Places, Tensor] = {}
 
     def row_of_vector(self, present: frozenset[int]) -> Tensor:
         """[T] int64: ``slot + 1`` where the row's slot is in `present`, else 0 (the base's row)."""
@@ -85,39 +88,41 @@ class RowPlan:
             self._rows_of[active] = self._per_row(places)
         return self._rows_of[active]
 
-    def places_in(self, n_slots: int) -> Tensor:
-        """[T] int64: each row's slot, some slot below `n_slots` for rows of the base or of others.
-
-        To index slot arrays with where what such rows get is not read.
-        """
-        if n_slots not in self._places_in:
-            self._places_in[n_slots] = self.slot_of_row.clamp(0, n_slots - 1)
-        return self._places_in[n_slots]
+    def place_of_row(self, present: Places) -> Tensor:
+        """[T] int64: place of each row's slot, 0 where it has none: what is there is not used."""
+        if present not in self._place_of_row:
+            places = dict(present)
+            self._place_of_row[present] = self._per_row(
+                [places.get(s.slot, 0) for s in self.segments]
+            )
+        return self._place_of_row[present]
 
     def _per_row(self, values: list[int]) -> Tensor:
         counts = torch.tensor([s.end - s.start for s in self.segments], dtype=torch.int64)
         per_segment = torch.tensor(values, dtype=torch.int64)
         return torch.repeat_interleave(per_segment, counts).to(self.device)
 
-    def runs(self, present: frozenset[int]) -> tuple[SlotRun, ...]:
+    def runs(self, present: Places) -> tuple[SlotRun, ...]:
         """Runs over the slots in `present` that have rows in this batch."""
-        active = present & self.slots
-        if active not in self._runs:
-            wanted = [s for s in self.segments if s.slot in active]
-            self._runs[active] = tuple(
-                _make_run(group, self.device) for group in _group_consecutive(wanted)
+        if present not in self._runs:
+            self._runs[present] = tuple(
+                _make_run(group, self.device) for group in _group_consecutive(self._at(present))
             )
-        return self._runs[active]
+        return self._runs[present]
 
-    def table(self, present: frozenset[int]) -> SlotSegments:
+    def table(self, present: Places) -> SlotSegments:
         """The segments of the slots in `present`, as a table."""
-        active = present & self.slots
-        if active not in self._tables:
-            wanted = [(s.slot, s.start, s.end) for s in self.segments if s.slot in active]
+        if present not in self._tables:
+            wanted = [(s.slot, s.start, s.end) for s in self._at(present)]
             table = torch.tensor(wanted, dtype=torch.int64).view(-1, 3)
             longest = max((end - start for _, start, end in wanted), default=0)
-            self._tables[active] = SlotSegments(table.to(self.device), len(wanted), longest)
-        return self._tables[active]
+            self._tables[present] = SlotSegments(table.to(self.device), len(wanted), longest)
+        return self._tables[present]
+
+    def _at(self, present: Places) -> list[Segment]:
+        """The segments of `present`, each named by its place, by rows."""
+        places = dict(present)
+        return [Segment(places[s.slot], s.start, s.end) for s in self.segments if s.slot in places]
 
     def spans(self, merged: frozenset[int]) -> tuple[Segment, ...]:
         """Cut all rows into spans: one per slot in `merged`, the rest joined as base spans."""
@@ -135,7 +140,7 @@ class RowPlan:
 
 
 def _group_consecutive(segments: Iterable[Segment]) -> list[list[Segment]]:
-    """Split into groups of consecutive slots and rows whose padding stays acceptable."""
+    """Split into groups of consecutive places and rows whose padding stays acceptable."""
     groups: list[list[Segment]] = []
     for segment in segments:
         if groups and _may_join(groups[-1], segment):

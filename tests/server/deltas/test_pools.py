@@ -10,14 +10,9 @@ from compressor.codecs.encoder import make_encoder
 from compressor.codecs.lowrank import lowrank_from_factors
 from compressor.codecs.sources import TensorSource
 from compressor.codecs.term import Term
-from server.deltas.pools import (
-    BlockDiagPool,
-    SharedBlocks,
-    Staged,
-    TermPool,
-    layout_of,
-    make_pool,
-)
+from server.deltas.blockdiag_pools import BlockDiagPool, SharedBlocks
+from server.deltas.pool import Staged, TermPool
+from server.deltas.pools import layout_of, make_pool
 from server.deltas.upload import SlotUploader
 from server.ops.kernels import Kernels, TorchKernels, choose_kernels
 from server.ops.rows import BASE_SLOT
@@ -67,7 +62,7 @@ def encode_all(
 
 
 def put(pool: TermPool, slot: int, staged: Staged) -> None:
-    SlotUploader(CPU).copy(list(zip(pool.places(slot), staged, strict=True)))
+    SlotUploader(CPU).copy(list(zip(pool.targets(slot), staged, strict=True)))
 
 
 def fill(term_index: int, variants: list[tuple[Term, ...]], kernels: Kernels) -> TermPool:
@@ -75,7 +70,7 @@ def fill(term_index: int, variants: list[tuple[Term, ...]], kernels: Kernels) ->
     pool = make_pool(layout_of(first), first.shape, torch.float32, CPU, kernels)
     for slot, terms in enumerate(variants):
         staged = pool.stage(terms[term_index])
-        pool.reserve(staged, 1 << slot.bit_length())
+        pool.reserve(slot, staged)
         put(pool, slot, staged)
         pool.show(slot)
     return pool
@@ -129,8 +124,9 @@ def test_pool_embedding_look_up_equals_dense_rows(
 def test_pool_hidden_slot_full_of_nan_is_never_read(kernels: Kernels) -> None:
     variants = encode_all("blockdiag", {"bits": 4}, (64, 48))
     pool = fill(0, variants, kernels)
+    place = pool.places[1]
     pool.hide(1)
-    pool.arrays[2][1].fill_(float("nan"))  # units
+    pool.arrays[2][place].fill_(float("nan"))  # units
     plan = plan_of({0: 2, 1: 2, 2: 2})
     y = torch.zeros(plan.n_rows, 64)
     pool.add_(y, torch.randn(plan.n_rows, 48), plan)
@@ -156,7 +152,7 @@ def siblings(kernels: Kernels, variants: list[tuple[Term, ...]]) -> list[BlockDi
     SharedBlocks(together)
     for slot, terms in enumerate(variants):
         for pool in together:
-            pool.reserve(pool.stage(terms[0]), len(variants))
+            pool.reserve(slot, pool.stage(terms[0]))
             put(pool, slot, pool.stage(terms[0]))
             pool.show(slot)
     together[1].hide(1)
@@ -208,3 +204,56 @@ def test_packed_low_rank_pool_takes_variants_of_near_ranks_in_their_stored_bytes
     torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-6)
     held = sum(part[0].nbytes for part in pool.arrays)
     assert held < 1.05 * sum(part.nbytes for part in terms[1].tensors().values())
+
+
+@pytest.mark.parametrize("codec", ["blockdiag", "lowrank", "impart"])
+def test_pool_slot_far_up_takes_one_place_and_gives_it_back(codec: str) -> None:
+    terms = encode_all(codec, {}, (64, 48))
+    pool = fill(0, terms, TorchKernels())
+    capacity = pool.capacity
+    pool.hide(1)
+    staged = pool.stage(terms[1][0])
+    pool.reserve(60, staged)
+    put(pool, 60, staged)
+    pool.show(60)
+    assert pool.capacity == capacity <= len(terms)
+    plan = plan_of({0: 2, 2: 1, 60: 3})
+    x = torch.randn(plan.n_rows, 48, generator=torch.Generator().manual_seed(4))
+    y = torch.zeros(plan.n_rows, 64)
+    pool.add_(y, x, plan)
+    dense = {0: terms[0], 2: terms[2], 60: terms[1]}
+    want = [
+        dense[s][0].to_dense().double() @ x[i].double()
+        for i, s in enumerate(plan.slot_of_row.tolist())
+    ]
+    torch.testing.assert_close(y.double(), torch.stack(want), rtol=1e-4, atol=1e-6)
+    for slot in (0, 2, 60):
+        assert not pool.idle
+        pool.hide(slot)
+    assert pool.idle
+
+
+def test_shared_blocks_free_a_place_when_no_member_holds_it(kernels: Kernels) -> None:
+    variants = encode_all("blockdiag", {"bits": 4}, (50, 37))
+    pools = siblings(kernels, variants)
+    shared = pools[0].shared
+    assert shared is not None
+    pools[0].hide(1)  # the second gave it up before: its place goes to a slot only the second has
+    put_again = pools[1].stage(variants[1][0])
+    pools[1].reserve(7, put_again)
+    put(pools[1], 7, put_again)
+    pools[1].show(7)
+    assert shared.places[7] == 1
+    plan = plan_of({0: 1, 7: 2})
+    x = torch.randn(3, 37, generator=torch.Generator().manual_seed(5))
+    fused = torch.zeros(3, 100)
+    shared.add_(torch.split(fused, 50, dim=1), x, plan)
+    dense = variants[1][0].to_dense().double()
+    assert not fused[1:, :50].any()
+    torch.testing.assert_close(
+        fused[1:, 50:].double(), x[1:].double() @ dense.T, rtol=1e-4, atol=1e-6
+    )
+    for pool in pools:
+        for slot in (0, 2, 7):
+            pool.hide(slot)
+    assert all(pool.idle for pool in pools)

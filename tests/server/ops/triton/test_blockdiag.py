@@ -88,7 +88,7 @@ def test_prefill_tiles_and_the_engines_table_equal_decode_tiles() -> None:
     blocks, present = pack(variants, 2)
     segments = segments_of([(-1, 5), (0, 70), (1, 33)])
     x = torch.randn(108, 64, generator=generator(1))
-    table = RowPlan(segments, CPU).table(frozenset({0, 1}))
+    table = RowPlan(segments, CPU).table(frozenset({(0, 0), (1, 1)}))
     results = []
     for tile_rows in (16, 64):
         for arrays in (segment_arrays(segments, tile_rows, CPU), from_table(table, tile_rows)):

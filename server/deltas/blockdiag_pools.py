@@ -1,0 +1,168 @@
+"""Slot arrays of block-diagonal terms: packed codes, alone or shared by a projection group."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compressor.codecs.blockdiag import BlockDiagTerm
+from compressor.codecs.term import Shape, Term
+from server.deltas.places import PlaceTable, grown
+from server.deltas.pool import Staged, TermPool, segments_at
+from server.ops import delta as ops
+from server.ops.delta import BlockDiagOp
+from server.ops.kernels import Kernels
+from server.ops.packed import PackedBlocks, pack_columns, packed_rows
+from server.ops.rows import Places, RowPlan
+
+
+class BlockLayout(NamedTuple):
+    """What variants must share to be applied in one product."""
+
+    n_blocks: int
+    bits: int
+    scale_bits: int
+
+
+class BlockDiagPool(TermPool):
+    """Parts: packed codes [s, byte rows, mb], scales float16 or uint8 [s, mb], unit float32 [1].
+
+    shared  set if the arrays are slices of ones that a whole projection group uses
+    """
+
+    def __init__(
+        self, shape: Shape, layout: BlockLayout, kernels: Kernels, device: torch.device
+    ) -> None:
+        super().__init__(shape, torch.float32, device)
+        self.n_blocks, self.bits, self.scale_bits = layout
+        self.shared: SharedBlocks | None = None
+        self.kernels = kernels
+        self._op: BlockDiagOp | None = None
+
+    @property
+    def block_shape(self) -> Shape:
+        return -(-self.shape[0] // self.n_blocks), -(-self.shape[1] // self.n_blocks)
+
+    def reserve(self, slot: int, example: Staged) -> None:
+        if self.shared is None:
+            super().reserve(slot, example)
+        else:
+            self.shared.reserve(slot, self)
+
+    def _grow(self, example: Staged, capacity: int) -> None:
+        super()._grow(example, capacity)
+        self._op = self.kernels.blockdiag(self._own_blocks())
+
+    def stage(self, term: Term) -> Staged:
+        assert isinstance(term, BlockDiagTerm)
+        codes, scales = term.code_blocks()
+        unit = torch.tensor([term.unit], dtype=torch.float32)
+        return pack_columns(codes.transpose(1, 2), self.bits).contiguous(), scales, unit
+
+    def show(self, slot: int) -> None:
+        super().show(slot)
+        if self.shared is not None:
+            self.shared.update()
+
+    def hide(self, slot: int) -> None:
+        if self.shared is None:
+            super().hide(slot)
+        elif slot in self.places:
+            place = self.places[slot]
+            self.present -= {(slot, place)}
+            # The group's product may go on for this slot: a unit of 0 takes this member out of it.
+            if place < self.capacity:  # else there was no memory for it
+                self.arrays[2][place] = 0
+            self.shared.release(slot, self)
+
+    def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
+        if self.shared is not None:
+            self.shared.add_([y if pool is self else None for pool in self.shared.pools], x, rows)
+            return
+        segments = rows.table(self.present)
+        if segments.n and self._op is not None:
+            self._op.add_([y], x, segments)
+
+    def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
+        for place, part in segments_at(rows, self.present):
+            places = torch.full_like(ids[part], place)
+            ops.blockdiag_rows_add_(y[part], ids[part], places, self._own_blocks())
+
+    def _own_blocks(self) -> PackedBlocks:
+        codes, scales, units = self.arrays
+        return PackedBlocks(codes, scales, units, (self.shape[0],), self.shape[1], self.bits)
+
+
+class SharedBlocks:
+    """One set of arrays for matrices that read the same input (q, k, v): outputs side by side.
+
+    Each member pool's own arrays are slices of them, so loading stays per parameter while one
+    product serves them all. A slot has one place in all members, free again when none holds it.
+    """
+
+    def __init__(self, pools: Sequence[BlockDiagPool]) -> None:
+        self.pools = tuple(pools)
+        self.places = PlaceTable()
+        self.present: Places = frozenset()
+        self._holders: dict[int, set[BlockDiagPool]] = {}
+        self._ends = list(itertools.accumulate(p.block_shape[0] for p in pools))
+        self._arrays: Staged = ()
+        self._capacity = 0
+        self._op: BlockDiagOp | None = None
+        for pool in pools:
+            pool.shared, pool.places = self, self.places
+
+    def reserve(self, slot: int, member: BlockDiagPool) -> None:
+        """Give `slot` a place, in every member, and note who holds it."""
+        self._holders.setdefault(slot, set()).add(member)
+        place = self.places.add(slot)
+        if place >= self._capacity:
+            self._grow(grown(self._capacity, place))
+
+    def release(self, slot: int, member: BlockDiagPool) -> None:
+        """`member` no longer holds the slot (if it did)."""
+        holders = self._holders[slot]
+        holders.discard(member)
+        if not holders:
+            del self._holders[slot]
+            self.places.remove(slot)
+        self.update()
+
+    def update(self) -> None:
+        """A member has shown or hidden a slot."""
+        self.present = frozenset[tuple[int, int]]().union(*(pool.present for pool in self.pools))
+
+    def _grow(self, capacity: int) -> None:
+        first, width = self.pools[0], self._ends[-1]
+        s, nb = first.n_blocks, first.block_shape[1]
+        code_rows = packed_rows(nb, first.bits)
+        code_dtype = torch.float16 if first.bits == 16 else torch.uint8
+        scale_dtype = torch.uint8 if first.scale_bits == 8 else torch.float16
+        device = first.device
+        # Zeros: a member that lacks a slot has scale 0 there.
+        arrays = (
+            torch.zeros((capacity, s, code_rows, width), dtype=code_dtype, device=device),
+            torch.zeros((capacity, s, width), dtype=scale_dtype, device=device),
+            torch.zeros((capacity, len(self.pools)), dtype=torch.float32, device=device),
+        )
+        for new, old in zip(arrays, self._arrays, strict=False):
+            new[: self._capacity] = old
+        self._arrays, self._capacity = arrays, capacity
+        codes, scales, units = arrays
+        for i, (pool, end) in enumerate(zip(self.pools, self._ends, strict=True)):
+            own = slice(end - pool.block_shape[0], end)
+            pool.arrays = (codes[..., own], scales[..., own], units[:, i : i + 1])
+            pool.capacity = capacity
+        sizes = tuple(pool.shape[0] for pool in self.pools)
+        blocks = PackedBlocks(codes, scales, units, sizes, first.shape[1], first.bits)
+        self._op = first.kernels.blockdiag(blocks)
+
+    def add_(self, outputs: Sequence[Tensor | None], x: Tensor, rows: RowPlan) -> None:
+        """Add each member's deltas to its own ``[T, m]`` of `outputs`; None leaves it out."""
+        segments = rows.table(self.present)
+        if segments.n and self._op is not None:
+            self._op.add_(outputs, x, segments)

@@ -1,0 +1,87 @@
+"""Slot arrays of low-rank terms: packed where they are quantised."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compressor.codecs.lowrank import LowRankTerm
+from compressor.codecs.term import Shape, Term
+from server.deltas.pool import Staged, TermPool, segments_at
+from server.ops import delta as ops
+from server.ops.kernels import Kernels
+from server.ops.lowrank import PackedLowRank
+from server.ops.packed import pack_columns
+from server.ops.rows import RowPlan
+
+RANK_STEP = 4  # ranks of packed factors are rounded up to a multiple: variants then share pools
+
+
+class LowRankLayout(NamedTuple):
+    """What variants must share to be applied in one product of packed factors."""
+
+    rank: int
+    bits: int
+
+
+class PackedLowRankPool(TermPool):
+    """Parts: those of `PackedLowRank` without the slot axis, of a rank rounded up so that variants
+    of about the same rank share the pool; components that are not there have scale 0.
+    """
+
+    def __init__(
+        self, shape: Shape, layout: LowRankLayout, kernels: Kernels, device: torch.device
+    ) -> None:
+        super().__init__(shape, torch.float32, device)
+        self.rank, self.bits = layout
+        self.kernels = kernels
+        self._op: PackedLowRank | None = None
+
+    def _grow(self, example: Staged, capacity: int) -> None:
+        super()._grow(example, capacity)
+        self._op = PackedLowRank(
+            *self.arrays, n=self.shape[1], bits=self.bits, make_op=self.kernels.blockdiag
+        )
+
+    def stage(self, term: Term) -> Staged:
+        assert isinstance(term, LowRankTerm)
+        down, up = term.factor_codes()
+        missing = self.rank - term.rank
+        codes = [F.pad(part.codes, (0, 0, 0, missing)) for part in (down, up)]
+        return (
+            pack_columns(codes[0].T, self.bits).contiguous(),
+            F.pad(down.scales, (0, missing)),
+            torch.tensor([down.unit], dtype=torch.float32),
+            pack_columns(codes[1], self.bits).contiguous(),
+            F.pad(up.scales.float() * up.unit, (0, missing)),
+        )
+
+    def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
+        segments = rows.table(self.present)
+        if segments.n and self._op is not None:
+            self._op.add_(y, x, rows.place_of_row(self.present), segments)
+
+    def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
+        for place, part in segments_at(rows, self.present):
+            if self._op is not None:
+                self._op.add_rows_(y[part], ids[part], place)
+
+
+class LowRankPool(TermPool):
+    """Parts: a [r, n], b [r, m], in the compute dtype. For factors stored in 16 or 32 bits."""
+
+    def stage(self, term: Term) -> Staged:
+        assert isinstance(term, LowRankTerm)
+        return (term.a.to(self.dtype), term.b.to(self.dtype))
+
+    def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
+        for run in rows.runs(self.present):
+            ops.lowrank_add_(y, x, run, *self.arrays)
+
+    def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
+        a, b = self.arrays
+        for place, part in segments_at(rows, self.present):
+            y[part] += b[place][:, ids[part]].T @ a[place]

@@ -1,0 +1,84 @@
+"""What all slot arrays have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from compressor.codecs.term import Shape, Term
+from server.deltas.places import PlaceTable, grown
+from server.ops.rows import Places, RowPlan
+
+Staged = tuple[Tensor, ...]
+
+
+class TermPool(ABC):
+    """One array per part, with a place for each slot that has these terms.
+
+    A loader thread may write a slot's `targets` while a step reads others; `reserve`, `show` and
+    `hide` belong to the engine thread.
+    """
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.device = device
+        self.places = PlaceTable()
+        self.present: Places = frozenset()
+        self.capacity = 0
+        self.arrays: Staged = ()
+
+    @property
+    def idle(self) -> bool:
+        """Whether no slot has a place here: the pool may go."""
+        return not self.places
+
+    def reserve(self, slot: int, example: Staged) -> None:
+        """Give `slot` a place; the others keep their values."""
+        place = self.places.add(slot)
+        if place >= self.capacity:
+            self._grow(example, grown(self.capacity, place))
+
+    def _grow(self, example: Staged, capacity: int) -> None:
+        grown = tuple(
+            torch.empty((capacity, *part.shape), dtype=part.dtype, device=self.device)
+            for part in example
+        )
+        for new, old in zip(grown, self.arrays, strict=False):
+            new[: self.capacity] = old
+        self.arrays, self.capacity = grown, capacity
+
+    def targets(self, slot: int) -> Staged:
+        """Where the parts of a slot that no running step reads are to be written."""
+        place = self.places[slot]
+        return tuple(array[place] for array in self.arrays)
+
+    def show(self, slot: int) -> None:
+        """From the next step on, rows of `slot` get this pool's terms."""
+        self.present |= {(slot, self.places[slot])}
+
+    def hide(self, slot: int) -> None:
+        """The slot's terms are no longer applied; its place may be given away."""
+        if slot in self.places:
+            self.present -= {(slot, self.places[slot])}
+            self.places.remove(slot)
+
+    @abstractmethod
+    def stage(self, term: Term) -> Staged:
+        """Decode a term into this pool's parts, on the host."""
+
+    @abstractmethod
+    def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
+        """``y [T, m] += x [T, n] @ dW[slot of row]^T`` for every row whose slot is present."""
+
+    @abstractmethod
+    def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
+        """``y [T, n] += dW[slot of row][id]``: the embedding's side of the same matrix."""
+
+
+def segments_at(rows: RowPlan, present: Places) -> list[tuple[int, slice]]:
+    """Place and rows of each segment."""
+    places = dict(present)
+    return [(places[s.slot], slice(s.start, s.end)) for s in rows.segments if s.slot in places]
