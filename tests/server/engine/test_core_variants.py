@@ -194,13 +194,14 @@ def test_delta_larger_than_the_budget_is_refused_with_the_numbers(
 
 def test_slots_all_in_use_waits_and_is_then_served(many: Served, harness: Make) -> None:
     engine = harness(many, max_resident_variants=2)
-    holders = [engine.submit(name, PROMPT, max_tokens=20) for name in FIVE[:2]]
+    holders = [engine.submit(name, PROMPT, ignore_eos=True, max_tokens=400) for name in FIVE[:2]]
     engine.until(lambda: all(r.request.n_output > 0 for r in holders))
     waits = engine.submit(FIVE[2], PROMPT)
     engine.until(lambda: engine.core.loader.needs_room(waits.request.variant.key))
     assert resident(engine) == set(FIVE[:2])
     engine.run(waits, *holders)
-    assert_true_text(many, waits, *holders)
+    assert [len(holder.output_ids) for holder in holders] == [400, 400]
+    assert_true_text(many, waits)
     engine.assert_idle()
 
 
