@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import httpx
 import psutil
 
 TAIL_LINES = 30
+RSS_PERIOD_S = 0.2
 
 
 class ChildError(RuntimeError):
@@ -120,6 +122,30 @@ class ServerChild:
         """The last lines of the log, as the end of an error message."""
         lines = self.log.read_text(errors="replace").splitlines()[-TAIL_LINES:]
         return f"; the end of {self.log}:\n" + "\n".join(lines)
+
+
+class PeakRss:
+    """Samples a child's resident memory while the block runs; the largest is in `n_bytes`."""
+
+    def __init__(self, child: ServerChild) -> None:
+        self.n_bytes = 0
+        self._child = child
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self) -> None:
+        while True:
+            self.n_bytes = max(self.n_bytes, self._child.rss_bytes())
+            if self._stop.wait(RSS_PERIOD_S):
+                return
 
 
 def _is_ready(client: httpx.Client) -> bool:

@@ -16,16 +16,13 @@ import resource
 import shlex
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.child import ChildError, ServerChild
+from benchmarks.child import ChildError, PeakRss, ServerChild
 from benchmarks.load import LoadClient, Outcome, Workload, summarise
-
-RSS_PERIOD_S = 0.2
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -84,14 +81,14 @@ async def _measure(args: argparse.Namespace, client: LoadClient) -> dict[str, An
     n_warmup = args.concurrency if args.warmup is None else args.warmup
     warm = await client.run(jobs, concurrency=args.concurrency, n_requests=n_warmup)
     n_requests = None if args.duration_s else args.requests or 4 * args.concurrency
-    cpu_before, start = _own_cpu_s(), time.perf_counter()
+    cpu_before, start = own_cpu_s(), time.perf_counter()
     outcomes = await client.run(
         jobs, concurrency=args.concurrency, n_requests=n_requests, duration_s=args.duration_s
     )
     wall_s = time.perf_counter() - start
     return {
         "wall_s": wall_s,
-        "client_cpu_s": _own_cpu_s() - cpu_before,
+        "client_cpu_s": own_cpu_s() - cpu_before,
         "warmup_errors": sum(outcome.error is not None for outcome in warm),
         "total": summarise(outcomes, wall_s),
         "models": {
@@ -102,7 +99,8 @@ async def _measure(args: argparse.Namespace, client: LoadClient) -> dict[str, An
     }
 
 
-def _own_cpu_s() -> float:
+def own_cpu_s() -> float:
+    """CPU seconds this process has used so far."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 
@@ -120,23 +118,10 @@ def spawned(args: argparse.Namespace, figures: dict[str, Any]) -> Iterator[None]
     with ServerChild(shlex.split(args.spawn), args.url, args.log) as child:
         ready_s = child.wait_ready()
         server: dict[str, Any] = {"ready_s": ready_s, "rss_ready_bytes": child.rss_bytes()}
-        peak, stop = [0], threading.Event()
-
-        def sample() -> None:
-            while True:
-                peak[0] = max(peak[0], child.rss_bytes())
-                if stop.wait(RSS_PERIOD_S):
-                    return
-
-        sampler = threading.Thread(target=sample, daemon=True)
-        sampler.start()
         cpu_before = child.cpu_s()
-        try:
+        with PeakRss(child) as peak:
             yield
-        finally:
-            stop.set()
-            sampler.join()
-        server |= {"rss_peak_bytes": peak[0], "cpu_s": child.cpu_s() - cpu_before}
+        server |= {"rss_peak_bytes": peak.n_bytes, "cpu_s": child.cpu_s() - cpu_before}
         server["rss_end_bytes"] = child.rss_bytes()
         figures["server"] = server
 

@@ -1,0 +1,194 @@
+"""Distinct variants of one base in every form that is compared, made cheaply.
+
+    python -m benchmarks.peers.variants --base BASE --finetuned A --finetuned B --count 128
+
+deltas       each fine-tune compressed once; every further one has the codes of all its matrices
+             shuffled (same sizes, same codec, other contents everywhere), written and hashed by the
+             compressor's own writer
+adapters     PEFT LoRAs of random factors over every linear layer
+checkpoints  links to the fine-tunes in turn: a swap reads as many bytes whatever they are, but the
+             page cache holds two checkpoints, not N, which favours the system that swaps
+
+What is there already is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from benchmarks.peers.cells import DEFAULT_DIR, variant_names
+from benchmarks.peers.errors import PeersError
+from compressor.artifact import Artifact, read_artifact
+from compressor.artifact_writer import ArtifactWriter
+from compressor.codecs import Term
+from compressor.codecs.blockdiag import BlockDiagTerm
+from compressor.pipeline import Options, compress
+
+RATIO = 64.0
+RANK = 32
+FORMS = ("deltas", "adapters", "checkpoints")
+
+
+def make_deltas(
+    base: Path, finetuned: Sequence[Path], out: Path, count: int, ratio: float = RATIO
+) -> None:
+    """Write `count` artifacts of distinct contents to `out`."""
+    real: list[Artifact] = []
+    for index, name in enumerate(variant_names(count)):
+        path = out / name
+        if index < len(finetuned):
+            if not path.exists():
+                compress(base, finetuned[index], path, Options(codec="blockdiag", ratio=ratio))
+            real.append(read_artifact(path))
+        elif not path.exists():
+            _write_shuffled(real[index % len(real)], path, seed=index)
+
+
+def _write_shuffled(artifact: Artifact, path: Path, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with ArtifactWriter(path, run_key=f"shuffled {artifact.digest} {seed}") as writer:
+        done = writer.staged()
+        for delta in artifact.tensors:
+            # Drawn for the staged ones too, so that a run taken up again gives the same bytes.
+            terms = tuple(_shuffled(term, generator) for term in delta.terms)
+            if delta.name not in done:
+                writer.add(replace(delta, terms=terms))
+        config = replace(artifact.config, seed=seed, finetuned=f"shuffled {seed}", fidelity={})
+        writer.finish(config, artifact.aux)
+
+
+def _shuffled(term: Term, generator: torch.Generator) -> Term:
+    if not isinstance(term, BlockDiagTerm):
+        raise PeersError(f"cannot shuffle codec {term.codec}; compress with blockdiag")
+    order = torch.randperm(len(term.codes), generator=generator)
+    return replace(term, codes=term.codes[order])
+
+
+def make_adapters(base: Path, out: Path, count: int, rank: int = RANK) -> None:
+    """Write `count` random LoRAs of rank `rank` in the base's dtype to `out`."""
+    shapes = list(_linears(base))
+    if not shapes:
+        raise PeersError(f"{base} holds no linear layers in safetensors files")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": str(base.name),
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted({name.split(".")[-2] for name, _, _ in shapes}),
+    }
+    for index, name in enumerate(variant_names(count)):
+        folder = out / name
+        if (folder / "adapter_config.json").exists():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(_factors(shapes, rank, seed=index), folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _factors(
+    shapes: Sequence[tuple[str, tuple[int, int], torch.dtype]], rank: int, seed: int
+) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, (rows, columns), dtype in shapes:
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        down = torch.randn(rank, columns, generator=generator) * columns**-0.5
+        up = torch.randn(rows, rank, generator=generator) * 0.01
+        tensors[f"{module}.lora_A.weight"] = down.to(dtype)
+        tensors[f"{module}.lora_B.weight"] = up.to(dtype)
+    return tensors
+
+
+def _linears(base: Path) -> Iterator[tuple[str, tuple[int, int], torch.dtype]]:
+    """Names, shapes ``[out, in]`` and dtypes of the linear layers inside the blocks."""
+    for file in sorted(base.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a dict
+                shape = tensors.get_slice(name).get_shape()
+                if ".layers." in name and len(shape) == 2:
+                    yield name, (shape[0], shape[1]), tensors.get_tensor(name).dtype
+
+
+def link_checkpoints(finetuned: Sequence[Path], out: Path, count: int) -> None:
+    """Make `count` names for the fine-tunes, in turn."""
+    out.mkdir(parents=True, exist_ok=True)
+    for index, name in enumerate(variant_names(count)):
+        if not (out / name).exists():
+            (out / name).symlink_to(finetuned[index % len(finetuned)].resolve())
+
+
+def first_variants(folder: Path, form: str, count: int) -> Path:
+    """A directory of the first `count` variants of one form; files are hard links where possible.
+
+    Raises PeersError if there are not so many.
+    """
+    missing = [name for name in variant_names(count) if not (folder / form / name).exists()]
+    if missing:
+        raise PeersError(
+            f"{folder / form} lacks {missing[0]} and {len(missing) - 1} more: run "
+            f"python -m benchmarks.peers.variants --count {count}"
+        )
+    out = folder / "served" / f"{form}-{count}"
+    for name in variant_names(count):
+        source, target = folder / form / name, out / name
+        if target.exists():
+            continue
+        out.mkdir(parents=True, exist_ok=True)
+        if source.is_symlink():
+            target.symlink_to(source.resolve())
+        else:
+            shutil.copytree(source, target, copy_function=_link)
+    return out
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
+def mean_disk_bytes(folder: Path) -> int:
+    """Bytes of a directory of variants over their number."""
+    variants = list(folder.iterdir())
+    files = (file for variant in variants for file in variant.resolve().rglob("*"))
+    return sum(file.stat().st_size for file in files if file.is_file()) // len(variants)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.peers.variants", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--finetuned", type=Path, action="append", required=True)
+    parser.add_argument("--count", type=int, default=128)
+    parser.add_argument("--dir", type=Path, default=DEFAULT_DIR)
+    parser.add_argument("--ratio", type=float, default=RATIO)
+    parser.add_argument("--rank", type=int, default=RANK)
+    args = parser.parse_args(argv)
+    out = args.dir / "variants"
+    make_deltas(args.base, args.finetuned, out / "deltas", args.count, args.ratio)
+    make_adapters(args.base, out / "adapters", args.count, args.rank)
+    link_checkpoints(args.finetuned, out / "checkpoints", args.count)
+    for form in FORMS:
+        n_bytes = mean_disk_bytes(out / form)
+        print(f"{out / form}: {args.count} variants of {n_bytes / 1e6:.2f} MB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
