@@ -78,16 +78,20 @@ class ArtifactWriter:
     out        the artifact directory to be
     run_key    names inputs and settings; staged tensors of a run with another key are discarded
     overwrite  replace an artifact that is already there (never anything else)
+    resume     take over what an interrupted run with the same key has staged
 
     Entering takes the lock and raises OutputError if another run holds it or `out` exists.
     Leaving without `finish` keeps the staged tensors for the next run.
     """
 
-    def __init__(self, out: str | Path, *, run_key: str, overwrite: bool = False) -> None:
+    def __init__(
+        self, out: str | Path, *, run_key: str, overwrite: bool = False, resume: bool = True
+    ) -> None:
         self.out = Path(os.path.abspath(out))
         self._staging = self.out.with_name(f".{self.out.name}.partial")
         self._run_key = run_key
         self._overwrite = overwrite
+        self._resume = resume
         self._parts: dict[str, _Part] = {}
         self._open = ExitStack()
 
@@ -243,10 +247,10 @@ class ArtifactWriter:
             raise OutputError(f"{self.out} exists and is not a delta artifact; not overwritten")
 
     def _take_over(self) -> None:
-        """Collect what an interrupted run with the same key has staged."""
+        """Collect what an interrupted run with the same key has staged; else start afresh."""
         marker = self._staging / "run"
         key = _short(self._run_key.encode()).encode()
-        if not marker.is_file() or marker.read_bytes() != key:
+        if not self._resume or not marker.is_file() or marker.read_bytes() != key:
             if self._staging.exists():
                 shutil.rmtree(self._staging)
             self._staging.mkdir()

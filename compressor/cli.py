@@ -132,6 +132,14 @@ def compress(
     ] = None,
     base_name: BaseName = None,
     overwrite: Overwrite = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume/--no-resume",
+            help="Take up a killed run of the same command where it stopped, or start afresh; "
+            "the bytes are the same.",
+        ),
+    ] = True,
     quiet: Quiet = False,
 ) -> None:
     """Compress FINETUNED, a full fine-tune of BASE, into the delta artifact OUT."""
@@ -161,6 +169,7 @@ def compress(
         device=device,
         seed=seed,
         overwrite=overwrite,
+        resume=resume,
         base_name=base_name,
         calibration=calibration,
     )

@@ -72,7 +72,9 @@ def import_adapter(
         )
         companions = changed_companions(base_files.path, adapter)
         key = _run_key(config, opened)
-        with ArtifactWriter(out, run_key=key, overwrite=options.overwrite) as writer:
+        with ArtifactWriter(
+            out, run_key=key, overwrite=options.overwrite, resume=options.resume
+        ) as writer:
             config = _store(layout, base_files, opened, config, rescale, writer, progress)
             digest = writer.finish(config, companions, lambda n: model_card(config, n).encode())
     return summarise(Path(out), digest, config, len(layout.parameters) - len(config.unchanged))

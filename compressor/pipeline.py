@@ -56,6 +56,7 @@ class Options:
     codec_options  for `make_encoder`; what is left out has the codec's default
     ratio          bytes of the fine-tune's safetensors files / bytes of the whole artifact
     max_bytes, max_kl  for auto, instead of the ratio: see `auto.Goal`
+    resume         take up an interrupted run with the same inputs and settings where it stopped
     base_name      what to call the base in the artifact (its Hub id); default: as given
     calibration    texts to measure KL and agreement on; auto also chooses by them, and codecs that
                    want their layers' inputs (GPTQ) take them, or else the built-in texts
@@ -69,6 +70,7 @@ class Options:
     max_kl: float | None = None
     seed: int = 0
     overwrite: bool = False
+    resume: bool = True
     base_name: str | None = None
     calibration: Path | None = None
     device: str = "cpu"
@@ -143,7 +145,9 @@ def compress(
         chosen = _choose(run, codec, progress)
         config, planned = chosen.config, chosen.jobs
         key = _run_key(config, planned, tuned_files)
-        with ArtifactWriter(out, run_key=key, overwrite=options.overwrite) as writer:
+        with ArtifactWriter(
+            out, run_key=key, overwrite=options.overwrite, resume=options.resume
+        ) as writer:
             _encode_all(run, chosen, writer, progress)
             config = replace(config, bytes=_byte_table(planned, writer))
             if is_measured:

@@ -17,18 +17,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from compressor.artifact_writer import ArtifactWriter
 from compressor.atomic import RunLock
+from compressor.cli import app
 from compressor.errors import ImpartError, OutputError
 from compressor.merge import merge, merge_to_delta
 from compressor.merge_config import MergeConfig, MergeModel
 from compressor.pipeline import Options, compress
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = {"codec": "blockdiag", "ratio": 10}
+SETTINGS = {"codec": "blockdiag", "ratio": 10.0}
 KILLS = {
     "while a tensor is staged": (ArtifactWriter, "add", 5),
+    "to start afresh": (ArtifactWriter, "add", 6),
     "between two files": (os, "fsync", 4),
 }
 
@@ -133,7 +136,7 @@ def expected(
     return snapshot(out)
 
 
-@pytest.mark.parametrize("what", KILLS)
+@pytest.mark.parametrize("what", ["while a tensor is staged", "between two files"])
 def test_compress_killed_shows_nothing_and_the_next_run_gives_identical_bytes(
     wrecks: tuple[Path, dict[str, int], str],
     expected: dict[str, bytes],
@@ -159,6 +162,35 @@ def test_compress_killed_shows_nothing_and_the_next_run_gives_identical_bytes(
     assert len(added) == 21 - staged  # what was done is not done again
     assert snapshot(folder / what) == expected
     assert not list(folder.glob(f".{what}*"))
+
+
+def test_compress_killed_and_not_resumed_does_everything_again(
+    wrecks: tuple[Path, dict[str, int], str],
+    expected: dict[str, bytes],
+    tiny_llama: Path,
+    tiny_llama_ft: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, codes, _ = wrecks
+    out = folder / "to start afresh"
+    assert codes[out.name] == -signal.SIGKILL
+    staged = {p.name for p in (folder / f".{out.name}.partial").glob("*.part")}
+    assert len(staged) == 5
+    added = []
+    real = ArtifactWriter.add
+
+    def add(self: ArtifactWriter, delta: Any, error: float | None = None) -> Any:
+        added.append(delta.name)
+        return real(self, delta, error)
+
+    monkeypatch.setattr(ArtifactWriter, "add", add)
+    arguments = ["--codec", "blockdiag", "--ratio", "10", "--no-resume", "--quiet"]
+    inputs = [str(path) for path in (tiny_llama, tiny_llama_ft, out)]
+    done = CliRunner().invoke(app, ["compress", *inputs, *arguments])
+    assert done.exit_code == 0, done.stderr
+    assert len(added) == 21
+    assert snapshot(out) == expected
+    assert not list(folder.glob(f".{out.name}*"))
 
 
 def test_compress_killed_while_replacing_leaves_a_whole_artifact_after_the_next_run(
