@@ -1,6 +1,6 @@
 """Block-diagonal deltas straight from packed codes.
 
-A task is one tile of outputs of one block for up to `ROWS` rows of one segment. Codes become
+A task is some blocks of up to `ROWS` rows of one segment, a tile of outputs at a time. Codes become
 float32 in registers and are used for up to `ROW_GROUP` rows there (`tile_product`); scales apply
 once to the finished sums. Cost per step and variant: its packed bytes, once per `ROW_GROUP` rows.
 Everything is float32 between the packed codes and one rounding into y.
@@ -19,29 +19,30 @@ from server.ops.cpu.compile import compile_kernel
 from server.ops.cpu.intrinsics import (
     FAST,
     f32_at,
-    from_bf16,
     from_f16,
     i64_at,
     load_row,
     next_task,
-    to_bf16,
     u8_at,
     u16_at,
 )
 from server.ops.cpu.parallel import Parallel
-from server.ops.cpu.tile_product import ROW_GROUP, rows_at_once, tile_product
+from server.ops.cpu.tile_product import SUMS, TILE, rows_at_once, tile_product
+from server.ops.cpu.vectors import LANES, add_products_bf16, add_products_f32
 from server.ops.packed import PackedBlocks, octaves
 from server.ops.rows import SlotSegments
 
 ROWS = 64  # rows of x held in float32 at a time
-TILE = 128  # outputs of one task
 U = np.uint64
 
 # Places in the argument array.
 (_X, _X_STRIDE, _IS_BF16, _SEGMENTS, _N_SEGMENTS, _CODES, _SCALES, _UNITS) = range(1, 9)
 (_S, _N, _BYTE_ROWS, _MB, _BITS, _N_OUTPUTS, _OCTAVES, _SCALE_STRIDE) = range(9, 17)
-(_N_CHUNKS, _OUTPUTS) = range(17, 19)
-_OUTPUT_FIELDS = 4  # address, row stride, m, first column of its block rows in the stacked tile
+(_N_CHUNKS, _NB, _TILES_PER_TASK, _OUTPUTS) = range(17, 21)
+# Of each output: address, row stride, m // s, m % s, first column of its block rows in the stacked
+# tile. Divided here because a division takes as long as a dozen codes.
+_OUTPUT_FIELDS = 5
+TASKS_PER_THREAD = 8  # at least, so that threads finish together
 
 
 class BlockDiagKernel:
@@ -79,13 +80,15 @@ class NumbaBlockDiag:
             kernel.octaves.data_ptr() if blocks.scales.dtype is torch.uint8 else 0,
             blocks.scales.stride(0),
             0,
+            -(-blocks.n // s),
+            0,
         )
         column = 0
         for place, (m, rows) in enumerate(zip(blocks.sizes, blocks.block_rows(), strict=True)):
             first = _OUTPUTS + _OUTPUT_FIELDS * place
-            self._arguments[first + 2 : first + 4] = (m, column)
+            self._arguments[first + 2 : first + 5] = (m // s, m % s, column)
             column += rows
-        self._tasks_per_segment = s * -(-mb // TILE)
+        self._n_tiles = s * -(-mb // TILE)
 
     def add_(self, outputs: Sequence[Tensor | None], x: Tensor, segments: SlotSegments) -> None:
         """See `BlockDiagOp`. x and the outputs: float32 or all bfloat16, rows contiguous."""
@@ -102,64 +105,96 @@ class NumbaBlockDiag:
             arguments[place] = 0 if y is None else y.data_ptr()
             arguments[place + 1] = 0 if y is None else y.stride(0)
             place += _OUTPUT_FIELDS
-        n_tasks = n_chunks * segments.n * self._tasks_per_segment
-        self._parallel.run(self._compiled, arguments, n_tasks)
+        n_places = n_chunks * segments.n
+        wanted = -(-TASKS_PER_THREAD * self._parallel.n_threads // n_places)
+        per_task = -(-self._n_tiles // min(wanted, self._n_tiles))
+        arguments[_TILES_PER_TASK] = per_task
+        self._parallel.run(self._compiled, arguments, n_places * -(-self._n_tiles // per_task))
 
 
 def _blockdiag(address):
     a = i64_at(address)
-    s, n, byte_rows, mb, bits = a[_S], a[_N], a[_BYTE_ROWS], a[_MB], a[_BITS]
-    code_bytes = 2 if bits == 16 else 1
-    n_segments, n_chunks = a[_N_SEGMENTS], a[_N_CHUNKS]
+    s, n = a[_S], a[_N]
+    n_segments, per_task = a[_N_SEGMENTS], a[_TILES_PER_TASK]
     segments = i64_at(a[_SEGMENTS])
-    is_bf16 = a[_IS_BF16] != 0
-    x_bytes = 2 if is_bf16 else 4
+    short, longer = n // s, n % s
     # Fields of a byte row past the last input meet zeros: a row is padded for 8 fields.
     stride = ((n + s - 1) // s + 7) // 8 * 8 + 8
     x_rows = np.zeros(ROWS * stride, np.float32)
-    sums = np.empty(ROW_GROUP * TILE, np.float32)
-    scales = np.empty(TILE, np.float32)
+    sums = np.empty(SUMS, np.float32)
+    scales = np.empty(TILE + LANES, np.float32)
     parts = np.empty(4 * a[_N_OUTPUTS], np.int64)
-    n_tiles = (mb + TILE - 1) // TILE
-    n_tasks = n_chunks * n_segments * s * n_tiles
+    block_tiles = (a[_MB] + TILE - 1) // TILE
+    groups = (s * block_tiles + per_task - 1) // per_task
+    n_tasks = a[_N_CHUNKS] * n_segments * groups
     while True:
         task = next_task(address)
         if task >= n_tasks:
             break
-        first_output = (task % n_tiles) * TILE
-        block = task // n_tiles % s
-        place = task // (n_tiles * s)
+        place, group = task // groups, task % groups
         segment, chunk = place % n_segments, place // n_segments
         slot = segments[U(3 * segment)]
         start = segments[U(3 * segment + 1)] + chunk * ROWS
         rows = min(ROWS, segments[U(3 * segment + 2)] - start)
         if rows <= 0:
             continue
-        cols = n // s + (1 if block < n % s else 0)
-        first_col = block * (n // s) + min(block, n % s)
-        for t in range(U(rows)):
-            source = a[_X] + ((start + t) * a[_X_STRIDE] + first_col) * x_bytes
-            load_row(x_rows, t * U(stride), source, U(cols), is_bf16)
-            for i in range(U(cols), U(stride)):
-                x_rows[t * U(stride) + i] = np.float32(0)
-        width = min(TILE, mb - first_output)
-        codes = a[_CODES] + ((slot * s + block) * byte_rows * mb + first_output) * code_bytes
-        n_parts = _plan_parts(address, slot, block, first_output, U(width), parts, scales)
-        t = 0
-        while t < rows:
-            n_rows = rows_at_once(rows - t)
-            for i in range(U(n_rows * TILE)):
-                sums[i] = np.float32(0)
-            tile_product(
-                bits, codes, mb, x_rows, t * stride, stride, (n + s - 1) // s, sums, width, n_rows
+        end = min(s * block_tiles, (group + 1) * per_task)
+        block, tile = group * per_task // block_tiles, group * per_task % block_tiles
+        loaded = np.int64(-1)
+        for _ in range(group * per_task, end):
+            if block != loaded:
+                _load_block(address, block, short, longer, start, rows, x_rows, stride)
+                loaded = block
+            _tile(
+                address, slot, block, tile * TILE, start, rows, x_rows, stride, sums, scales, parts
             )
-            for part in range(n_parts):
-                target, row_bytes = parts[U(4 * part)], parts[U(4 * part + 1)]
-                first, count = parts[U(4 * part + 2)], U(parts[U(4 * part + 3)])
-                for r in range(n_rows):
-                    place = target + (start + t + r) * row_bytes
-                    _add_row(place, sums, U(r * TILE + first), scales, U(first), count, is_bf16)
-            t += n_rows
+            tile += 1
+            if tile == block_tiles:
+                block, tile = block + 1, np.int64(0)
+
+
+@njit(inline="always", fastmath=FAST, error_model="numpy")
+def _load_block(address, block, short, longer, start, rows, x_rows, stride):
+    """The block's inputs of all rows in float32, zeros behind them."""
+    a = i64_at(address)
+    is_bf16 = a[_IS_BF16] != 0
+    cols = short + (1 if block < longer else 0)
+    first_col = block * short + min(block, longer)
+    for t in range(U(rows)):
+        place = (start + np.int64(t)) * a[_X_STRIDE] + first_col
+        load_row(x_rows, t * U(stride), a[_X] + place * (2 if is_bf16 else 4), U(cols), is_bf16)
+        for i in range(U(cols), U(stride)):
+            x_rows[t * U(stride) + i] = np.float32(0)
+
+
+@njit(inline="always", fastmath=FAST, error_model="numpy")
+def _tile(address, slot, block, first_output, start, rows, x_rows, stride, sums, scales, parts):
+    """One tile of outputs of one block, for all rows in `x_rows`."""
+    a = i64_at(address)
+    mb, bits, is_bf16 = a[_MB], a[_BITS], a[_IS_BF16] != 0
+    width = min(TILE, mb - first_output)
+    place = (slot * a[_S] + block) * a[_BYTE_ROWS] * mb + first_output
+    codes = a[_CODES] + place * (2 if bits == 16 else 1)
+    n_parts = _plan_parts(address, slot, block, first_output, U(width), parts, scales)
+    factors = scales.ctypes.data
+    t = 0
+    while t < rows:
+        n_rows = rows_at_once(rows - t)
+        for r in range(U(n_rows)):
+            for i in range(U(width)):
+                sums[r * U(TILE) + i] = np.float32(0)
+        tile_product(bits, codes, mb, x_rows, t * stride, stride, a[_NB], sums, width, n_rows)
+        for part in range(n_parts):
+            target, row_bytes = parts[U(4 * part)], parts[U(4 * part + 1)]
+            first, count = parts[U(4 * part + 2)], parts[U(4 * part + 3)]
+            for r in range(n_rows):
+                to = target + (start + t + r) * row_bytes
+                found = sums.ctypes.data + 4 * (r * TILE + first)
+                if is_bf16:
+                    add_products_bf16(to, found, factors + 4 * first, count)
+                else:
+                    add_products_f32(to, found, factors + 4 * first, count)
+        t += n_rows
 
 
 @njit(inline="always", fastmath=FAST, error_model="numpy")
@@ -169,7 +204,7 @@ def _plan_parts(address, slot, block, first_output, width, parts, scales):
     Also lays the tile's scales out in float32. Returns the number of parts.
     """
     a = i64_at(address)
-    s, mb, n_outputs = a[_S], a[_MB], a[_N_OUTPUTS]
+    mb, n_outputs = a[_MB], a[_N_OUTPUTS]
     item_bytes = 2 if a[_IS_BF16] != 0 else 4
     first_scale = slot * a[_SCALE_STRIDE] + block * mb + first_output
     octave_of = f32_at(a[_OCTAVES])
@@ -178,13 +213,13 @@ def _plan_parts(address, slot, block, first_output, width, parts, scales):
     n_parts = 0
     for output in range(n_outputs):
         place = U(_OUTPUTS + _OUTPUT_FIELDS * output)
-        m, column = a[place + U(2)], a[place + U(3)]
-        height = m // s + (1 if block < m % s else 0)
+        short, longer, column = a[place + U(2)], a[place + U(3)], a[place + U(4)]
+        height = short + (1 if block < longer else 0)
         low = max(first_output, column)
         high = min(first_output + np.int64(width), column + height)
         if low >= high or a[place] == 0:
             continue
-        row = block * (m // s) + min(block, m % s) + low - column
+        row = block * short + min(block, longer) + low - column
         parts[U(4 * n_parts)] = a[place] + item_bytes * row
         parts[U(4 * n_parts + 1)] = a[place + U(1)] * item_bytes
         parts[U(4 * n_parts + 2)] = low - first_output
@@ -199,17 +234,3 @@ def _plan_parts(address, slot, block, first_output, width, parts, scales):
             for i in range(U(high - low)):
                 scales[first + i] = from_f16(halves[first + i]) * unit
     return n_parts
-
-
-@njit(inline="always", fastmath=FAST, error_model="numpy")
-def _add_row(target, sums, first, scales, first_scale, count, is_bf16):
-    """Add ``sums * scales`` to `count` values of y at `target`, rounding once."""
-    if is_bf16:
-        half = u16_at(target)
-        for i in range(count):
-            added = sums[first + i] * scales[first_scale + i]
-            half[i] = to_bf16(from_bf16(half[i]) + added)
-    else:
-        full = f32_at(target)
-        for i in range(count):
-            full[i] += sums[first + i] * scales[first_scale + i]

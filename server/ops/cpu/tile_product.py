@@ -19,6 +19,11 @@ from numba.extending import intrinsic
 from server.ops.cpu.vectors import F32, I32, at, multiply_add, splat
 
 ROW_GROUP = 8  # rows that share one unpacking
+TILE = 128  # outputs of one tile: the row stride of the sums
+# Sums of a tile, and as much again for 16 columns that overlap it.
+SUMS = ROW_GROUP * (TILE + 16)
+CHAINS = 2  # sums of one output that do not wait for each other
+U = np.uint64
 I8, F16 = ir.IntType(8), ir.HalfType()
 
 
@@ -41,22 +46,24 @@ def _plane(bits: int, centre: float) -> Any:
 
     @njit(inline="always")
     def columns(codes, mb, code_rows, x, stride, sums, width, n_rows):
-        tile = len(sums) // ROW_GROUP
         place, first = sums.ctypes.data, 0
         while first + 16 <= width:
-            sixteen(codes + item * first, mb, code_rows, x, stride, place + 4 * first, tile, n_rows)
+            sixteen(codes + item * first, mb, code_rows, x, stride, place + 4 * first, TILE, n_rows)
             first += 16
         left = width - first
         if left > 0 and width > 16:
-            spare = np.zeros(ROW_GROUP * 16, np.float32)
+            spare = U(ROW_GROUP * TILE)
+            for i in range(U(16 * n_rows)):
+                sums[spare + i] = np.float32(0)
             start = codes + item * (width - 16)
-            sixteen(start, mb, code_rows, x, stride, spare.ctypes.data, 16, n_rows)
-            for r in range(n_rows):
-                for i in range(left):
-                    sums[r * tile + first + i] += spare[r * 16 + 16 - left + i]
+            sixteen(start, mb, code_rows, x, stride, place + 4 * ROW_GROUP * TILE, 16, n_rows)
+            for r in range(U(n_rows)):
+                found = spare + r * U(16) + U(16 - left)
+                for i in range(U(left)):
+                    sums[r * U(TILE) + U(first) + i] += sums[found + i]
             return
         while first < width:
-            one(codes + item * first, mb, code_rows, x, stride, place + 4 * first, tile, n_rows)
+            one(codes + item * first, mb, code_rows, x, stride, place + 4 * first, TILE, n_rows)
             first += 1
 
     return columns
@@ -107,15 +114,18 @@ def _codegen(bits: int, lanes: int, rows: int, centre: float) -> Callable[..., A
             )
             for r in range(rows)
         ]
-        totals = [cgutils.alloca_once(builder, vector) for _ in range(rows)]
-        for total, place in zip(totals, sums_at, strict=True):
-            builder.store(builder.load(place, align=4), total)
+        zeros = ir.Constant(vector, [0.0] * lanes)
+        # Fields take turns, so that one row's products do not wait for each other.
+        totals = [
+            [cgutils.alloca_once_value(builder, zeros) for _ in range(CHAINS)] for _ in range(rows)
+        ]
         with cgutils.for_range(builder, code_rows) as loop:
             for field, weights in enumerate(
                 _fields(builder, codes, mb, loop.index, bits, lanes, centre)
             ):
                 input_index = builder.add(loop.index, builder.mul(code_rows, code_rows.type(field)))
-                for r, total in enumerate(totals):
+                for r, chains in enumerate(totals):
+                    total = chains[field % CHAINS]
                     index = builder.add(builder.mul(stride, stride.type(r)), input_index)
                     value = builder.load(
                         builder.gep(builder.inttoptr(x, F32.as_pointer()), [index])
@@ -123,8 +133,11 @@ def _codegen(bits: int, lanes: int, rows: int, centre: float) -> Callable[..., A
                     factor = splat(builder, value, lanes)
                     added = multiply_add(builder, weights, factor, builder.load(total))
                     builder.store(added, total)
-        for total, place in zip(totals, sums_at, strict=True):
-            builder.store(builder.load(total), place, align=4)
+        for chains, place in zip(totals, sums_at, strict=True):
+            total = builder.load(place, align=4)
+            for chain in chains:
+                total = builder.fadd(total, builder.load(chain))
+            builder.store(total, place, align=4)
         return context.get_dummy_value()
 
     return codegen
@@ -161,8 +174,8 @@ def tile_product(bits, codes, mb, x, offset, stride, nb, sums, width, n_rows):
 
     bits and address of the tile's first code; elements from one code row to the next; x float32,
     the first row's offset in it and its row stride, padded with zeros past the inputs to the next
-    multiple of 8; inputs nb; sums float32 [8, TILE], zeros; width of the tile; rows, one of
-    `rows_at_once`.
+    multiple of 8; inputs nb; sums float32 [SUMS], begun with zeros [8, TILE]; width of the tile;
+    rows, one of `rows_at_once`.
     """
     rows = x.ctypes.data + 4 * offset
     if bits == 4:
@@ -172,8 +185,9 @@ def tile_product(bits, codes, mb, x, offset, stride, nb, sums, width, n_rows):
     elif bits == 3:  # centre 3.5 = 1.5 + 4 * 0.5
         low_rows = (nb + 3) // 4
         _plane_1(codes + low_rows * mb, mb, (nb + 7) // 8, rows, stride, sums, width, n_rows)
-        for i in range(len(sums)):
-            sums[i] *= 4
+        for r in range(U(n_rows)):
+            for i in range(U(width)):
+                sums[r * U(TILE) + i] *= np.float32(4)
         _plane_2(codes, mb, low_rows, rows, stride, sums, width, n_rows)
     elif bits == 8:
         _plane_8(codes, mb, nb, rows, stride, sums, width, n_rows)

@@ -39,10 +39,7 @@ def splat(builder: Any, value: Any, lanes: int) -> Any:
 def _load(builder: Any, address: Any, index: Any, is_bf16: bool) -> Any:
     if not is_bf16:
         return builder.load(at(builder, address, F32, index, LANES), align=4)
-    raw = builder.load(at(builder, address, I16, index, LANES), align=2)
-    wide = ir.VectorType(I32, LANES)
-    bits = builder.shl(builder.zext(raw, wide), ir.Constant(wide, [16] * LANES))
-    return builder.bitcast(bits, VECTOR)
+    return _widen(builder, builder.load(at(builder, address, I16, index, LANES), align=2))
 
 
 def _make_dot(is_bf16: bool) -> Any:
@@ -98,5 +95,105 @@ def _add_scaled_code(is_bf16: bool) -> Callable[..., Any]:
     return codegen
 
 
+def _make_add_products(is_bf16: bool) -> Any:
+    @intrinsic
+    def add_products(typingctx, target, sums, factors, n):
+        """``target[i] += sums[i] * factors[i]`` for i < n, rounded once.
+
+        sums and factors float32, readable up to the next multiple of 16.
+        """
+        i64 = types.int64
+        return types.void(i64, i64, i64, i64), _add_products_code(is_bf16)
+
+    return add_products
+
+
+def _add_products_code(is_bf16: bool) -> Callable[..., Any]:
+    element = I16 if is_bf16 else F32
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        target, sums, factors, n = args
+
+        def added(old: Any, first: Any) -> Any:
+            product = builder.fmul(
+                _load(builder, sums, first, False), _load(builder, factors, first, False)
+            )
+            total = builder.fadd(_widen(builder, old) if is_bf16 else old, product)
+            return _narrow(builder, total) if is_bf16 else total
+
+        whole = builder.udiv(n, I64(LANES))
+        with cgutils.for_range(builder, whole) as loop:
+            first = builder.mul(loop.index, I64(LANES))
+            place = at(builder, target, element, first, LANES)
+            old = builder.load(place, align=_bytes(element))
+            builder.store(added(old, first), place, align=_bytes(element))
+        first = builder.mul(whole, I64(LANES))
+        left = builder.sub(n, first)
+        with builder.if_then(builder.icmp_unsigned("!=", left, I64(0))):
+            mask = _first_lanes(builder, left)
+            place = at(builder, target, element, first, LANES)
+            old = _masked_load(builder, place, mask, element)
+            _masked_store(builder, added(old, first), place, mask, element)
+        return context.get_dummy_value()
+
+    return codegen
+
+
+def _widen(builder: Any, raw: Any) -> Any:
+    """Bits of bfloat16 -> float32."""
+    wide = ir.VectorType(I32, LANES)
+    bits = builder.shl(builder.zext(raw, wide), ir.Constant(wide, [16] * LANES))
+    return builder.bitcast(bits, VECTOR)
+
+
+def _narrow(builder: Any, values: Any) -> Any:
+    """Float32 -> bits of the nearest bfloat16, ties to even; NaN stays NaN."""
+    wide = ir.VectorType(I32, LANES)
+
+    def splat_int(value: int) -> Any:
+        return ir.Constant(wide, [value] * LANES)
+
+    bits = builder.bitcast(values, wide)
+    odd = builder.and_(builder.lshr(bits, splat_int(16)), splat_int(1))
+    rounded = builder.add(bits, builder.add(odd, splat_int(0x7FFF)))
+    nan = builder.or_(bits, splat_int(0x400000))
+    chosen = builder.select(builder.fcmp_unordered("uno", values, values), nan, rounded)
+    return builder.trunc(builder.lshr(chosen, splat_int(16)), ir.VectorType(I16, LANES))
+
+
+def _first_lanes(builder: Any, count: Any) -> Any:
+    """A mask of the first `count` lanes."""
+    kind = ir.VectorType(I32, LANES)
+    one = builder.insert_element(ir.Constant(kind, ir.Undefined), builder.trunc(count, I32), I32(0))
+    order = ir.Constant(kind, [0] * LANES)
+    counts = builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), order)
+    return builder.icmp_unsigned("<", ir.Constant(kind, list(range(LANES))), counts)
+
+
+def _masked_load(builder: Any, place: Any, mask: Any, element: Any) -> Any:
+    vector = ir.VectorType(element, LANES)
+    kind = ir.FunctionType(vector, [place.type, I32, mask.type, vector])
+    name = f"llvm.masked.load.v{LANES}{_letter(element)}.p0"
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    none = ir.Constant(vector, None)
+    return builder.call(function, [place, I32(_bytes(element)), mask, none])
+
+
+def _masked_store(builder: Any, values: Any, place: Any, mask: Any, element: Any) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [values.type, place.type, I32, mask.type])
+    name = f"llvm.masked.store.v{LANES}{_letter(element)}.p0"
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    builder.call(function, [values, place, I32(_bytes(element)), mask])
+
+
+def _letter(element: Any) -> str:
+    return "f32" if element is F32 else "i16"
+
+
+def _bytes(element: Any) -> int:
+    return 4 if element is F32 else 2
+
+
 dot_bf16, dot_f32 = _make_dot(True), _make_dot(False)
 add_scaled_bf16, add_scaled_f32 = _make_add_scaled(True), _make_add_scaled(False)
+add_products_bf16, add_products_f32 = _make_add_products(True), _make_add_products(False)
