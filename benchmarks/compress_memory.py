@@ -18,6 +18,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,8 +28,19 @@ from compressor.weights import Outgoing, write_weights
 
 CODECS = ("blockdiag", "blockdiag+head", "impart", "impart-qt", "lowrank")
 SHARD_BYTES = 600_000_000
-HIDDEN, INTERMEDIATE, VOCABULARY, HEADS, KV_HEADS = 2048, 8192, 128_256, 32, 8
 SPREAD, CHANGE = 0.02, 0.0005  # standard deviations of the weights and of what tuning adds
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """A Llama with tied embeddings."""
+
+    layers: int
+    hidden: int = 2048
+    intermediate: int = 8192
+    vocabulary: int = 128_256
+    heads: int = 32
+    kv_heads: int = 8
 
 
 def main() -> None:
@@ -39,7 +51,7 @@ def main() -> None:
     print(f"{'codec':<16}{'time':>8}{'peak':>11}{'/ largest tensor':>18}{'ratio':>8}")
     with tempfile.TemporaryDirectory(dir=arguments.dir) as folder:
         base, tuned = Path(folder, "base"), Path(folder, "tuned")
-        largest, total = make_pair(base, tuned, arguments.layers)
+        largest, total = make_pair(base, tuned, Sizes(arguments.layers))
         print(f"# checkpoint {total / 1e9:.2f} GB, largest tensor {largest / 1e6:.0f} MB, bf16")
         for codec in arguments.codec or CODECS:
             out = Path(folder, f"out-{codec}")
@@ -94,21 +106,21 @@ def peak_rss_bytes() -> int:
     )
 
 
-def make_pair(base: Path, tuned: Path, n_layers: int) -> tuple[int, int]:
+def make_pair(base: Path, tuned: Path, sizes: Sizes) -> tuple[int, int]:
     """Write both checkpoints; return the bytes of the largest tensor and of all of them."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": n_layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "vocab_size": VOCABULARY,
+        "hidden_size": sizes.hidden,
+        "intermediate_size": sizes.intermediate,
+        "num_hidden_layers": sizes.layers,
+        "num_attention_heads": sizes.heads,
+        "num_key_value_heads": sizes.kv_heads,
+        "vocab_size": sizes.vocabulary,
         "tie_word_embeddings": True,
         "dtype": "bfloat16",
     }
-    shapes = dict(parameter_shapes(n_layers))
+    shapes = dict(parameter_shapes(sizes))
     for folder, is_tuned in ((base, False), (tuned, True)):
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(config))
@@ -118,25 +130,26 @@ def make_pair(base: Path, tuned: Path, n_layers: int) -> tuple[int, int]:
         ]
         for _ in write_weights(folder, tensors, SHARD_BYTES):
             pass
-    sizes = [2 * math.prod(shape) for shape in shapes.values()]
-    return max(sizes), sum(sizes)
+    n_bytes = [2 * math.prod(shape) for shape in shapes.values()]
+    return max(n_bytes), sum(n_bytes)
 
 
-def parameter_shapes(n_layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
-    key_value = HIDDEN // HEADS * KV_HEADS
-    for layer in range(n_layers):
+def parameter_shapes(sizes: Sizes) -> Iterator[tuple[str, tuple[int, ...]]]:
+    width, inner = sizes.hidden, sizes.intermediate
+    yield "model.embed_tokens.weight", (sizes.vocabulary, width)
+    key_value = width // sizes.heads * sizes.kv_heads
+    for layer in range(sizes.layers):
         prefix = f"model.layers.{layer}."
-        yield prefix + "self_attn.q_proj.weight", (HIDDEN, HIDDEN)
-        yield prefix + "self_attn.k_proj.weight", (key_value, HIDDEN)
-        yield prefix + "self_attn.v_proj.weight", (key_value, HIDDEN)
-        yield prefix + "self_attn.o_proj.weight", (HIDDEN, HIDDEN)
-        yield prefix + "mlp.gate_proj.weight", (INTERMEDIATE, HIDDEN)
-        yield prefix + "mlp.up_proj.weight", (INTERMEDIATE, HIDDEN)
-        yield prefix + "mlp.down_proj.weight", (HIDDEN, INTERMEDIATE)
-        yield prefix + "input_layernorm.weight", (HIDDEN,)
-        yield prefix + "post_attention_layernorm.weight", (HIDDEN,)
-    yield "model.norm.weight", (HIDDEN,)
+        yield prefix + "self_attn.q_proj.weight", (width, width)
+        yield prefix + "self_attn.k_proj.weight", (key_value, width)
+        yield prefix + "self_attn.v_proj.weight", (key_value, width)
+        yield prefix + "self_attn.o_proj.weight", (width, width)
+        yield prefix + "mlp.gate_proj.weight", (inner, width)
+        yield prefix + "mlp.up_proj.weight", (inner, width)
+        yield prefix + "mlp.down_proj.weight", (width, inner)
+        yield prefix + "input_layernorm.weight", (width,)
+        yield prefix + "post_attention_layernorm.weight", (width,)
+    yield "model.norm.weight", (width,)
 
 
 def weights(name: str, shape: tuple[int, ...], is_tuned: bool) -> torch.Tensor:
