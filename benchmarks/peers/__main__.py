@@ -39,6 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--concurrency", type=int, default=32)
     add("--window-s", type=float, default=40.0, help="requests are started for so long, per cell")
     add("--id-range", default="1000:10000", help="token ids of the prompts, low:high")
+    add("--vllm-preload", default="", help="libraries for vLLM's LD_PRELOAD, separated by colons")
     add("--dry-run", action="store_true", help="only say what would be measured")
     return parser.parse_args(argv)
 
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     low, _, high = args.id_range.partition(":")
     options = Options(window_s=args.window_s, id_range=(int(low), int(high)))
     max_len = max(sum(map(int, load.split("x"))) for load in args.loads.split(","))
-    site = Site(args.base.resolve(), args.dir, args.concurrency, max_len)
+    site = Site(args.base.resolve(), args.dir, args.concurrency, max_len, args.vllm_preload)
     for group in groups:
         if args.dry_run:
             print(*(" ".join(map(str, cell.key)) for cell in group.cells), sep="\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -27,12 +26,14 @@ class Site:
     dir          virtual environments and variants: see `setup` and `variants`
     concurrency  requests in flight, and the most sequences of a batch
     max_len      longest prompt plus output
+    preload      libraries for vLLM's LD_PRELOAD, separated by colons
     """
 
     base: Path
     dir: Path
     concurrency: int
     max_len: int
+    preload: str = ""
 
     def python(self, peer: str) -> str:
         """The interpreter of a peer's environment. Raises PeersError if there is none."""
@@ -94,6 +95,7 @@ def _vllm(site: Site, count: int, port: int) -> list[str]:
         VLLM_CPU_KVCACHE_SPACE=str(VLLM_KV_GIB),
         VLLM_NO_USAGE_STATS="1",
         OMP_NUM_THREADS=str(environment()["cpus"] or 1),  # left alone it serves with one
+        **({"LD_PRELOAD": site.preload} if site.preload else {}),
     )
     command = [site.python("vllm"), "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", str(site.base), "--served-model-name", BASE, "--port", str(port)]
@@ -128,12 +130,14 @@ def versions(site: Site, name: str) -> str:
     packages = SYSTEMS[name].packages
     code = "import sys, importlib.metadata as m; print(*(m.version(p) for p in sys.argv[1:]))"
     python = sys.executable if name == "ours" else site.python(name)
-    done = _output([python, "-c", code, *packages])
-    return ", ".join(map(" ".join, zip(packages, done.split(), strict=True)))
+    found = [*map(" ".join, zip(packages, _output([python, "-c", code, *packages]), strict=True))]
+    if name == "vllm" and site.preload:
+        found.append("preloaded " + " ".join(Path(lib).name for lib in site.preload.split(":")))
+    return ", ".join(found)
 
 
-def _output(command: Sequence[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=os.getcwd())
+def _output(command: Sequence[str]) -> list[str]:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise PeersError(f"{command[0]} failed: {done.stderr.strip()[-300:]}")
-    return done.stdout
+    return done.stdout.split()
