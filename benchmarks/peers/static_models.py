@@ -83,14 +83,14 @@ class MixedAdapters:
         self._base_name = base_name
         self._adapters = list(adapters)
         model: Any = load_base(base)
+        # Kept in the base's dtype (the default, float32, would cast every activation), and not
+        # filled with random numbers before the file is read.
+        options = {"autocast_adapter_dtype": False, "low_cpu_mem_usage": True}
         for index, (name, path) in enumerate(adapters.items()):
-            # Kept in the base's dtype: the default, float32, would cast every activation.
             if index == 0:
-                model = PeftModel.from_pretrained(
-                    model, path, adapter_name=name, autocast_adapter_dtype=False
-                )
+                model = PeftModel.from_pretrained(model, path, adapter_name=name, **options)
             else:
-                model.load_adapter(path, adapter_name=name, autocast_adapter_dtype=False)
+                model.load_adapter(path, adapter_name=name, **options)
         self._model = model.eval()
 
     @property
