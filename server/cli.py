@@ -27,6 +27,7 @@ HELP = {
     "kernels": "numba (CPU), triton (CUDA) or plain torch; auto: numba on the CPU, else torch.",
     "mode": "How variants are served: deltas applied beside the base, or merged weights.",
     "mode_overrides": "VARIANT=MODE for a variant that differs from --mode; may be repeated.",
+    "reconstruct_budget_bytes": "Device memory for merged weights of hot variants; 0: none.",
     "delta_budget_bytes": "Device memory for resident deltas; least recently used go first.",
     "max_resident_variants": "Slots for resident variants.",
     "max_variants_per_step": "Distinct variants mixed in one engine step.",

@@ -138,11 +138,19 @@ class EngineCollector(Collector):
             "Variants in device memory",
             labels=["adapter_name", "level", "pinned", "rank"],
         )
+        merged = GaugeMetricFamily(
+            "impart_reconstructed_bytes",
+            "Device memory held by a variant's merged weights",
+            labels=["model_name"],
+        )
         for info in variants:
+            if info.reconstructed_bytes:
+                merged.add_metric([info.name], info.reconstructed_bytes)
             if info.resident_bytes:
                 resident.add_metric([info.name], info.resident_bytes)
                 loaded.add_metric([info.name, "gpu", "false", "0"], 1)
         yield resident
+        yield merged
         yield loaded
         yield self._states(variants)
         n_resident = sum(1 for info in variants if info.resident_bytes)

@@ -29,6 +29,8 @@ class Settings:
     kernels: Literal["auto", "torch", "numba", "triton"] = "auto"  # auto: see choose_kernels
     mode: Literal["apply", "reconstruct"] = "apply"
     mode_overrides: dict[str, Literal["apply", "reconstruct"]] = field(default_factory=dict)
+    # Device memory for merged weights of variants that have whole steps to themselves; 0: none.
+    reconstruct_budget_bytes: int = 0
     delta_budget_bytes: int = 4 * GIB  # device memory for resident deltas, LRU beyond
     max_resident_variants: int = 64  # slots
     max_variants_per_step: int = 32  # distinct variants mixed in one engine step
@@ -75,8 +77,9 @@ class Settings:
                 raise ConfigError(f"{name} must be positive, got {value}")
         if self.heartbeat_timeout_s < 1:  # an idle engine beats twice per second
             raise ConfigError(f"heartbeat_timeout_s must be >= 1, got {self.heartbeat_timeout_s}")
-        if self.drain_timeout_s < 0:
-            raise ConfigError(f"drain_timeout_s must not be negative, got {self.drain_timeout_s}")
+        for name in ("drain_timeout_s", "reconstruct_budget_bytes"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.max_prefill_slowdown != 0 and not 1 < self.max_prefill_slowdown < math.inf:
             raise ConfigError(
                 f"max_prefill_slowdown must be above 1, or 0 for no limit, "

@@ -23,11 +23,13 @@ class StepContext:
 
     rows         plan of the hidden rows
     output_rows  plan of the rows whose logits are wanted (the output embedding sees only those)
+    merged_slot  slot of every row of this step, if its merged weights are to be used
     """
 
     def __init__(self) -> None:
         self.rows: RowPlan | None = None
         self.output_rows: RowPlan | None = None
+        self.merged_slot: int | None = None
 
 
 class DeltaLinear(nn.Module):
@@ -44,9 +46,14 @@ class DeltaLinear(nn.Module):
         super().__init__()
         self.delta_weight, self.delta_bias = weight, bias
         self.group: ProjectionGroup | None = None
-        self._context = context
+        self.context = context
         self._is_output = is_output
         self._linear: LinearOp = TorchLinear(weight.base)
+        self.merged: dict[int, LinearOp] = {}  # by slot, see MergeableWeights
+
+    @property
+    def parameters_in_order(self) -> tuple[DeltaParameter, ...]:
+        return (self.delta_weight,)
 
     def join(self, group: ProjectionGroup, linear: LinearOp) -> None:
         """Compute together with the group from now on; `linear` is this member's share."""
@@ -70,7 +77,7 @@ class DeltaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., n]`` -> ``[..., m]``; wider than m if a slot has added vocabulary rows."""
-        rows = self._context.output_rows if self._is_output else self._context.rows
+        rows = self.context.output_rows if self._is_output else self.context.rows
         y = None if self.group is None else self.group.take(self, x, rows)
         if y is None:
             y = self._alone(x.reshape(-1, x.shape[-1]), rows)
@@ -79,8 +86,13 @@ class DeltaLinear(nn.Module):
     def _alone(self, flat: Tensor, rows: RowPlan | None) -> Tensor:
         if rows is None or not rows.slots:
             return self._linear(flat, self.bias)
-        y = self._base(flat, rows)
-        self.add_deltas_(y, flat, rows)
+        whole = merged_op(self.merged, self.context)
+        if whole is None:
+            y = self._base(flat, rows)
+            self.add_deltas_(y, flat, rows)
+        else:
+            y = whole(flat)
+            self.add_bias_(y, rows)
         return self._with_extra(y, flat, rows) if self.delta_weight.extra else y
 
     def add_deltas_(self, y: Tensor, flat: Tensor, rows: RowPlan) -> None:
@@ -123,6 +135,11 @@ class DeltaLinear(nn.Module):
         return grown
 
 
+def merged_op(merged: dict[int, LinearOp], context: StepContext) -> LinearOp | None:
+    """The merged weight for this step, if it is one slot's alone and that slot has one."""
+    return None if context.merged_slot is None else merged.get(context.merged_slot)
+
+
 class ProjectionGroup:
     """Linears that read the same input (q, k, v; gate, up): one base GEMM for all of them.
 
@@ -142,6 +159,8 @@ class ProjectionGroup:
             else None
         )
         self._sizes = [w.shape[0] for w in weights]
+        self.parameters_in_order = tuple(weights)
+        self.merged: dict[int, LinearOp] = {}  # by slot, see MergeableWeights
         for place, member in enumerate(members):
             member.join(self, GroupMember(self._linear, self._sizes, place))
             member.delta_weight.siblings = tuple(weights)
@@ -165,6 +184,10 @@ class ProjectionGroup:
             parts: Sequence[Tensor] = self._linear(flat, self._bias).split_with_sizes(
                 self._sizes, dim=1
             )
+        elif (whole := merged_op(self.merged, self._members[0].context)) is not None:
+            parts = whole(flat).split_with_sizes(self._sizes, dim=1)
+            for member, part in zip(self._members, parts, strict=True):
+                member.add_bias_(part, rows)
         else:
             parts = self._products(flat, rows)
             self._add_deltas_(parts, flat, rows)

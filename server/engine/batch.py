@@ -32,6 +32,7 @@ class LogitRows:
 class Batch:
     """Tensors of one step; T tokens, sorted by slot.
 
+    merged_slot: every row's slot, if its merged weights are to be used
     input_ids [1, T], position_ids [1, T], logit_rows [R] int64 (rows of the hidden states)
     """
 
@@ -43,9 +44,20 @@ class Batch:
     logit_rows: Tensor
     output_rows: RowPlan
     outputs: tuple[LogitRows, ...]
+    merged_slot: int | None = None
 
 
-def build_batch(scheduled: Sequence[Scheduled], page_tokens: int, device: torch.device) -> Batch:
+def default_batch_tokens(device: torch.device) -> int:
+    """Enough rows to keep the device's products efficient; more would only delay the streams."""
+    return 2048 if device.type == "cuda" else 256
+
+
+def build_batch(
+    scheduled: Sequence[Scheduled],
+    page_tokens: int,
+    device: torch.device,
+    merged_slot: int | None = None,
+) -> Batch:
     """Lay out the chunks by slot (base first) and plan attention, deltas and logits."""
     ordered = tuple(sorted(scheduled, key=lambda s: s.request.slot_index))
     ids: list[int] = []
@@ -85,6 +97,7 @@ def build_batch(scheduled: Sequence[Scheduled], page_tokens: int, device: torch.
             [(s.request.slot_index, o.n) for s, o in zip(ordered, outputs, strict=True)], device
         ),
         outputs=tuple(outputs),
+        merged_slot=merged_slot,
     )
 
 

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from server.deltas.loader import DeltaLoader, LoaderMessage, LoadFailed, LoadJob, Staged, Stored
+from server.deltas.merged import MergeableWeights
 from server.deltas.slots import Slot, SlotTable
-from server.engine.batch import Batch, LogitRows, build_batch
+from server.engine.batch import Batch, LogitRows, build_batch, default_batch_tokens
 from server.engine.observer import CoreStats, Observer
 from server.engine.pacing import PrefillPacer
 from server.engine.pages import PagePool
-from server.engine.postprocess import Postprocessor
+from server.engine.postprocess import Postprocessor, as_serve_error
+from server.engine.reconstructor import Merged, Reconstructor, only_variant
 from server.engine.request import Event, Request, Status
 from server.engine.runner import Runner
 from server.engine.sampler import Sampled, Sampler
@@ -70,7 +72,12 @@ class EngineCore:
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.slots = SlotTable(settings.max_resident_variants, settings.delta_budget_bytes)
         self.loader = DeltaLoader(runner.base.parameters, self.slots, self._post_load)
-        batch_tokens = settings.max_batch_tokens or _batch_tokens(runner.base.device)
+        weights = MergeableWeights(runner.base.model, runner.base.parameters)
+        budget = settings.reconstruct_budget_bytes
+        self.reconstructor = Reconstructor(
+            weights, self.slots, budget, job_for, self._post_merged, observer
+        )
+        batch_tokens = settings.max_batch_tokens or default_batch_tokens(runner.base.device)
         self._pacer = PrefillPacer(settings.max_prefill_slowdown)
         self.scheduler = Scheduler(
             pages,
@@ -144,6 +151,7 @@ class EngineCore:
         self._inbox.put(self._halt)
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+        self.reconstructor.close()
         self.loader.close()
 
     def is_alive(self, max_age_s: float) -> bool:
@@ -161,6 +169,7 @@ class EngineCore:
             n_prefix_queried=pages.counts.n_queried,
             n_prefix_hit=pages.counts.n_hit,
             resident={s.key: s for s in self.slots.residents()},
+            merged_bytes=self.reconstructor.policy.merged,
         )
 
     # -- the loop ------------------------------------------------------------------------------
@@ -199,6 +208,7 @@ class EngineCore:
         self._expire()
         scheduled = self.scheduler.schedule()
         self.loader.place_waiting()
+        self.reconstructor.tend()
         self._busy = bool(scheduled)
         if scheduled:
             self._run_batch(scheduled)
@@ -208,9 +218,10 @@ class EngineCore:
 
     def _run_batch(self, scheduled: list[Scheduled]) -> None:
         page_tokens = self.scheduler.pages.page_tokens
-        load, started = load_of(scheduled), time.perf_counter()
+        load, alone, started = load_of(scheduled), only_variant(scheduled), time.perf_counter()
         try:
-            batch = build_batch(scheduled, page_tokens, self._runner.base.device)
+            merged = self.reconstructor.merged_slot(alone)
+            batch = build_batch(scheduled, page_tokens, self._runner.base.device, merged)
             logits = self._runner.forward(batch)
             sampled = self._sample(batch, logits)
         except Exception as error:
@@ -220,7 +231,9 @@ class EngineCore:
         n_generated = 0
         for item, rows in zip(batch.scheduled, batch.outputs, strict=True):
             n_generated += self._finish_chunk(item, rows, logits, sampled)
-        self._pacer.ran(load, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        self._pacer.ran(load, seconds)
+        self.reconstructor.ran(alone, seconds)
         if self._observer is not None:
             n_tokens = sum(s.n_tokens for s in batch.scheduled)
             self._observer.on_step(n_tokens - n_generated, n_generated)
@@ -263,7 +276,7 @@ class EngineCore:
                 self._close(request)
             return 1
         except Exception as error:
-            self._fail(request, _as_serve_error(error))
+            self._fail(request, as_serve_error(error))
             return 0
 
     # -- requests ------------------------------------------------------------------------------
@@ -346,6 +359,9 @@ class EngineCore:
             if self._observer is not None:
                 self._observer.on_load_failed(ended.name)
 
+    def _post_merged(self, message: Merged) -> None:
+        self._inbox.put(lambda: self.reconstructor.on_message(message))
+
     def _waiting_for(self, key: str) -> list[Request]:
         waiting = self.scheduler.waiting
         return [r for r in waiting if r.variant.key == key and r.slot is None]
@@ -382,15 +398,3 @@ class EngineCore:
             self._emit(request, EngineDead("the engine has stopped; the server is restarting"))
         self._publish(self._events)
         self._events = []
-
-
-def _batch_tokens(device: torch.device) -> int:
-    """Enough rows to keep the device's products efficient; more would only delay the streams."""
-    return 2048 if device.type == "cuda" else 256
-
-
-def _as_serve_error(error: Exception) -> ServeError:
-    if isinstance(error, ServeError):
-        return error
-    log.exception("a request failed", exc_info=error)
-    return GenerationFailed("this request failed inside the engine; other requests go on")

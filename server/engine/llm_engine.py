@@ -106,7 +106,8 @@ class LLMEngine:
     # -- names -----------------------------------------------------------------------------------
 
     def models(self) -> Sequence[ModelInfo]:
-        resident = {key: slot for key, slot in self.core.stats().resident.items() if slot.ready}
+        stats = self.core.stats()
+        resident = {key: slot for key, slot in stats.resident.items() if slot.ready}
         infos = [
             ModelInfo(
                 self.base_name, None, None, "ready", self._catalog.created_s, self.max_model_len
@@ -114,10 +115,13 @@ class LLMEngine:
         ]
         for delta in self._catalog.registry.all():
             key = self._catalog.key_of(delta)
-            infos.append(self._info(delta, key, resident.get(key)))
+            merged_bytes = stats.merged_bytes.get(key, 0)
+            infos.append(self._info(delta, key, resident.get(key), merged_bytes))
         return infos
 
-    def _info(self, delta: RegisteredDelta, key: str, slot: Slot | None) -> ModelInfo:
+    def _info(
+        self, delta: RegisteredDelta, key: str, slot: Slot | None, merged_bytes: int
+    ) -> ModelInfo:
         error = delta.error or self._catalog.load_error(key) or self.core.loader.errors.get(key)
         return ModelInfo(
             name=delta.name,
@@ -128,6 +132,7 @@ class LLMEngine:
             max_model_len=self.max_model_len,
             n_bytes=delta.n_bytes,
             resident_bytes=0 if slot is None else slot.n_bytes,
+            reconstructed_bytes=merged_bytes,
             mode=self._catalog.mode_of(delta.name),
             codec=delta.codec,
             error=error,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,17 @@ from server.engine.batch import LogitRows
 from server.engine.request import Request
 from server.engine.sampler import Sampled, mask_foreign_ids_, token_logprob
 from server.engine.types import FinishReason, OutputDelta, TokenLogprob
+from server.errors import GenerationFailed, ServeError
+
+log = logging.getLogger(__name__)
+
+
+def as_serve_error(error: Exception) -> ServeError:
+    """Return what clients may hear of an exception in one request's share of a step."""
+    if isinstance(error, ServeError):
+        return error
+    log.exception("a request failed", exc_info=error)
+    return GenerationFailed("this request failed inside the engine; other requests go on")
 
 
 class Postprocessor:

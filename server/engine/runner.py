@@ -20,6 +20,7 @@ class Runner:
         """Run the model on packed tokens; return logits ``[R, V]`` for `batch.logit_rows`."""
         base = self.base
         base.context.rows, base.context.output_rows = batch.rows, batch.output_rows
+        base.context.merged_slot = batch.merged_slot
         base.store.plan = batch.attention
         try:
             output = base.model(
@@ -29,7 +30,7 @@ class Runner:
                 logits_to_keep=batch.logit_rows,
             )
         finally:
-            base.context.rows = base.context.output_rows = None
+            base.context.rows = base.context.output_rows = base.context.merged_slot = None
             base.store.plan = None
         logits: Tensor = output.logits
         return logits[0]

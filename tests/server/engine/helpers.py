@@ -124,4 +124,5 @@ class CoreHarness:
         assert all(slot.refs == 0 for slot in stats.resident.values())
 
     def close(self) -> None:
+        self.core.reconstructor.close()
         self.core.loader.close()
