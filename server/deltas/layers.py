@@ -193,9 +193,16 @@ class ProjectionGroup:
             self._add_deltas_(parts, flat, rows)
         self._input, self._outputs = x, dict(zip(self._members, parts, strict=True))
 
-    def _products(self, flat: Tensor, rows: RowPlan) -> tuple[Tensor, ...]:
-        """Base products of all rows, or reconstructed weights' where a slot has them."""
-        parts = self._linear(flat).split_with_sizes(self._sizes, dim=1)
+    def _products(self, flat: Tensor, rows: RowPlan) -> Sequence[Tensor]:
+        """Base products of all rows, or reconstructed weights' where a slot has them.
+
+        Rows of both kinds: the base's are computed for all, one product being cheaper than parts.
+        """
+        parts: Sequence[Tensor]
+        if self._all_merged(rows):
+            parts = [flat.new_empty((len(flat), size)) for size in self._sizes]
+        else:
+            parts = self._linear(flat).split_with_sizes(self._sizes, dim=1)
         for member, part in zip(self._members, parts, strict=True):
             merged = member.delta_weight.merged
             for segment in rows.segments if merged else ():
@@ -203,6 +210,13 @@ class ProjectionGroup:
                     own = slice(segment.start, segment.end)
                     part[own] = F.linear(flat[own], merged[segment.slot])
         return parts
+
+    def _all_merged(self, rows: RowPlan) -> bool:
+        return all(
+            segment.slot in member.delta_weight.merged
+            for member in self._members
+            for segment in rows.segments
+        )
 
     def _add_deltas_(self, parts: Sequence[Tensor], flat: Tensor, rows: RowPlan) -> None:
         done: set[SharedBlocks] = set()

@@ -63,9 +63,9 @@ class Sampler:
         for row, request in enumerate(requests):
             with _failing(outcomes[row]):
                 _adjust_(logits[row], request)
-        best = logits.argmax(-1).tolist()
+        best = _best(logits)
         for row, outcome in enumerate(outcomes):
-            outcome.token_id = int(best[row])
+            outcome.token_id = best[row]
         self._draw(logits, requests, outcomes)
         for row, request in enumerate(requests):
             if request.params.logprobs is not None:
@@ -103,6 +103,14 @@ class Sampler:
         n = min(request.variant.vocab_size, width)
         own = torch.empty(n).exponential_(generator=generator).clamp_(min=1e-20)
         return own if n == width else F.pad(own, (0, width - n), value=1.0)
+
+
+def _best(logits: Tensor) -> list[int]:
+    """The first largest of every row: ``logits [R, V]`` float32."""
+    if logits.device.type == "cpu":  # numpy's is vectorised, torch's takes ten times as long
+        return logits.numpy().argmax(-1).tolist()  # type: ignore[no-any-return]
+    best: list[int] = logits.argmax(-1).tolist()
+    return best
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -72,13 +73,16 @@ class RowPlan:
         self.device = device
         self.n_rows = self.segments[-1].end if self.segments else 0
         self.slots = frozenset(s.slot for s in self.segments if s.slot != BASE_SLOT)
-        # [T] int64, -1 for the base
-        self.slot_of_row = self._per_row([s.slot for s in self.segments])
         self._runs: dict[Places, tuple[SlotRun, ...]] = {}
         self._spans: dict[frozenset[int], tuple[Segment, ...]] = {}
         self._tables: dict[Places, SlotSegments] = {}
         self._rows_of: dict[frozenset[int], Tensor] = {}
         self._place_of_row: dict[Places, Tensor] = {}
+
+    @cached_property
+    def slot_of_row(self) -> Tensor:
+        """[T] int64, -1 for the base."""
+        return self._per_row([s.slot for s in self.segments])
 
     def row_of_vector(self, present: frozenset[int]) -> Tensor:
         """[T] int64: ``slot + 1`` where the row's slot is in `present`, else 0 (the base's row)."""
@@ -98,9 +102,10 @@ class RowPlan:
         return self._place_of_row[present]
 
     def _per_row(self, values: list[int]) -> Tensor:
-        counts = torch.tensor([s.end - s.start for s in self.segments], dtype=torch.int64)
-        per_segment = torch.tensor(values, dtype=torch.int64)
-        return torch.repeat_interleave(per_segment, counts).to(self.device)
+        rows: list[int] = []
+        for value, segment in zip(values, self.segments, strict=True):
+            rows += [value] * (segment.end - segment.start)
+        return torch.tensor(rows, dtype=torch.int64).to(self.device)
 
     def runs(self, present: Places) -> tuple[SlotRun, ...]:
         """Runs over the slots in `present` that have rows in this batch."""

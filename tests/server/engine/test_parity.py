@@ -89,6 +89,16 @@ def test_engine_alone_equals_mixed(served, harness, name: str) -> None:
     assert request.output_ids == pair.truth(name, request.request.prompt_ids)
 
 
+def test_engine_whole_batch_reconstructed_equals_generate(served, harness) -> None:
+    """No row needs the base's products."""
+    pair = served("llama", PAIR)
+    engine = harness(pair, mode="reconstruct")
+    requests = [engine.submit(name, PROMPTS[1], max_tokens=N_TRUTH) for name in PAIR]
+    engine.run(*requests)
+    for name, request in zip(PAIR, requests, strict=True):
+        assert request.output_ids == pair.truth(name, request.request.prompt_ids)
+
+
 def test_engine_variants_evicted_and_reloaded_equals_generate(served, harness) -> None:
     many = served("llama", ALL_CODECS)
     tight = harness(many, max_resident_variants=2, max_variants_per_step=2)
