@@ -22,6 +22,8 @@ from benchmarks.peers.report import write_report
 from benchmarks.peers.rows import append_row, read_rows
 from benchmarks.peers.systems import SYSTEMS, Site
 
+MAX_LEN = 1024  # the same for all usual loads: vLLM compiles anew for another
+
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Command line."""
@@ -69,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     groups = groups_to_do(args, {row.key for row in read_rows(csv)})
     low, _, high = args.id_range.partition(":")
     options = Options(window_s=args.window_s, id_range=(int(low), int(high)))
-    max_len = max(sum(map(int, load.split("x"))) for load in args.loads.split(","))
+    loads = [Load.parse(text) for text in args.loads.split(",")]
+    max_len = max(MAX_LEN, *(load.prompt_tokens + load.max_tokens for load in loads))
     site = Site(args.base.resolve(), args.dir, args.concurrency, max_len, args.vllm_preload)
     for group in groups:
         if args.dry_run:
