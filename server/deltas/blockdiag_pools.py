@@ -88,9 +88,15 @@ class BlockDiagPool(TermPool):
             self._op.add_([y], x, segments)
 
     def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
-        for place, part in segments_at(rows, self.present):
-            places = torch.full_like(ids[part], place)
-            ops.blockdiag_rows_add_(y[part], ids[part], places, self._own_blocks())
+        found = segments_at(rows, self.present)
+        if not found:
+            return
+        index = [row for _, part in found for row in range(part.start, part.stop)]
+        places = [place for place, part in found for _ in range(part.start, part.stop)]
+        where, at = torch.tensor([index, places], device=y.device)
+        added = y[where]
+        ops.blockdiag_rows_add_(added, ids[where], at, self._own_blocks())
+        y[where] = added
 
     def _own_blocks(self) -> PackedBlocks:
         codes, scales, units = self.arrays
