@@ -33,6 +33,10 @@ class Stats(Protocol):
     def n_prefix_queried(self) -> int: ...
     @property
     def n_prefix_hit(self) -> int: ...
+    @property
+    def n_static_steps(self) -> int: ...
+    @property
+    def n_eager_decode_steps(self) -> int: ...
 
 
 class StatsProvider(Protocol):
@@ -104,6 +108,11 @@ class EngineCollector(Collector):
         queried, hit = stats.n_prefix_queried, stats.n_prefix_hit
         yield self._count("vllm:prefix_cache_queries", "Prompt tokens looked up", queried)
         yield self._count("vllm:prefix_cache_hits", "Prompt tokens found", hit)
+        steps = Metric("impart_decode_steps", "Steps that only decoded, by how they ran", "counter")
+        ways = (("graph", stats.n_static_steps), ("eager", stats.n_eager_decode_steps))
+        for path, value in ways:
+            steps.add_sample("impart_decode_steps_total", self._labels() | {"path": path}, value)
+        yield steps
 
     def _in_use(self) -> Iterator[Metric]:
         """Which variants are at work: vLLM's series that gateways route by, and the counts."""

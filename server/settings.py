@@ -27,6 +27,7 @@ class Settings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as stored
     kernels: Literal["auto", "torch", "numba", "triton"] = "auto"  # auto: see choose_kernels
+    enforce_eager: bool = False  # no CUDA graphs for decode steps
     mode: Literal["apply", "reconstruct"] = "apply"
     mode_overrides: dict[str, Literal["apply", "reconstruct"]] = field(default_factory=dict)
     # Device memory for merged weights of variants that have whole steps to themselves; 0: none.

@@ -96,7 +96,7 @@ def blockdiag_case(
 ) -> Case:
     prefill = rows > DECODE_ROWS * slots
     blocks = random_blocks(group, codec, slots, device)
-    present = torch.ones(slots, dtype=torch.int32, device=device)
+    present = torch.arange(1, slots + 1, dtype=torch.int32, device=device)
     kernel = plan_kernel(blocks, prefill=prefill)
     tile_rows = PREFILL_ROWS if prefill else DECODE_ROWS
     where = segment_arrays(even_segments(rows, slots), tile_rows, device)
@@ -125,7 +125,7 @@ def lowrank_case(
     total, wide = sum(group.sizes), len(group.sizes) * rank
     a = torch.randn(slots, wide, group.n, device=device, dtype=dtype) * group.n**-0.5
     b = torch.randn(slots, rank, total, device=device, dtype=dtype)
-    present = torch.ones(slots, dtype=torch.int32, device=device)
+    present = torch.arange(1, slots + 1, dtype=torch.int32, device=device)
     arrays = LowRankArrays(a, b, group.sizes, present)
     tiles = output_tiles(group.sizes).to(device)
     where = segment_arrays(even_segments(rows, slots), DECODE_ROWS, device)
@@ -163,7 +163,7 @@ def impart_case(
         order=torch.stack([order for order, _ in lists]),
         first=torch.stack([first for _, first in lists]),
         sigma=torch.full((slots, ranks), 2.0**-8, device=device, dtype=dtype),
-        present=torch.ones(slots, dtype=torch.int32, device=device),
+        present=torch.arange(1, slots + 1, dtype=torch.int32, device=device),
     )
     where = segment_arrays(even_segments(rows, slots), DECODE_ROWS, device)
     x = torch.randn(rows, n, device=device, dtype=dtype)
@@ -246,13 +246,13 @@ def small_cases(
     run = lambda: rms_norm(x, vectors, which, 1e-5)  # noqa: E731
     yield Case(f"rms norm ({rows} rows)", n_bytes, run, norm_error)  # type: ignore[arg-type]
 
-    both = torch.randn(rows, 2 * shape.intermediate, device=device, dtype=dtype)
+    both = torch.randn(rows, 2 * shape.intermediate, device=device, dtype=dtype).chunk(2, dim=1)
 
     def silu_error() -> float:
-        return relative(silu_mul(both), silu_mul_reference(both.double()))
+        return relative(silu_mul(*both), silu_mul_reference(*(part.double() for part in both)))
 
     n_bytes = 6 * rows * shape.intermediate
-    yield Case(f"silu mul ({rows} rows)", n_bytes, lambda: silu_mul(both), silu_error)  # type: ignore[arg-type, return-value]
+    yield Case(f"silu mul ({rows} rows)", n_bytes, lambda: silu_mul(*both), silu_error)  # type: ignore[arg-type, return-value]
 
 
 def linear_case(group: Group, rows: int, device: torch.device, dtype: torch.dtype) -> Case:

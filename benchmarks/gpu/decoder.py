@@ -102,7 +102,7 @@ class Decoder:
             h = layer.groups["o"].product(attended, segments, h)
             x = rms_norm(h, layer.norm_mlp, which, self.eps)
             both = layer.groups["gate_up"].product(x, segments, None)
-            h = layer.groups["down"].product(silu_mul(both), segments, h)
+            h = layer.groups["down"].product(silu_mul(*both.chunk(2, dim=1)), segments, h)
         return GroupWeights(self.lm_head).product(
             rms_norm(h, self.norm_out, which, self.eps), None, None
         )
@@ -127,7 +127,7 @@ class Decoder:
             q = fused[:, : layer.groups["o"].base.shape[1]]  # type: ignore[union-attr]
             layer.groups["o"].product(q.contiguous(), segments, None)
             both = layer.groups["gate_up"].product(x, segments, None)
-            layer.groups["down"].product(silu_mul(both), segments, None)
+            layer.groups["down"].product(silu_mul(*both.chunk(2, dim=1)), segments, None)
 
 
 def random_decoder(
@@ -158,7 +158,7 @@ def random_decoder(
             group.name: GroupWeights(
                 weight(sum(group.sizes), group.n),
                 random_blocks(group, codec, n_slots, device) if n_slots else None,
-                torch.ones(n_slots, dtype=torch.int32, device=device),
+                torch.arange(1, n_slots + 1, dtype=torch.int32, device=device),
             )
             for group in shape.groups()
         }

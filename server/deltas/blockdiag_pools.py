@@ -12,12 +12,13 @@ from torch import Tensor
 from compressor.codecs.blockdiag import BlockDiagTerm
 from compressor.codecs.term import Shape, Term
 from server.deltas.places import PlaceTable, grown
-from server.deltas.pool import Staged, TermPool, segments_at
+from server.deltas.pool import Staged, TermPool, add_where_, segments_at
 from server.ops import delta as ops
 from server.ops.delta import BlockDiagOp
 from server.ops.kernels import Kernels
 from server.ops.packed import PackedBlocks, pack_columns, packed_rows
 from server.ops.rows import Places, RowPlan
+from server.ops.static_rows import StaticRows
 
 
 class BlockLayout(NamedTuple):
@@ -66,7 +67,11 @@ class BlockDiagPool(TermPool):
     def show(self, slot: int) -> None:
         super().show(slot)
         if self.shared is not None:
-            self.shared.update()
+            self.shared.update(slot)
+
+    @property
+    def as_data(self) -> bool:
+        return True
 
     def hide(self, slot: int) -> None:
         if self.shared is None:
@@ -74,6 +79,8 @@ class BlockDiagPool(TermPool):
         elif slot in self.places:
             place = self.places[slot]
             self.present -= {(slot, place)}
+            if self.place_of is not None:
+                self.place_of[slot] = 0
             # The group's product may go on for this slot: a unit of 0 takes this member out of it.
             if place < self.capacity:  # else there was no memory for it
                 self.arrays[2][place] = 0
@@ -88,6 +95,12 @@ class BlockDiagPool(TermPool):
             self._op.add_([y], x, segments)
 
     def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
+        if isinstance(rows, StaticRows) and self.place_of is not None:
+            held = rows.places(self.place_of)
+            added = torch.zeros(y.shape, dtype=torch.float32, device=y.device)
+            ops.blockdiag_rows_add_(added, ids, held.clamp(min=0), self._own_blocks())
+            add_where_(y, added, held >= 0)
+            return
         found = segments_at(rows, self.present)
         if not found:
             return
@@ -100,7 +113,8 @@ class BlockDiagPool(TermPool):
 
     def _own_blocks(self) -> PackedBlocks:
         codes, scales, units = self.arrays
-        return PackedBlocks(codes, scales, units, (self.shape[0],), self.shape[1], self.bits)
+        m, n = self.shape
+        return PackedBlocks(codes, scales, units, (m,), n, self.bits, self.place_of)
 
 
 class SharedBlocks:
@@ -110,8 +124,9 @@ class SharedBlocks:
     product serves them all. A slot has one place in all members, free again when none holds it.
     """
 
-    def __init__(self, pools: Sequence[BlockDiagPool]) -> None:
+    def __init__(self, pools: Sequence[BlockDiagPool], place_of: Tensor | None = None) -> None:
         self.pools = tuple(pools)
+        self.place_of = place_of
         self.places = PlaceTable()
         self.present: Places = frozenset()
         self._holders: dict[int, set[BlockDiagPool]] = {}
@@ -136,11 +151,13 @@ class SharedBlocks:
         if not holders:
             del self._holders[slot]
             self.places.remove(slot)
-        self.update()
+        self.update(slot)
 
-    def update(self) -> None:
-        """A member has shown or hidden a slot."""
+    def update(self, slot: int) -> None:
+        """A member has shown or hidden the slot."""
         self.present = frozenset[tuple[int, int]]().union(*(pool.present for pool in self.pools))
+        if self.place_of is not None:
+            self.place_of[slot] = dict(self.present).get(slot, -1) + 1
 
     def _grow(self, capacity: int) -> None:
         first, width = self.pools[0], self._ends[-1]
@@ -164,7 +181,8 @@ class SharedBlocks:
             pool.arrays = (codes[..., own], scales[..., own], units[:, i : i + 1])
             pool.capacity = capacity
         sizes = tuple(pool.shape[0] for pool in self.pools)
-        blocks = PackedBlocks(codes, scales, units, sizes, first.shape[1], first.bits)
+        n, bits = first.shape[1], first.bits
+        blocks = PackedBlocks(codes, scales, units, sizes, n, bits, self.place_of)
         self._op = first.kernels.blockdiag(blocks)
 
     def add_(self, outputs: Sequence[Tensor | None], x: Tensor, rows: RowPlan) -> None:

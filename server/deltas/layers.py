@@ -84,7 +84,7 @@ class DeltaLinear(nn.Module):
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _alone(self, flat: Tensor, rows: RowPlan | None) -> Tensor:
-        if rows is None or not rows.slots:
+        if rows is None or not rows.has_deltas:
             return self._linear(flat, self.bias)
         whole = merged_op(self.merged, self.context)
         if whole is None:
@@ -97,7 +97,7 @@ class DeltaLinear(nn.Module):
 
     def add_deltas_(self, y: Tensor, flat: Tensor, rows: RowPlan) -> None:
         """Add every resident term and each row's own bias to ``y [T, m]`` (computed without)."""
-        for pool in self.delta_weight.pools.values():
+        for pool in self.delta_weight.pools_for(rows):
             pool.add_(y, flat, rows)
         self.add_bias_(y, rows)
 
@@ -180,7 +180,7 @@ class ProjectionGroup:
 
     def _compute(self, x: Tensor, rows: RowPlan | None) -> None:
         flat = x.reshape(-1, x.shape[-1])
-        if rows is None or not rows.slots:
+        if rows is None or not rows.has_deltas:
             parts: Sequence[Tensor] = self._linear(flat, self._bias).split_with_sizes(
                 self._sizes, dim=1
             )
@@ -221,7 +221,7 @@ class ProjectionGroup:
     def _add_deltas_(self, parts: Sequence[Tensor], flat: Tensor, rows: RowPlan) -> None:
         done: set[SharedBlocks] = set()
         for member, part in zip(self._members, parts, strict=True):
-            for pool in member.delta_weight.pools.values():
+            for pool in member.delta_weight.pools_for(rows):
                 shared = pool.shared if isinstance(pool, BlockDiagPool) else None
                 if shared is None:
                     pool.add_(part, flat, rows)
@@ -269,12 +269,12 @@ class DeltaEmbedding(nn.Module):
         flat = ids.reshape(-1)
         y = self._look_up(flat, rows)
         if self._scale is not None:
-            y = y * torch.as_tensor(self._scale, dtype=y.dtype, device=y.device)
+            y = y * torch.as_tensor(self._scale, dtype=y.dtype)  # a CPU scalar needs no copy
         return y.view(*ids.shape, y.shape[-1])
 
     def _look_up(self, ids: Tensor, rows: RowPlan | None) -> Tensor:
         base = self._weight.base
-        if rows is None or not rows.slots:
+        if rows is None or not rows.has_deltas:
             return F.embedding(ids, base)
         known = ids.clamp(max=len(base) - 1)
         y = F.embedding(known, base)
@@ -283,7 +283,7 @@ class DeltaEmbedding(nn.Module):
             if held is not None:
                 part = slice(segment.start, segment.end)
                 y[part] = F.embedding(known[part], held)
-        for pool in self._weight.pools.values():
+        for pool in self._weight.pools_for(rows):
             pool.add_rows_(y, known, rows)
         for segment in rows.segments:
             extra = self._weight.extra.get(segment.slot)

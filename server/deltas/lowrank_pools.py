@@ -10,12 +10,13 @@ from torch.nn import functional as F
 
 from compressor.codecs.lowrank import LowRankTerm
 from compressor.codecs.term import Shape, Term
-from server.deltas.pool import Staged, TermPool, segments_at
+from server.deltas.pool import Staged, TermPool, add_where_, segments_at
 from server.ops import delta as ops
 from server.ops.kernels import Kernels
 from server.ops.lowrank import PackedLowRank
 from server.ops.packed import pack_columns
 from server.ops.rows import RowPlan
+from server.ops.static_rows import StaticRows
 
 RANK_STEP = 4  # ranks of packed factors are rounded up to a multiple: variants then share pools
 
@@ -43,8 +44,16 @@ class PackedLowRankPool(TermPool):
     def _grow(self, example: Staged, capacity: int) -> None:
         super()._grow(example, capacity)
         self._op = PackedLowRank(
-            *self.arrays, n=self.shape[1], bits=self.bits, make_op=self.kernels.blockdiag
+            *self.arrays,
+            n=self.shape[1],
+            bits=self.bits,
+            make_op=self.kernels.blockdiag,
+            place_of=self.place_of,
         )
+
+    @property
+    def as_data(self) -> bool:
+        return True
 
     def stage(self, term: Term) -> Staged:
         assert isinstance(term, LowRankTerm)
@@ -62,9 +71,19 @@ class PackedLowRankPool(TermPool):
     def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
         segments = rows.table(self.present)
         if segments.n and self._op is not None:
-            self._op.add_(y, x, rows.place_of_row(self.present), segments)
+            if isinstance(rows, StaticRows) and self.place_of is not None:
+                places = rows.places(self.place_of).clamp(min=0)
+            else:
+                places = rows.place_of_row(self.present)
+            self._op.add_(y, x, places, segments)
 
     def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
+        if isinstance(rows, StaticRows) and self.place_of is not None and self._op is not None:
+            held = rows.places(self.place_of)
+            added = torch.zeros(y.shape, dtype=torch.float32, device=y.device)
+            self._op.add_rows_of_(added, ids, held.clamp(min=0))
+            add_where_(y, added, held >= 0)
+            return
         for place, part in segments_at(rows, self.present):
             if self._op is not None:
                 self._op.add_rows_(y[part], ids[part], place)

@@ -54,7 +54,7 @@ class DeltaNorm(nn.Module):
             assert weights is not None
             index = None
             if changed and rows is not None:
-                index = rows.row_of_vector(self._weight.vector_slots)
+                index = self._weight.vector_index(rows)
             return self._weight.kernels.rms_norm(x, weights, index, self._form)
         if not changed:
             unchanged: Tensor = self.inner(x)

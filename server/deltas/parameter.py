@@ -19,6 +19,7 @@ from compressor.errors import WrongShape
 from server.deltas.blockdiag_pools import BlockDiagPool, SharedBlocks
 from server.deltas.pool import Staged, TermPool
 from server.deltas.pools import Layout, layout_of, make_pool
+from server.deltas.residency import Residency
 from server.deltas.upload import Transfer
 from server.ops.kernels import Kernels
 from server.ops.rows import RowPlan
@@ -53,8 +54,11 @@ class StagedParameter:
 class DeltaParameter:
     """Base value and resident deltas of one parameter, in ``[out, in]`` orientation."""
 
-    def __init__(self, name: str, base: Tensor, kernels: Kernels) -> None:
+    def __init__(
+        self, name: str, base: Tensor, kernels: Kernels, residency: Residency | None = None
+    ) -> None:
         self.name = name
+        self.residency = residency or Residency()
         self.kernels = kernels
         self._base: Tensor | None = base
         self._restore: Callable[[], Tensor] | None = None
@@ -126,27 +130,37 @@ class DeltaParameter:
         """Add an empty pool, together with the siblings' if they can share one product."""
         if len(self.siblings) < 2 or key[1][0] != "blockdiag":
             self.pools[key] = self._new_pool(key)
+            self.pools[key].map_slots(self._slot_map())
             return
         together: list[BlockDiagPool] = []
         for sibling in self.siblings:
             pool = sibling._new_pool(key)
             assert isinstance(pool, BlockDiagPool)
+            pool.map_slots(self._slot_map())
             sibling.pools[key] = pool
             together.append(pool)
-        SharedBlocks(together)
+        SharedBlocks(together, self._slot_map())
+
+    def _slot_map(self) -> Tensor:
+        return torch.zeros(self.residency.n_slots, dtype=torch.int32, device=self.device)
 
     def reserve(self, slot: int, staged: StagedParameter, n_slots: int) -> None:
         """Make room for the staged parts of `slot`; it is below `n_slots`."""
         for key, parts in staged.terms:
             if key not in self.pools:
                 self._create_pool(key)
+            capacity = self.pools[key].capacity
             self.pools[key].reserve(slot, parts)
+            if self.pools[key].capacity != capacity:
+                self.residency.moved()
         if staged.vector is not None:
             assert self.vectors is not None
             missing = n_slots + 1 - len(self.vectors)
             if missing > 0:
-                room = self.base.new_zeros((missing, len(self.base)))
+                # Slots without a value of their own hold the base's: see `StaticRows`.
+                room = self.base.expand(missing, -1)
                 self.vectors = torch.cat([self.vectors, room])
+                self.residency.moved()
 
         for held, part in ((self.merged, staged.merged), (self.extra, staged.extra)):
             if part is not None:
@@ -167,6 +181,12 @@ class DeltaParameter:
         """Apply the slot from the next step on."""
         for key, _ in staged.terms:
             self.pools[key].show(slot)
+            if not self.pools[key].as_data:
+                self.residency.eager[slot] = f"{key[1][0]} terms"
+        if staged.merged is not None:
+            self.residency.eager[slot] = "reconstructed weights"
+        elif staged.extra is not None:
+            self.residency.eager[slot] = "added vocabulary"
         if staged.vector is not None:
             self.vector_slots |= {slot}
 
@@ -176,6 +196,10 @@ class DeltaParameter:
             pool.hide(slot)
             if pool.idle:
                 self._drop_pool(key, pool)
+                self.residency.moved()
+        self.residency.eager.pop(slot, None)
+        if slot in self.vector_slots and self.vectors is not None:
+            self.vectors[slot + 1] = self.vectors[0]
         self.vector_slots -= {slot}
         self.merged.pop(slot, None)
         self.extra.pop(slot, None)
@@ -188,6 +212,8 @@ class DeltaParameter:
 
     def touches(self, rows: RowPlan) -> bool:
         """1-D parameter: whether any row of the batch has a value of its own."""
+        if rows.as_data:
+            return rows.has_deltas
         return not rows.slots.isdisjoint(self.vector_slots)
 
     def vector_rows(self, rows: RowPlan) -> Tensor:
@@ -197,4 +223,13 @@ class DeltaParameter:
         if len(rows.segments) == 1:
             slot = rows.segments[0].slot
             return self.vectors[slot + 1 : slot + 2] if active else self.vectors[:1]
-        return self.vectors.index_select(0, rows.row_of_vector(self.vector_slots))
+        return self.vectors.index_select(0, self.vector_index(rows))
+
+    def vector_index(self, rows: RowPlan) -> Tensor:
+        """1-D parameter: each row's place in `vectors`, int64 [T]."""
+        assert self.vectors is not None
+        return rows.vector_index(self.vector_slots, len(self.vectors))
+
+    def pools_for(self, rows: RowPlan) -> list[TermPool]:
+        """Pools that may hold terms of these rows' slots; `Residency.eager` tells of the others."""
+        return [pool for pool in self.pools.values() if pool.as_data or not rows.as_data]

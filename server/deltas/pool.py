@@ -29,6 +29,16 @@ class TermPool(ABC):
         self.present: Places = frozenset()
         self.capacity = 0
         self.arrays: Staged = ()
+        self.place_of: Tensor | None = None  # `present` as data, see `PackedBlocks`
+
+    @property
+    def as_data(self) -> bool:
+        """Whether `add_` and `add_rows_` can take `StaticRows`."""
+        return False
+
+    def map_slots(self, place_of: Tensor) -> None:
+        """Keep ``place_of int32 [slots]`` (zeros) up to date. Before anything is reserved."""
+        self.place_of = place_of
 
     @property
     def idle(self) -> bool:
@@ -58,12 +68,16 @@ class TermPool(ABC):
     def show(self, slot: int) -> None:
         """From the next step on, rows of `slot` get this pool's terms."""
         self.present |= {(slot, self.places[slot])}
+        if self.place_of is not None:
+            self.place_of[slot] = self.places[slot] + 1
 
     def hide(self, slot: int) -> None:
         """The slot's terms are no longer applied; its place may be given away."""
         if slot in self.places:
             self.present -= {(slot, self.places[slot])}
             self.places.remove(slot)
+            if self.place_of is not None:
+                self.place_of[slot] = 0
 
     @abstractmethod
     def stage(self, term: Term) -> Staged:
@@ -82,3 +96,10 @@ def segments_at(rows: RowPlan, present: Places) -> list[tuple[int, slice]]:
     """Place and rows of each segment."""
     places = dict(present)
     return [(places[s.slot], slice(s.start, s.end)) for s in rows.segments if s.slot in places]
+
+
+def add_where_(y: Tensor, added: Tensor, wanted: Tensor) -> None:
+    """``y [T, n] += added`` (float32) in the rows that are `wanted [T]`; in others `added` may be
+    anything, NaN too.
+    """
+    y.copy_(torch.where(wanted.unsqueeze(1), y.float() + added, y.float()))

@@ -63,6 +63,8 @@ class KVStore:
     probed: dict[nn.Module, tuple[int, int, torch.dtype]] = field(default_factory=dict)
     seen: dict[nn.Module, Seen] = field(default_factory=dict)
     layers: dict[nn.Module, LayerPages] = field(default_factory=dict)
+    n_pages: int = 0
+    page_tokens: int = 0
 
     def attend(
         self,
@@ -84,6 +86,7 @@ class KVStore:
 
     def allocate(self, n_pages: int, page_tokens: int, device: torch.device) -> None:
         """Create the pages. zeros, not empty: padding is read (masked), so it must be finite."""
+        self.n_pages, self.page_tokens = n_pages, page_tokens
         for module, (heads, dim, dtype) in self.probed.items():
             shape = (n_pages, page_tokens, heads, dim)
             self.layers[module] = LayerPages(

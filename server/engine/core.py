@@ -1,6 +1,6 @@
 """The engine loop: one thread, one step at a time.
 
-    commands -> scheduler.schedule -> build_batch -> runner.forward -> sampler -> events
+    commands -> scheduler.schedule -> runner.plan -> runner.forward -> sampler -> events
 
 All engine state belongs to this thread. Others talk to it through the inbox and hear from it
 through `publish`, once per step.
@@ -21,14 +21,14 @@ from torch import Tensor
 from server.deltas.loader import DeltaLoader, LoaderMessage, LoadFailed, LoadJob, Staged, Stored
 from server.deltas.merged import MergeableWeights
 from server.deltas.slots import Slot, SlotTable
-from server.engine.batch import Batch, LogitRows, build_batch, default_batch_tokens
+from server.engine.batch import Batch, LogitRows, default_batch_tokens
 from server.engine.observer import CoreStats, Observer
 from server.engine.pacing import PrefillPacer
 from server.engine.pages import PagePool
 from server.engine.postprocess import Postprocessor, as_serve_error
 from server.engine.reconstructor import Merged, Reconstructor, only_variant
 from server.engine.request import Event, Request, Status
-from server.engine.runner import Runner
+from server.engine.runner import DecodeStep, Runner
 from server.engine.sampler import Sampled, Sampler
 from server.engine.scheduler import Missing, Scheduled, Scheduler, load_of
 from server.engine.variant import BASE_KEY, Variant
@@ -71,6 +71,7 @@ class EngineCore:
         self._max_len = settings.max_model_len or runner.base.max_len
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.slots = SlotTable(settings.max_resident_variants, settings.delta_budget_bytes)
+        runner.base.residency.n_slots = settings.max_resident_variants
         self.loader = DeltaLoader(runner.base.parameters, self.slots, self._post_load)
         weights = MergeableWeights(runner.base.model, runner.base.parameters)
         budget = settings.reconstruct_budget_bytes
@@ -168,6 +169,8 @@ class EngineCore:
             n_preemptions=self.scheduler.n_preemptions,
             n_prefix_queried=pages.counts.n_queried,
             n_prefix_hit=pages.counts.n_hit,
+            n_static_steps=self._runner.counts.static,
+            n_eager_decode_steps=self._runner.counts.eager,
             resident={s.key: s for s in self.slots.residents()},
             merged_bytes=self.reconstructor.policy.merged,
         )
@@ -217,11 +220,9 @@ class EngineCore:
             self._publish(events)
 
     def _run_batch(self, scheduled: list[Scheduled]) -> None:
-        page_tokens = self.scheduler.pages.page_tokens
         load, alone, started = load_of(scheduled), only_variant(scheduled), time.perf_counter()
         try:
-            merged = self.reconstructor.merged_slot(alone)
-            batch = build_batch(scheduled, page_tokens, self._runner.base.device, merged)
+            batch = self._runner.plan(scheduled, self.reconstructor.merged_slot(alone))
             logits = self._runner.forward(batch)
             sampled = self._sample(batch, logits)
         except Exception as error:
@@ -238,7 +239,7 @@ class EngineCore:
             n_tokens = sum(s.n_tokens for s in batch.scheduled)
             self._observer.on_step(n_tokens - n_generated, n_generated)
 
-    def _sample(self, batch: Batch, logits: Tensor) -> dict[Request, Sampled]:
+    def _sample(self, batch: Batch | DecodeStep, logits: Tensor) -> dict[Request, Sampled]:
         pairs = [
             (item.request, rows.first + rows.n - 1)
             for item, rows in zip(batch.scheduled, batch.outputs, strict=True)

@@ -23,6 +23,7 @@ from server.engine.observer import CoreStats, Observer
 from server.engine.pages import PagePool
 from server.engine.request import Event, Request
 from server.engine.runner import Runner
+from server.engine.static_step import BUCKETS
 from server.engine.text import load_base_text
 from server.engine.types import ModelInfo, OutputDelta, SamplingParams, VariantState
 from server.engine.variant import Variant
@@ -52,14 +53,26 @@ class LLMEngine:
         self.max_model_len = min(
             settings.max_model_len or base.max_len, pages.n_pages * pages.page_tokens
         )
-        self.core = EngineCore(
-            Runner(base), settings, pages, catalog.job_for, self._publish, observer
-        )
+        runner = Runner(base)
+        self._choose_steps(runner)
+        self.core = EngineCore(runner, settings, pages, catalog.job_for, self._publish, observer)
         self._workers = ThreadPoolExecutor(4, thread_name_prefix="text")
         # Their own: a template that hangs must not keep others from tokenising.
         self._templates = ThreadPoolExecutor(2, thread_name_prefix="template")
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started = False
+
+    def _choose_steps(self, runner: Runner) -> None:
+        """CUDA graphs for decode steps, where the device and the kernels have them."""
+        base, settings = self._base, self._settings
+        if base.device.type != "cuda" or settings.enforce_eager:
+            return
+        if not base.kernels.takes_data(base.device):
+            log.warning("no CUDA graphs with the %s kernels: decoding is slower", base.kernels.name)
+            return
+        max_rows = min(settings.max_num_seqs, BUCKETS[-1])
+        runner.use_static(max_rows=max_rows, max_len=self.max_model_len)
+        runner.capture()
 
     @classmethod
     def from_settings(cls, settings: Settings, observer: Observer | None = None) -> Self:
@@ -315,5 +328,6 @@ def allocate_pages(base: BaseModel, settings: Settings) -> PagePool:
             f"kv_cache_bytes is {settings.kv_cache_bytes}, but two pages of "
             f"{settings.kv_block_tokens} tokens need {2 * page_bytes} bytes"
         )
-    base.store.allocate(n_pages, settings.kv_block_tokens, base.device)
+    # One more, which nobody is given: padding rows of static steps write there.
+    base.store.allocate(n_pages + 1, settings.kv_block_tokens, base.device)
     return PagePool(n_pages, settings.kv_block_tokens, reuse=settings.prefix_cache)

@@ -23,6 +23,7 @@ from server.deltas.layers import (
 from server.deltas.mlp import fuse_gated_mlp
 from server.deltas.norms import DeltaNorm
 from server.deltas.parameter import DeltaParameter
+from server.deltas.residency import Residency
 from server.engine.attention import ATTENTION_NAME, KVStore, attach_store, register_attention
 from server.engine.rotary import fuse_rotary
 from server.errors import ConfigError
@@ -43,6 +44,8 @@ class BaseModel:
     context: StepContext
     store: KVStore
     parameters: dict[str, DeltaParameter]
+    residency: Residency
+    kernels: Kernels
     device: torch.device
     dtype: torch.dtype
     vocab_size: int
@@ -73,7 +76,8 @@ def load_base_model(
     context = StepContext()
     chosen = _kernels(kernels, device, model.dtype) if isinstance(kernels, str) else kernels
     store = KVStore(chosen)
-    parameters = install_delta_layers(model, context, chosen)
+    residency = Residency()
+    parameters = install_delta_layers(model, context, chosen, residency)
     attach_store(model, store)
     text_config = config.get_text_config()
     base = BaseModel(
@@ -81,6 +85,8 @@ def load_base_model(
         context=context,
         store=store,
         parameters=parameters,
+        residency=residency,
+        kernels=chosen,
         device=device,
         dtype=model.dtype,
         vocab_size=model.get_input_embeddings().weight.shape[0],
@@ -121,7 +127,7 @@ def _probe(base: BaseModel) -> None:
 
 
 def install_delta_layers(
-    model: PreTrainedModel, context: StepContext, kernels: Kernels
+    model: PreTrainedModel, context: StepContext, kernels: Kernels, residency: Residency
 ) -> dict[str, DeltaParameter]:
     """Replace every linear, embedding and norm by its delta-aware form, on the instance."""
     output = model.get_output_embeddings()
@@ -132,7 +138,7 @@ def install_delta_layers(
         key = id(value)
         if key not in shared:
             data = value.data.t().contiguous() if transposed else value.data
-            shared[key] = DeltaParameter(name, data, kernels)
+            shared[key] = DeltaParameter(name, data, kernels, residency)
         parameters[name] = shared[key]
         return shared[key]
 

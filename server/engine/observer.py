@@ -32,5 +32,7 @@ class CoreStats:
     n_preemptions: int
     n_prefix_queried: int
     n_prefix_hit: int
+    n_static_steps: int
+    n_eager_decode_steps: int
     resident: dict[str, Slot]
     merged_bytes: dict[str, int]  # by key: weights merged automatically

@@ -2,35 +2,181 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from server.engine.batch import Batch
+from server.engine.batch import Batch, LogitRows, build_batch
 from server.engine.model import BaseModel
+from server.engine.scheduler import Scheduled
+from server.engine.static_step import SEGMENT_ROWS, DecodeRow, StaticBatch, StaticStep
+from server.errors import ConfigError
+from server.ops.attention import AttentionPlan, DecodeBatch
+from server.ops.rows import RowPlan
+from server.ops.static_rows import StaticRows
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeStep:
+    """A step in which every sequence has one new token: for `StaticStep`, sorted by slot."""
+
+    scheduled: tuple[Scheduled, ...]
+    rows: tuple[DecodeRow, ...]
+    outputs: tuple[LogitRows, ...]
+
+
+@dataclass(slots=True)
+class StepCounts:
+    """Steps that only decoded, by how they ran."""
+
+    static: int = 0
+    eager: int = 0
 
 
 class Runner:
-    """Owns the base model during a step."""
+    """Owns the base model during a step. Without `use_static` every step runs eagerly."""
 
     def __init__(self, base: BaseModel) -> None:
         self.base = base
+        self.counts = StepCounts()
+        self._static: StaticStep | None = None
+        self._version = base.residency.version
+        self._told: set[str] = set()
+
+    def use_static(self, *, max_rows: int, max_len: int) -> None:
+        """Run decode steps of up to `max_rows` sequences, of `max_len` tokens at most, over static
+        buffers: as CUDA graphs, or without capture on a CPU. The KV cache must be allocated.
+
+        Raises ConfigError where the kernels need to know the rows in Python.
+        """
+        base = self.base
+        if not base.kernels.takes_data(base.device):
+            raise ConfigError(
+                f"the {base.kernels.name} kernels cannot run in graphs on {base.device.type}; "
+                "use --enforce-eager or --kernels triton"
+            )
+        page_tokens, spare = base.store.page_tokens, base.store.n_pages - 1
+        self._static = StaticStep(
+            self._static_forward,
+            max_rows=max_rows,
+            max_pages=-(-max_len // page_tokens),
+            device=base.device,
+            padding_place=spare * page_tokens,
+        )
+
+    def capture(self) -> None:
+        """Capture the graphs of the base alone; those with deltas follow when first needed."""
+        if self._static is not None:
+            with torch.inference_mode():
+                self._static.prepare(with_deltas=(False,))
+
+    def plan(
+        self, scheduled: Sequence[Scheduled], merged_slot: int | None = None
+    ) -> Batch | DecodeStep:
+        """Lay out a step; `merged_slot`: of all rows, if its merged weights are to be used."""
+        page_tokens = self.base.store.page_tokens
+        if all(_decodes(item) for item in scheduled):
+            reason = self._why_eager(scheduled, merged_slot)
+            if reason is None:
+                return _decode_step(scheduled, page_tokens)
+            self.counts.eager += 1
+            if self._static is not None and reason not in self._told:
+                self._told.add(reason)
+                log.warning("decode steps with %s run without a CUDA graph, slower", reason)
+        return build_batch(scheduled, page_tokens, self.base.device, merged_slot)
+
+    def _why_eager(self, scheduled: Sequence[Scheduled], merged_slot: int | None) -> str | None:
+        """What keeps these decode rows out of a graph."""
+        if self._static is None:
+            return "graphs switched off"
+        if merged_slot is not None:
+            return "reconstructed weights"
+        if len(scheduled) > self._static.max_rows:
+            return f"more than {self._static.max_rows} sequences"
+        eager = self.base.residency.eager
+        slots = {item.request.slot_index for item in scheduled} if eager else set()
+        return next((eager[slot] for slot in slots if slot in eager), None)
 
     @torch.inference_mode()
-    def forward(self, batch: Batch) -> Tensor:
-        """Run the model on packed tokens; return logits ``[R, V]`` for `batch.logit_rows`."""
+    def forward(self, step: Batch | DecodeStep) -> Tensor:
+        """Run the model on packed tokens; return logits ``[R, V]`` of the rows that want them.
+
+        Valid until the next call.
+        """
+        if isinstance(step, DecodeStep):
+            assert self._static is not None
+            if self._version != self.base.residency.version:
+                self._version = self.base.residency.version
+                self._static.forget()
+            self.counts.static += 1
+            return self._static.run(step.rows)
+        return self._model(
+            step.input_ids,
+            step.position_ids,
+            step.rows,
+            step.output_rows,
+            step.attention,
+            step.logit_rows,
+            step.merged_slot,
+        )
+
+    def _static_forward(self, batch: StaticBatch, with_deltas: bool) -> Tensor:
+        rows = StaticRows(
+            batch.vector_rows - 1,
+            batch.table,
+            batch.segments.count,
+            SEGMENT_ROWS,
+            with_deltas=with_deltas,
+        )
+        decode = DecodeBatch(rows=batch.rows, pages=batch.pages, lengths=batch.lengths)
+        plan = AttentionPlan(places=batch.places, decode=decode, prefill=())
+        return self._model(batch.input_ids, batch.position_ids, rows, rows, plan, 0)
+
+    def _model(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        rows: RowPlan,
+        output_rows: RowPlan,
+        plan: AttentionPlan,
+        logits_to_keep: Tensor | int,
+        merged_slot: int | None = None,
+    ) -> Tensor:
         base = self.base
-        base.context.rows, base.context.output_rows = batch.rows, batch.output_rows
-        base.context.merged_slot = batch.merged_slot
-        base.store.plan = batch.attention
+        base.context.rows, base.context.output_rows = rows, output_rows
+        base.context.merged_slot = merged_slot
+        base.store.plan = plan
         try:
             output = base.model(
-                input_ids=batch.input_ids,
-                position_ids=batch.position_ids,
+                input_ids=input_ids,
+                position_ids=position_ids,
                 use_cache=False,
-                logits_to_keep=batch.logit_rows,
+                logits_to_keep=logits_to_keep,  # 0: all
             )
         finally:
             base.context.rows = base.context.output_rows = base.context.merged_slot = None
             base.store.plan = None
         logits: Tensor = output.logits
         return logits[0]
+
+
+def _decodes(item: Scheduled) -> bool:
+    """One new token whose logits are wanted, after others that are in the cache."""
+    return item.n_tokens == 1 and item.request.n_computed > 0 and item.finishes_known_tokens
+
+
+def _decode_step(scheduled: Sequence[Scheduled], page_tokens: int) -> DecodeStep:
+    ordered = tuple(sorted(scheduled, key=lambda s: s.request.slot_index))
+    rows = []
+    for item in ordered:
+        request, at = item.request, item.request.n_computed
+        place = request.pages[at // page_tokens] * page_tokens + at % page_tokens
+        used = request.pages[: at // page_tokens + 1]
+        rows.append(DecodeRow(request.tokens[at], at, place, used, at + 1, request.slot_index))
+    outputs = tuple(LogitRows(i, 1, True) for i in range(len(rows)))
+    return DecodeStep(ordered, tuple(rows), outputs)

@@ -5,8 +5,8 @@ cache places, page tables, lengths, which rows belong to which slot - is data in
 filled by two copies from pinned memory. The number of variants is therefore no graph key: there are
 two graphs per bucket, with and without deltas. On a CPU the same code runs without capture.
 
-Padding is inert: length 0 attends to nothing, place `padding_place` is not written (or to a page
-nobody reads), slot -1 has no delta. What a padding row computes is thrown away.
+Padding is inert: length 0 attends to nothing, place `padding_place` is of a page nobody reads (or
+-1 where the cache write knows that), slot -1 has no delta. What such a row computes is thrown away.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class StaticBatch:
     places       int64 [T]
     vector_rows  int64 [T], slot + 1: row of a 1-D parameter's ``[1 + C, m]`` values
     pages        int32 [T, P]; lengths int32 [T], 0 for padding
+    rows         int64 [T], 0, 1, ...: every row decodes
     segments     at most T entries, the rest -1
+    table        the same segments as [T, 3]
     """
 
     input_ids: Tensor
@@ -62,7 +64,9 @@ class StaticBatch:
     vector_rows: Tensor
     pages: Tensor
     lengths: Tensor
+    rows: Tensor
     segments: SegmentArrays
+    table: Tensor
 
 
 Forward = Callable[[StaticBatch, bool], Tensor]
@@ -80,6 +84,7 @@ class StaticBuffers:
         self._host_small = torch.zeros(n_small, dtype=torch.int32, pin_memory=pinned)
         self.wide = self._host_wide.to(device, copy=True)
         self.small = self._host_small.to(device, copy=True)
+        self._rows = torch.arange(rows, device=device)
         self._copied = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
         self.batch = self._views()
         self.fill([])
@@ -96,7 +101,9 @@ class StaticBuffers:
             vector_rows=vector_rows,
             pages=pages.view(t, self._max_pages),
             lengths=lengths,
+            rows=self._rows,
             segments=SegmentArrays(slots, starts, ends, count, SEGMENT_ROWS),
+            table=self.small[-3 * t - 1 : -1].view(3, t).t(),
         )
 
     def fill(self, rows: Sequence[DecodeRow]) -> None:
@@ -163,13 +170,15 @@ class StaticStep:
         if max_rows > BUCKETS[-1]:
             raise ConfigError(
                 f"{max_rows} decode rows per step are more than the largest graph's "
-                f"{BUCKETS[-1]}; lower --max-num-seqs"
+                f"{BUCKETS[-1]}; lower --max-num-seqs or use --enforce-eager"
             )
         self._forward, self._device = forward, device
         wanted = [bucket for bucket in BUCKETS if bucket < max_rows]
         sizes = [*wanted, BUCKETS[len(wanted)]]
         self._buffers = {t: StaticBuffers(t, max_pages, device, padding_place) for t in sizes}
         self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._pool: Any = None
+        self.forget()
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -178,22 +187,27 @@ class StaticStep:
     def buffers(self, bucket: int) -> StaticBuffers:
         return self._buffers[bucket]
 
-    def prepare(self) -> None:
+    @property
+    def max_rows(self) -> int:
+        return self.buckets[-1]
+
+    def prepare(self, *, with_deltas: Sequence[bool] = (False, True)) -> None:
         """Compile and capture everything: largest bucket first, so that the others share its
-        memory. Call once the slot arrays and caches have their final addresses, and again if one
-        of them moves. Does nothing on a CPU.
+        memory. Call once the slot arrays and caches have their addresses. Does nothing on a CPU.
         """
+        self.forget()
         if self._device.type != "cuda":
             return
-        self._graphs.clear()
-        pool = torch.cuda.graph_pool_handle()
         for bucket in reversed(self.buckets):
-            for with_deltas in (False, True):
-                self._graphs[bucket, with_deltas] = self._capture(bucket, with_deltas, pool)
+            for flag in with_deltas:
+                self._capture(bucket, flag)
 
-    def _capture(
-        self, bucket: int, with_deltas: bool, pool: Any
-    ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    def forget(self) -> None:
+        """Some array has moved: capture anew, each graph when it is first needed."""
+        self._graphs.clear()
+        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+
+    def _capture(self, bucket: int, with_deltas: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         buffers = self._buffers[bucket]
         buffers.fill([])
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
@@ -203,8 +217,10 @@ class StaticStep:
                 self._forward(buffers.batch, with_deltas)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # thread_local: a loader's thread may allocate and wait meanwhile, on its own stream.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             logits = self._forward(buffers.batch, with_deltas)
+        self._graphs[bucket, with_deltas] = graph, logits
         return graph, logits
 
     @torch.inference_mode()
@@ -212,9 +228,11 @@ class StaticStep:
         """Logits ``[n, V]`` of n rows sorted by slot; valid until the next call."""
         bucket = next(t for t in self.buckets if t >= len(rows))
         buffers = self._buffers[bucket]
-        buffers.fill(rows)
         with_deltas = any(row.slot != BASE_SLOT for row in rows)
         captured = self._graphs.get((bucket, with_deltas))
+        if captured is None and self._device.type == "cuda":
+            captured = self._capture(bucket, with_deltas)
+        buffers.fill(rows)
         if captured is None:
             return self._forward(buffers.batch, with_deltas)[: len(rows)]
         graph, logits = captured

@@ -42,7 +42,9 @@ class TorchBlockDiag:
         """See `BlockDiagOp`."""
         blocks, s = self._blocks, self._blocks.n_blocks
         places = padded_places(blocks.n, s, x.device)
-        for slot, start, end in segments.table.tolist():
+        for slot, start, end in segments.entries():
+            if segments.count is not None and (slot := blocks.place(slot)) < 0:
+                continue
             values = blocks.values(slot)  # [s, nb, sum of mb]
             rows = x.new_zeros((end - start, values.shape[0] * values.shape[1])).float()
             rows[:, places] = x[start:end].float()

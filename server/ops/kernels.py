@@ -1,8 +1,7 @@
 """The operations that have a fast form on some devices, behind one interface.
 
 `TorchKernels` is the reference that runs everywhere; `server.ops.cpu` and `server.ops.triton` hold
-compiled ones. `choose_kernels` says which a device gets; Triton's only if asked for by name, until
-`benchmarks.gpu` has checked and timed them on a device.
+compiled ones. `choose_kernels` says which a device gets; Triton's are checked on it first.
 """
 
 from __future__ import annotations
@@ -32,6 +31,10 @@ class Kernels(AttentionKernels, Protocol):
     @property
     def name(self) -> str: ...
 
+    def takes_data(self, device: torch.device) -> bool:
+        """Whether a step can run on `StaticRows`: nothing here asks the device for its rows."""
+        ...
+
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp: ...
 
     def linear(self, weight: Tensor) -> LinearOp: ...
@@ -49,6 +52,9 @@ class TorchKernels:
     """Plain torch."""
 
     name = "torch"
+
+    def takes_data(self, device: torch.device) -> bool:
+        return device.type == "cpu"  # on a GPU it would have to wait for the segments
 
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp:
         return TorchBlockDiag(blocks)
@@ -74,8 +80,8 @@ class TorchKernels:
 
 def choose_kernels(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> Kernels:
     """The kernels for this device and compute dtype. ValueError if `choice` cannot run there."""
-    if choice == "triton":
-        return _triton_kernels(device)
+    if choice == "triton" or (choice == "auto" and device.type == "cuda" and _has_triton()):
+        return _triton_kernels(device, dtype)
     fits = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
     if choice == "numba" and not fits:
         raise ValueError("numba kernels run on the CPU in float32 or bfloat16 only")
@@ -91,11 +97,21 @@ def choose_kernels(choice: KernelChoice, device: torch.device, dtype: torch.dtyp
     return NumbaKernels()
 
 
-def _triton_kernels(device: torch.device) -> Kernels:
+def _has_triton() -> bool:
+    found = find_spec("triton") is not None
+    if not found:
+        log.warning("triton is not installed: plain torch, slow; pip install 'impart-serve[gpu]'")
+    return found
+
+
+def _triton_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     if device.type != "cuda":
         raise ValueError("triton kernels run on CUDA devices only")
     if find_spec("triton") is None:
         raise ValueError("triton is not installed; `pip install 'impart-serve[gpu]'`")
     from server.ops.triton.kernels import TritonKernels
+    from server.ops.triton.selfcheck import check_kernels
 
-    return TritonKernels()
+    kernels = TritonKernels(device)
+    check_kernels(kernels, device, dtype)
+    return kernels

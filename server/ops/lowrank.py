@@ -31,6 +31,7 @@ class PackedLowRank:
     up_codes     uint8 [C, rows of k, m]: b, packed along the components
     gains        float32 [C, k]: what the components of b are multiples of
     make_op      makes the product of packed blocks (`Kernels.blockdiag`)
+    place_of     see `PackedBlocks`
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class PackedLowRank:
         n: int,
         bits: int,
         make_op: Callable[[PackedBlocks], BlockDiagOp],
+        place_of: Tensor | None = None,
     ) -> None:
         n_slots, k = gains.shape
         m = up_codes.shape[2]
@@ -51,11 +53,11 @@ class PackedLowRank:
         unit = torch.ones((n_slots, 1), dtype=torch.float32, device=gains.device)
         self._rank, self._gains = k, gains
         self._down = PackedBlocks(
-            down_codes[:, None], down_scales[:, None], down_units, (k,), n, bits
+            down_codes[:, None], down_scales[:, None], down_units, (k,), n, bits, place_of
         )
         # One row of ones for all slots: a scale per output would be m more bytes a variant.
         scales = ones.expand(1, 1, m).contiguous().expand(n_slots, 1, m)
-        self._up = PackedBlocks(up_codes[:, None], scales, unit, (m,), k, bits)
+        self._up = PackedBlocks(up_codes[:, None], scales, unit, (m,), k, bits, place_of)
         self._shrink, self._expand = make_op(self._down), make_op(self._up)
 
     def add_(self, y: Tensor, x: Tensor, place_of_row: Tensor, segments: SlotSegments) -> None:
@@ -74,3 +76,11 @@ class PackedLowRank:
         blockdiag_rows_add_(hidden, ids, torch.full_like(ids, place), self._up)
         hidden *= self._gains[place]
         y.copy_(y.float() + hidden @ self._down.values(place)[0].T)
+
+    def add_rows_of_(self, y: Tensor, ids: Tensor, places: Tensor) -> None:
+        """The same with a place per row, int64 [t]: dequantises ``down`` once a row."""
+        hidden = torch.zeros((len(ids), self._rank), device=y.device)
+        blockdiag_rows_add_(hidden, ids, places, self._up)
+        hidden *= self._gains[places]
+        factors = self._down.values_of(places)[:, 0]  # [t, n, k]
+        y.copy_(y.float() + torch.bmm(factors, hidden.unsqueeze(2)).squeeze(2))

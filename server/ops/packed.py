@@ -37,6 +37,8 @@ class PackedBlocks:
     sizes   outputs m of each matrix; its longest block has ``mb = ceil(m / s)``
     n       inputs; the longest block has ``nb = ceil(n / s)``
     bits    2, 3, 4, 8 or 16
+    place_of  int32 [slots]: place + 1 in the arrays, 0 where the slot has nothing here; asked where
+            a step's rows are data (`static_rows`)
 
     Block b of a balanced partition of m has ``m // s + (b < m % s)`` rows and starts at
     ``b * (m // s) + min(b, m % s)``; columns likewise.
@@ -48,6 +50,7 @@ class PackedBlocks:
     sizes: tuple[int, ...]
     n: int
     bits: int
+    place_of: Tensor | None = None
 
     @property
     def n_blocks(self) -> int:
@@ -57,20 +60,34 @@ class PackedBlocks:
         """`mb` of each matrix: its share of the last axis."""
         return [-(-m // self.n_blocks) for m in self.sizes]
 
+    def place(self, slot: int) -> int:
+        """Place of a slot, -1 if it has none; asks the device."""
+        assert self.place_of is not None
+        return int(self.place_of[slot]) - 1 if slot < len(self.place_of) else -1
+
     def values(self, slot: int) -> Tensor:
         """Dequantise one slot: float32 [s, nb, sum of mb]. Padding is zero."""
+        return self._values(self.codes[slot], self.scales[slot], self.units[slot])
+
+    def values_of(self, slots: Tensor) -> Tensor:
+        """Dequantise a slot per entry of ``slots [t]``: float32 [t, s, nb, sum of mb]."""
+        return self._values(self.codes[slots], self.scales[slots], self.units[slots])
+
+    def _values(self, packed: Tensor, scales: Tensor, units: Tensor) -> Tensor:
         nb = -(-self.n // self.n_blocks)
-        codes = unpack_columns(self.codes[slot], self.bits, nb).float()
+        codes = unpack_columns(packed, self.bits, nb).float()
         if self.bits != 16:
             codes -= ((1 << self.bits) - 1) / 2
-        units = self.units[slot].repeat_interleave(
-            torch.tensor(self.block_rows(), device=codes.device)
-        )
-        values = codes.mul_((scale_values(self.scales[slot]) * units).unsqueeze(1))
+        parts = [units[..., g : g + 1].expand(*units.shape[:-1], mb) for g, mb in self._numbered()]
+        gains = scale_values(scales) * torch.cat(parts, dim=-1).unsqueeze(-2)
+        values = codes.mul_(gains.unsqueeze(-2))
         short = self.n % self.n_blocks
         if short:  # the last column of the shorter blocks is padding
-            values[short:, nb - 1] = 0
+            values[..., short:, nb - 1, :] = 0
         return values
+
+    def _numbered(self) -> list[tuple[int, int]]:
+        return list(enumerate(self.block_rows()))
 
 
 def octaves(device: torch.device | None = None) -> Tensor:

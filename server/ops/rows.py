@@ -57,12 +57,20 @@ class SlotSegments:
 
     table    int64 [k, 3]: place in the arrays, first row, end row
     n        k
-    longest  rows of the longest segment
+    longest  rows of the longest segment, or more
+    count    int32 [1]: entries in use where only the device knows (n is then the most); else None
     """
 
     table: Tensor
     n: int
     longest: int
+    count: Tensor | None = None
+
+    def entries(self) -> list[list[int]]:
+        """``[slot, first row, end row]`` each, on the host."""
+        n = self.n if self.count is None else int(self.count)
+        rows: list[list[int]] = self.table[:n].tolist()
+        return rows
 
 
 class RowPlan:
@@ -84,8 +92,20 @@ class RowPlan:
         """[T] int64, -1 for the base."""
         return self._per_row([s.slot for s in self.segments])
 
-    def row_of_vector(self, present: frozenset[int]) -> Tensor:
-        """[T] int64: ``slot + 1`` where the row's slot is in `present`, else 0 (the base's row)."""
+    @property
+    def as_data(self) -> bool:
+        """Whether the segments are known to the device only (`static_rows`)."""
+        return False
+
+    @property
+    def has_deltas(self) -> bool:
+        """Whether any row belongs to a slot."""
+        return bool(self.slots)
+
+    def vector_index(self, present: frozenset[int], n_vectors: int) -> Tensor:
+        """[T] int64: each row's place in ``[n_vectors, m]`` values of a 1-D parameter: ``slot + 1``
+        where the row's slot is in `present`, else 0 (the base's).
+        """
         active = present & self.slots
         if active not in self._rows_of:
             places = [s.slot + 1 if s.slot in active else 0 for s in self.segments]

@@ -22,6 +22,9 @@ class NumbaKernels:
 
     name = "numba"
 
+    def takes_data(self, device: torch.device) -> bool:
+        return False
+
     def __init__(self) -> None:
         self.parallel = Parallel()
         self._blockdiag = BlockDiagKernel(self.parallel)

@@ -45,6 +45,7 @@ from server.ops.triton.layout import (
     alignment,
     gathers,
     input_alignment,
+    place_of,
     rows_of,
     tile_table,
     word_bytes,
@@ -110,7 +111,7 @@ def blockdiag_add_(
     outputs  ``[T, m]`` of each matrix or None to leave it out, in x's dtype, last axis contiguous,
              one row stride (column slices of one tensor)
     x        [T, n]
-    present  int32 [C], 0 where the slot holds nothing for these matrices (never read then)
+    present  int32 [slots]: place + 1 of a slot in the arrays, 0 where it has nothing here
     """
     word = word_bytes(blocks)
     codes = blocks.codes.view(torch.int16) if word == 2 else blocks.codes
@@ -122,7 +123,7 @@ def blockdiag_add_(
         _blockdiag_kernel,
         (n_programs(x.device, kernel.per_processor),),
         *(*targets, sum(1 << g for g, y in enumerate(outputs) if y is not None)),
-        *(x, codes, blocks.scales, blocks.units, present, kernel.tiles),
+        *(x, codes, blocks.scales, blocks.units, present, len(present), kernel.tiles),
         *(segments.slots, segments.starts, segments.ends, segments.count),
         *(segments.slots.stride(0), segments.chunks, len(kernel.tiles)),
         *(blocks.n, blocks.n_blocks, codes.shape[2], given[0].stride(0), x.stride(0)),
@@ -153,15 +154,16 @@ def blockdiag_add_reference_(
 ) -> None:
     """The same in torch, block by block, in `compute`."""
     for segment in rows_of(segments):
-        if segment.slot < 0 or not int(present[segment.slot]):
+        place = place_of(segment, present)
+        if place < 0:
             continue
-        part, place = slice(segment.start, segment.end), 0
-        values = blocks.values(segment.slot).to(compute)
+        part, column = slice(segment.start, segment.end), 0
+        values = blocks.values(place).to(compute)
         for y, m, mb in zip(outputs, blocks.sizes, blocks.block_rows(), strict=True):
             if y is not None:
-                out = _blocks_apply(x[part].to(compute), values[..., place : place + mb], m)
+                out = _blocks_apply(x[part].to(compute), values[..., column : column + mb], m)
                 y[part] = (y[part].to(compute) + out).to(y.dtype)
-            place += mb
+            column += mb
 
 
 def _blocks_apply(x: Tensor, values: Tensor, m: int) -> Tensor:
@@ -225,7 +227,7 @@ def _field(
 
 @triton.jit
 def _blockdiag_kernel(
-    y0, y1, y2, wanted, x, codes, scales, units, present, tiles,
+    y0, y1, y2, wanted, x, codes, scales, units, present, n_present, tiles,
     seg_slot, seg_start, seg_end, seg_count, seg_stride, chunks, n_tiles,
     n, s, byte_rows, y_stride, x_stride,
     code_slot, code_block, code_row, scale_slot, scale_block, unit_slot,
@@ -240,7 +242,7 @@ def _blockdiag_kernel(
         chunk = item // (n_tiles * s) % chunks
         segment = item // (n_tiles * s * chunks) * seg_stride
         matrix = tl.load(tile + 3)
-        slot = slot_of(seg_slot, present, segment)
+        slot = slot_of(seg_slot, present, n_present, segment)
         start = tl.load(seg_start + segment).to(tl.int32) + chunk * TILE_T
         end = tl.load(seg_end + segment).to(tl.int32)
         if (slot >= 0) & (start < end) & (((wanted >> matrix) & 1) != 0):

@@ -36,13 +36,15 @@ def mac(acc, a, b, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def slot_of(seg_slot, present, segment):
-    """The segment's slot, or -1 if it has nothing to add: base rows, padding, absent slots."""
+def slot_of(seg_slot, present, n_present, segment):
+    """Place of the segment's slot (`present` holds place + 1, 0 for none), or -1 if it has nothing
+    to add: base rows, padding, absent slots, slots that the map does not know.
+    """
     slot = tl.load(seg_slot + segment).to(tl.int32)
     here = 0
-    if slot >= 0:
+    if (slot >= 0) & (slot < n_present):
         here = tl.load(present + slot)
-    return tl.where(here != 0, slot, -1)
+    return here - 1
 
 
 def next_power_of_two(n: int) -> int:

@@ -33,7 +33,7 @@ from server.ops.triton.compat import (
     next_power_of_two,
     slot_of,
 )
-from server.ops.triton.layout import SegmentArrays, rows_of
+from server.ops.triton.layout import SegmentArrays, place_of, rows_of, where_of
 
 MIN_TILE = 16
 TILE_RANKS = 64
@@ -46,7 +46,7 @@ class ImpartArrays:
     u_values [C, bu, R, S], u_index [C, bu * S] int; v_values [C, bv, R, S]; sigma [C, r];
     order    [C, bv * S] int32, first [C, r + 1] int32: component k's parts are
              ``order[first[k] : first[k + 1]]`` (see `rank_lists`)
-    present  int32 [C], 0 where the slot holds nothing (never read then)
+    present  int32 [slots]: place + 1 of a slot in the arrays, 0 where it has nothing here
     """
 
     u_values: Tensor
@@ -76,7 +76,7 @@ def impart_add_(y: Tensor, x: Tensor, segments: SegmentArrays, arrays: ImpartArr
     bv, ranks = arrays.v_values.shape[1], arrays.sigma.shape[1]
     parts = torch.empty((len(x), bv * kept), dtype=torch.float32, device=x.device)
     z = torch.empty((len(x), ranks), dtype=x.dtype, device=x.device)
-    where = (segments.slots, segments.starts, segments.ends, segments.count, arrays.present)
+    where = where_of(segments, arrays.present)
     grid = (n_programs(x.device, 4),)
     tile_kept = max(MIN_TILE, min(64, next_power_of_two(kept)))
     tile_rows = max(MIN_TILE, min(64, next_power_of_two(block_rows)))
@@ -119,9 +119,10 @@ def impart_add_reference_(
     """The same in torch, in `compute`."""
     _, bu, block_rows, kept = arrays.u_values.shape
     for segment in rows_of(segments):
-        if segment.slot < 0 or not int(arrays.present[segment.slot]):
+        place = place_of(segment, arrays.present)
+        if place < 0:
             continue
-        rows, slot = slice(segment.start, segment.end), segment.slot
+        rows, slot = slice(segment.start, segment.end), place
         v = arrays.v_values[slot].to(compute)
         padding = len(v) * block_rows - x.shape[1]
         wide = torch.nn.functional.pad(x[rows].to(compute), (0, padding)).view(
@@ -140,7 +141,7 @@ def impart_add_reference_(
 
 @triton.jit
 def _parts_kernel(
-    parts, x, v_values, seg_slot, seg_start, seg_end, seg_count, present,
+    parts, x, v_values, seg_slot, seg_start, seg_end, seg_count, present, n_present,
     bv, block_rows, kept, n, x_stride,
     TILE_R: tl.constexpr, TILE_S: tl.constexpr, UPCAST: tl.constexpr, TILE_T: tl.constexpr,
 ):  # fmt: skip
@@ -149,7 +150,7 @@ def _parts_kernel(
         j = item % tiles * TILE_S + tl.arange(0, TILE_S)
         block = item // tiles % bv
         segment = item // (tiles * bv)
-        slot = slot_of(seg_slot, present, segment)
+        slot = slot_of(seg_slot, present, n_present, segment)
         if slot >= 0:
             token = tl.load(seg_start + segment) + tl.arange(0, TILE_T)
             token_mask = token < tl.load(seg_end + segment)
@@ -170,14 +171,14 @@ def _parts_kernel(
 
 @triton.jit
 def _rank_kernel(
-    z, parts, order, first, sigma, seg_slot, seg_start, seg_end, seg_count, present,
+    z, parts, order, first, sigma, seg_slot, seg_start, seg_end, seg_count, present, n_present,
     width, ranks, TILE_K: tl.constexpr, TILE_T: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(ranks, TILE_K)
     for item in range(tl.program_id(0), tl.load(seg_count) * tiles, tl.num_programs(0)):
         k = item % tiles * TILE_K + tl.arange(0, TILE_K)
         segment = item // tiles
-        slot = slot_of(seg_slot, present, segment)
+        slot = slot_of(seg_slot, present, n_present, segment)
         if slot >= 0:
             token = tl.load(seg_start + segment) + tl.arange(0, TILE_T)
             token_mask = token < tl.load(seg_end + segment)
@@ -198,7 +199,7 @@ def _rank_kernel(
 
 @triton.jit
 def _expand_kernel(
-    y, z, u_values, u_index, seg_slot, seg_start, seg_end, seg_count, present,
+    y, z, u_values, u_index, seg_slot, seg_start, seg_end, seg_count, present, n_present,
     bu, block_rows, kept, ranks, m, y_stride,
     TILE_R: tl.constexpr, TILE_S: tl.constexpr, UPCAST: tl.constexpr, TILE_T: tl.constexpr,
 ):  # fmt: skip
@@ -207,7 +208,7 @@ def _expand_kernel(
         r = item % tiles * TILE_R + tl.arange(0, TILE_R)
         block = item // tiles % bu
         segment = item // (tiles * bu)
-        slot = slot_of(seg_slot, present, segment)
+        slot = slot_of(seg_slot, present, n_present, segment)
         if slot >= 0:
             token = tl.load(seg_start + segment) + tl.arange(0, TILE_T)
             token_mask = token < tl.load(seg_end + segment)

@@ -1,4 +1,4 @@
-"""`server.ops.kernels.Kernels` for a GPU; no default until it has been measured on one."""
+"""`server.ops.kernels.Kernels` for a GPU, checked against torch before use (`selfcheck`)."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from server.ops.attention import AttentionCall
 from server.ops.delta import BlockDiagOp
 from server.ops.kernels import TorchKernels
-from server.ops.linear import LinearOp, TorchLinear
+from server.ops.norm import RmsForm
 from server.ops.packed import PackedBlocks
-from server.ops.quantize import QuantizedWeight, quantize_int8
 from server.ops.rows import SlotSegments
+from server.ops.triton.attention import paged_decode
 from server.ops.triton.blockdiag import (
     DECODE_ROWS,
     PREFILL_ROWS,
@@ -20,7 +21,8 @@ from server.ops.triton.blockdiag import (
     plan_kernel,
 )
 from server.ops.triton.layout import from_table
-from server.ops.triton.linear import linear_
+from server.ops.triton.norm import rms_norm, silu_mul
+from server.ops.triton.rope import rope_and_write_
 
 
 class TritonBlockDiag:
@@ -30,44 +32,69 @@ class TritonBlockDiag:
         self._blocks = blocks
         self._decode = plan_kernel(blocks)
         self._prefill = plan_kernel(blocks, prefill=True)
-        # The engine's table names only slots that hold these matrices.
-        self._present = torch.ones(len(blocks.codes), dtype=torch.int32, device=blocks.codes.device)
+        n = len(blocks.codes)
+        self._same = torch.arange(1, n + 1, dtype=torch.int32, device=blocks.codes.device)
 
     def add_(self, outputs: Sequence[Tensor | None], x: Tensor, segments: SlotSegments) -> None:
         """See `BlockDiagOp`."""
         prefill = segments.longest > DECODE_ROWS
         where = from_table(segments, PREFILL_ROWS if prefill else DECODE_ROWS)
         kernel = self._prefill if prefill else self._decode
-        blockdiag_add_(outputs, x, where, self._blocks, kernel, self._present)
-
-
-class TritonInt8Linear:
-    """Weight-only int8 base linear: half the bytes of a decode step, see `server.ops.quantize`."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self._weight: QuantizedWeight = quantize_int8(weight)
-        self._dtype = weight.dtype
-
-    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x [T, n]`` -> ``[T, m]``."""
-        y = torch.empty(len(x), len(self._weight.values), dtype=x.dtype, device=x.device)
-        linear_(y, x, self._weight)
-        return y if bias is None else y.add_(bias)
-
-    def dense(self) -> Tensor:
-        """The quantised weight in the compute dtype: not bit for bit what it was made of."""
-        return self._weight.dense(self._dtype)
+        # The engine's table names places, a static step's slots.
+        places = self._same if segments.count is None else self._blocks.place_of
+        assert places is not None
+        blockdiag_add_(outputs, x, where, self._blocks, kernel, places)
 
 
 class TritonKernels(TorchKernels):
-    """Deltas in Triton; the base's products in cuBLAS, or int8 in Triton; the rest in torch."""
+    """Deltas, decode attention, RoPE with the cache write, norms and SiLU-mul in Triton; the base's
+    products in cuBLAS; prefill attention, and forms the kernels do not know, in torch.
+    """
 
-    def __init__(self, *, int8_base: bool = False) -> None:
-        self._int8_base = int8_base
-        self.name = "triton, int8 base" if int8_base else "triton"
+    name = "triton"
+
+    def __init__(self, device: torch.device) -> None:
+        self._base_row = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def takes_data(self, device: torch.device) -> bool:
+        return True
 
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp:
         return TritonBlockDiag(blocks)
 
-    def linear(self, weight: Tensor) -> LinearOp:
-        return TritonInt8Linear(weight) if self._int8_base else TorchLinear(weight)
+    def rotate_and_write_(self, call: AttentionCall) -> None:
+        # The kernel turns k on its way into the cache only; prefill reads k itself.
+        if call.rotary is None or call.plan.prefill:
+            super().rotate_and_write_(call)
+            return
+        angles, caches = (call.rotary.cos, call.rotary.sin), (call.k_cache, call.v_cache)
+        rope_and_write_(call.q, call.k, call.v, *angles, *caches, call.plan.places)
+
+    def decode_(self, out: Tensor, call: AttentionCall) -> None:
+        batch = call.plan.decode
+        assert batch is not None
+        everything = len(batch.rows) == len(call.q)
+        result = paged_decode(
+            call.q if everything else call.q[batch.rows],
+            call.k_cache,
+            call.v_cache,
+            batch.pages,
+            batch.lengths,
+            scale=call.scale,
+            window=call.window,
+            softcap=call.softcap,
+        )
+        if everything:
+            out.copy_(result)
+        else:
+            out[batch.rows] = result
+
+    def rms_norm(self, x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm) -> Tensor:
+        if form.casts_first != (form.offset == 0.0):
+            return super().rms_norm(x, weights, index, form)
+        places = self._base_row if index is None else index
+        rows = x.reshape(len(places), -1, x.shape[-1])
+        return rms_norm(rows, weights, places, form.eps, offset=form.offset).view(x.shape)
+
+    def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+        return silu_mul(gate, up)

@@ -107,8 +107,27 @@ def segment_arrays(
 def from_table(segments: SlotSegments, tile_rows: int) -> SegmentArrays:
     """The engine's table of segments, in place; nothing waits for the device."""
     slots, starts, ends = segments.table.unbind(1)
-    count = torch.full((1,), segments.n, dtype=torch.int32, device=segments.table.device)
+    count = segments.count
+    if count is None:
+        count = torch.full((1,), segments.n, dtype=torch.int32, device=segments.table.device)
     return SegmentArrays(slots, starts, ends, count, tile_rows, -(-segments.longest // tile_rows))
+
+
+def where_of(
+    segments: SegmentArrays, present: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
+    """What a kernel of one row of matrices wants to know of the rows and of the slots held."""
+    return (
+        *(segments.slots, segments.starts, segments.ends, segments.count),
+        present,
+        len(present),
+    )
+
+
+def place_of(segment: Segment, present: Tensor) -> int:
+    """What `compat.slot_of` does, for the references: place of the segment's slot, or -1."""
+    known = 0 <= segment.slot < len(present)
+    return int(present[segment.slot]) - 1 if known else -1
 
 
 def rows_of(segments: SegmentArrays) -> list[Segment]:

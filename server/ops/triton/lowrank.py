@@ -28,7 +28,7 @@ from server.ops.triton.compat import (
     next_power_of_two,
     slot_of,
 )
-from server.ops.triton.layout import SegmentArrays, rows_of
+from server.ops.triton.layout import SegmentArrays, place_of, rows_of, where_of
 
 CHUNK_INPUTS = 512
 TILE_INPUTS = 64
@@ -43,7 +43,7 @@ class LowRankArrays:
     a        [C, G * r, n], ranks of the matrices one after the other
     b        [C, r, sum m], outputs side by side
     sizes    m of each matrix
-    present  int32 [C], 0 where the slot holds nothing (never read then)
+    present  int32 [slots]: place + 1 of a slot in the arrays, 0 where it has nothing here
     """
 
     a: Tensor
@@ -76,7 +76,7 @@ def lowrank_add_(
     _, ranks, n = arrays.a.shape
     chunks = -(-n // CHUNK_INPUTS)
     hidden = torch.empty((len(x), chunks, ranks), dtype=torch.float32, device=x.device)
-    where = (segments.slots, segments.starts, segments.ends, segments.count, arrays.present)
+    where = where_of(segments, arrays.present)
     launch(
         _shrink_kernel,
         (n_programs(x.device, 4),),
@@ -113,12 +113,13 @@ def lowrank_add_reference_(
     """The same in torch, in `compute`."""
     r = arrays.rank
     for segment in rows_of(segments):
-        if segment.slot < 0 or not int(arrays.present[segment.slot]):
+        place = place_of(segment, arrays.present)
+        if place < 0:
             continue
         rows, column = slice(segment.start, segment.end), 0
         for g, m in enumerate(arrays.sizes):
-            a = arrays.a[segment.slot, g * r : (g + 1) * r].to(compute)
-            b = arrays.b[segment.slot, :, column : column + m].to(compute)
+            a = arrays.a[place, g * r : (g + 1) * r].to(compute)
+            b = arrays.b[place, :, column : column + m].to(compute)
             hidden = (x[rows].to(compute) @ a.T).to(x.dtype).to(compute)
             target = y[rows, column : column + m]
             target.copy_((target.to(compute) + hidden @ b).to(y.dtype))
@@ -127,7 +128,8 @@ def lowrank_add_reference_(
 
 @triton.jit
 def _shrink_kernel(
-    hidden, x, a, seg_slot, seg_start, seg_end, seg_count, present, chunks, n, ranks, x_stride,
+    hidden, x, a, seg_slot, seg_start, seg_end, seg_count, present, n_present,
+    chunks, n, ranks, x_stride,
     TILE_T: tl.constexpr, TILE_R: tl.constexpr, TILE_K: tl.constexpr, CHUNK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +139,7 @@ def _shrink_kernel(
         r = item % rank_tiles * TILE_R + tl.arange(0, TILE_R)
         chunk = item // rank_tiles % chunks
         segment = item // (rank_tiles * chunks)
-        slot = slot_of(seg_slot, present, segment)
+        slot = slot_of(seg_slot, present, n_present, segment)
         if slot >= 0:
             token = tl.load(seg_start + segment) + tl.arange(0, TILE_T)
             token_mask = token < tl.load(seg_end + segment)
@@ -158,7 +160,7 @@ def _shrink_kernel(
 
 @triton.jit
 def _expand_kernel(
-    y, hidden, b, tiles, seg_slot, seg_start, seg_end, seg_count, present,
+    y, hidden, b, tiles, seg_slot, seg_start, seg_end, seg_count, present, n_present,
     n_tiles, chunks, rank, ranks, width, y_stride,
     TILE_T: tl.constexpr, TILE_R: tl.constexpr, TILE_M: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -166,7 +168,7 @@ def _expand_kernel(
     for item in range(tl.program_id(0), n_items, tl.num_programs(0)):
         tile = tiles + item % n_tiles * 3
         segment = item // n_tiles
-        slot = slot_of(seg_slot, present, segment)
+        slot = slot_of(seg_slot, present, n_present, segment)
         if slot >= 0:
             token = tl.load(seg_start + segment) + tl.arange(0, TILE_T)
             token_mask = token < tl.load(seg_end + segment)

@@ -81,37 +81,36 @@ def _rms_norm_kernel(
     tl.store(out + row * n + column, result.to(values.dtype), mask=mask)
 
 
-def silu_mul(gate_up: Tensor) -> Tensor:
-    """``silu(gate) * up`` of ``gate_up [T, 2 I]``, gate first: ``[T, I]`` in its dtype.
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up``: [T, I] each, last axis contiguous, may be slices of one fused tensor.
 
-    Numerics: silu in float32, rounded to the dtype, then the product rounded, as in torch.
-    Bytes: 3 I elements a row.
+    Returns [T, I] in their dtype. Numerics: silu in float32, rounded to the dtype, then the product
+    rounded, as in torch. Bytes: 3 I elements a row.
     """
-    rows, width = len(gate_up), gate_up.shape[1] // 2
-    out = torch.empty((rows, width), dtype=gate_up.dtype, device=gate_up.device)
+    rows, width = gate.shape
+    out = torch.empty((rows, width), dtype=gate.dtype, device=gate.device)
     launch(
         _silu_mul_kernel,
         (rows, triton.cdiv(width, SILU_TILE)),
-        *(out, gate_up, width, gate_up.stride(0)),
+        *(out, gate, up, width, gate.stride(0), up.stride(0)),
         TILE=SILU_TILE,
         num_warps=4,
     )
     return out
 
 
-def silu_mul_reference(gate_up: Tensor) -> Tensor:
+def silu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:
     """The same in torch."""
-    gate, up = gate_up.chunk(2, dim=1)
     return F.silu(gate) * up
 
 
 @triton.jit
-def _silu_mul_kernel(out, gate_up, width, stride, TILE: tl.constexpr):
+def _silu_mul_kernel(out, gate, up, width, gate_stride, up_stride, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     mask = column < width
-    gate = tl.load(gate_up + row * stride + column, mask=mask, other=0.0)
-    up = tl.load(gate_up + row * stride + width + column, mask=mask, other=0.0)
-    wide = gate.to(tl.float32)
-    silu = (wide * tl.sigmoid(wide)).to(gate.dtype).to(tl.float32)
-    tl.store(out + row * width + column, (silu * up.to(tl.float32)).to(gate.dtype), mask=mask)
+    gates = tl.load(gate + row * gate_stride + column, mask=mask, other=0.0)
+    ups = tl.load(up + row * up_stride + column, mask=mask, other=0.0)
+    wide = gates.to(tl.float32)
+    silu = (wide * tl.sigmoid(wide)).to(gates.dtype).to(tl.float32)
+    tl.store(out + row * width + column, (silu * ups.to(tl.float32)).to(gates.dtype), mask=mask)

@@ -25,6 +25,7 @@ from server.errors import ServeError
 from server.settings import Settings
 
 STEP_TIMEOUT_S = 60.0
+STATIC_LEN = 256  # tokens a sequence may have in static steps
 
 
 @dataclass(eq=False)
@@ -56,10 +57,13 @@ class CoreHarness:
     the loader's workers.
     """
 
-    def __init__(self, base: Path, deltas: Path | None = None, **settings: Any) -> None:
+    def __init__(
+        self, base: Path, deltas: Path | None = None, *, static: bool = False, **settings: Any
+    ) -> None:
         fields = {"dtype": "float32", "device": "cpu", "kv_cache_bytes": 8 << 20} | settings
         self.settings = Settings(base=base, deltas=deltas, **fields)
-        model = load_base_model(base, torch.device("cpu"), torch.float32)
+        kernels = self.settings.kernels
+        model = load_base_model(base, torch.device("cpu"), torch.float32, kernels)
         identity = base_identity(base)
         registry = DeltaRegistry(deltas, identity, frozenset({"base"}))
         registry.rescan()
@@ -67,9 +71,12 @@ class CoreHarness:
             self.settings, registry, "base", identity, load_base_text(base), model.vocab_size
         )
         pages = allocate_pages(model, self.settings)
-        self.core = EngineCore(
-            Runner(model), self.settings, pages, self.catalog.job_for, self._deliver
-        )
+        runner = Runner(model)
+        if static:
+            runner.use_static(max_rows=self.settings.max_num_seqs, max_len=STATIC_LEN)
+            for layer in model.store.layers.values():  # the page that padding writes to
+                layer.k[-1] = layer.v[-1] = float("nan")
+        self.core = EngineCore(runner, self.settings, pages, self.catalog.job_for, self._deliver)
         self.n_free_at_start = pages.n_free
         self._count = 0
 

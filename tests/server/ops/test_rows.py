@@ -74,9 +74,9 @@ def test_spans_merged_slots_join_the_rest_as_base() -> None:
     ]
 
 
-def test_row_of_vector_absent_slot_reads_the_base_row() -> None:
+def test_vector_index_absent_slot_reads_the_base_row() -> None:
     plan = plan_of({-1: 1, 0: 2, 3: 1})
-    assert plan.row_of_vector(frozenset({3})).tolist() == [0, 0, 0, 4]
+    assert plan.vector_index(frozenset({3}), 5).tolist() == [0, 0, 0, 4]
 
 
 def test_table_names_places_and_leaves_out_slots_without_one() -> None:

@@ -58,7 +58,8 @@ def pack(variants: dict[int, list[BlockDiagTerm]], n_slots: int) -> tuple[Packed
             units[slot, g] = term.unit
             place += mb
     present = torch.zeros(n_slots, dtype=torch.int32)
-    present[list(variants)] = 1
+    for slot in variants:
+        present[slot] = slot + 1
     return blocks, present
 
 

@@ -65,7 +65,7 @@ def stack(terms: dict[int, ImpartTerm], n_slots: int, ranks: int) -> ImpartArray
         arrays.order[slot], arrays.first[slot] = rank_lists(term.v_index.flatten(), ranks)
         arrays.sigma[slot] = 0
         arrays.sigma[slot, : term.rank] = term.sigma
-        arrays.present[slot] = 1
+        arrays.present[slot] = slot + 1
     return arrays
 
 

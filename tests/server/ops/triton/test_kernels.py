@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("triton")
 
 from server.ops.delta import TorchBlockDiag
-from server.ops.kernels import Kernels
-from server.ops.quantize import quantize_int8
-from server.ops.rows import RowPlan
+from server.ops.kernels import Kernels, TorchKernels
+from server.ops.rows import RowPlan, SlotSegments
 from server.ops.triton.kernels import TritonKernels
+from server.ops.triton.selfcheck import check_kernels
 from tests.server.ops.triton.helpers import CPU, generator, pack, random_term, segments_of
 
 
 @pytest.mark.parametrize("counts", [[(-1, 2), (0, 1), (2, 3)], [(0, 2), (2, 21)]])
 def test_blockdiag_op_equals_the_torch_op(counts: list[tuple[int, int]]) -> None:
-    kernels: Kernels = TritonKernels()
+    kernels: Kernels = TritonKernels(CPU)
     sizes = (24, 16)
     variants = {s: [random_term((m, 30), 2, 4, s + m) for m in sizes] for s in (0, 2)}
     blocks, _ = pack(variants, 3)
@@ -30,13 +34,68 @@ def test_blockdiag_op_equals_the_torch_op(counts: list[tuple[int, int]]) -> None
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
-def test_int8_linear_op_rounds_the_weight_and_nothing_else() -> None:
-    weight = torch.randn(20, 33, generator=generator(0))
-    bias = torch.randn(20, generator=generator(1))
-    x = torch.randn(3, 33, generator=generator(2))
-    op = TritonKernels(int8_base=True).linear(weight)
-    rounded = quantize_int8(weight).dense(torch.float32)
-    want = x.double() @ rounded.double().T + bias.double()
-    torch.testing.assert_close(op(x, bias).double(), want, rtol=1e-5, atol=1e-5)
-    assert torch.equal(op.dense(), rounded)
-    assert torch.equal(TritonKernels().linear(weight).dense(), weight)
+def test_blockdiag_op_finds_places_by_slot_where_rows_are_data() -> None:
+    terms = {place: [random_term((24, 30), 2, 4, place)] for place in (0, 1)}
+    blocks, _ = pack(terms, 2)
+    place_of = torch.tensor([0, 2, 0, 1], dtype=torch.int32)  # slot 1: place 1, slot 3: place 0
+    blocks = replace(blocks, place_of=place_of)
+    table = torch.tensor([[3, 0, 2], [1, 2, 3], [2, 3, 4], [9, 4, 5], [1, 0, 5]])
+    segments = SlotSegments(table, 5, 16, torch.tensor([4], dtype=torch.int32))
+    x = torch.randn(5, 30, generator=generator(0))
+    want, got = torch.zeros(5, 24), torch.zeros(5, 24)
+    want[:2] = x[:2] @ terms[0][0].to_dense().T
+    want[2:3] = x[2:3] @ terms[1][0].to_dense().T
+    TritonKernels(CPU).blockdiag(blocks).add_([got], x, segments)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    got.zero_()
+    TorchBlockDiag(blocks).add_([got], x, segments)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_self_check_passes_for_these_kernels() -> None:
+    check_kernels(TritonKernels(CPU), CPU, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("method", "named"),
+    [
+        ("silu_mul", "silu_mul"),
+        ("rms_norm", "rms_norm"),
+        ("rotate_and_write_", "rotate_and_write"),
+        ("decode_", "decode attention"),
+        ("blockdiag", "blockdiag 3 bit"),
+    ],
+)
+def test_self_check_names_a_wrong_kernel_and_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, method: str, named: str
+) -> None:
+    class Wrong(TorchKernels):
+        """Right but for one method."""
+
+    class Nothing:
+        def add_(self, *args: object) -> None:
+            pass
+
+    def wrong(self: Wrong, *args: Any) -> Any:
+        if method == "blockdiag":
+            return Nothing()
+        result = getattr(TorchKernels, method)(self, *args)
+        if method == "decode_":
+            args[0][0] += 1
+        if method == "rotate_and_write_":
+            args[0].k_cache[0] += 1
+        return None if result is None else result * 1.5
+
+    monkeypatch.setattr(Wrong, method, wrong, raising=False)
+    with pytest.raises(ValueError, match="--kernels torch") as caught:
+        check_kernels(Wrong(), CPU, torch.float32)
+    assert named in str(caught.value)
+
+
+def test_self_check_reports_a_kernel_that_does_not_run() -> None:
+    class Broken(TorchKernels):
+        def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
+            raise RuntimeError("no kernel image is available")
+
+    with pytest.raises(ValueError, match=r"silu_mul .*no kernel image"):
+        check_kernels(Broken(), CPU, torch.float32)

@@ -35,7 +35,7 @@ def test_kernels_mixed_batch_equal_dense_products(
     monkeypatch.setattr(lowrank, "CHUNK_INPUTS", chunk)
     a = torch.randn(4, len(sizes) * rank, n, generator=generator(0))
     b = torch.randn(4, rank, sum(sizes), generator=generator(1))
-    present = torch.tensor([1, 1, 0, 1], dtype=torch.int32)
+    present = torch.tensor([1, 2, 0, 4], dtype=torch.int32)
     a[2], b[2] = float("nan"), float("nan")
     dense = {}
     for slot in (0, 1, 3):

@@ -1,0 +1,23 @@
+"""What captured graphs depend on: where device arrays are, and which slots they cannot hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(slots=True)
+class Residency:
+    """Shared by all parameters of a base; engine thread only.
+
+    version  rises whenever an array moves or a new one appears: graphs captured before are stale
+    eager    why a slot's rows cannot run in a graph, by slot
+    n_slots  slots there are: length of the maps from slots to places (`TermPool.place_of`)
+    """
+
+    version: int = 0
+    n_slots: int = 64
+    eager: dict[int, str] = field(default_factory=dict)
+
+    def moved(self) -> None:
+        """Some array a step reads has another address now."""
+        self.version += 1

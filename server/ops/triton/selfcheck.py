@@ -1,0 +1,121 @@
+"""A tiny random case of every kernel on the device against plain torch, before anything is served.
+
+Compilers, drivers and devices differ; an answer from a wrong kernel would look like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from server.ops.attention import AttentionCall, AttentionPlan, DecodeBatch, Rotary
+from server.ops.kernels import Kernels, TorchKernels
+from server.ops.norm import RmsForm
+from server.ops.packed import PackedBlocks, packed_rows
+from server.ops.rows import SlotSegments
+
+BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}  # of the largest value
+Case = tuple[str, Callable[[Kernels], Tensor]]
+
+
+def check_kernels(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
+    """ValueError naming every kernel that deviates from torch by more than rounding."""
+    reference, wrong = TorchKernels(), []
+    with torch.inference_mode():
+        for name, run in _cases(device, dtype):
+            try:
+                got, want = run(kernels).double(), run(reference).double()
+                bound = BOUND[dtype] * float(want.abs().max())
+                if not torch.allclose(got, want, rtol=0, atol=bound):
+                    wrong.append(name)
+            except Exception as error:  # a compiler's or driver's, whatever its type
+                wrong.append(f"{name} ({type(error).__name__}: {str(error)[:200]})")
+    if wrong:
+        raise ValueError(
+            f"on this device the {kernels.name} kernels are wrong or do not run: "
+            f"{', '.join(wrong)}; serve with --kernels torch"
+        )
+
+
+def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    for bits in (2, 3, 4, 8):
+        yield f"blockdiag {bits} bit", _blockdiag(bits, 3, random, generator, device)
+    yield "blockdiag 4 bit, many rows", _blockdiag(4, 40, random, generator, device)
+    yield from _norms(random, device)
+    gate, up = random(3, 48), random(3, 48)
+    yield "silu_mul", lambda kernels: kernels.silu_mul(gate, up)
+    yield from _attention(random, device)
+
+
+def _blockdiag(
+    bits: int,
+    n_rows: int,
+    random: Callable[..., Tensor],
+    generator: torch.Generator,
+    device: torch.device,
+) -> Callable[[Kernels], Tensor]:
+    s, nb, sizes = 2, 32, (32, 16)
+    width = sum(m // s for m in sizes)
+    shape = (2, s, packed_rows(nb, bits), width)
+    codes = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8).to(device)
+    scales = torch.rand((2, s, width), generator=generator).half().to(device)
+    units = torch.full((2, len(sizes)), 0.05, device=device)
+    blocks = PackedBlocks(codes, scales, units, sizes, s * nb, bits)
+    table = torch.tensor([[1, 1, 2], [0, 2, n_rows]], device=device)
+    segments = SlotSegments(table, 2, n_rows - 2)
+    x, start = random(n_rows, s * nb), random(n_rows, sum(sizes))
+
+    def run(kernels: Kernels) -> Tensor:
+        y = start.clone()
+        kernels.blockdiag(blocks).add_(y.split(sizes, 1), x, segments)
+        return y
+
+    return run
+
+
+def _norms(random: Callable[..., Tensor], device: torch.device) -> Iterator[Case]:
+    x, weights = random(1, 3, 2, 24), random(4, 24)
+    index = torch.tensor([0, 3, 1], device=device)
+    for form in (RmsForm(1e-5, 0.0, True), RmsForm(1e-5, 1.0, False)):
+        for which in (None, index):
+            yield "rms_norm", lambda k, f=form, w=which: k.rms_norm(x, weights, w, f)  # type: ignore[misc]
+
+
+def _attention(random: Callable[..., Tensor], device: torch.device) -> Iterator[Case]:
+    heads, kv_heads, dim, page = 4, 2, 16, 4
+    qkv = random(2, heads, dim), random(2, kv_heads, dim), random(2, kv_heads, dim)
+    past = random(2, 6, page, kv_heads, dim)
+    angles = Rotary(random(2, dim), random(2, dim))
+    decode = DecodeBatch(
+        rows=torch.arange(2, device=device),
+        pages=torch.tensor([[4, 1, 2], [5, 0, 0]], device=device),
+        lengths=torch.tensor([10, 3], device=device),
+    )
+    places = torch.tensor([2 * page + 1, 5 * page + 2], device=device)
+
+    def call(window: int | None, softcap: float | None) -> AttentionCall:
+        caches, plan = past.clone(), AttentionPlan(places, decode, ())
+        q, k, v = (t.clone() for t in qkv)
+        return AttentionCall(q, k, v, caches[0], caches[1], plan, 0.25, window, softcap, angles)
+
+    def written(kernels: Kernels) -> Tensor:
+        one = call(None, None)
+        kernels.rotate_and_write_(one)
+        return torch.cat([one.q.flatten(), one.k_cache.flatten(), one.v_cache.flatten()])
+
+    def attended(kernels: Kernels, window: int | None, softcap: float | None) -> Tensor:
+        one = call(window, softcap)
+        out = torch.zeros_like(one.q)
+        kernels.decode_(out, one)
+        return out
+
+    yield "rotate_and_write", written
+    for window, softcap in ((None, None), (5, None), (None, 20.0)):
+        yield "decode attention", lambda k, w=window, c=softcap: attended(k, w, c)  # type: ignore[misc]
