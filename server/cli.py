@@ -25,6 +25,7 @@ HELP = {
     "device": "Where the model runs.",
     "dtype": "Number format of weights; auto: as stored.",
     "kernels": "numba (CPU), triton (CUDA) or plain torch; auto: what fits the device.",
+    "base_quant": "Keep the base's linears in 8 bits (lm_head and embeddings stay).",
     "enforce_eager": "Run every step eagerly: no CUDA graphs.",
     "mode": "How variants are served: deltas applied beside the base, or merged weights.",
     "mode_overrides": "VARIANT=MODE for a variant that differs from --mode; may be repeated.",

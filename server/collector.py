@@ -34,6 +34,8 @@ class Stats(Protocol):
     @property
     def n_prefix_hit(self) -> int: ...
     @property
+    def base_bytes(self) -> int: ...
+    @property
     def n_static_steps(self) -> int: ...
     @property
     def n_eager_decode_steps(self) -> int: ...
@@ -108,6 +110,7 @@ class EngineCollector(Collector):
         queried, hit = stats.n_prefix_queried, stats.n_prefix_hit
         yield self._count("vllm:prefix_cache_queries", "Prompt tokens looked up", queried)
         yield self._count("vllm:prefix_cache_hits", "Prompt tokens found", hit)
+        yield self._gauge("impart_base_weight_bytes", "Base weights in memory", stats.base_bytes)
         steps = Metric("impart_decode_steps", "Steps that only decoded, by how they ran", "counter")
         ways = (("graph", stats.n_static_steps), ("eager", stats.n_eager_decode_steps))
         for path, value in ways:

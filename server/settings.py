@@ -27,6 +27,7 @@ class Settings:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as stored
     kernels: Literal["auto", "torch", "numba", "triton"] = "auto"  # auto: see choose_kernels
+    base_quant: Literal["none", "int8", "float8"] = "none"  # linears in 8 bits, a scale per output
     enforce_eager: bool = False  # no CUDA graphs for decode steps
     mode: Literal["apply", "reconstruct"] = "apply"
     mode_overrides: dict[str, Literal["apply", "reconstruct"]] = field(default_factory=dict)
@@ -85,6 +86,12 @@ class Settings:
             raise ConfigError(
                 f"max_prefill_slowdown must be above 1, or 0 for no limit, "
                 f"got {self.max_prefill_slowdown}"
+            )
+        merges = "reconstruct" in (self.mode, *self.mode_overrides.values())
+        if self.base_quant != "none" and (merges or self.reconstruct_budget_bytes):
+            raise ConfigError(
+                "weights cannot be reconstructed from an 8-bit base: use mode apply without a "
+                "reconstruct budget, or base_quant none"
             )
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port must be within 0..65535, got {self.port}")

@@ -63,7 +63,9 @@ class DeltaLinear(nn.Module):
     def pack(self, *, keep: bool) -> None:
         """Lay the base weight out for its product. `keep`: an embedding reads the plain one."""
         weight = self.delta_weight
-        self._linear = weight.kernels.linear(weight.base)
+        if not (keep or self._is_output):
+            weight.base_quant = weight.residency.base_quant
+        self._linear = weight.make_linear(weight.base)
         if not keep:
             weight.hand_over(self._linear.dense)
 
@@ -151,7 +153,9 @@ class ProjectionGroup:
     def __init__(self, members: list[DeltaLinear]) -> None:
         self._members = members
         weights = [m.delta_weight for m in members]
-        self._linear = weights[0].kernels.linear(torch.cat([w.base for w in weights]))
+        for weight in weights:
+            weight.base_quant = weight.residency.base_quant
+        self._linear = weights[0].make_linear(torch.cat([w.base for w in weights]))
         biases = [m.bias for m in members]
         self._bias = (
             torch.cat([b for b in biases if b is not None])

@@ -7,6 +7,7 @@ A slot's life on a parameter: `stage` (any thread, host memory) -> `reserve` (en
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -15,13 +16,15 @@ import torch
 from torch import Tensor
 
 from compressor.codecs.term import TensorDelta
-from compressor.errors import WrongShape
+from compressor.errors import UnsupportedTensor, WrongShape
 from server.deltas.blockdiag_pools import BlockDiagPool, SharedBlocks
 from server.deltas.pool import Staged, TermPool
 from server.deltas.pools import Layout, layout_of, make_pool
 from server.deltas.residency import Residency
 from server.deltas.upload import Transfer
 from server.ops.kernels import Kernels
+from server.ops.linear import LinearOp
+from server.ops.quantize import BaseQuant, quantize
 from server.ops.rows import RowPlan
 
 Mode = Literal["apply", "reconstruct"]
@@ -59,6 +62,7 @@ class DeltaParameter:
     ) -> None:
         self.name = name
         self.residency = residency or Residency()
+        self.base_quant: BaseQuant | None = None  # its linear holds it in 8 bits
         self.kernels = kernels
         self._base: Tensor | None = base
         self._restore: Callable[[], Tensor] | None = None
@@ -79,6 +83,18 @@ class DeltaParameter:
         assert self._restore is not None
         return self._restore()
 
+    def make_linear(self, weight: Tensor) -> LinearOp:
+        """The product with ``weight [m, n]``: this base value, or several stacked."""
+        if self.base_quant is None:
+            return self.kernels.linear(weight)
+        return self.kernels.quantized_linear(quantize(weight, self.base_quant), self.dtype)
+
+    @property
+    def n_base_bytes(self) -> int:
+        """Bytes of the base value in device memory."""
+        n = math.prod(self.shape)
+        return n * self.dtype.itemsize if self.base_quant is None else n + 4 * self.shape[0]
+
     def hand_over(self, restore: Callable[[], Tensor]) -> None:
         """Forget the base value: its linear keeps it in another layout and can give it back."""
         self._base, self._restore = None, restore
@@ -92,6 +108,11 @@ class DeltaParameter:
             )
         if len(self.shape) == 1:
             return self._stage_vector(delta)
+        if mode == "reconstruct" and self.residency.base_quant is not None:
+            raise UnsupportedTensor(
+                "weights cannot be reconstructed from an 8-bit base; use --mode apply, or serve "
+                "without --base-quant"
+            )
         extra = self._stage_extra(delta)
         if mode == "reconstruct" or self._replaces_base_rows(delta):
             base = self.base.detach().cpu()

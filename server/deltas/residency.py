@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from server.ops.quantize import BaseQuant
+
 
 @dataclass(slots=True)
 class Residency:
@@ -12,10 +14,12 @@ class Residency:
     version  rises whenever an array moves or a new one appears: graphs captured before are stale
     eager    why a slot's rows cannot run in a graph, by slot
     n_slots  slots there are: length of the maps from slots to places (`TermPool.place_of`)
+    base_quant  how the base's linears are stored, None: as they are
     """
 
     version: int = 0
     n_slots: int = 64
+    base_quant: BaseQuant | None = None
     eager: dict[int, str] = field(default_factory=dict)
 
     def moved(self) -> None:

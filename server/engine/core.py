@@ -169,8 +169,7 @@ class EngineCore:
             n_preemptions=self.scheduler.n_preemptions,
             n_prefix_queried=pages.counts.n_queried,
             n_prefix_hit=pages.counts.n_hit,
-            n_static_steps=self._runner.counts.static,
-            n_eager_decode_steps=self._runner.counts.eager,
+            **self._runner.stats(),
             resident={s.key: s for s in self.slots.residents()},
             merged_bytes=self.reconstructor.policy.merged,
         )

@@ -83,7 +83,13 @@ class LLMEngine:
             raise ConfigError("the deltas path is not a directory")
         if settings.torch_threads is not None:
             torch.set_num_threads(settings.torch_threads)
-        base = load_base_model(settings.base, _device(settings), _dtype(settings), settings.kernels)
+        base = load_base_model(
+            settings.base,
+            _device(settings),
+            _dtype(settings),
+            settings.kernels,
+            None if settings.base_quant == "none" else settings.base_quant,
+        )
         if settings.max_model_len is not None and settings.max_model_len > base.max_len:
             raise ConfigError(
                 f"max_model_len is {settings.max_model_len}, but the base model has positions for "

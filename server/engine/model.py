@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from server.engine.attention import ATTENTION_NAME, KVStore, attach_store, regis
 from server.engine.rotary import fuse_rotary
 from server.errors import ConfigError
 from server.ops.kernels import KernelChoice, Kernels, choose_kernels
+from server.ops.quantize import BaseQuant
 
 log = logging.getLogger(__name__)
 
@@ -52,11 +53,17 @@ class BaseModel:
     max_len: int
 
 
+def weight_bytes(parameters: Iterable[DeltaParameter]) -> int:
+    """Device memory of the base's weights that deltas can change: all of them, usually."""
+    return sum(parameter.n_base_bytes for parameter in set(parameters))
+
+
 def load_base_model(
     path: Path,
     device: torch.device,
     dtype: torch.dtype | None,
     kernels: KernelChoice | Kernels = "auto",
+    base_quant: BaseQuant | None = None,
 ) -> BaseModel:
     """Load, check that the engine can run this architecture, and replace its layers.
 
@@ -76,7 +83,7 @@ def load_base_model(
     context = StepContext()
     chosen = _kernels(kernels, device, model.dtype) if isinstance(kernels, str) else kernels
     store = KVStore(chosen)
-    residency = Residency()
+    residency = Residency(base_quant=base_quant)
     parameters = install_delta_layers(model, context, chosen, residency)
     attach_store(model, store)
     text_config = config.get_text_config()

@@ -32,6 +32,7 @@ class CoreStats:
     n_preemptions: int
     n_prefix_queried: int
     n_prefix_hit: int
+    base_bytes: int
     n_static_steps: int
     n_eager_decode_steps: int
     resident: dict[str, Slot]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from server.engine.batch import Batch, LogitRows, build_batch
-from server.engine.model import BaseModel
+from server.engine.model import BaseModel, weight_bytes
 from server.engine.scheduler import Scheduled
 from server.engine.static_step import SEGMENT_ROWS, DecodeRow, StaticBatch, StaticStep
 from server.errors import ConfigError
@@ -47,6 +47,14 @@ class Runner:
         self._static: StaticStep | None = None
         self._version = base.residency.version
         self._told: set[str] = set()
+
+    def stats(self) -> dict[str, int]:
+        """Its part of `CoreStats`."""
+        return {
+            "base_bytes": weight_bytes(self.base.parameters.values()),
+            "n_static_steps": self.counts.static,
+            "n_eager_decode_steps": self.counts.eager,
+        }
 
     def use_static(self, *, max_rows: int, max_len: int) -> None:
         """Run decode steps of up to `max_rows` sequences, of `max_len` tokens at most, over static

@@ -20,6 +20,7 @@ from server.ops.delta import BlockDiagOp, TorchBlockDiag
 from server.ops.linear import LinearOp, TorchLinear
 from server.ops.norm import RmsForm, rms_norm
 from server.ops.packed import PackedBlocks
+from server.ops.quantize import QuantizedWeight, TorchQuantizedLinear
 
 log = logging.getLogger(__name__)
 KernelChoice = Literal["auto", "torch", "numba", "triton"]
@@ -38,6 +39,10 @@ class Kernels(AttentionKernels, Protocol):
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp: ...
 
     def linear(self, weight: Tensor) -> LinearOp: ...
+
+    def quantized_linear(self, weight: QuantizedWeight, dtype: torch.dtype) -> LinearOp:
+        """Of an 8-bit base weight; `dtype` is the compute dtype."""
+        ...
 
     def rms_norm(
         self, x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm
@@ -61,6 +66,9 @@ class TorchKernels:
 
     def linear(self, weight: Tensor) -> LinearOp:
         return TorchLinear(weight)
+
+    def quantized_linear(self, weight: QuantizedWeight, dtype: torch.dtype) -> LinearOp:
+        return TorchQuantizedLinear(weight, dtype)
 
     def rotate_and_write_(self, call: AttentionCall) -> None:
         attention.rotate_and_write_(call)

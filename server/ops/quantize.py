@@ -9,9 +9,13 @@ the base's own rounding, the same for every variant.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+BaseQuant = Literal["int8", "float8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,11 @@ class QuantizedWeight:
     def dense(self, dtype: torch.dtype) -> Tensor:
         """``[m, n]`` in `dtype`."""
         return (self.values.float() * self.scales.unsqueeze(1)).to(dtype)
+
+
+def quantize(weight: Tensor, kind: BaseQuant) -> QuantizedWeight:
+    """`weight [m, n]` in 8 bits of either kind."""
+    return quantize_int8(weight) if kind == "int8" else quantize_float8(weight)
 
 
 def quantize_int8(weight: Tensor) -> QuantizedWeight:
@@ -48,3 +57,22 @@ def linear_reference(
 ) -> Tensor:
     """The same in torch: ``[T, m]`` in `compute`."""
     return x.to(compute) @ (weight.values.to(compute) * weight.scales.to(compute).unsqueeze(1)).T
+
+
+class TorchQuantizedLinear:
+    """`server.ops.linear.LinearOp` over an 8-bit weight: the reference, converts it each time.
+
+    Values are exact in x's dtype; the product is rounded once before and once after the scale.
+    """
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        self._weight, self._dtype = weight, dtype
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        product = F.linear(x, self._weight.values.to(x.dtype))
+        y = (product.float() * self._weight.scales).to(x.dtype)
+        return y if bias is None else y.add_(bias)
+
+    def dense(self) -> Tensor:
+        """What is multiplied by, ``[m, n]``: not what it was made of."""
+        return self._weight.dense(self._dtype)

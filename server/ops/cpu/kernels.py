@@ -15,6 +15,7 @@ from server.ops.delta import BlockDiagOp
 from server.ops.linear import LinearOp, OneDnnLinear, TorchLinear, onednn_linear_works
 from server.ops.norm import RmsForm
 from server.ops.packed import PackedBlocks
+from server.ops.quantize import QuantizedWeight, TorchQuantizedLinear
 
 
 class NumbaKernels:
@@ -39,6 +40,9 @@ class NumbaKernels:
     def linear(self, weight: Tensor) -> LinearOp:
         packs = self._packs_bf16 and weight.dtype is torch.bfloat16
         return OneDnnLinear(weight) if packs else TorchLinear(weight)
+
+    def quantized_linear(self, weight: QuantizedWeight, dtype: torch.dtype) -> LinearOp:
+        return TorchQuantizedLinear(weight, dtype)
 
     def rotate_and_write_(self, call: AttentionCall) -> None:
         self._rotary.rotate_and_write_(call)

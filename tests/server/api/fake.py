@@ -44,6 +44,7 @@ class FakeStats:
     n_preemptions: int = 0
     n_prefix_queried: int = 0
     n_prefix_hit: int = 0
+    base_bytes: int = 0
     n_static_steps: int = 0
     n_eager_decode_steps: int = 0
 

@@ -63,7 +63,8 @@ class CoreHarness:
         fields = {"dtype": "float32", "device": "cpu", "kv_cache_bytes": 8 << 20} | settings
         self.settings = Settings(base=base, deltas=deltas, **fields)
         kernels = self.settings.kernels
-        model = load_base_model(base, torch.device("cpu"), torch.float32, kernels)
+        quant = None if self.settings.base_quant == "none" else self.settings.base_quant
+        model = load_base_model(base, torch.device("cpu"), torch.float32, kernels, quant)
         identity = base_identity(base)
         registry = DeltaRegistry(deltas, identity, frozenset({"base"}))
         registry.rescan()
