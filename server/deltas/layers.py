@@ -216,6 +216,8 @@ class ProjectionGroup:
         return parts
 
     def _all_merged(self, rows: RowPlan) -> bool:
+        if rows.as_data:
+            return False
         return all(
             segment.slot in member.delta_weight.merged
             for member in self._members
