@@ -114,6 +114,7 @@ class GenerationResponse(Response):
             params,
             request_id=f"{request_id}-{choice.index}",
             deadline_s=self._api.settings.request_timeout_s,
+            cache_salt=self._reply.body.cache_salt or "",
         )
         reason = "abort"
         try:

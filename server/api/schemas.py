@@ -60,6 +60,7 @@ class GenerationRequest(Strict):
     ignore_eos: Flag = None
     skip_special_tokens: Flag = None
     user: Annotated[str, Field(max_length=512)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
     add_special_tokens: Annotated[Any, neutral(True)] = None
     allowed_token_ids: Annotated[Any, neutral([])] = None

@@ -221,6 +221,7 @@ class LLMEngine:
         *,
         request_id: str,
         deadline_s: float | None = None,
+        cache_salt: str = "",
     ) -> AsyncIterator[OutputDelta]:
         """See EngineClient."""
         self._check(variant, prompt_ids, params)
@@ -240,6 +241,7 @@ class LLMEngine:
             ),
             deliver=events.put_nowait,
             deadline=time.monotonic() + timeout_s,
+            cache_salt=cache_salt,
         )
         self.core.submit(request)
         finished = False

@@ -32,6 +32,8 @@ class Request:
     n_computed  tokens whose keys and values are in the cache
     slot        held from admission (or the arrival of its delta) to the end; None for the base
     n_settled_pages  leading pages that are findable by others, or never will be
+    cache_salt  only requests of the same salt find each other's pages: who shares none cannot
+                tell by its time to the first token what others have sent
     n_cached_tokens  prompt tokens whose keys and values were already there at admission
     unproven    its pages hold keys and values that no finite logits have come from yet
     deliver     takes each event; called by whoever `publish` hands the step's events to
@@ -44,6 +46,7 @@ class Request:
     detokenizer: Detokenizer
     deliver: Callable[[Event], None]
     deadline: float | None = None  # time.monotonic()
+    cache_salt: str = ""
     status: Status = Status.WAITING
     tokens: list[int] = field(default_factory=list)
     pages: list[int] = field(default_factory=list)
@@ -64,8 +67,10 @@ class Request:
 
     @property
     def cache_key(self) -> str:
-        """What, besides the tokens, determines keys and values: the delta's digest and mode."""
-        return self.variant.key
+        """What requests must share to share KV pages, beside the tokens: the delta's digest and
+        mode, which determine keys and values, and the caller's salt.
+        """
+        return f"{self.variant.key}\n{self.cache_salt}"
 
     @property
     def n_output(self) -> int:

@@ -141,8 +141,11 @@ class EngineClient(Protocol):
         *,
         request_id: str,
         deadline_s: float | None = None,
+        cache_salt: str = "",
     ) -> AsyncIterator[OutputDelta]:
         """Queue the request and stream its output; closing the iterator aborts it.
+
+        Requests share cached prefixes only with those of the same variant and `cache_salt`.
 
         Raises InvalidRequest (too long), QueueFull, Draining at once (first iteration), and
         DeltaUnusable, GenerationFailed, DeadlineExceeded, EngineDead while running.

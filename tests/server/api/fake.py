@@ -73,6 +73,7 @@ class FakeEngine:
         self.finished: list[str] = []
         self.params: list[SamplingParams] = []
         self.prompts: list[list[int]] = []
+        self.salts: list[str] = []
 
     # -- process
 
@@ -160,8 +161,10 @@ class FakeEngine:
         *,
         request_id: str,
         deadline_s: float | None = None,
+        cache_salt: str = "",
     ) -> AsyncIterator[OutputDelta]:
         self.params.append(params)
+        self.salts.append(cache_salt)
         self.prompts.append(list(prompt_ids))
         self.n_active += 1
         done = False

@@ -124,7 +124,7 @@ BEYOND = {
     "chat_template": ["{{7*7}}"],
     "chat_template_kwargs": [{"tokenize": True}],
     "prompt_embeds": ["AAAA"],
-    "cache_salt": ["salt"],
+    "cache_salt": ["", "s" * 257, 3],
 }
 CASES = [(field, value) for field, values in BEYOND.items() for value in values]
 
@@ -136,6 +136,13 @@ async def test_field_beyond_its_bounds_is_refused_by_name(http, path, field, val
 
     error = check_error(answer, 400)
     assert field in error["param"], error
+
+
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+async def test_cache_salt_goes_with_every_choice(engine, http, path):
+    answer = await http.post(path, json=body_for(path, cache_salt="tenant 7", n=2))
+    assert answer.status_code == 200
+    assert engine.salts[-2:] == ["tenant 7", "tenant 7"]
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])

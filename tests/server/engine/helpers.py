@@ -87,7 +87,13 @@ class CoreHarness:
             request.deliver(event)
 
     def submit(
-        self, model: str, prompt: str | list[int], *, deadline: float | None = None, **params: Any
+        self,
+        model: str,
+        prompt: str | list[int],
+        *,
+        deadline: float | None = None,
+        cache_salt: str = "",
+        **params: Any,
     ) -> Recorded:
         """Queue a request; greedy, 16 tokens unless `params` say otherwise."""
         variant = self.catalog.open(model)
@@ -108,6 +114,7 @@ class CoreHarness:
             ),
             deliver=events.append,
             deadline=deadline,
+            cache_salt=cache_salt,
         )
         self.core.submit(request)
         return Recorded(request, events)

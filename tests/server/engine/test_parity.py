@@ -112,6 +112,17 @@ def test_engine_variants_differ_from_base_and_each_other(served) -> None:
     assert len({tuple(o) for o in outputs}) == len(outputs)
 
 
+def test_engine_prefix_of_another_salt_is_not_reused(served, harness) -> None:
+    pair = served("llama", PAIR)
+    one = harness(pair, kv_block_tokens=4)
+    found = []
+    for salt in ("ours", "theirs", "ours", "", "theirs"):
+        request = one.submit("blockdiag", PROMPTS[1], max_tokens=2, cache_salt=salt)
+        one.run(request)
+        found.append(request.request.n_cached_tokens > 0)
+    assert found == [False, False, True, False, True]
+
+
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_engine_reused_prefix_equals_generate(served, harness, kind: str) -> None:
     pair = served(kind, PAIR)
