@@ -36,6 +36,7 @@ PRESETS = {
     "lowrank": "lowrank:bits=16",
 }
 AUTO = "auto"  # chooses codec and settings itself, within `compress`
+AUTO_TASK = "auto-task"  # the same, shown texts of the task
 _UNSEEDED = (AUTO, "blockdiag", "lowrank")  # draw nothing
 
 
@@ -159,6 +160,7 @@ class CodecMethod:
 
     codec: str
     options: dict[str, Any]
+    calibration: Path | None = None
     fixed_ratio: None = None
 
     @property
@@ -167,7 +169,13 @@ class CodecMethod:
 
     def install(self, variant: Variant, pair: Pair, ratio: float, seed: int) -> Size:
         """The bytes are those of the directory."""
-        options = Options(codec=self.codec, codec_options=self.options, ratio=ratio, seed=seed)
+        options = Options(
+            codec=self.codec,
+            codec_options=self.options,
+            ratio=ratio,
+            seed=seed,
+            calibration=self.calibration,
+        )
         artifact = pair.compress(options)
         variant.install(artifact.tensors)
         return Size(artifact.n_bytes, pair.finetuned_bytes / artifact.n_bytes)
@@ -216,11 +224,17 @@ class BaselineMethod:
         return Size(total, pair.finetuned_bytes / total)
 
 
-def make_method(text: str) -> Method:
+def make_method(text: str, calibration: Path | None = None) -> Method:
     """Return the method called `text`: a baseline, a preset, ``codec:option=value,...`` or auto.
+
+    calibration  texts of the task, which only `AUTO_TASK` is shown
 
     Values are JSON where they parse, else text. Raises InputError for what does not exist.
     """
+    if text == AUTO_TASK:
+        if calibration is None:
+            raise InputError(f"{AUTO_TASK} needs texts of the task: give --calibration")
+        return CodecMethod(AUTO, {}, calibration)
     if text in BASELINES:
         return BaselineMethod(text, BASELINES[text])
     codec, _, rest = PRESETS.get(text, text).partition(":")

@@ -16,10 +16,12 @@ import argparse
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -30,11 +32,12 @@ from benchmarks.evaluate import Reference, Score, task_samples, text_samples
 from benchmarks.methods import PRESETS, Method, Pair, Variant, make_method
 from benchmarks.quality_report import Row, RowFile, write_report
 from benchmarks.svd_cache import cached_spectra
-from benchmarks.tasks import TASKS, load_items, reference_paragraphs
+from benchmarks.tasks import TASKS, load_items, reference_paragraphs, write_calibration
 from compressor.errors import BudgetError, ImpartError
 from compressor.texts import read_texts
 
 RATIOS = (32.0, 128.0, 64.0, 256.0, 16.0, 512.0)  # the most telling first
+_SHOWN_ITEMS = 200
 
 
 class Bench:
@@ -56,6 +59,7 @@ class Bench:
             n_items=len(items),
             n_tokens=self.on_task.n_tokens,
             n_text_tokens=self.on_text.n_tokens,
+            threads=torch.get_num_threads(),
         )
 
     def _load(self, path: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -71,14 +75,15 @@ class Bench:
     def cell(self, name: str, method: Method, ratio: float, seed: int) -> Row:
         """Compress, restore and measure one variant."""
         row = replace(self.blank, method=name, ratio_asked=ratio, seed=seed)
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         try:
             size = method.install(self.variant, self.pair, ratio, seed)
         except BudgetError as error:
             return replace(row, note=str(error))
         seconds = time.perf_counter() - start
         row = replace(row, n_bytes=size.n_bytes, ratio_true=size.ratio, compress_s=seconds)
-        return self.measure(self.variant.model, row)
+        row = self.measure(self.variant.model, row)
+        return replace(row, cpu_s=time.process_time() - cpu_start)
 
     def measure(self, model: PreTrainedModel, row: Row) -> Row:
         """Return `row` with everything measured on `model` filled in."""
@@ -100,9 +105,10 @@ class Bench:
         )
 
 
-def cells(args: argparse.Namespace) -> Iterator[tuple[str, Method, float, int]]:
+def cells(
+    args: argparse.Namespace, methods: Mapping[str, Method]
+) -> Iterator[tuple[str, Method, float, int]]:
     """Yield what to measure: the first seed of everything, then the other draws."""
-    methods = {name: make_method(name) for name in args.methods}
     for name, method in methods.items():
         if method.fixed_ratio is not None:
             yield name, method, method.fixed_ratio, 0
@@ -113,9 +119,9 @@ def cells(args: argparse.Namespace) -> Iterator[tuple[str, Method, float, int]]:
                     yield name, method, ratio, seed
 
 
-def run(args: argparse.Namespace, file: RowFile) -> None:
+def run(args: argparse.Namespace, methods: Mapping[str, Method], file: RowFile) -> None:
     """Measure what `file` does not hold yet."""
-    todo = [cell for cell in cells(args) if (cell[0], *cell[2:]) not in file]
+    todo = [cell for cell in cells(args, methods) if (cell[0], *cell[2:]) not in file]
     controls = [name for name in ("fine-tune", "base") if not file.has_method(name)]
     if not (todo or controls):
         return
@@ -141,15 +147,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--name", required=True, help="name of the pair in the output")
     add("--task", choices=sorted(TASKS), required=True)
     add("--data", type=Path, required=True, help="test file of the task")
-    add("--items", type=int, default=200, help="test items drawn")
+    add("--items", type=int, default=100, help="test items drawn")
     text = "text the fine-tune never saw (.jsonl with field text, or lines); default: Python's docs"
     add("--text", type=Path, help=text)
-    add("--texts", type=int, default=32, help="how many of them")
+    add("--texts", type=int, default=24, help="how many of them")
     add("--text-tokens", type=int, default=48, help="tokens of each")
     add("--ratios", type=float, nargs="+", default=list(RATIOS))
     known = [*PRESETS, *BASELINES]
-    methods = f"{', '.join(known)}, auto, or any codec as codec:option=value,..."
+    methods = f"{', '.join(known)}, auto, auto-task, or any codec as codec:option=value,..."
     add("--methods", nargs="+", default=known, metavar="METHOD", help=methods)
+    add("--train", type=Path, help="training file of the task: what auto-task is shown")
     add("--seeds", type=int, default=3, help="seeds 0 ... n - 1 of methods that draw")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the variants")
     add("--threads", type=int, help="CPU threads; default: torch's choice")
@@ -165,10 +172,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        for name in args.methods:
-            make_method(name)
-        with cached_spectra(args.svd_cache), RowFile(args.out.with_suffix(".csv")) as file:
-            run(args, file)
+        with ExitStack() as stack:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="quality-")))
+            shown = _shown(args, folder)
+            methods = {name: make_method(name, shown) for name in args.methods}
+            stack.enter_context(cached_spectra(args.svd_cache))
+            run(args, methods, stack.enter_context(RowFile(args.out.with_suffix(".csv"))))
     except ImpartError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -176,10 +185,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _shown(args: argparse.Namespace, folder: Path) -> Path | None:
+    """Write what `auto-task` may see of the task into `folder`."""
+    if args.train is None:
+        return None
+    items = load_items(args.task, args.train, _SHOWN_ITEMS)
+    return write_calibration(items, folder / "task.jsonl")
+
+
 def _report(row: Row) -> Row:
     what = f"{row.pair} {row.method} x{row.ratio_asked:g} seed {row.seed}"
     found = f"KL {row.kl_task:.5f} / {row.kl_text:.5f}, score {row.score:.3f}"
-    seconds = f"{row.compress_s:.0f} + {row.measure_s:.0f} s"
+    seconds = f"{row.compress_s:.0f} + {row.measure_s:.0f} s, {row.cpu_s:.0f} s of CPU"
     print(f"{what}: {row.note or f'{found}, {seconds}'}", file=sys.stderr, flush=True)
     return row
 

@@ -27,6 +27,7 @@ class Style(NamedTuple):
 # This project's own codecs are solid, ImPart's dashed, other published ones dotted.
 _STYLES = {
     "auto": Style("#d62728", "*", "-"),
+    "auto-task": Style("#7f0000", "*", "-"),
     "blockdiag-2": Style("#56b4e9", "o", "-"),
     "blockdiag-3": Style("#0072b2", "s", "-"),
     "blockdiag-4": Style("#08306b", "^", "-"),

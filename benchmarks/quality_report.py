@@ -25,6 +25,7 @@ class Row:
     kl_task, kl_text  nats per token: over gold answers, over text the fine-tune never saw
     flips             share of items whose correctness is not the fine-tune's
     score_se          binomial standard error of `score` over the items
+    compress_s, measure_s, cpu_s  seconds on the clock, and of the processor for both together
     correct           one digit an item: 1 if greedy decoding gives the gold answer
     note              why the method cannot meet the ratio; then nothing is measured
     """
@@ -44,6 +45,8 @@ class Row:
     flips: float = math.nan
     compress_s: float = math.nan
     measure_s: float = math.nan
+    cpu_s: float = math.nan
+    threads: int = 1
     dtype: str = ""
     n_items: int = 0
     n_tokens: int = 0

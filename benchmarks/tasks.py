@@ -9,7 +9,7 @@ import csv
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,13 @@ def load_items(task: str, path: Path, n: int | None, seed: int = 0) -> list[Item
     if n is None or n >= len(items):
         return items
     return random.Random(seed).sample(items, n)
+
+
+def write_calibration(items: Sequence[Item], path: Path) -> Path:
+    """Write prompts and answers as `compressor.evaluate_samples` reads them; return `path`."""
+    lines = (json.dumps({"prompt": item.prompt, "completion": item.answer}) for item in items)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
 
 
 def read_intent(path: Path) -> list[Item]:

@@ -215,7 +215,7 @@ def test_main_measures_only_what_is_missing(
 
 # --- rows, table, plot --------------------------------------------------------------------------
 
-ROW = Row("p", "dare", 8.0, 0, 8.1, 1000, 0.1, 0.2, 0.9, 0.8, 0.5, 0.1, 0.25, 1.0, 2.0)
+ROW = Row("p", "dare", 8.0, 0, 8.1, 1000, 0.1, 0.2, 0.9, 0.8, 0.5, 0.1, 0.25, 1.0, 2.0, 2.5)
 ROW = replace(ROW, dtype="float32", n_items=4, n_tokens=9, n_text_tokens=7, correct="0110")
 
 
