@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from benchmarks.tasks import Item
 from compressor.comparison import Batch, Comparer, LogProbs, padded
 from compressor.evaluate_samples import Sample, completion_sample
+
+_CHUNK = 64  # predictions whose logits are computed at once: they stay near the processor
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +73,11 @@ class Reference(Comparer):
     """
 
     def __init__(self, finetuned: PreTrainedModel, samples: Sequence[Sample]) -> None:
-        super().__init__(samples, lambda batch: [self._kept[batch.number]])
+        super().__init__(samples, lambda batch: self._kept[batch.number])
         self._prefix = common_prefix(samples)
         check_head(finetuned, self.samples[0])
         run = self._runner(finetuned)
-        self._kept = [part for batch in self.batches for part in run(batch)]
+        self._kept = [list(run(batch)) for batch in self.batches]
         self.correct = self._correct(self.outputs_of(None).right)
 
     def distance(self, model: PreTrainedModel) -> Distance:
@@ -94,10 +96,11 @@ class Reference(Comparer):
         bias = None if getattr(head, "bias", None) is None else head.bias.float()
         cache = prefix_cache(model, self._prefix)
 
-        def run(batch: Batch) -> list[Tensor]:
+        def run(batch: Batch) -> Iterator[Tensor]:
             hidden = hidden_states(model, batch.samples, len(self._prefix), cache)
-            with torch.no_grad():
-                return [F.linear(hidden.float(), weight, bias).log_softmax(-1)]
+            for part in hidden.float().split(_CHUNK):
+                with torch.no_grad():
+                    yield F.linear(part, weight, bias).log_softmax(-1)
 
         return run
 

@@ -2,8 +2,13 @@
 
 With a model that runs here: gradients on calibration texts tell how much each weight matters; one
 optimiser over true bytes (`auto_allocate`) then plans each candidate; each is encoded, run, and its
-KL to the fine-tune measured, on the user's texts and on built-in ones. The smallest geometric mean
-wins. Without: fixed settings, and the record says so.
+KL to the fine-tune measured, on built-in texts and on the user's or, where there are none, on what
+the fine-tune writes itself (`auto_self`). The smallest geometric mean wins. Without such a model:
+fixed settings, and the record says so.
+
+What no text shows must not be given away. Without texts of the user's nothing is tried that leaves
+parts of the difference out (`lowrank` keeps general text best and loses the task, measured), and
+bytes shared out by gradients must beat plain sampling on the fine-tune's own writing.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ from typing import Any
 from compressor.artifact_config import DeltaConfig
 from compressor.auto_allocate import HeadCosts, NoiseAllotter
 from compressor.auto_bench import Bench, Measured, open_bench, rounded
+from compressor.auto_self import SELF
 from compressor.checkpoint import Checkpoint
 from compressor.codecs import Codec, TensorDelta
 from compressor.codecs.blockdiag_encoder import BlockDiagCodec
@@ -28,6 +34,7 @@ from compressor.evaluate import Progress
 from compressor.plan import Allotter
 
 HEAD_BITS = 4
+PLAIN = "blockdiag of 2 bits, bytes by elements"
 UNMEASURED = BlockDiagCodec(bits=2, head_fraction=0.3, head_bits=HEAD_BITS)
 
 _FIRST_RATIO = 64.0  # where the search for a KL begins
@@ -134,16 +141,19 @@ def choose(inputs: Inputs, goal: Goal, progress: Progress) -> Choice:
         return _unmeasured(inputs, goal, bench)
     costs = bench.survey(encoded, inputs.device, HEAD_BITS, progress)
     search = _Search(inputs, goal, bench, [_blockdiag(bits, costs) for bits in (4, 8)], progress)
-    best = search.run(candidates(costs))
+    best = search.run(candidates(costs, has_own_texts=inputs.own_texts is not None))
     notes = search.notes(best, time.perf_counter() - started)
     config = search.config(best.candidate.codec, best.ratio, bench.fidelity(best.found))
     return Choice(best.candidate.codec, best.jobs, config, notes, best.deltas)
 
 
-def candidates(costs: Mapping[str, HeadCosts]) -> list[_Candidate]:
+def candidates(costs: Mapping[str, HeadCosts], *, has_own_texts: bool) -> list[_Candidate]:
     """What is tried, the likeliest first."""
-    lowrank = _Candidate("lowrank of 4 bits", LowRankCodec(bits=4), None)
-    return [_blockdiag(2, costs), _blockdiag(4, costs), lowrank]
+    shared = [_blockdiag(2, costs), _blockdiag(4, costs)]
+    if has_own_texts:
+        return [*shared, _Candidate("lowrank of 4 bits", LowRankCodec(bits=4), None)]
+    plain = _Candidate(PLAIN, BlockDiagCodec(bits=2, head_bits=HEAD_BITS), None)
+    return [*shared, plain]
 
 
 def _blockdiag(bits: int, costs: Mapping[str, HeadCosts]) -> _Candidate:
@@ -179,7 +189,7 @@ class _Search:
                 except BudgetError as error:
                     impossible = impossible or error
             if tried:
-                best = min(tried, key=lambda trial: trial.found.score)
+                best = _best(tried)
                 return best if max_kl is None else self._reach(best, max_kl)
             assert impossible is not None
             if max_kl is None or ratio / 2 < _RATIOS[0]:
@@ -272,6 +282,14 @@ class _Search:
                 "heavy for so few bytes; ask for a lower --ratio, or for a --max-kl"
             )
         return tuple(lines)
+
+
+def _best(tried: Sequence[_Trial]) -> _Trial:
+    """The smallest score; where plain sampling was tried, of those no worse on what is written."""
+    plain = next((trial for trial in tried if trial.candidate.label == PLAIN), None)
+    if plain is not None:
+        tried = [trial for trial in tried if trial.found.kl[SELF] <= plain.found.kl[SELF]]
+    return min(tried, key=lambda trial: trial.found.score)
 
 
 def _guess(last: _Trial, kept: _Trial | None, failed: _Trial | None, kl: float, name: str) -> float:

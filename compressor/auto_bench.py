@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from compressor.auto_allocate import HeadCosts
+from compressor.auto_self import SELF, self_written
 from compressor.auto_survey import add_scaled, diagonal_fisher, head_costs, weighted_energy
-from compressor.auto_texts import OWN, calibration_sets, spread
+from compressor.auto_texts import calibration_sets, spread
 from compressor.checkpoint import Checkpoint
 from compressor.codecs import TensorDelta
 from compressor.draft import Job
@@ -26,6 +27,7 @@ from compressor.source import DeltaSource
 _CPU_PARAMETERS = 1_500_000_000  # beyond, the passes that auto needs take too long without a GPU
 _BYTES_A_PARAMETER = 16  # weights, gradients and two sums of squares in float32
 _FISHER_TOKENS = 768  # predicted tokens of a set that gradients are taken of
+_FISHER_TEXTS = 32  # at most: each is one backward pass
 _DIGITS = 4  # significant
 
 
@@ -51,8 +53,11 @@ class Bench:
 
     def __init__(self, base: Checkpoint, tuned: Checkpoint, own: Path | None) -> None:
         self._base, self._tuned = base, tuned
-        sets = calibration_sets(own, load_tokenizer(tuned.path))
+        tokenizer = load_tokenizer(tuned.path)
+        sets = calibration_sets(own, tokenizer)
         self._model = SwappedModel(base, tuned)
+        if own is None:
+            sets[SELF] = self_written(self._model.module, tokenizer)
         self._references = {name: Reference(self._model, found) for name, found in sets.items()}
         self.main = next(iter(sets))  # the user's own texts, if there are any
         self._model.use(dict.fromkeys(self._model.names, "base"))
@@ -110,7 +115,7 @@ class Bench:
         names = [job.pair.name for job in jobs]
         total: dict[str, Tensor] = {}
         for reference in self._references.values():
-            samples = spread(reference.samples, _FISHER_TOKENS)
+            samples = spread(reference.samples, _FISHER_TOKENS, _FISHER_TEXTS)
             fisher = diagonal_fisher(self._model.module, names, samples)
             cost = 0.0
             for job in jobs:
@@ -162,11 +167,6 @@ def open_bench(
 def rounded(value: float) -> float:
     """To a few significant digits: what is beyond depends on the number of threads."""
     return float(f"{value:.{_DIGITS}g}")
-
-
-def is_own(name: str) -> bool:
-    """Whether a set is the user's."""
-    return name == OWN
 
 
 def _oriented(weights: Tensor, job: Job) -> Tensor:

@@ -32,10 +32,12 @@ def calibration_sets(own: Path | None, tokenizer: Any) -> dict[str, list[Sample]
     return sets
 
 
-def spread(samples: Sequence[Sample], max_tokens: int) -> list[Sample]:
+def spread(
+    samples: Sequence[Sample], max_tokens: int, max_texts: int = _MAX_MEASURED_TEXTS
+) -> list[Sample]:
     """Return evenly spread samples that predict about `max_tokens` tokens in all, at least one."""
     n_tokens = sum(n_predicted(sample) for sample in samples)
-    share = min(1.0, max_tokens / n_tokens, _MAX_MEASURED_TEXTS / len(samples))
+    share = min(1.0, max_tokens / n_tokens, max_texts / len(samples))
     wanted = max(1, int(share * len(samples)))
     return [samples[i * len(samples) // wanted] for i in range(wanted)]
 

@@ -76,12 +76,11 @@ def compress(
     ],
     out: Annotated[Path, typer.Argument(help="Directory to write the artifact to.")],
     codec: Annotated[
-        str | None,
+        str,
         typer.Option(
-            help="auto, blockdiag, impart, impart-qt or lowrank; default: auto if --calibration, "
-            "--max-bytes or --max-kl is given, else blockdiag."
+            help="auto, blockdiag (the quick one: runs nothing), impart, impart-qt or lowrank."
         ),
-    ] = None,
+    ] = "auto",
     ratio: Annotated[
         float | None,
         typer.Option(help="Fine-tune bytes / bytes of the whole artifact; 32 if nothing is given."),
@@ -161,7 +160,7 @@ def compress(
         "gptq": gptq or None,
     }
     options = Options(
-        codec=codec or _default_codec(calibration, max_bytes, max_kl),
+        codec=codec,
         codec_options={name: value for name, value in given.items() if value is not None},
         ratio=ratio,
         max_bytes=max_bytes,
@@ -192,12 +191,6 @@ def compress(
             f"top-1 agreement {summary.fidelity['top1_agreement']:.2%}"
         )
     typer.echo(f"digest {summary.digest}")
-
-
-def _default_codec(calibration: Path | None, max_bytes: int | None, max_kl: float | None) -> str:
-    """`auto` needs to know what matters: by general text alone it can give the task away."""
-    asked = calibration is not None or max_bytes is not None or max_kl is not None
-    return "auto" if asked else "blockdiag"
 
 
 @app.command()

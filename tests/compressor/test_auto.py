@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 
+import compressor.auto as auto
 import compressor.auto_bench as auto_bench
 import compressor.auto_texts as auto_texts
 from compressor.artifact import read_artifact
 from compressor.artifact_config import DeltaConfig
-from compressor.auto import Goal
+from compressor.auto import PLAIN, Goal
+from compressor.auto_self import SELF
 from compressor.auto_texts import BUILT_IN, OWN, spread
+from compressor.codecs.blockdiag_encoder import BlockDiagCodec
 from compressor.comparison import n_predicted
 from compressor.errors import BudgetError, InputError
 from compressor.evaluate_samples import Sample
@@ -80,10 +83,32 @@ def test_auto_same_inputs_give_identical_bytes(pair: Pair, tmp_path: Path) -> No
     assert one.digest == two.digest
 
 
-def test_auto_without_texts_measures_on_the_built_in_ones(pair: Pair, tmp_path: Path) -> None:
-    _, config = run(pair, tmp_path / "out", ratio=8.0)
-    assert config.options["auto"]["tokens"].keys() == {BUILT_IN}
+def test_auto_without_texts_also_measures_on_what_the_finetune_writes(
+    pair: Pair, tmp_path: Path
+) -> None:
+    _, config = run(pair, tmp_path / "out", ratio=12.0)
+    record = config.options["auto"]
+    assert record["tokens"].keys() == {BUILT_IN, SELF}
     assert config.fidelity["texts"] == BUILT_IN
+    assert config.fidelity[SELF]["n_tokens"] == record["tokens"][SELF] > 0
+    tried = {trial["setting"]: trial["kl"] for trial in record["tried"]}
+    assert [setting.split()[0] for setting in tried] == ["blockdiag"] * 3
+    assert config.fidelity[SELF]["kl_per_token"] <= tried[PLAIN][SELF]
+
+
+def measured(label: str, built_in: float, own_writing: float) -> auto._Trial:
+    kl = {BUILT_IN: built_in, SELF: own_writing}
+    found = auto_bench.Measured(kl, dict.fromkeys(kl, 1.0))
+    candidate = auto._Candidate(label, BlockDiagCodec(), None)
+    return auto._Trial(candidate, 8.0, [], {}, found)
+
+
+def test_best_never_says_the_finetunes_own_words_worse_than_plain_sampling() -> None:
+    plain, worse = measured(PLAIN, 0.5, 0.10), measured("worse", 0.01, 0.11)
+    better = measured("better", 0.4, 0.09)
+    assert auto._best([worse, plain]) is plain
+    assert auto._best([worse, better, plain]) is better
+    assert auto._best([worse, better]) is worse  # with texts of the user's: the mean alone
 
 
 def test_auto_max_bytes_is_not_exceeded(pair: Pair, tmp_path: Path) -> None:
