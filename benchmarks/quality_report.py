@@ -26,6 +26,7 @@ class Row:
     flips             share of items whose correctness is not the fine-tune's
     score_se          binomial standard error of `score` over the items
     compress_s, measure_s, cpu_s  seconds on the clock, and of the processor for both together
+    threads           0: not recorded
     correct           one digit an item: 1 if greedy decoding gives the gold answer
     note              why the method cannot meet the ratio; then nothing is measured
     """
