@@ -26,7 +26,6 @@ from torch import Tensor, nn
 
 from compressor.identity import base_identity
 from server.deltas.registry import DeltaRegistry
-from server.engine import core as core_module
 from server.engine.catalog import VariantCatalog
 from server.engine.core import EngineCore, Events
 from server.engine.detokenizer import Detokenizer
@@ -226,13 +225,12 @@ def timed_engine(bench: Bench, clock: Clock) -> ExitStack:
     for owner, name, part in (
         (core, "step", "engine: the rest"),
         (core.scheduler, "schedule", "scheduling and batch building"),
+        (core._runner, "plan", "scheduling and batch building"),
         (core._runner, "forward", "model: the rest"),
         (core._post, "token", "detokenising and events"),
         (core, "_sample", "sampling"),
     ):
         stack.enter_context(mock.patch.object(owner, name, clock.wrap(part, getattr(owner, name))))
-    build = clock.wrap("scheduling and batch building", core_module.build_batch)
-    stack.enter_context(mock.patch.object(core_module, "build_batch", build))
     return stack
 
 
