@@ -170,8 +170,9 @@ class PrefillPacer:
     max_slowdown  longest step relative to one of decodes alone; 0 for no limit
 
     A lone stream's step is short, and the first of 32 prompts should not make the other 31 wait for
-    it: the reference is the present step's decodes or what streams typically waited of late
-    without prefill, whichever is longer.
+    it: the reference is the step of decodes alone that is to come once all that are here decode, or
+    what streams typically waited of late without prefill, whichever is longer. (With the present
+    decodes as the reference, few streams would leave little room for prompts, and stay few.)
     """
 
     def __init__(self, max_slowdown: float) -> None:
@@ -179,14 +180,19 @@ class PrefillPacer:
         self.cost = StepCost()
         self._typical_s = 0.0
 
-    def allowance(self, contexts: Iterable[int], n_tokens: int) -> Allowance:
-        """For a step that decodes one token after each of `contexts`, with room for `n_tokens`."""
+    def allowance(self, contexts: Iterable[int], n_tokens: int, n_to_come: int = 0) -> Allowance:
+        """For a step that decodes one token after each of `contexts`, with room for `n_tokens`.
+
+        n_to_come  sequences that wait for their prompts to be computed
+        """
         lengths = list(contexts)
         if not lengths or not self._max_slowdown:
             return Allowance(n_tokens)
         decodes = StepLoad(len(lengths), sum(lengths))
         alone_s = self.cost.seconds(decodes)
-        limit_s = self._max_slowdown * max(alone_s, self._typical_s)
+        n_all = len(lengths) + n_to_come
+        later_s = self.cost.seconds(StepLoad(n_all, sum(lengths) * n_all // len(lengths)))
+        limit_s = self._max_slowdown * max(later_s, self._typical_s)
         return Allowance(n_tokens, max(0.0, limit_s - alone_s), self.cost.prefill_costs())
 
     def ran(self, load: StepLoad, seconds: float) -> None:

@@ -87,10 +87,12 @@ class Scheduler:
         batch: list[Scheduled] = []
         # Decodes are single tokens and must not wait behind prompts.
         self._extend(batch, [r for r in self.running if _remaining(r) == 1], None)
-        allowance = self._pacer.allowance(
-            (s.request.n_computed for s in batch), self._max_batch_tokens - len(batch)
-        )
         prefills = [r for r in self.running if _remaining(r) > 1]
+        allowance = self._pacer.allowance(
+            (s.request.n_computed for s in batch),
+            self._max_batch_tokens - len(batch),
+            min(len(prefills) + len(self.waiting), self._max_num_seqs - len(batch)),
+        )
         long = [r for r in prefills if self._is_long(_remaining(r))]
         if long and (len(prefills) > len(long) or self.waiting):
             allowance.keep(LONG_PREFILL_SHARE)

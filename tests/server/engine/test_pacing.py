@@ -187,3 +187,11 @@ def test_allowance_lone_stream_may_wait_as_long_as_streams_usually_do() -> None:
     usual = 2 * true_seconds(StepLoad(32, 3200)) - true_seconds(StepLoad(1, 100))
     assert alone < usual / 2
     assert one.allowance([100], 10_000).seconds == pytest.approx(usual, rel=0.1)
+
+
+def test_allowance_beside_a_queue_may_take_as_long_as_all_of_it_will() -> None:
+    """Otherwise few streams leave little room for prompts, and stay few."""
+    one = pacer(2.0)
+    wanted = 2 * true_seconds(StepLoad(32, 3200)) - true_seconds(StepLoad(4, 400))
+    assert one.allowance([100] * 4, 10_000, 28).seconds == pytest.approx(wanted, rel=0.1)
+    assert one.allowance([100] * 4, 10_000).seconds < wanted / 2
