@@ -12,7 +12,7 @@ from torch import Tensor
 from compressor.codecs.blockdiag import BlockDiagTerm
 from compressor.codecs.term import Shape, Term
 from server.deltas.places import PlaceTable, grown
-from server.deltas.pool import Staged, TermPool, add_where_, segments_at
+from server.deltas.pool import Staged, TermPool, add_where_, copy_into, segments_at
 from server.ops import delta as ops
 from server.ops.delta import BlockDiagOp
 from server.ops.kernels import Kernels
@@ -172,8 +172,7 @@ class SharedBlocks:
             torch.zeros((capacity, s, width), dtype=scale_dtype, device=device),
             torch.zeros((capacity, len(self.pools)), dtype=torch.float32, device=device),
         )
-        for new, old in zip(arrays, self._arrays, strict=False):
-            new[: self._capacity] = old
+        copy_into(arrays, self._arrays)
         self._arrays, self._capacity = arrays, capacity
         codes, scales, units = arrays
         for i, (pool, end) in enumerate(zip(self.pools, self._ends, strict=True)):

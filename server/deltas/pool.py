@@ -52,13 +52,12 @@ class TermPool(ABC):
             self._grow(example, grown(self.capacity, place))
 
     def _grow(self, example: Staged, capacity: int) -> None:
-        grown = tuple(
+        arrays = tuple(
             torch.empty((capacity, *part.shape), dtype=part.dtype, device=self.device)
             for part in example
         )
-        for new, old in zip(grown, self.arrays, strict=False):
-            new[: self.capacity] = old
-        self.arrays, self.capacity = grown, capacity
+        copy_into(arrays, self.arrays)
+        self.arrays, self.capacity = arrays, capacity
 
     def targets(self, slot: int) -> Staged:
         """Where the parts of a slot that no running step reads are to be written."""
@@ -90,6 +89,12 @@ class TermPool(ABC):
     @abstractmethod
     def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
         """``y [T, n] += dW[slot of row][id]``: the embedding's side of the same matrix."""
+
+
+def copy_into(arrays: Staged, old: Staged) -> None:
+    """Copy the places of smaller arrays (none at first) to the beginning of larger ones."""
+    for new, smaller in zip(arrays, old, strict=False):
+        new[: len(smaller)] = smaller
 
 
 def segments_at(rows: RowPlan, present: Places) -> list[tuple[int, slice]]:

@@ -49,14 +49,14 @@ class PackedLowRank:
     ) -> None:
         n_slots, k = gains.shape
         m = up_codes.shape[2]
-        ones = torch.ones((1, 1, 1), dtype=torch.float16, device=gains.device)
         unit = torch.ones((n_slots, 1), dtype=torch.float32, device=gains.device)
         self._rank, self._gains = k, gains
         self._down = PackedBlocks(
             down_codes[:, None], down_scales[:, None], down_units, (k,), n, bits, place_of
         )
         # One row of ones for all slots: a scale per output would be m more bytes a variant.
-        scales = ones.expand(1, 1, m).contiguous().expand(n_slots, 1, m)
+        ones = torch.ones((1, 1, m), dtype=torch.float16, device=gains.device)
+        scales = ones.expand(n_slots, 1, m)
         self._up = PackedBlocks(up_codes[:, None], scales, unit, (m,), k, bits, place_of)
         self._shrink, self._expand = make_op(self._down), make_op(self._up)
 
