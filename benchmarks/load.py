@@ -125,8 +125,11 @@ class LoadClient:
         concurrency: int,
         n_requests: int | None = None,
         duration_s: float | None = None,
+        at_least: int = 0,
     ) -> list[Outcome]:
         """Keep `concurrency` requests in flight until the count or the time is used up.
+
+        duration_s  requests are started for so long, and until `at_least` have been answered
 
         Requests that run when the time is up are completed and counted.
         """
@@ -139,7 +142,8 @@ class LoadClient:
         async def worker() -> None:
             nonlocal started
             while n_requests is None or started < n_requests:
-                if end_s is not None and time.perf_counter() >= end_s:
+                late = end_s is not None and time.perf_counter() >= end_s
+                if late and len(outcomes) >= at_least:
                     return
                 started += 1
                 outcomes.append(await self.send(next(jobs)))

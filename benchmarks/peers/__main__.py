@@ -20,7 +20,7 @@ from benchmarks.peers.errors import PeersError
 from benchmarks.peers.measure import Options, measure_group
 from benchmarks.peers.report import write_report
 from benchmarks.peers.rows import append_row, read_rows
-from benchmarks.peers.systems import SYSTEMS, Site
+from benchmarks.peers.systems import OURS, SYSTEMS, Site
 
 MAX_LEN = 1024  # the same for all usual loads: vLLM compiles anew for another
 
@@ -34,12 +34,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--base", type=Path, required=True)
     add("--systems", default=",".join(SYSTEMS), help="of: %(default)s")
     add("--variants", default="8,32,128", help="how many; the base alone is always measured")
+    add("--peer-variants", help="how many the other systems serve; the fewest of --variants")
     add("--loads", default="64x64,512x64", help="prompt x output tokens")
     add("--mix", default=",".join(MIXES), help="of requests over variants")
     add("--out", type=Path, default=Path("benchmarks/results/peers"), help=".csv and .md")
     add("--dir", type=Path, default=DEFAULT_DIR, help="environments and variants")
     add("--concurrency", type=int, default=32)
-    add("--window-s", type=float, default=40.0, help="requests are started for so long, per cell")
+    add(
+        "--window-s",
+        type=float,
+        default=30.0,
+        help="the shortest time in which requests are started",
+    )
     add("--id-range", default="1000:10000", help="token ids of the prompts, low:high")
     add("--vllm-preload", default="", help="libraries for vLLM's LD_PRELOAD, separated by colons")
     add("--dry-run", action="store_true", help="only say what would be measured")
@@ -52,13 +58,17 @@ def groups_to_do(args: argparse.Namespace, done: set[tuple[str, int, str, str]])
     for name in systems:
         if name not in SYSTEMS:
             raise PeersError(f"system {name!r} is unknown; known: {', '.join(SYSTEMS)}")
+    ours = {int(count) for count in args.variants.split(",")}
+    peers = {int(n) for n in args.peer_variants.split(",")} if args.peer_variants else {min(ours)}
     groups = []
     for group in plan(
         systems,
-        [int(count) for count in args.variants.split(",")],
+        sorted(ours | peers),
         [Load.parse(text) for text in args.loads.split(",")],
         args.mix.split(","),
     ):
+        if group.variants and group.variants not in (ours if group.system == OURS else peers):
+            continue
         cells = tuple(cell for cell in group.cells if cell.key not in done)
         if cells and (group.variants or SYSTEMS[group.system].alone):
             groups.append(replace(group, cells=cells))

@@ -30,13 +30,14 @@ TOUCH_TOKENS = 4  # in and out: less than a page of KV cache, so that none is ke
 class Options:
     """How to measure.
 
-    window_s   requests are started for so long, in each cell
+    window_s   requests are started for so long, in each cell, and until as many as are in flight
+               at once have been answered: a system may need minutes for its first answers
     id_range   token ids of prompts, lowest and one past the highest
     timeout_s  of one request
     logs       folder for the servers' output
     """
 
-    window_s: float = 40.0
+    window_s: float = 30.0
     id_range: tuple[int, int] = (1000, 10000)
     timeout_s: float = 900.0
     logs: Path = Path(".cache/bench/peers")
@@ -124,20 +125,28 @@ def _measure_cell(child: ServerChild, site: Site, cell: Cell, blank: Row, option
             options,
             concurrency=n,
             duration_s=options.window_s,
+            at_least=n,
         )
         wall_s = time.perf_counter() - start
     check(outcomes, load.prompt_tokens, load.max_tokens, child)
+    window_s = window(outcomes, start, options.window_s, n)
     row = replace(
         blank,
         load=str(load),
         mix=cell.mix,
         client_cpu_s=own_cpu_s() - cpu_before,
         rss_peak_bytes=peak.n_bytes,
-        window_s=options.window_s,
+        window_s=window_s,
         wall_s=wall_s,
         time=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     )
-    return replace(row, **statistics(outcomes, start, options.window_s, wall_s))
+    return replace(row, **statistics(outcomes, start, window_s, wall_s))
+
+
+def window(outcomes: Sequence[Outcome], start_s: float, shortest_s: float, at_least: int) -> float:
+    """Seconds during which requests were started: `shortest_s`, or until so many answers."""
+    answered_s = sorted(outcome.end_s for outcome in outcomes)[at_least - 1] - start_s
+    return max(shortest_s, answered_s)
 
 
 def _load(

@@ -113,8 +113,9 @@ def _environment(**settings: str) -> list[str]:
     return ["env", *(f"{name}={value}" for name, value in settings.items())]
 
 
+OURS = "ours"
 SYSTEMS = {
-    "ours": System("deltas", _ours, ("torch", "transformers"), is_lazy=True),
+    OURS: System("deltas", _ours, ("torch", "transformers"), is_lazy=True),
     "transformers": System(
         "checkpoints", _static("transformers", "checkpoints"), ("transformers", "torch")
     ),
@@ -129,7 +130,7 @@ def versions(site: Site, name: str) -> str:
     """Versions of a system's packages in its own environment. Raises PeersError."""
     packages = SYSTEMS[name].packages
     code = "import sys, importlib.metadata as m; print(*(m.version(p) for p in sys.argv[1:]))"
-    python = sys.executable if name == "ours" else site.python(name)
+    python = sys.executable if name == OURS else site.python(name)
     found = [*map(" ".join, zip(packages, _output([python, "-c", code, *packages]), strict=True))]
     if name == "vllm" and site.preload:
         found.append("preloaded " + " ".join(Path(lib).name for lib in site.preload.split(":")))

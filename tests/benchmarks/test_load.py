@@ -131,6 +131,12 @@ async def test_run_keeps_the_asked_number_in_flight() -> None:
     assert peak == 4
 
 
+async def test_run_time_up_goes_on_until_enough_are_answered(client: LoadClient) -> None:
+    jobs = Workload(["a"]).jobs()
+    outcomes = await client.run(jobs, concurrency=2, duration_s=0.0, at_least=4)
+    assert 4 <= len(outcomes) <= 5
+
+
 def test_workload_same_seed_same_requests_all_different() -> None:
     one, two = (list(islice(Workload(["a", "b"], seed=3).jobs(), 50)) for _ in range(2))
     assert one == two

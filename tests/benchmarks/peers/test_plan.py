@@ -100,3 +100,15 @@ def test_groups_to_do_peft_without_adapters_is_left_out(tmp_path: Path) -> None:
 def test_groups_to_do_unknown_system_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PeersError, match="lorax"):
         groups_to_do(parse_args(arguments(tmp_path, "--systems", "lorax")), set())
+
+
+@pytest.mark.parametrize(
+    ("more", "of_vllm"), [([], [0, 8]), (["--peer-variants", "16,32"], [0, 16, 32])]
+)
+def test_groups_to_do_peers_serve_the_fewest_variants_unless_told(
+    more: list[str], of_vllm: list[int], tmp_path: Path
+) -> None:
+    args = parse_args(arguments(tmp_path, "--systems", "ours,vllm", "--variants", "8,32", *more))
+    groups = groups_to_do(args, set())
+    assert [group.variants for group in groups if group.system == "ours"] == [0, 8, 32]
+    assert [group.variants for group in groups if group.system == "vllm"] == of_vllm

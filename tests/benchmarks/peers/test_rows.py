@@ -11,7 +11,7 @@ import pytest
 from benchmarks.child import ServerChild
 from benchmarks.load import Outcome
 from benchmarks.peers.errors import PeersError
-from benchmarks.peers.measure import check, statistics
+from benchmarks.peers.measure import check, statistics, window
 from benchmarks.peers.report import markdown, variant_memory_bytes, write_report
 from benchmarks.peers.rows import Row, append_row, read_rows
 
@@ -52,6 +52,12 @@ def test_statistics_counts_only_what_arrived_in_the_window() -> None:
     assert figures["ttft_p50_ms"] == pytest.approx(1000)
     assert figures["itl_p50_ms"] == pytest.approx(1000)
     assert figures["itl_p99_ms"] == pytest.approx(1000 + 0.97 * 1000)
+
+
+@pytest.mark.parametrize(("shortest_s", "expected_s"), [(2.0, 5.0), (10.0, 10.0)])
+def test_window_lasts_until_enough_were_answered(shortest_s: float, expected_s: float) -> None:
+    answered = [outcome(tokens=1, chunks=[at]) for at in (12.0, 4.0, 7.0)]
+    assert window(answered, start_s=2.0, shortest_s=shortest_s, at_least=2) == expected_s
 
 
 def test_statistics_one_piece_each_has_no_gaps() -> None:
