@@ -6,6 +6,7 @@ a sequence with one new token is a decode row, any other a prefill chunk.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -46,13 +47,13 @@ class AttentionPlan:
     """Where each row's keys and values go, and who reads what.
 
     places        [T] int64, row in the flattened cache ``[n_pages * page]``
-    masks         of this step, by prefill chunk (None: decode), window and dtype
+    made          what layers derive from it and share in this step, by what it depends on
     """
 
     places: Tensor
     decode: DecodeBatch | None
     prefill: tuple[PrefillChunk, ...]
-    masks: dict[tuple[int | None, int | None, torch.dtype], Tensor] = field(default_factory=dict)
+    made: dict[Hashable, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,13 +183,13 @@ def _decode_mask(
 ) -> Tensor:
     """[B, 1, 1, L] additive mask, made once per step and window."""
     key = (None, window, dtype)
-    if key not in plan.masks:
+    if key not in plan.made:
         position = torch.arange(length, device=batch.lengths.device)
         seen = position < batch.lengths.unsqueeze(1)
         if window is not None:
             seen &= position >= batch.lengths.unsqueeze(1) - window
-        plan.masks[key] = _additive(seen, dtype).view(len(seen), 1, 1, length)
-    return plan.masks[key]
+        plan.made[key] = _additive(seen, dtype).view(len(seen), 1, 1, length)
+    return plan.made[key]
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -216,15 +217,15 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, place: int, call: AttentionCall) -
 def _prefill_mask(plan: AttentionPlan, place: int, window: int | None, q: Tensor) -> Tensor:
     """[t, context + t] additive mask of one chunk, made once per step and window."""
     key = (place, window, q.dtype)
-    if key not in plan.masks:
+    if key not in plan.made:
         context = plan.prefill[place].context
         rows = torch.arange(context, context + len(q), device=q.device).unsqueeze(1)
         cols = torch.arange(context + len(q), device=q.device)
         seen = cols <= rows
         if window is not None:
             seen &= cols > rows - window
-        plan.masks[key] = _additive(seen, q.dtype)
-    return plan.masks[key]
+        plan.made[key] = _additive(seen, q.dtype)
+    return plan.made[key]
 
 
 def _attend(

@@ -37,6 +37,7 @@ def _cast_to(element: Any, pointee: Callable[[], Any]) -> Any:
 _f32_pointer = _cast_to(types.float32, ir.FloatType)
 _f64_pointer = _cast_to(types.float64, ir.DoubleType)
 _i64_pointer = _cast_to(types.int64, lambda: ir.IntType(64))
+_u32_pointer = _cast_to(types.uint32, lambda: ir.IntType(32))
 _u16_pointer = _cast_to(types.uint16, lambda: ir.IntType(16))
 _u8_pointer = _cast_to(types.uint8, lambda: ir.IntType(8))
 
@@ -79,6 +80,12 @@ def i64_at(address):
 def f32_at(address):
     """View float32 values from this address on."""
     return carray(_f32_pointer(address), UNBOUNDED)
+
+
+@njit(inline="always")
+def u32_at(address):
+    """View 32-bit words from this address on."""
+    return carray(_u32_pointer(address), UNBOUNDED)
 
 
 @njit(inline="always")

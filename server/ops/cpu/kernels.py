@@ -9,6 +9,7 @@ from server.ops.attention import AttentionCall, prefill_
 from server.ops.cpu.attention import AttentionKernel
 from server.ops.cpu.blockdiag import BlockDiagKernel, NumbaBlockDiag
 from server.ops.cpu.parallel import Parallel
+from server.ops.cpu.prefill import PrefillKernel
 from server.ops.cpu.rotary import RotaryKernel
 from server.ops.cpu.rows import RowKernels
 from server.ops.delta import BlockDiagOp
@@ -30,6 +31,7 @@ class NumbaKernels:
         self.parallel = Parallel()
         self._blockdiag = BlockDiagKernel(self.parallel)
         self._attention = AttentionKernel(self.parallel)
+        self._prefill = PrefillKernel(self.parallel)
         self._rotary = RotaryKernel(self.parallel)
         self._rows = RowKernels(self.parallel)
         self._packs_bf16 = onednn_linear_works()
@@ -51,7 +53,10 @@ class NumbaKernels:
         self._attention.decode_(out, call)
 
     def prefill_(self, out: Tensor, call: AttentionCall) -> None:
-        prefill_(out, call)  # torch's own CPU kernel multiplies bfloat16 pairs; numba cannot
+        if self._prefill.takes(call):
+            self._prefill.prefill_(out, call)
+        else:
+            prefill_(out, call)
 
     def rms_norm(self, x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm) -> Tensor:
         return self._rows.rms_norm(x, weights, index, form)
