@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-import httpx
 import numpy as np
+
+from benchmarks.wire import EventReader, HttpClient, WireError
 
 WORDS = (
     *("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child"),
@@ -105,17 +106,17 @@ class LoadClient:
     def __init__(self, url: str, *, max_tokens: int, stream: bool, timeout_s: float) -> None:
         self.max_tokens = max_tokens
         self.stream = stream
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        self.http = httpx.AsyncClient(base_url=url.rstrip("/"), timeout=timeout_s, limits=limits)
+        self.http = HttpClient(url, timeout_s)
 
     async def close(self) -> None:
         """Close the connections."""
-        await self.http.aclose()
+        await self.http.close()
 
     async def models(self) -> list[str]:
         """Every model the server lists."""
         answer = await self.http.get("/v1/models")
-        answer.raise_for_status()
+        if answer.status != 200:
+            raise WireError(f"HTTP {answer.status}: {answer.text[:200]}")
         return [card["id"] for card in answer.json()["data"]]
 
     async def run(
@@ -171,7 +172,7 @@ class LoadClient:
                 await self._stream(body, outcome)
             else:
                 await self._whole(body, outcome)
-        except httpx.HTTPError as error:
+        except (WireError, ValueError) as error:  # ValueError: what should be JSON is not
             outcome.error = f"{type(error).__name__}: {error}"
         outcome.end_s = time.perf_counter()
         if outcome.error is None and outcome.n_tokens == 0:
@@ -179,36 +180,33 @@ class LoadClient:
         return outcome
 
     async def _whole(self, body: dict[str, Any], outcome: Outcome) -> None:
-        answer = await self.http.post("/v1/completions", json=body)
-        if answer.status_code != 200:
-            outcome.error = f"HTTP {answer.status_code}: {answer.text[:200]}"
+        answer = await self.http.post("/v1/completions", body)
+        if answer.status != 200:
+            outcome.error = f"HTTP {answer.status}: {answer.text[:200]}"
             return
         outcome.chunk_s.append(time.perf_counter())
         _read_usage(answer.json(), outcome)
 
     async def _stream(self, body: dict[str, Any], outcome: Outcome) -> None:
-        async with self.http.stream("POST", "/v1/completions", json=body) as answer:
-            if answer.status_code != 200:
-                text = (await answer.aread()).decode(errors="replace")
-                outcome.error = f"HTTP {answer.status_code}: {text[:200]}"
+        finished = False
+
+        def read(data: bytes) -> None:
+            nonlocal finished
+            if data == b"[DONE]":
+                finished = True
                 return
-            finished = False
-            async for line in answer.aiter_lines():
-                if not line.startswith("data:"):
-                    continue
-                data = line[5:].strip()
-                if data == "[DONE]":
-                    finished = True
-                    continue
-                event = json.loads(data)
-                if "error" in event:
-                    outcome.error = f"in the stream: {str(event['error'])[:200]}"
-                    return
-                if event.get("choices"):
-                    outcome.chunk_s.append(time.perf_counter())
-                _read_usage(event, outcome)
-            if not finished:
-                outcome.error = "the stream ended without [DONE]"
+            event = json.loads(data)
+            if "error" in event:
+                outcome.error = f"in the stream: {str(event['error'])[:200]}"
+            if event.get("choices"):
+                outcome.chunk_s.append(time.perf_counter())
+            _read_usage(event, outcome)
+
+        answer = await self.http.post("/v1/completions", body, EventReader(read).feed)
+        if answer.status != 200:
+            outcome.error = f"HTTP {answer.status}: {answer.text[:200]}"
+        elif outcome.error is None and not finished:
+            outcome.error = "the stream ended without [DONE]"
 
 
 def _read_usage(event: dict[str, Any], outcome: Outcome) -> None:

@@ -28,7 +28,6 @@ from compressor.identity import base_identity
 from server.deltas.registry import DeltaRegistry
 from server.engine.catalog import VariantCatalog
 from server.engine.core import EngineCore, Events
-from server.engine.detokenizer import Detokenizer
 from server.engine.llm_engine import allocate_pages
 from server.engine.model import load_base_model
 from server.engine.request import Request
@@ -176,7 +175,6 @@ class Bench:
                 variant=variant,
                 prompt_ids=prompt,
                 params=params,
-                detokenizer=Detokenizer(variant.text.backend),
                 deliver=self._deliver,
             )
         )
@@ -227,7 +225,7 @@ def timed_engine(bench: Bench, clock: Clock) -> ExitStack:
         (core.scheduler, "schedule", "scheduling and batch building"),
         (core._runner, "plan", "scheduling and batch building"),
         (core._runner, "forward", "model: the rest"),
-        (core._post, "token", "detokenising and events"),
+        (core._post, "token", "events"),
         (core, "_sample", "sampling"),
     ):
         stack.enter_context(mock.patch.object(owner, name, clock.wrap(part, getattr(owner, name))))

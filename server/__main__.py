@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import sys
@@ -37,7 +36,7 @@ def serve(settings: Settings) -> None:
 def _serve(settings: Settings) -> int:
     # Here, because they import torch: `--help` and wrong flags should answer at once.
     from server.engine.llm_engine import LLMEngine
-    from server.run import RunnableEngine, run
+    from server.run import RunnableEngine, run, run_in_loop
 
     # A second series for each counter and histogram that nobody reads; the call has no types.
     disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -45,7 +44,7 @@ def _serve(settings: Settings) -> int:
     engine = LLMEngine.from_settings(settings, metrics)
     metrics.watch(engine, settings.max_variants_per_step)
     # The engine takes the Variant its own `open` returned; the protocol says any VariantHandle.
-    return asyncio.run(run(cast(RunnableEngine, engine), settings, metrics))
+    return run_in_loop(run(cast(RunnableEngine, engine), settings, metrics))
 
 
 def main() -> None:

@@ -1,35 +1,72 @@
-"""uvicorn's h11 protocol with a limit on how long a request's headers may take to arrive.
+"""uvicorn's httptools protocol with limits on how long and how large a request's headers may be.
 
 uvicorn times idle connections after a response, but not one that sends its first request a byte
-at a time; a few hundred of those would hold every file descriptor.
+at a time; a few hundred of those would hold every file descriptor. And llhttp takes headers and
+trailers of any length, where h11 had a bound.
 """
 
 from __future__ import annotations
 
 import asyncio
 
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from server.api.middleware import MAX_HEADER_BYTES
 
 HEADER_TIMEOUT_S = 20.0
+MAX_FRAMING_PER_BYTE = 16  # what chunked encoding may add to one byte of a body
+
+TOO_LARGE = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
+    b"content-length: 0\r\nconnection: close\r\n\r\n"
+)
 
 
-class DeadlineProtocol(H11Protocol):
-    """Closes a connection whose next request's headers are not complete in time."""
+class BoundedProtocol(HttpToolsProtocol):
+    """Closes a connection whose next request's headers are not complete in time, or too long."""
 
     header_timeout_s = HEADER_TIMEOUT_S
     _header_timer: asyncio.TimerHandle | None = None
+    _n_framing = 0  # bytes of the present message that are no body
+    _n_body = 0
+    _completed = False  # a message ended in what was just received
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._watch_headers()
 
     def data_received(self, data: bytes) -> None:
+        before = self._n_body
+        self._completed = False
         super().data_received(data)
+        if self.transport.is_closing():
+            return
+        if self._completed:  # what follows a message in one read is no longer than a read
+            self._n_framing = self._n_body = 0
+        else:
+            self._n_framing += len(data) - (self._n_body - before)
+            if self._n_framing > MAX_HEADER_BYTES + MAX_FRAMING_PER_BYTE * self._n_body:
+                self._refuse()
+                return
         self._watch_headers()
+
+    def on_body(self, body: bytes) -> None:
+        self._n_body += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        self._completed = True
+        super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._stop_timer()
+
+    def _refuse(self) -> None:
+        """Hang up; say why unless an answer is on its way."""
+        if self._between_requests() or not self.cycle.response_started:
+            self.transport.write(TOO_LARGE)
+        self.transport.close()
 
     def _between_requests(self) -> bool:
         return self.cycle is None or self.cycle.response_complete

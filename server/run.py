@@ -12,9 +12,10 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import uvicorn
 
@@ -23,15 +24,15 @@ from server.api.gate import Gate
 from server.engine.types import EngineClient
 from server.errors import Draining, EngineDead, ServeError
 from server.metrics import Metrics
-from server.protocol import DeadlineProtocol
+from server.protocol import BoundedProtocol
 from server.settings import Settings
 
-MAX_HEADER_BYTES = 16 << 10
 WATCH_S = 0.5
 LAST_EVENT_S = 2.0  # for the final error events to leave
 ENGINE_STOP_S = 15.0
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 class RunnableEngine(EngineClient, Protocol):
@@ -117,6 +118,19 @@ class Control:
         task.add_done_callback(self._tasks.discard)
 
 
+def run_in_loop(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` to its end in uvloop: a streamed token costs less CPU there.
+
+    There is none for Windows; asyncio's own loop serves there.
+    """
+    if sys.platform == "win32":
+        return asyncio.run(work)
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(work)
+
+
 async def run(
     engine: RunnableEngine,
     settings: Settings,
@@ -139,13 +153,12 @@ async def run(
 
 
 def uvicorn_config(app: object, settings: Settings) -> uvicorn.Config:
-    """Return uvicorn's settings: one HTTP parser with a header cap, no access log of its own."""
+    """Return uvicorn's settings: our bounds on headers, no access log of its own."""
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
         host=settings.host,
         port=settings.port,
-        http=DeadlineProtocol,
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+        http=BoundedProtocol,
         ws="none",
         lifespan="off",
         access_log=False,

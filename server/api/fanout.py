@@ -1,98 +1,128 @@
 """Run the generations of one request side by side and merge what they produce.
 
-Each generation is pumped by a task of its own. Together they may be `ROOM` events ahead of the
-reader; then they wait, so that a slow reader holds a bounded number of events.
+The engine calls back once per step; the reader wakes up at most once for it, however many choices
+got a token, and takes everything there is. A reader that is slow gets more at once; what waits for
+it is bounded by the generations themselves.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
-from server.engine.types import OutputDelta
-from server.errors import GenerationFailed, ServeError
-
-ROOM = 4  # events per generation
+from server.engine.types import Generation, OutputDelta
+from server.errors import ServeError
+from server.metrics import SequenceTimer
 
 Event = tuple[int, OutputDelta]
 
 
+class Timed:
+    """A generation and the timer of what its caller sees."""
+
+    def __init__(self, generation: Generation, timer: SequenceTimer) -> None:
+        self._generation = generation
+        self._timer = timer
+        self.open = True
+
+    def take(self) -> Sequence[OutputDelta]:
+        """Return what is new. Sets `open` to False with the last."""
+        deltas = self._generation.take()
+        for delta in deltas:
+            self._timer.tokens(len(delta.token_ids), delta.n_cached_tokens)
+            if delta.finish_reason is not None:
+                self.open = False
+                self._timer.finish(delta.finish_reason)
+        return deltas
+
+    @property
+    def error(self) -> Exception | None:
+        return self._generation.error
+
+    def close(self) -> None:
+        """Abort it unless it has ended."""
+        self._timer.finish("abort" if self.error is None else "error")
+        self._generation.close()
+
+
 class Fanout:
-    """Async context manager; leaving it aborts every generation that still runs."""
+    """Context manager; leaving it aborts every generation that still runs."""
 
-    def __init__(self, streams: Sequence[AsyncIterator[OutputDelta]]) -> None:
-        self._streams = streams
-        self._open = len(streams)
-        self._queue: asyncio.Queue[Event | int | BaseException] = asyncio.Queue()
-        self._room = asyncio.Semaphore(ROOM * len(streams))
-        self._tasks: list[asyncio.Task[None]] = []
+    def __init__(self, begins: Sequence[Callable[[Callable[[], None]], Timed]]) -> None:
+        """Each of `begins` is given what to call when there is output."""
+        self._begins = begins
+        self._running: list[Timed] = []
+        self._error: Exception | None = None
+        self._news = False
+        self._reader: asyncio.Future[None] | None = None
 
-    async def __aenter__(self) -> Self:
-        self._tasks = [
-            asyncio.create_task(self._pump(index, stream))
-            for index, stream in enumerate(self._streams)
-        ]
+    def __enter__(self) -> Self:
+        try:
+            for begin in self._begins:
+                self._running.append(begin(self._wake))
+        except BaseException:
+            self._close()
+            raise
         return self
 
-    async def __aexit__(
+    def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether any generation has not given its last output."""
+        return any(timed.open for timed in self._running)
 
     def fail(self, error: ServeError) -> None:
-        """End the merged stream with `error`, after what is already there."""
-        self._queue.put_nowait(error)
+        """End the merged output with `error`, after what is already there."""
+        self._error = self._error or error
+        self._wake()
 
-    async def events(self, idle_s: float | None = None) -> AsyncIterator[Event | None]:
-        """Yield (index, delta) as they come; None after `idle_s` seconds without one.
+    async def batches(self, idle_s: float | None = None) -> AsyncIterator[list[Event]]:
+        """Yield what came since the last time; an empty list after `idle_s` seconds of nothing.
 
-        Raises what the first failing generation raised.
+        Raises, after what came before it, what the first failing generation ended with.
         """
-        while self._open:
-            item = await self._next(idle_s)
-            if isinstance(item, BaseException):
-                raise item
-            if isinstance(item, int):
-                self._open -= 1
-                continue
-            if item is not None:
-                self._room.release()
-            yield item
+        while self.is_open:
+            await self._wait(idle_s)
+            batch = [
+                (index, delta)
+                for index, timed in enumerate(self._running)
+                if timed.open
+                for delta in timed.take()
+            ]
+            error = self._error or next((t.error for t in self._running if t.error), None)
+            if batch or error is None:
+                yield batch
+            if error is not None:
+                raise error
 
-    async def _next(self, idle_s: float | None) -> Event | int | BaseException | None:
-        with suppress(asyncio.QueueEmpty):
-            return self._queue.get_nowait()
-        try:
-            async with asyncio.timeout(idle_s):
-                return await self._queue.get()
-        except TimeoutError:
-            return None
+    async def _wait(self, idle_s: float | None) -> None:
+        """Wait for news, or for `idle_s` seconds."""
+        if not self._news:
+            loop = asyncio.get_running_loop()
+            self._reader = loop.create_future()
+            timer = None if idle_s is None else loop.call_later(idle_s, self._wake)
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+                if timer is not None:
+                    timer.cancel()
+        self._news = False
 
-    async def _pump(self, index: int, stream: AsyncIterator[OutputDelta]) -> None:
-        try:
-            await self._forward(index, stream)
-        except Exception as error:
-            self._queue.put_nowait(error)
-        finally:
-            # An abandoned generator is only finalised by the garbage collector; the engine must
-            # hear of it now.
-            close: Any = getattr(stream, "aclose", None)
-            if close is not None:
-                await close()
+    def _wake(self) -> None:
+        self._news = True
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
 
-    async def _forward(self, index: int, stream: AsyncIterator[OutputDelta]) -> None:
-        async for delta in stream:
-            await self._room.acquire()
-            self._queue.put_nowait((index, delta))
-            if delta.finish_reason is not None:
-                self._queue.put_nowait(index)
-                return
-        raise GenerationFailed("The generation ended without a result. Try again.")
+    def _close(self) -> None:
+        for timed in self._running:
+            timed.close()

@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -22,14 +22,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.api import sse
+from server.api.chunks import ChunkWriter
 from server.api.context import Api, log_fields
 from server.api.errors import body_of, internal_error_body
-from server.api.fanout import Fanout
+from server.api.fanout import Fanout, Timed
 from server.api.gate import Ticket
 from server.api.reply import Choice, Envelope, Reply, usage_of
-from server.engine.types import OutputDelta, SamplingParams, VariantHandle
-from server.errors import GenerationFailed, QueueFull, ServeError
-from server.metrics import SequenceTimer
+from server.engine.types import SamplingParams, VariantHandle
+from server.errors import QueueFull, ServeError
 
 log = logging.getLogger(__name__)
 
@@ -85,13 +85,13 @@ class GenerationResponse(Response):
         kind = reply.chunk_object if reply.body.stream else reply.object
         envelope = Envelope.of(reply.id_prefix, kind, variant)
         self._observe_params(variant, plan[0][1])
-        streams = [
-            self._generate(variant, envelope.id, choice, params)
+        begins = [
+            partial(self._begin, variant, envelope.id, choice, params)
             for choice, (_, params) in zip(choices, plan, strict=True)
         ]
         headers = {"x-impart-delta": variant.digest or "base"}
         try:
-            async with Fanout(streams) as fanout:
+            with Fanout(begins) as fanout:
                 ticket.output = fanout
                 if reply.body.stream:
                     await self._stream(fanout, choices, envelope, headers, send)
@@ -102,34 +102,31 @@ class GenerationResponse(Response):
             self._log["prompt_tokens"] = sum(len(prompt.ids) for prompt in prompts)
             self._log["completion_tokens"] = sum(choice.n_tokens for choice in choices)
 
-    async def _generate(
-        self, variant: VariantHandle, request_id: str, choice: Choice, params: SamplingParams
-    ) -> AsyncIterator[OutputDelta]:
-        """Stream one choice from the engine and time it."""
-        n_prompt = len(choice.prompt.ids)
-        timer: SequenceTimer = self._api.metrics.sequence(variant.name, n_prompt, self._arrived)
-        stream: Any = self._api.engine.generate(
-            variant,
-            choice.prompt.ids,
-            params,
-            request_id=f"{request_id}-{choice.index}",
-            deadline_s=self._api.settings.request_timeout_s,
-            cache_salt=self._reply.body.cache_salt or "",
-        )
-        reason = "abort"
+    def _begin(
+        self,
+        variant: VariantHandle,
+        request_id: str,
+        choice: Choice,
+        params: SamplingParams,
+        on_output: Callable[[], None],
+    ) -> Timed:
+        """Begin one choice."""
+        ids = choice.prompt.ids
+        timer = self._api.metrics.sequence(variant.name, len(ids), self._arrived)
         try:
-            async with aclosing(stream):
-                async for delta in stream:
-                    timer.tokens(len(delta.token_ids), delta.n_cached_tokens)
-                    reason = delta.finish_reason or reason
-                    if reason == "error":
-                        raise GenerationFailed("This generation failed; others go on. Try again.")
-                    yield delta
-        except Exception:
-            reason = "error"
+            generation = self._api.engine.generate(
+                variant,
+                ids,
+                params,
+                request_id=f"{request_id}-{choice.index}",
+                on_output=on_output,
+                deadline_s=self._api.settings.request_timeout_s,
+                cache_salt=self._reply.body.cache_salt or "",
+            )
+        except BaseException:
+            timer.finish("error")
             raise
-        finally:
-            timer.finish(reason)
+        return Timed(generation, timer)
 
     async def _collect(
         self,
@@ -139,9 +136,9 @@ class GenerationResponse(Response):
         headers: dict[str, str],
         send: Send,
     ) -> None:
-        async for event in fanout.events():
-            if event is not None:
-                choices[event[0]].collect(event[1])
+        async for batch in fanout.batches():
+            for index, delta in batch:
+                choices[index].collect(delta)
         whole = [self._reply.whole(choice) for choice in choices]
         body = envelope.wrap(whole, usage_of(choices, self._n), with_usage=True)
         await send_json(send, body, headers)
@@ -154,40 +151,33 @@ class GenerationResponse(Response):
         headers: dict[str, str],
         send: Send,
     ) -> None:
-        out = sse.EventStream(send, headers)
-        try:
-            await self._write_events(out, fanout, choices, envelope)
-            if self._reply.body.include_usage:
-                usage = usage_of(choices, self._n)
-                await out.write(sse.frame(envelope.wrap([], usage, with_usage=True)))
-            await out.write(sse.DONE)
-        except sse.Stalled:
-            raise
-        except Exception as error:
-            if not out.started:
-                raise
-            await out.write(sse.frame(self._last_words(error)))
-        await out.end()
+        async with sse.EventStream(send, headers) as out:
+            try:
+                last = await self._write_events(out, fanout, choices, envelope)
+            except Exception as error:
+                if not out.started:
+                    raise
+                last = sse.frame(self._last_words(error))
+            await out.end(last)
 
     async def _write_events(
         self, out: sse.EventStream, fanout: Fanout, choices: list[Choice], envelope: Envelope
-    ) -> None:
-        body = self._reply.body
+    ) -> bytes:
+        """Write what comes, one write for all that is there; return what is to be written last."""
+        chunks = ChunkWriter(self._reply, envelope)
+        data = b""
         # Nothing is written before the first event, so that what fails early has a status.
-        async for event in fanout.events(sse.KEEP_ALIVE_S):
-            if event is None:
+        async for batch in fanout.batches(sse.KEEP_ALIVE_S):
+            if not batch:
                 await out.write(sse.COMMENT)
                 continue
-            choice, delta = choices[event[0]], event[1]
-            choice.count(delta)
-            pieces = self._reply.opening(choice) if choice.n_events == 1 else []
-            piece = self._reply.piece(choice, delta)
-            if piece is not None:
-                pieces.append(piece)
-            for one in pieces:
-                usage = usage_of([choice], 1) if body.continuous_usage else None
-                wrapped = envelope.wrap([one], usage, with_usage=body.include_usage)
-                await out.write(sse.frame(wrapped))
+            data = b"".join([chunks.render(choices[index], delta) for index, delta in batch])
+            if data and fanout.is_open:
+                await out.write(data)
+        if self._reply.body.include_usage:
+            usage = usage_of(choices, self._n)
+            data += sse.frame(envelope.wrap([], usage, with_usage=True))
+        return data + sse.DONE
 
     def _last_words(self, error: Exception) -> dict[str, Any]:
         if isinstance(error, ServeError):

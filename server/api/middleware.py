@@ -22,7 +22,7 @@ from server.errors import BodyTooLarge
 from server.metrics import Metrics
 
 MAX_HEADERS = 128
-MAX_HEADER_BYTES = 16 << 10  # h11 only bounds headers that come in several reads
+MAX_HEADER_BYTES = 16 << 10  # names and values; the protocol bounds them before they are parsed
 BODY_TIMEOUT_S = 30.0  # from the first byte after the headers to the last
 QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping", "/metrics"})
 METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"})
@@ -128,7 +128,7 @@ class RequestCap:
 
     def _check_declared(self, headers: Headers) -> None:
         declared = headers.get("content-length", "")
-        # h11 refuses a length that is no number; another server may not
+        # llhttp refuses a length that is no number; another server may not
         if declared.isdecimal() and int(declared[:20]) > self._max_bytes:
             raise self._too_large()
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from starlette.types import Send
 
@@ -16,14 +17,16 @@ DONE = b"data: [DONE]\n\n"
 COMMENT = b": keep-alive\n\n"
 
 
+_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 class Stalled(Exception):
     """The reader took nothing for `STALL_S` seconds."""
 
 
 def encode_json(value: object) -> bytes:
     """Return compact JSON. Raises ValueError on NaN, which clients could not read."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return text.encode("utf-8", "replace")
+    return _JSON.encode(value).encode("utf-8", "replace")
 
 
 def frame(payload: object) -> bytes:
@@ -32,31 +35,70 @@ def frame(payload: object) -> bytes:
 
 
 class EventStream:
-    """Writes one event stream through an ASGI `send`."""
+    """Writes one event stream through an ASGI `send`; use as an async context manager.
+
+    One timer watches over the whole stream: one for each of its writes would cost more than the
+    write.
+    """
 
     def __init__(self, send: Send, headers: Mapping[str, str], stall_s: float = STALL_S) -> None:
         self._send = send
         self._headers = headers
         self._stall_s = stall_s
+        self._loop = asyncio.get_running_loop()
+        self._deadline = asyncio.timeout(None)
+        self._writing_since: float | None = None
         self.started = False
 
+    async def __aenter__(self) -> Self:
+        await self._deadline.__aenter__()
+        self._watch(self._stall_s)
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Raises Stalled if that is why the block was left."""
+        self._timer.cancel()
+        try:
+            await self._deadline.__aexit__(kind, error, trace)
+        except TimeoutError:
+            raise Stalled from None
+
     async def write(self, data: bytes) -> None:
-        """Send bytes, headers first. Raises Stalled."""
+        """Send bytes, headers first."""
+        await self._write(data, more=True)
+
+    async def end(self, data: bytes) -> None:
+        """Send the last bytes and close the response."""
+        await self._write(data, more=False)
+
+    async def _write(self, data: bytes, *, more: bool) -> None:
         if not self.started:
             self.started = True
             await self._put({"type": "http.response.start", "status": 200, "headers": self._raw()})
-        await self._put({"type": "http.response.body", "body": data, "more_body": True})
-
-    async def end(self) -> None:
-        """Close the response."""
-        await self._put({"type": "http.response.body", "body": b"", "more_body": False})
+        await self._put({"type": "http.response.body", "body": data, "more_body": more})
 
     async def _put(self, message: dict[str, Any]) -> None:
-        try:
-            async with asyncio.timeout(self._stall_s):
-                await self._send(message)
-        except TimeoutError:
-            raise Stalled from None
+        self._writing_since = self._loop.time()
+        await self._send(message)
+        self._writing_since = None
+
+    def _watch(self, delay_s: float) -> None:
+        self._timer = self._loop.call_later(delay_s, self._check)
+
+    def _check(self) -> None:
+        now = self._loop.time()
+        left_s = self._stall_s
+        if self._writing_since is not None:
+            left_s -= now - self._writing_since
+        if left_s > 0:
+            self._watch(left_s)
+        else:
+            self._deadline.reschedule(now)
 
     def _raw(self) -> list[tuple[bytes, bytes]]:
         headers = {

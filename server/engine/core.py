@@ -131,7 +131,7 @@ class EngineCore:
             self._inbox.put(lambda: self.scheduler.add(request))
 
     def abort(self, request: Request) -> None:
-        """Forget a request whose client is gone. Its memory is free after the running step."""
+        """Forget a request: no more of it is wanted. Its memory is free after the running step."""
         self._inbox.put(lambda: self._abort(request))
 
     def begin_drain(self) -> None:
@@ -258,7 +258,7 @@ class EngineCore:
         if request.status is not Status.RUNNING:
             return 0
         try:
-            self._post.collect_prompt_logprobs(request, rows, logits)
+            self._post.collect_prompt_scores(request, rows, logits)
             request.n_computed += item.n_tokens
             request.unproven = True
             if request not in sampled:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self, TypeVar
 
@@ -17,17 +17,17 @@ from server.deltas.registry import DeltaRegistry, RegisteredDelta
 from server.deltas.slots import Slot
 from server.engine.catalog import VariantCatalog
 from server.engine.core import EngineCore, Events
-from server.engine.detokenizer import Detokenizer
 from server.engine.model import BaseModel, load_base_model
 from server.engine.observer import CoreStats, Observer
+from server.engine.output import RequestOutput, TextOutput
 from server.engine.pages import PagePool
-from server.engine.request import Event, Request
+from server.engine.request import Request
 from server.engine.runner import Runner
 from server.engine.static_step import BUCKETS
 from server.engine.text import load_base_text
-from server.engine.types import ModelInfo, OutputDelta, SamplingParams, VariantState
+from server.engine.types import Generation, ModelInfo, SamplingParams, VariantState
 from server.engine.variant import Variant
-from server.errors import ConfigError, Draining, InvalidRequest, ServeError
+from server.errors import ConfigError, Draining, InvalidRequest
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -213,48 +213,35 @@ class LLMEngine:
 
     # -- generation ------------------------------------------------------------------------------
 
-    async def generate(
+    def generate(
         self,
         variant: Variant,
         prompt_ids: Sequence[int],
         params: SamplingParams,
         *,
         request_id: str,
+        on_output: Callable[[], None],
         deadline_s: float | None = None,
         cache_salt: str = "",
-    ) -> AsyncIterator[OutputDelta]:
+    ) -> Generation:
         """See EngineClient."""
         self._check(variant, prompt_ids, params)
-        events: asyncio.Queue[Event] = asyncio.Queue()
         timeout_s = self._settings.request_timeout_s if deadline_s is None else deadline_s
+        output = RequestOutput(
+            TextOutput(variant.text, params), on_output, abort=lambda: self.core.abort(request)
+        )
         request = Request(
             # Clients choose request ids; inside the engine they must be unique.
             request_id=f"{request_id}-{uuid.uuid4().hex}",
             variant=variant,
             prompt_ids=list(prompt_ids),
             params=params,
-            detokenizer=Detokenizer(
-                variant.text.backend,
-                params.stop,
-                params.include_stop_str_in_output,
-                params.skip_special_tokens,
-            ),
-            deliver=events.put_nowait,
+            deliver=output.receive,
             deadline=time.monotonic() + timeout_s,
             cache_salt=cache_salt,
         )
         self.core.submit(request)
-        finished = False
-        try:
-            while not finished:
-                event = await events.get()
-                finished = isinstance(event, ServeError) or event.finish_reason is not None
-                if isinstance(event, ServeError):
-                    raise event
-                yield event
-        finally:
-            if not finished:
-                self.core.abort(request)
+        return output
 
     def _check(self, variant: Variant, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         if not prompt_ids:

@@ -8,12 +8,43 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from server.deltas.slots import Slot
-from server.engine.detokenizer import Detokenizer
-from server.engine.types import FinishReason, OutputDelta, SamplingParams, TokenLogprob
+from server.engine.types import FinishReason, SamplingParams
 from server.engine.variant import Variant
 from server.errors import ServeError
 
-Event = OutputDelta | ServeError
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """A token's log probability and the best alternatives, best first, as ids.
+
+    `logprob` is None for a prompt's first token.
+    """
+
+    token_id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """What one engine step added to one request. The engine knows ids only; text comes later.
+
+    token_id       None if only the prompt was to be scored
+    may_stop       whether a stop string may end the text here (`min_tokens` are there)
+    finish_reason  set on the last one, as far as ids and lengths can tell
+    stop_reason    the stop token that ended it
+    """
+
+    token_id: int | None
+    score: TokenScore | None = None
+    prompt_scores: tuple[TokenScore, ...] = ()  # on the first event only
+    may_stop: bool = True
+    finish_reason: FinishReason | None = None
+    stop_reason: int | None = None
+    n_cached_tokens: int = 0
+
+
+Event = StepOutput | ServeError
 
 
 class Status(enum.Enum):
@@ -43,7 +74,6 @@ class Request:
     variant: Variant
     prompt_ids: list[int]
     params: SamplingParams
-    detokenizer: Detokenizer
     deliver: Callable[[Event], None]
     deadline: float | None = None  # time.monotonic()
     cache_salt: str = ""
@@ -52,7 +82,7 @@ class Request:
     pages: list[int] = field(default_factory=list)
     n_computed: int = 0
     slot: Slot | None = None
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_scores: list[TokenScore] = field(default_factory=list)
     n_preemptions: int = 0
     unproven: bool = False
     n_settled_pages: int = 0

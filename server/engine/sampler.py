@@ -23,8 +23,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from server.engine.request import Request
-from server.engine.types import SamplingParams, TokenLogprob, TopLogprob
+from server.engine.request import Request, TokenScore
+from server.engine.types import SamplingParams
 from server.errors import GenerationFailed
 
 GREEDY_BELOW = 1e-5  # temperatures below this are greedy, as in vLLM
@@ -35,7 +35,7 @@ class Sampled:
     """One row's outcome; `error` says why this row has none."""
 
     token_id: int = -1
-    logprob: TokenLogprob | None = None
+    score: TokenScore | None = None
     error: Exception | None = None
 
 
@@ -72,7 +72,7 @@ class Sampler:
                 with _failing(outcomes[row]):
                     logprobs = torch.log_softmax(raw[row], -1)
                     token = outcomes[row].token_id
-                    outcomes[row].logprob = token_logprob(request, logprobs, token)
+                    outcomes[row].score = token_score(request, logprobs, token)
         return outcomes
 
     def _draw(self, logits: Tensor, requests: list[Request], outcomes: list[Sampled]) -> None:
@@ -151,16 +151,14 @@ def mask_foreign_ids_(logits: Tensor, vocab_sizes: list[int]) -> None:
             logits[row, size:] = float("-inf")
 
 
-def token_logprob(request: Request, logprobs: Tensor, token: int) -> TokenLogprob:
+def token_score(request: Request, logprobs: Tensor, token: int) -> TokenScore:
     """The chosen token's log probability and the k best: ``logprobs [V]``, before penalties."""
-    text = request.variant.text
     k = request.params.logprobs or 0
-    best = torch.topk(logprobs, min(k, len(logprobs))) if k else None
-    top: tuple[TopLogprob, ...] = ()
-    if best is not None:
-        pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        top = tuple(TopLogprob(i, text.token_text(i), v) for i, v in pairs)
-    return TokenLogprob(token, text.token_text(token), float(logprobs[token]), top)
+    top: tuple[tuple[int, float], ...] = ()
+    if k:
+        best = torch.topk(logprobs, min(k, len(logprobs)))
+        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    return TokenScore(token, float(logprobs[token]), top)
 
 
 def _penalise_(row: Tensor, request: Request) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -68,6 +69,37 @@ class OutputDelta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None  # the stop string or stop token that ended it
     n_cached_tokens: int = 0
+
+    @classmethod
+    def joined(cls, deltas: Sequence[OutputDelta]) -> OutputDelta:
+        """Return several that followed each other as one."""
+        first, last = deltas[0], deltas[-1]
+        return cls(
+            text="".join(delta.text for delta in deltas),
+            token_ids=tuple(chain.from_iterable(delta.token_ids for delta in deltas)),
+            logprobs=tuple(chain.from_iterable(delta.logprobs for delta in deltas)),
+            prompt_logprobs=first.prompt_logprobs,
+            finish_reason=last.finish_reason,
+            stop_reason=last.stop_reason,
+            n_cached_tokens=last.n_cached_tokens,
+        )
+
+
+class Generation(Protocol):
+    """A running generation as its reader sees it. Event loop only."""
+
+    @property
+    def error(self) -> Exception | None:
+        """Why it ended early; what `take` gave before still counts."""
+        ...
+
+    def take(self) -> Sequence[OutputDelta]:
+        """Return what came since the last call, oldest first."""
+        ...
+
+    def close(self) -> None:
+        """Abort it unless it has ended; nothing comes any more."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,15 +172,17 @@ class EngineClient(Protocol):
         params: SamplingParams,
         *,
         request_id: str,
+        on_output: Callable[[], None],
         deadline_s: float | None = None,
         cache_salt: str = "",
-    ) -> AsyncIterator[OutputDelta]:
-        """Queue the request and stream its output; closing the iterator aborts it.
+    ) -> Generation:
+        """Queue the request; `on_output` is called on the event loop when there is something new.
 
-        Requests share cached prefixes only with those of the same variant and `cache_salt`.
+        Whoever asks must `close` what is returned. Requests share cached prefixes only with those
+        of the same variant and `cache_salt`.
 
-        Raises InvalidRequest (too long), QueueFull, Draining at once (first iteration), and
-        DeltaUnusable, GenerationFailed, DeadlineExceeded, EngineDead while running.
+        Raises InvalidRequest (too long), QueueFull, Draining, EngineDead; the error of a running
+        one may be DeltaUnusable, GenerationFailed, DeadlineExceeded, Draining, EngineDead.
         """
         ...
 

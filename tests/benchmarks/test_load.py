@@ -11,12 +11,12 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from benchmarks.child import ChildError, ServerChild, free_port
 from benchmarks.load import LoadClient, Outcome, Workload, summarise
 from benchmarks.serve import main
+from benchmarks.wire import Answer
 
 # Answers every token id prompt with its own length in tokens; the model "bad" fails.
 SERVER = """
@@ -110,22 +110,23 @@ async def test_send_to_a_closed_port_is_an_error_not_an_exception() -> None:
     outcome = await client.send(next(Workload(["a"]).jobs()))
     await client.close()
     assert outcome.error is not None
-    assert outcome.error.startswith("ConnectError")
+    assert outcome.error.startswith("WireError: ConnectionRefusedError")
 
 
 async def test_run_keeps_the_asked_number_in_flight() -> None:
     running = peak = 0
 
-    async def answer(request: httpx.Request) -> httpx.Response:
+    async def answer(*_: object) -> Answer:
         nonlocal running, peak
         running += 1
         peak = max(peak, running)
         await asyncio.sleep(0.001)
         running -= 1
-        return httpx.Response(200, json={"usage": {"prompt_tokens": 1, "completion_tokens": 1}})
+        usage = {"prompt_tokens": 1, "completion_tokens": 1}
+        return Answer(200, json.dumps({"usage": usage}).encode())
 
     client = LoadClient("http://test", max_tokens=1, stream=False, timeout_s=5)
-    client.http = httpx.AsyncClient(transport=httpx.MockTransport(answer), base_url="http://test")
+    client.http.post = answer  # type: ignore[method-assign, assignment]
     outcomes = await client.run(Workload(["a"]).jobs(), concurrency=4, n_requests=20)
     assert len(outcomes) == 20
     assert peak == 4

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 import threading
 import time
@@ -16,7 +15,7 @@ import pytest
 
 from server.api.app import create_app
 from server.metrics import Metrics
-from server.run import Server, uvicorn_config
+from server.run import Server, run_in_loop, uvicorn_config
 from server.settings import Settings
 from tests.server.api.fake import BASE, FakeEngine
 
@@ -52,7 +51,7 @@ def serve(
         finally:
             await engine.shutdown(0.0)
 
-    thread = threading.Thread(target=lambda: asyncio.run(main()), daemon=True)
+    thread = threading.Thread(target=lambda: run_in_loop(main()), daemon=True)
     thread.start()
     try:
         deadline = time.monotonic() + 30

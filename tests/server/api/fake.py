@@ -7,7 +7,7 @@ answer from the wrong model is visible: base `0`, alpha `A`, beta `B`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +47,41 @@ class FakeStats:
     base_bytes: int = 0
     n_static_steps: int = 0
     n_eager_decode_steps: int = 0
+
+
+class FakeGeneration:
+    """Fills itself from an iterator. As in the real one, a slow reader does not stop it."""
+
+    def __init__(
+        self,
+        tokens: AsyncIterator[OutputDelta],
+        on_output: Callable[[], None],
+        ended: Callable[[bool], None],
+    ) -> None:
+        self.error: Exception | None = None
+        self._pending: list[OutputDelta] = []
+        self._on_output = on_output
+        self._done = False
+        self._task = asyncio.create_task(self._fill(tokens))
+        self._task.add_done_callback(lambda _: ended(self._done))
+
+    async def _fill(self, tokens: AsyncIterator[OutputDelta]) -> None:
+        try:
+            async for delta in tokens:
+                self._pending.append(delta)
+                self._done = delta.finish_reason is not None
+                self._on_output()
+        except Exception as error:
+            self._done = isinstance(error, ServeError)
+            self.error = error
+            self._on_output()
+
+    def take(self) -> list[OutputDelta]:
+        taken, self._pending = self._pending, []
+        return taken
+
+    def close(self) -> None:
+        self._task.cancel()
 
 
 class FakeEngine:
@@ -153,31 +188,28 @@ class FakeEngine:
 
     # -- generation
 
-    async def generate(
+    def generate(
         self,
         variant: FakeVariant,
         prompt_ids: Sequence[int],
         params: SamplingParams,
         *,
         request_id: str,
+        on_output: Callable[[], None],
         deadline_s: float | None = None,
         cache_salt: str = "",
-    ) -> AsyncIterator[OutputDelta]:
+    ) -> FakeGeneration:
         self.params.append(params)
         self.salts.append(cache_salt)
         self.prompts.append(list(prompt_ids))
         self.n_active += 1
-        done = False
-        try:
-            async for delta in self._tokens(variant, prompt_ids, params):
-                done = delta.finish_reason is not None
-                yield delta
-        except ServeError:
-            done = True
-            raise
-        finally:
+        tokens = self._tokens(variant, prompt_ids, params)
+
+        def ended(done: bool) -> None:
             self.n_active -= 1
             (self.finished if done else self.aborted).append(request_id)
+
+        return FakeGeneration(tokens, on_output, ended)
 
     async def _tokens(
         self, variant: FakeVariant, prompt_ids: Sequence[int], params: SamplingParams

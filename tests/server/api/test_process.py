@@ -28,7 +28,7 @@ PROGRAM = """
 import asyncio, os, signal, sys
 from server import logs
 from server.metrics import Metrics
-from server.run import run
+from server.run import run, run_in_loop
 from tests.server.api.conftest import make_settings
 from tests.server.api.fake import FakeEngine
 
@@ -52,7 +52,7 @@ async def main():
     loop.add_signal_handler(signal.SIGUSR2, die)
     return await run(engine, settings, Metrics(), [listener])
 
-sys.exit(asyncio.run(main()))
+sys.exit(run_in_loop(main()))
 """
 
 
@@ -176,12 +176,12 @@ def raw_exchange(url: str, data: bytes) -> bytes:
 
 
 def test_slow_or_giant_headers_are_cut_and_others_are_served(monkeypatch):
-    monkeypatch.setattr("server.protocol.DeadlineProtocol.header_timeout_s", 0.1)
+    monkeypatch.setattr("server.protocol.BoundedProtocol.header_timeout_s", 0.1)
     with serve(FakeEngine(), make_settings()) as url:
         assert raw_exchange(url, b"") == b""
         assert raw_exchange(url, b"GET /health HTTP/1.1\r\nHost: x\r\nX-Slow:") == b""
         giant = b"GET /health HTTP/1.1\r\nX-Big: " + b"a" * 40_000 + b"\r\n\r\n"
-        assert raw_exchange(url, giant).startswith(b"HTTP/1.1 400")
+        assert raw_exchange(url, giant).startswith(b"HTTP/1.1 431")
         many = b"".join(b"X-%d: %s\r\n" % (i, b"a" * 100) for i in range(300))
         too_many = b"GET /health HTTP/1.1\r\nHost: x\r\n" + many + b"\r\n"
         assert raw_exchange(url, too_many).startswith(b"HTTP/1.1 431")

@@ -242,42 +242,68 @@ async def test_request_larger_than_the_house_is_the_callers_mistake():
         assert call.status == 400
 
 
-async def test_slow_reader_holds_a_bounded_number_of_events():
+async def test_slow_reader_gets_all_that_waits_in_one_write():
     engine = FakeEngine()
-    produced = 0
-    original = engine._tokens
-
-    async def counted(*args: Any) -> AsyncIterator[Any]:
-        nonlocal produced
-        async for delta in original(*args):
-            produced += 1
-            yield delta
-
-    engine._tokens = counted
     app = create_app(engine, make_settings())
     call = Call(app, "/v1/completions", body(True, max_tokens=400))
     await call.next()
     call.accept.clear()
-    for _ in range(200):
-        await asyncio.sleep(0)
-    assert produced < 20
+    await until(lambda: engine.n_active == 0)  # the engine does not wait for the reader
+    assert call.text.count("data: ") < 5
     call.accept.set()
     await call.finish()
-    assert produced == 400
-    assert call.events()[-1] == "DONE"
+    assert len(call.messages) < 8
+    events = call.events()
+    assert events[-1] == "DONE"
+    texts = [event["choices"][0]["text"] for event in events[:-1]]
+    assert len(texts) == 400
+    assert "".join(texts) == "".join(call_text(400))
+
+
+def call_text(n: int) -> list[str]:
+    """What the fake engine's base writes."""
+    return ["0" if i % 5 == 0 else str(i % 10) for i in range(n)]
+
+
+async def test_tokens_of_one_step_are_one_write():
+    """Both choices get a token in each step; the last write ends the response."""
+    engine = FakeEngine()
+    app = create_app(engine, make_settings())
+    options = {"include_usage": True}
+    call = Call(app, "/v1/completions", body(True, max_tokens=6, n=2, stream_options=options))
+    await call.finish()
+    start, *writes = call.messages
+    assert start["type"] == "http.response.start"
+    assert [write["body"].count(b"data: ") for write in writes] == [2] * 5 + [4]
+    assert [write["more_body"] for write in writes] == [True] * 5 + [False]
 
 
 async def test_stalled_reader_is_cut_off(monkeypatch):
     monkeypatch.setattr(sse.EventStream.__init__, "__defaults__", (0.05,))
-    engine = FakeEngine()
-    app = create_app(engine, make_settings())
-    call = Call(app, "/v1/completions", body(True, max_tokens=400))
-    await call.next()
-    call.accept.clear()
-    await call.finish()
+    async with held() as (engine, app):
+        call = Call(app, "/v1/completions", body(True))
+        await call.next()
+        call.accept.clear()
+        await call.finish()
+        await until(lambda: engine.n_active == 0)
 
-    assert engine.n_active == 0
-    assert len(engine.aborted) == 1
+        assert len(engine.aborted) == 1
+
+
+async def test_reader_that_takes_something_within_the_limit_is_not_cut_off(monkeypatch):
+    """The limit is on one write, not on the whole stream, nor on the engine's silence."""
+    monkeypatch.setattr(sse.EventStream.__init__, "__defaults__", (0.2,))
+    async with held() as (engine, app):
+        call = Call(app, "/v1/completions", body(True, max_tokens=6))
+        for _ in range(3):
+            await asyncio.sleep(0.1)
+            call.accept.clear()
+            await asyncio.sleep(0.05)
+            call.accept.set()
+        engine.hold.set()
+        await call.finish()
+
+        assert call.events()[-1] == "DONE"
 
 
 async def test_silent_stream_gets_comments_and_then_an_error_event(monkeypatch):

@@ -14,14 +14,13 @@ from compressor.identity import base_identity
 from server.deltas.registry import DeltaRegistry
 from server.engine.catalog import VariantCatalog
 from server.engine.core import EngineCore, Events
-from server.engine.detokenizer import Detokenizer
 from server.engine.llm_engine import allocate_pages
 from server.engine.model import load_base_model
+from server.engine.output import RequestOutput, TextOutput
 from server.engine.request import Event, Request
 from server.engine.runner import Runner
 from server.engine.text import load_base_text
 from server.engine.types import OutputDelta, SamplingParams
-from server.errors import ServeError
 from server.settings import Settings
 
 STEP_TIMEOUT_S = 60.0
@@ -33,7 +32,13 @@ class Recorded:
     """A request and what it received."""
 
     request: Request
-    events: list[Event] = field(default_factory=list)
+    output: RequestOutput
+    events: list[Event] = field(default_factory=list)  # of the engine
+    deltas: list[OutputDelta] = field(default_factory=list)  # for the client
+
+    def take(self, event: Event) -> None:
+        self.events.append(event)
+        self.output.receive(event)
 
     @property
     def output_ids(self) -> list[int]:
@@ -41,15 +46,15 @@ class Recorded:
 
     @property
     def text(self) -> str:
-        return "".join(e.text for e in self.events if isinstance(e, OutputDelta))
+        return "".join(delta.text for delta in self.deltas)
 
     @property
-    def error(self) -> ServeError | None:
-        return next((e for e in self.events if isinstance(e, ServeError)), None)
+    def error(self) -> Exception | None:
+        return self.output.error
 
     @property
     def done(self) -> bool:
-        return any(isinstance(e, ServeError) or e.finish_reason is not None for e in self.events)
+        return self.error is not None or any(d.finish_reason is not None for d in self.deltas)
 
 
 class CoreHarness:
@@ -100,24 +105,23 @@ class CoreHarness:
         ids = variant.text.encode(prompt) if isinstance(prompt, str) else prompt
         chosen = SamplingParams(**({"max_tokens": 16, "temperature": 0.0} | params))
         self._count += 1
-        events: list[Event] = []
+        output = RequestOutput(
+            TextOutput(variant.text, chosen),
+            on_output=lambda: recorded.deltas.extend(output.take()),
+            abort=lambda: self.core.abort(request),
+        )
         request = Request(
             request_id=f"r{self._count}",
             variant=variant,
             prompt_ids=ids,
             params=chosen,
-            detokenizer=Detokenizer(
-                variant.text.backend,
-                chosen.stop,
-                chosen.include_stop_str_in_output,
-                chosen.skip_special_tokens,
-            ),
-            deliver=events.append,
+            deliver=lambda event: recorded.take(event),
             deadline=deadline,
             cache_salt=cache_salt,
         )
+        recorded = Recorded(request, output)
         self.core.submit(request)
-        return Recorded(request, events)
+        return recorded
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Step until the condition holds."""
@@ -133,6 +137,8 @@ class CoreHarness:
 
     def assert_idle(self) -> None:
         """No page, slot reference or request is left behind."""
+        if not self.core._inbox.empty():  # aborts after stop strings
+            self.core.turn()
         stats = self.core.stats()
         assert stats.n_free_pages == self.n_free_at_start
         assert (stats.n_running, stats.n_waiting, self.core.n_open) == (0, 0, 0)

@@ -139,7 +139,7 @@ class BrokenDetokenizer:
 def test_exception_in_one_detokenizer_fails_that_request_only(pair: Served, harness: Make) -> None:
     engine = harness(pair)
     bad, good = engine.submit("blockdiag", PROMPT), engine.submit("blockdiag", PROMPT)
-    bad.request.detokenizer = BrokenDetokenizer()  # type: ignore[assignment]
+    bad.output._text.detokenizer = BrokenDetokenizer()  # type: ignore[assignment]
     engine.run(bad, good)
     assert isinstance(bad.error, GenerationFailed)
     assert "broke" not in bad.error.message  # an internal text is nothing for clients

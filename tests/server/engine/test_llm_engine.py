@@ -13,9 +13,18 @@ from typing import Any
 
 import pytest
 
+from server.engine.detokenizer import Detokenizer
 from server.engine.llm_engine import LLMEngine
 from server.engine.types import OutputDelta, SamplingParams
-from server.errors import ConfigError, Draining, EngineDead, InvalidRequest, ModelNotFound
+from server.engine.variant import Variant
+from server.errors import (
+    ConfigError,
+    Draining,
+    EngineDead,
+    GenerationFailed,
+    InvalidRequest,
+    ModelNotFound,
+)
 from server.settings import Settings
 from tests.compressor.artifacts import seal
 from tests.server.engine.conftest import PAIR, Served
@@ -45,8 +54,29 @@ async def ask(engine: LLMEngine, name: str, params: SamplingParams | None = None
     variant = await engine.open(name)
     prompt = await engine.encode(variant, PROMPT)
     params = params or SamplingParams(max_tokens=12, temperature=0.0)
-    stream = engine.generate(variant, prompt, params, request_id="same-for-all")
-    return [token async for event in stream for token in event.token_ids]
+    return [t async for d in stream(engine, variant, prompt, params) for t in d.token_ids]
+
+
+async def stream(
+    engine: LLMEngine, variant: Variant, prompt: list[int], params: SamplingParams
+) -> AsyncIterator[OutputDelta]:
+    """What a reader that is always there gets."""
+    news = asyncio.Event()
+    generation = engine.generate(
+        variant, prompt, params, request_id="same-for-all", on_output=news.set
+    )
+    try:
+        while True:
+            await news.wait()
+            news.clear()
+            for delta in generation.take():
+                yield delta
+                if delta.finish_reason is not None:
+                    return
+            if generation.error is not None:
+                raise generation.error
+    finally:
+        generation.close()
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -83,19 +113,52 @@ async def test_stream_comes_in_pieces_and_ends_with_a_reason(pair: Served) -> No
         variant = await engine.open("impart")
         prompt = await engine.encode(variant, PROMPT)
         params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
-        stream = engine.generate(variant, prompt, params, request_id="r")
-        events: list[OutputDelta] = [event async for event in stream]
+        events = [event async for event in stream(engine, variant, prompt, params)]
         assert [len(e.token_ids) for e in events] == [1] * 8
         assert [e.finish_reason for e in events] == [None] * 7 + ["length"]
         tokens = [t for e in events for t in e.token_ids]
         assert "".join(e.text for e in events) == await engine.decode(variant, tokens)
 
 
+async def test_stop_string_ends_the_stream_and_the_engines_request(pair: Served) -> None:
+    async with running(pair) as engine:
+        variant = await engine.open("impart")
+        prompt = await engine.encode(variant, PROMPT)
+        plain = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+        whole = "".join([d.text async for d in stream(engine, variant, prompt, plain)])
+        stop = whole[len(whole) // 2 :][:3]
+        params = replace(LONG, stop=(stop,))
+        deltas = [d async for d in stream(engine, variant, prompt, params)]
+        assert "".join(d.text for d in deltas) == whole.partition(stop)[0]
+        assert (deltas[-1].finish_reason, deltas[-1].stop_reason) == ("stop", stop)
+        await until(lambda: is_empty(engine))
+
+
+async def test_failure_in_wording_ends_that_stream_only(
+    pair: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push = Detokenizer.push
+
+    def push_or_break(self: Detokenizer, token_id: int, *, check_stop: bool = True) -> str:
+        if self.stop == ("break",):
+            raise RuntimeError("a bug")
+        return push(self, token_id, check_stop=check_stop)
+
+    monkeypatch.setattr(Detokenizer, "push", push_or_break)
+    async with running(pair) as engine:
+        good = asyncio.create_task(ask(engine, "impart"))
+        with pytest.raises(GenerationFailed):
+            await ask(engine, "impart", replace(LONG, stop=("break",)))
+        prompt = await engine.encode(await engine.open("base"), PROMPT)
+        assert await good == pair.truth("impart", prompt)[:12]
+        await until(lambda: is_empty(engine))
+
+
 async def test_closing_the_iterator_aborts(pair: Served) -> None:
     async with running(pair) as engine:
         variant = await engine.open("impart")
-        async with aclosing(engine.generate(variant, [5, 6], LONG, request_id="r")) as stream:
-            await anext(aiter(stream))
+        async with aclosing(stream(engine, variant, [5, 6], LONG)) as deltas:
+            await anext(aiter(deltas))
             assert not is_empty(engine)
         await until(lambda: is_empty(engine))
 
@@ -128,7 +191,7 @@ async def test_generate_refuses_what_cannot_be(
         chosen = SamplingParams(**({"max_tokens": 1} | params))
         variant = await engine.open("base")
         with pytest.raises(InvalidRequest) as caught:
-            await anext(engine.generate(variant, prompt, chosen, request_id="r"))
+            engine.generate(variant, prompt, chosen, request_id="r", on_output=lambda: None)
         assert caught.value.param == field
         assert is_empty(engine)
 
@@ -209,8 +272,7 @@ async def test_shutdown_lets_running_requests_finish_and_refuses_new_ones(pair: 
         ending = asyncio.create_task(engine.shutdown(60.0))
         await until(lambda: engine.core.draining)
         assert not engine.is_ready()
-        stream = engine.generate(variant, [5], LONG, request_id="r")
-        for attempt in (engine.open("base"), anext(stream)):
+        for attempt in (engine.open("base"), anext(stream(engine, variant, [5], LONG))):
             with pytest.raises(Draining):
                 await attempt
         assert len(await task) == LONG.max_tokens

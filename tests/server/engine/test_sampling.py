@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.engine.detokenizer import Detokenizer
 from server.engine.request import Request
 from server.engine.sampler import Sampler
 from server.engine.text import TextAssets
@@ -38,7 +37,7 @@ def hf_logits(served: Served, name: str, ids: list[int]) -> Tensor:
 
 
 def outputs(one: Recorded) -> list[OutputDelta]:
-    return [e for e in one.events if isinstance(e, OutputDelta)]
+    return one.deltas
 
 
 def assert_logprobs(found: list[TokenLogprob], ids: list[int], rows: Tensor, k: int) -> None:
@@ -278,7 +277,6 @@ def test_draws_have_the_distribution_of_the_filters(setting: tuple[float, int, f
             params=SamplingParams(
                 1, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=i
             ),
-            detokenizer=Detokenizer(text.backend),
             deliver=lambda event: None,
         )
         for i in range(N_DRAWS)

@@ -1,0 +1,90 @@
+"""Streamed pieces from the cut frame against the same pieces rendered whole."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.api import sse
+from server.api.chat import ChatReply
+from server.api.chunks import ChunkWriter
+from server.api.completions import CompletionReply
+from server.api.prompts import Prompt
+from server.api.reply import Choice, Envelope, Reply, usage_of
+from server.api.schemas import ChatRequest, CompletionRequest
+from server.engine.types import OutputDelta, TokenLogprob
+
+ENVELOPE = Envelope("id-1", "chunk", 17, 'a "model"', "print")
+LOGPROB = TokenLogprob(7, "x", -0.5)
+TEXTS = st.text(st.characters(), max_size=8)  # lone surrogates too
+
+
+def reply_of(kind: str, **fields: Any) -> Reply:
+    body: dict[str, Any] = {"model": "m", "stream": True, "n": 2, **fields}
+    if kind == "chat":
+        messages = [{"role": "user", "content": "x"}]
+        return ChatReply(ChatRequest.model_validate(body | {"messages": messages}))
+    return CompletionReply(CompletionRequest.model_validate(body | {"prompt": "x"}))
+
+
+def rendered_whole(reply: Reply, choice: Choice, delta: OutputDelta) -> bytes:
+    """Every piece by way of dicts and the JSON encoder."""
+    choice.count(delta)
+    pieces = reply.opening(choice) if choice.n_events == 1 else []
+    piece = reply.piece(choice, delta)
+    if piece is not None:
+        pieces.append(piece)
+    usage = usage_of([choice], 1) if reply.body.continuous_usage else None
+    with_usage = reply.body.include_usage
+    return b"".join(sse.frame(ENVELOPE.wrap([p], usage, with_usage=with_usage)) for p in pieces)
+
+
+def choices() -> list[Choice]:
+    return [Choice(i, Prompt([1, 2], "pr\u00f6mpt")) for i in range(2)]
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"stream_options": {"include_usage": True}},
+    {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+]
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+@pytest.mark.parametrize("options", OPTIONS)
+@given(st.lists(st.tuples(st.integers(0, 1), TEXTS, st.booleans()), min_size=1, max_size=8))
+def test_render_any_deltas_equals_rendering_whole(
+    kind: str, options: dict[str, Any], steps: list[tuple[int, str, bool]]
+) -> None:
+    logprobs = {"logprobs": True if kind == "chat" else 1}
+    scored = any(scores for _, _, scores in steps)
+    reply = reply_of(kind, **options, **(logprobs if scored else {}))
+    chunks, mine, others = ChunkWriter(reply, ENVELOPE), choices(), choices()
+    for n, (index, text, scores) in enumerate(steps):
+        reason = "length" if n == len(steps) - 1 else None
+        delta = OutputDelta(text, (5,), (LOGPROB,) if scores else (), finish_reason=reason)
+        data = chunks.render(mine[index], delta)
+        assert data == rendered_whole(reply, others[index], delta)
+        for event in data.decode().split("\n\n")[:-1]:
+            assert json.loads(event.removeprefix("data: "))["id"] == "id-1"
+    assert [c.n_tokens for c in mine] == [c.n_tokens for c in others]
+
+
+def test_render_echo_shows_the_prompt_before_the_first_text_only() -> None:
+    chunks = ChunkWriter(reply_of("completion", echo=True), ENVELOPE)
+    choice, other = choices()
+    events = [chunks.render(c, OutputDelta("a", (1,))) for c in (choice, choice, other)]
+    texts = [json.loads(e.removeprefix(b"data: "))["choices"][0]["text"] for e in events]
+    assert texts == ["pr\u00f6mpta", "a", "pr\u00f6mpta"]
+
+
+def test_render_text_equal_to_a_key_of_the_frame_changes_only_the_text() -> None:
+    chunks, choice = ChunkWriter(reply_of("completion"), ENVELOPE), choices()[0]
+    for text in ("first", '"text":"', "data: [DONE]\n\n"):
+        event = chunks.render(choice, OutputDelta(text, (1,)))
+        (line,) = event.strip().splitlines()
+        assert json.loads(line.removeprefix(b"data: "))["choices"][0]["text"] == text
