@@ -27,9 +27,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.gpu.cases import PAGE, all_cases, even_segments
+from benchmarks.gpu.cases import PAGE, Place, Sizes, even_segments
 from benchmarks.gpu.decoder import Decoder, random_decoder
 from benchmarks.gpu.shapes import LLAMA_8B, TINY, Codec, ModelShape
+from benchmarks.gpu.specs import all_specs
 from server.deltas.upload import SlotUploader
 from server.engine.static_step import DecodeRow, StaticStep
 from server.ops.triton.blockdiag import PREFILL_ROWS
@@ -113,25 +114,17 @@ def kernels(plan: Plan, bandwidth: float) -> bool:
     """Time and check every kernel; whether all are within their bound."""
     print("| kernel | MB | us | of copy | deviation from float64 |\n|---|---:|---:|---:|---:|")
     correct = True
-    cases = all_cases(
-        plan.shape,
-        plan.codecs,
-        rows=plan.batch,
-        variants=plan.variants,
-        length=plan.context,
-        prefill_rows=plan.prefill_rows,
-        device=plan.device,
-        dtype=plan.dtype,
-    )
-    for case in cases:
+    sizes = Sizes(plan.batch, plan.variants, plan.context, plan.prefill_rows)
+    for spec in all_specs(plan.shape, plan.codecs, sizes):
+        case = spec.make(Place(plan.device, plan.dtype))
         error = case.error()
         seconds = timed(case.run, plan.repeats, plan.device)
-        share = case.n_bytes / seconds / bandwidth
-        correct &= error <= case.bound
-        mark = "" if error <= case.bound else " WRONG"
-        size = case.n_bytes / 1e6
+        share = spec.n_bytes / seconds / bandwidth
+        correct &= error <= spec.bound
+        mark = "" if error <= spec.bound else " WRONG"
+        size = spec.n_bytes / 1e6
         print(
-            f"| {case.name} | {size:.2f} | {seconds * 1e6:.1f} | {share:.0%} | {error:.1e}{mark} |"
+            f"| {spec.name} | {size:.2f} | {seconds * 1e6:.1f} | {share:.0%} | {error:.1e}{mark} |"
         )
     print()
     return correct

@@ -22,8 +22,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from benchmarks.gpu.cases import all_cases
+from benchmarks.gpu.cases import Place, Sizes
 from benchmarks.gpu.shapes import LLAMA_8B, Codec
+from benchmarks.gpu.specs import all_specs
 
 
 @dataclass(frozen=True)
@@ -121,34 +122,43 @@ def machine_code(compiled: Compiled) -> list[str]:
     return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", text)
 
 
-def main() -> None:
-    """Compile every case at Llama-3-8B shapes; print what ptxas says."""
-    arguments = argparse.ArgumentParser(description=main.__doc__)
-    arguments.add_argument("--arch", type=int, default=90, help="compute capability, 80 to 120")
-    arguments.add_argument("--few", action="store_true", help="4 bit and one layer only")
-    chosen = arguments.parse_args()
-    codecs = (Codec(4, 8),) if chosen.few else (Codec(4, 8), Codec(3, 6), Codec(2, 4), Codec(2, 16))
-    cases = all_cases(
-        LLAMA_8B,
-        codecs,
-        rows=4,
-        variants=(2,),
-        length=64,
-        prefill_rows=128,
-        device=torch.device("cpu"),
-        dtype=torch.bfloat16,
-        groups=LLAMA_8B.groups()[1:2] if chosen.few else None,
-    )
-    print(f"triton {triton.__version__}, sm_{chosen.arch}")
-    print("registers  spilled  shared  warps  kernel")
+def sweep(arch: int, *, few: bool = False) -> Iterator[tuple[str, Compiled]]:
+    """Every specialisation that the benchmark's cases need at Llama-3-8B shapes, with its case."""
+    codecs = (Codec(4, 8),) if few else (Codec(4, 8), Codec(3, 6), Codec(2, 4), Codec(2, 16))
+    groups = LLAMA_8B.groups()[1:2] if few else LLAMA_8B.groups()
+    sizes = Sizes(rows=4, variants=(2,), length=64, prefill_rows=128)
+    place = Place(torch.device("cpu"), torch.bfloat16)
     seen = 0
-    with compiling(chosen.arch) as found:
-        for case in cases:
-            case.run()
-            for c in found[seen:]:
-                sizes = f"{c.registers:9}  {c.spilled_bytes:7}  {c.shared_bytes:6}  {c.warps:5}"
-                print(f"{sizes}  {c.name.strip('_')}: {case.name}")
+    with compiling(arch) as found:
+        for spec in all_specs(LLAMA_8B, codecs, sizes, groups):
+            spec.make(place).run()
+            for compiled in found[seen:]:
+                yield spec.name, compiled
             seen = len(found)
+
+
+def table(arch: int, *, few: bool = False) -> Iterator[str]:
+    """CSV lines of a sweep."""
+    for name, c in sweep(arch, few=few):
+        kernel = c.name.strip("_").removesuffix("_kernel")
+        case = name.replace(",", ";")
+        numbers = f"{c.registers},{c.spilled_bytes},{c.shared_bytes},{c.warps}"
+        yield f"sm_{arch},{kernel},{case},{numbers}"
+
+
+def main() -> None:
+    """Compile every case at Llama-3-8B shapes; print what ptxas says, as CSV."""
+    arguments = argparse.ArgumentParser(description=main.__doc__)
+    arguments.add_argument(
+        "--arch", type=int, nargs="+", default=[90], help="compute capabilities, 80 to 120"
+    )
+    arguments.add_argument("--few", action="store_true", help="4 bit and one group only")
+    chosen = arguments.parse_args()
+    print(f"# triton {triton.__version__}; registers and spilled bytes a thread, shared a program")
+    print("arch,kernel,case,registers,spilled,shared,warps")
+    for arch in chosen.arch:
+        for line in table(arch, few=chosen.few):
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ past the last element in the last byte are zero.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,8 +58,8 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
     used = n * bits % 8
     if used and int(packed[-1]) >> used:
         raise Corrupt("packed codes: padding bits after the last code are not zero")
-    if bits == 8:
-        return packed.clone()
+    if 8 % bits == 0:
+        return _split_bytes(packed, bits)[:n]
     groups = -(-n // _GROUP)
     padded = torch.zeros(groups * bits, dtype=torch.uint8)
     padded[:expected] = packed
@@ -71,6 +72,15 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
             value |= source[byte + 1] << (8 - shift)
         lanes[lane] = value & ((1 << bits) - 1)
     return lanes.T.reshape(-1)[:n].clone()
+
+
+def _split_bytes(packed: Tensor, bits: int) -> Tensor:
+    """Codes that do not cross bytes: numpy, which is several times faster at strided stores."""
+    source, per_byte = packed.numpy(), 8 // bits
+    codes = np.empty((len(source), per_byte), dtype=np.uint8)
+    for place in range(per_byte):
+        codes[:, place] = (source >> (place * bits)) & ((1 << bits) - 1)
+    return torch.from_numpy(codes.reshape(-1))
 
 
 def _check_bits(bits: int) -> None:

@@ -6,7 +6,8 @@ around them stays untouched. `StepContext` says which rows belong to which slot 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from server.deltas.blockdiag_pools import BlockDiagPool, SharedBlocks
 from server.deltas.parameter import DeltaParameter
+from server.deltas.pool import FactorPool
 from server.ops.linear import LinearOp, TorchLinear
 from server.ops.rows import RowPlan
 
@@ -226,15 +228,33 @@ class ProjectionGroup:
 
     def _add_deltas_(self, parts: Sequence[Tensor], flat: Tensor, rows: RowPlan) -> None:
         done: set[SharedBlocks] = set()
+        factors: list[list[tuple[FactorPool, Tensor]]] = []  # by member
         for member, part in zip(self._members, parts, strict=True):
+            factors.append([])
             for pool in member.delta_weight.pools_for(rows):
                 shared = pool.shared if isinstance(pool, BlockDiagPool) else None
-                if shared is None:
+                if isinstance(pool, FactorPool):
+                    factors[-1].append((pool, part))
+                elif shared is None:
                     pool.add_(part, flat, rows)
                 elif shared not in done:
                     shared.add_(parts, flat, rows)
                     done.add(shared)
             member.add_bias_(part, rows)
+        for together in _of_one_kind(factors):
+            pools, outputs = zip(*together, strict=True)
+            pools[0].add_together_(pools, outputs, flat, rows)
+
+
+def _of_one_kind(
+    members: list[list[tuple[FactorPool, Tensor]]],
+) -> Iterator[list[tuple[FactorPool, Tensor]]]:
+    """Pools that one call serves: at most one of each member, as two would write one output."""
+    kinds = dict.fromkeys(type(pool) for member in members for pool, _ in member)
+    for kind in kinds:
+        own = [[pair for pair in member if type(pair[0]) is kind] for member in members]
+        for together in itertools.zip_longest(*own):
+            yield [pair for pair in together if pair is not None]
 
 
 class GroupMember:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -10,8 +11,8 @@ from torch.nn import functional as F
 
 from compressor.codecs.lowrank import LowRankTerm
 from compressor.codecs.term import Shape, Term
-from server.deltas.pool import Staged, TermPool, add_where_, segments_at
-from server.ops import delta as ops
+from server.deltas.pool import FactorPool, Staged, TermPool, add_where_, segments_at
+from server.ops.factors import LowRankFactors, lowrank_rows
 from server.ops.kernels import Kernels
 from server.ops.lowrank import PackedLowRank
 from server.ops.packed import pack_columns
@@ -89,18 +90,28 @@ class PackedLowRankPool(TermPool):
                 self._op.add_rows_(y[part], ids[part], place)
 
 
-class LowRankPool(TermPool):
+class LowRankPool(FactorPool):
     """Parts: a [r, n], b [r, m], in the compute dtype. For factors stored in 16 or 32 bits."""
+
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, device: torch.device, kernels: Kernels
+    ) -> None:
+        super().__init__(shape, dtype, device)
+        self.kernels = kernels
 
     def stage(self, term: Term) -> Staged:
         assert isinstance(term, LowRankTerm)
         return (term.a.to(self.dtype), term.b.to(self.dtype))
 
-    def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
-        for run in rows.runs(self.present):
-            ops.lowrank_add_(y, x, run, *self.arrays)
-
-    def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
+    @property
+    def factors(self) -> LowRankFactors:
         a, b = self.arrays
-        for place, part in segments_at(rows, self.present):
-            y[part] += b[place][:, ids[part]].T @ a[place]
+        return LowRankFactors(a, b, self.present, self.slot_map)
+
+    def add_together_(
+        self, pools: Sequence[Self], outputs: Sequence[Tensor], x: Tensor, rows: RowPlan
+    ) -> None:
+        self.kernels.lowrank_add_(outputs, x, rows, [pool.factors for pool in pools])
+
+    def look_up(self, ids: Tensor, places: Tensor) -> Tensor:
+        return lowrank_rows(ids, places, self.factors)

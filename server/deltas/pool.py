@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from compressor.codecs.term import Shape, Term
 from server.deltas.places import PlaceTable, grown
 from server.ops.rows import Places, RowPlan
+from server.ops.static_rows import StaticRows
 
 Staged = tuple[Tensor, ...]
 
@@ -78,6 +81,12 @@ class TermPool(ABC):
             if self.place_of is not None:
                 self.place_of[slot] = 0
 
+    @property
+    def slot_map(self) -> Tensor:
+        """`place_of`; asked once the pool has a place for some slot."""
+        assert self.place_of is not None
+        return self.place_of
+
     @abstractmethod
     def stage(self, term: Term) -> Staged:
         """Decode a term into this pool's parts, on the host."""
@@ -89,6 +98,35 @@ class TermPool(ABC):
     @abstractmethod
     def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
         """``y [T, n] += dW[slot of row][id]``: the embedding's side of the same matrix."""
+
+
+class FactorPool(TermPool):
+    """A pool whose kernel takes the pools of several matrices that read one x in one call."""
+
+    @property
+    def as_data(self) -> bool:
+        return True
+
+    def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
+        self.add_together_([self], [y], x, rows)
+
+    @abstractmethod
+    def add_together_(
+        self, pools: Sequence[Self], outputs: Sequence[Tensor], x: Tensor, rows: RowPlan
+    ) -> None:
+        """`add_` of pools of this kind, each of another matrix that reads x."""
+
+    @abstractmethod
+    def look_up(self, ids: Tensor, places: Tensor) -> Tensor:
+        """``dW[place][id]``: ids int64 [t], places int64 [t] or [1] -> [t, n]."""
+
+    def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
+        if isinstance(rows, StaticRows):
+            held = rows.places(self.slot_map)
+            add_where_(y, self.look_up(ids, held.clamp(min=0)).float(), held >= 0)
+            return
+        for place, part in segments_at(rows, self.present):
+            y[part] += self.look_up(ids[part], torch.tensor([place], device=y.device))
 
 
 def copy_into(arrays: Staged, old: Staged) -> None:

@@ -6,7 +6,8 @@ compressed with the same settings share a pool; others get a pool of their own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -20,8 +21,9 @@ from compressor.codecs.quantize import QUANT_BITS
 from compressor.codecs.term import Shape, Term
 from server.deltas.blockdiag_pools import BlockDiagPool, BlockLayout
 from server.deltas.lowrank_pools import RANK_STEP, LowRankLayout, LowRankPool, PackedLowRankPool
-from server.deltas.pool import Staged, TermPool, segments_at
+from server.deltas.pool import FactorPool, Staged, TermPool, segments_at
 from server.ops import delta as ops
+from server.ops.factors import ImpartFactors, impart_rows, rank_lists
 from server.ops.kernels import Kernels
 from server.ops.rows import RowPlan
 
@@ -43,33 +45,45 @@ class DensePool(TermPool):
             y[part] += self.arrays[0][place, ids[part]]
 
 
-class ImpartPool(TermPool):
-    """Parts: u_values [bu, R, S], u_index [bu * S], v_values [bv, R, S], v_index [bv * S],
-    sigma [min(m, n)] (zero past the term's rank).
+class ImpartPool(FactorPool):
+    """Parts: u_values [bu, R, S], u_index [bu * S], v_values [bv, R, S], v_index, order [bv * S],
+    first [min(m, n) + 1], sigma [min(m, n)] (zero past the term's rank); see `ImpartFactors`.
     """
+
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, device: torch.device, kernels: Kernels
+    ) -> None:
+        super().__init__(shape, dtype, device)
+        self.kernels = kernels
 
     def stage(self, term: Term) -> Staged:
         assert isinstance(term, ImpartTerm | ImpartQtTerm)
         parts = term.factors()
         sigma = torch.zeros(min(self.shape), dtype=self.dtype)
         sigma[: len(parts.sigma)] = parts.sigma.to(self.dtype)
+        v_index = parts.v_index.int().flatten()
         return (
             _in_blocks(parts.u_values.to(self.dtype), parts.block_rows),
-            parts.u_index.long().flatten(),
+            parts.u_index.int().flatten(),
             _in_blocks(parts.v_values.to(self.dtype), parts.block_rows),
-            parts.v_index.long().flatten(),
+            v_index,
+            *rank_lists(v_index, len(sigma)),
             sigma,
         )
 
-    def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
-        for run in rows.runs(self.present):
-            ops.impart_add_(y, x, run, *self.arrays)
+    @property
+    def factors(self) -> ImpartFactors:
+        u, u_index, v, v_index, order, first, sigma = self.arrays
+        lists = (v_index, order, first)
+        return ImpartFactors(u, u_index, v, *lists, sigma, self.present, self.slot_map)
 
-    def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
-        for place, part in segments_at(rows, self.present):
-            u, u_index, v, v_index, sigma = (array[place] for array in self.arrays)
-            n = self.shape[1]
-            y[part] += ops.impart_rows(ids[part], u, u_index, v, v_index, sigma, n)
+    def add_together_(
+        self, pools: Sequence[Self], outputs: Sequence[Tensor], x: Tensor, rows: RowPlan
+    ) -> None:
+        self.kernels.impart_add_(outputs, x, rows, [pool.factors for pool in pools])
+
+    def look_up(self, ids: Tensor, places: Tensor) -> Tensor:
+        return impart_rows(ids, places, self.factors, self.shape[1])
 
 
 def _in_blocks(values: Tensor, block_rows: int) -> Tensor:
@@ -103,9 +117,9 @@ def make_pool(
         return BlockDiagPool(shape, BlockLayout(*sizes), kernels, device)
     if kind == "packed_lowrank":
         return PackedLowRankPool(shape, LowRankLayout(*sizes), kernels, device)
-    makers: dict[str, Callable[[Shape, torch.dtype, torch.device], TermPool]] = {
-        "lowrank": LowRankPool,
-        "impart": ImpartPool,
-        "dense": DensePool,
-    }
-    return makers[kind](shape, dtype, device)
+    if kind == "lowrank":
+        return LowRankPool(shape, dtype, device, kernels)
+    if kind == "impart":
+        return ImpartPool(shape, dtype, device, kernels)
+    assert kind == "dense"
+    return DensePool(shape, dtype, device)

@@ -26,6 +26,7 @@ from server.deltas.parameter import DeltaParameter
 from server.deltas.residency import Residency
 from server.engine.attention import ATTENTION_NAME, KVStore, attach_store, register_attention
 from server.engine.rotary import fuse_rotary
+from server.engine.varying_rope import VaryingRope, varying_rope
 from server.errors import ConfigError
 from server.ops.kernels import KernelChoice, Kernels, choose_kernels
 from server.ops.quantize import BaseQuant
@@ -51,6 +52,7 @@ class BaseModel:
     dtype: torch.dtype
     vocab_size: int
     max_len: int
+    varying_rope: VaryingRope | None = None
 
 
 def weight_bytes(parameters: Iterable[DeltaParameter]) -> int:
@@ -98,7 +100,9 @@ def load_base_model(
         dtype=model.dtype,
         vocab_size=model.get_input_embeddings().weight.shape[0],
         max_len=int(getattr(text_config, "max_position_embeddings", 2048)),
+        varying_rope=varying_rope(model),
     )
+    _limit_length(base)
     _probe(base)
     n_fused = fuse_rotary(model, store)
     log.info("%d of %d attention layers fused", n_fused, len(store.probed))
@@ -121,6 +125,17 @@ def _read_config(path: Path) -> PretrainedConfig:
     if getattr(config, "auto_map", None):
         raise ConfigError("this base model needs code from its repository (auto_map); refused")
     return config
+
+
+def _limit_length(base: BaseModel) -> None:
+    rope = base.varying_rope
+    if rope is not None and base.max_len > rope.n_fixed:
+        log.warning(
+            "%s rotary embedding: past %d tokens its angles depend on what else is in a step; "
+            "sequences are limited to that length instead of %d",
+            *(rope.kind, rope.n_fixed, base.max_len),
+        )
+        base.max_len = rope.n_fixed
 
 
 def _probe(base: BaseModel) -> None:

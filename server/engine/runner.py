@@ -60,9 +60,17 @@ class Runner:
         """Run decode steps of up to `max_rows` sequences, of `max_len` tokens at most, over static
         buffers: as CUDA graphs, or without capture on a CPU. The KV cache must be allocated.
 
-        Raises ConfigError where the kernels need to know the rows in Python.
+        Not for a base whose rotary embedding looks at each step's lengths: that runs eagerly, with
+        a warning. Raises ConfigError where the kernels need to know the rows in Python.
         """
         base = self.base
+        if base.varying_rope is not None:
+            log.warning(
+                "decode steps run without CUDA graphs, slower: the base's %s rotary embedding "
+                "looks at the lengths of every step, which a graph cannot",
+                base.varying_rope.kind,
+            )
+            return
         if not base.kernels.takes_data(base.device):
             raise ConfigError(
                 f"the {base.kernels.name} kernels cannot run in graphs on {base.device.type}; "

@@ -5,6 +5,10 @@ cache places, page tables, lengths, which rows belong to which slot - is data in
 filled by two copies from pinned memory. The number of variants is therefore no graph key: there are
 two graphs per bucket, with and without deltas. On a CPU the same code runs without capture.
 
+Page tables are as wide as the longest sequence may get, but lie page by page (all rows' first
+page, all rows' second, ...), so that a step fills and copies no more of them than its longest
+sequence has; kernels read as far as each length says. Wide tables cost memory, nothing else.
+
 Padding is inert: length 0 attends to nothing, place `padding_place` is of a page nobody reads (or
 -1 where the cache write knows that), slot -1 has no delta. What such a row computes is thrown away.
 """
@@ -73,17 +77,23 @@ Forward = Callable[[StaticBatch, bool], Tensor]
 
 
 class StaticBuffers:
-    """Host and device memory of one bucket: int64 ``[4, T]`` and int32 ``[T (P + 4) + 1]``."""
+    """Host and device memory of one bucket: int64 ``[4, T]``, int32 ``[4 T + 1]`` and ``[P, T]``.
+
+    The last two are one array, the page tables at its end, so that one copy takes both.
+    """
 
     def __init__(self, rows: int, max_pages: int, device: torch.device, padding_place: int) -> None:
         self.rows = rows
-        self._max_pages, self._padding_place = max_pages, padding_place
+        self._padding_place = padding_place
+        self._n_fixed = 4 * rows + 1
+        self._width = max_pages  # pages that are not 0 in the page tables, at most
         pinned = device.type == "cuda"
-        n_small = rows * (max_pages + 4) + 1
+        n_small = self._n_fixed + rows * max_pages
         self._host_wide = torch.zeros((4, rows), dtype=torch.int64, pin_memory=pinned)
         self._host_small = torch.zeros(n_small, dtype=torch.int32, pin_memory=pinned)
         self.wide = self._host_wide.to(device, copy=True)
         self.small = self._host_small.to(device, copy=True)
+        self._host_pages = self._host_small[self._n_fixed :].view(max_pages, rows)
         self._rows = torch.arange(rows, device=device)
         self._copied = torch.cuda.Event() if pinned else None  # type: ignore[no-untyped-call]
         self.batch = self._views()
@@ -92,22 +102,25 @@ class StaticBuffers:
     def _views(self) -> StaticBatch:
         t = self.rows
         ids, positions, places, vector_rows = self.wide
-        sizes = [t * self._max_pages, t, t, t, t, 1]
-        pages, lengths, slots, starts, ends, count = self.small.split(sizes)  # type: ignore[no-untyped-call]
+        sizes = [t, t, t, t, 1, len(self.small) - self._n_fixed]
+        lengths, slots, starts, ends, count, pages = self.small.split(sizes)  # type: ignore[no-untyped-call]
         return StaticBatch(
             input_ids=ids.view(1, t),
             position_ids=positions.view(1, t),
             places=places,
             vector_rows=vector_rows,
-            pages=pages.view(t, self._max_pages),
+            pages=pages.view(-1, t).t(),
             lengths=lengths,
             rows=self._rows,
             segments=SegmentArrays(slots, starts, ends, count, SEGMENT_ROWS),
-            table=self.small[-3 * t - 1 : -1].view(3, t).t(),
+            table=self.small[t : 4 * t].view(3, t).t(),
         )
 
-    def fill(self, rows: Sequence[DecodeRow]) -> None:
-        """Write a step, sorted by slot, and padding after it; start the copies to the device."""
+    def fill(self, rows: Sequence[DecodeRow]) -> int:
+        """Write a step, sorted by slot, and padding after it; start the copies to the device.
+
+        Returns the bytes copied.
+        """
         if self._copied is not None:
             self._copied.synchronize()  # the previous step's copy may still read the host side
         t, n = self.rows, len(rows)
@@ -119,24 +132,33 @@ class StaticBuffers:
             [row.slot + 1 for row in rows] + [0] * padding,
         ]
         self._host_wide.copy_(torch.tensor(wide))
-        pages = torch.zeros((t, self._max_pages), dtype=torch.int32)
-        for i, row in enumerate(rows):
-            pages[i, : len(row.pages)] = torch.tensor(row.pages, dtype=torch.int32)
         pieces = cut_segments(segments_of(rows), SEGMENT_ROWS)
         spare = [BASE_SLOT] * (t - len(pieces))
-        rest = [
+        fixed = [
             *([row.length for row in rows] + [0] * padding),
             *([piece.slot for piece in pieces] + spare),
             *([piece.start for piece in pieces] + spare),
             *([piece.end for piece in pieces] + spare),
             len(pieces),
         ]
-        self._host_small[: pages.numel()] = pages.flatten()
-        self._host_small[pages.numel() :] = torch.tensor(rest, dtype=torch.int32)
+        self._host_small[: self._n_fixed] = torch.tensor(fixed, dtype=torch.int32)
+        n_used = self._n_fixed + t * self._fill_pages(rows)
         self.wide.copy_(self._host_wide, non_blocking=True)
-        self.small.copy_(self._host_small, non_blocking=True)
+        self.small[:n_used].copy_(self._host_small[:n_used], non_blocking=True)
         if self._copied is not None:
             self._copied.record()
+        return self.wide.nbytes + 4 * n_used
+
+    def _fill_pages(self, rows: Sequence[DecodeRow]) -> int:
+        """Write the page tables; returns how many pages of each row may differ from before."""
+        longest = max((len(row.pages) for row in rows), default=0)
+        changed = max(longest, self._width)
+        self._host_pages[:changed] = 0
+        if rows:
+            lists = [list(row.pages) + [0] * (longest - len(row.pages)) for row in rows]
+            self._host_pages[:longest, : len(rows)] = torch.tensor(lists, dtype=torch.int32).t()
+        self._width = longest
+        return changed
 
 
 def segments_of(rows: Sequence[DecodeRow]) -> list[Segment]:

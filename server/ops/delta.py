@@ -2,11 +2,17 @@
 
 Each function adds ``x @ dW[slot]^T`` to the rows of the slots that are present (see `rows.py`).
 
-Shapes: T rows, n inputs, m outputs, C slots in the array, s blocks, S kept components, r ranks.
-Numerics: low-rank, ImPart and dense terms multiply in the dtype of their arrays with the backend's
-accumulation (float32 inside a GEMM) and round once when the result is added to y; block-diagonal
-terms are float32 from the packed codes to that one rounding. Nothing is raised: shapes are checked
-on load. The oracle of each is the codec's own `apply` (float32) in `compressor.codecs`.
+Shapes: T rows, n inputs, m outputs, C slots in the array, s blocks.
+Numerics: dense terms multiply in the dtype of their arrays with the backend's accumulation (float32
+inside a GEMM) and round once when the result is added to y; block-diagonal terms are float32 from
+the packed codes to that one rounding. Nothing is raised: shapes are checked on load. The oracle of
+each is the codec's own `apply` (float32) in `compressor.codecs`. Terms made of factors are in
+`server.ops.factors`.
+
+Tensor parallelism: blocks of a block-diagonal term are independent, so a rank holds ``s / tp`` of
+them: those of its outputs in a column-parallel linear (it needs only their slices of x), those of
+its slice of x in a row-parallel one, where their outputs join the all-reduce of y. Whole matrices
+split as the base's does: rows of outputs, or columns of inputs.
 """
 
 from __future__ import annotations
@@ -68,51 +74,11 @@ def padded_places(size: int, n_blocks: int, device: torch.device) -> Tensor:
     return (torch.arange(size) + torch.repeat_interleave(starts, sizes)).to(device)
 
 
-def lowrank_add_(y: Tensor, x: Tensor, run: SlotRun, a: Tensor, b: Tensor) -> None:
-    """Low-rank terms ``dW = b^T a``: y [T, m]; x [T, n]; a [C, r, n]; b [C, r, m]."""
-    slots = slice(run.place, run.place + run.n_slots)
-    hidden = torch.bmm(pad_rows(x, run), a[slots].transpose(1, 2))
-    add_rows_(y, torch.bmm(hidden, b[slots]).flatten(0, 1), run)
-
-
 def dense_add_(y: Tensor, x: Tensor, run: SlotRun, weights: Tensor) -> None:
     """Whole matrices: y [T, m]; x [T, n]; weights [C, m, n]."""
     slots = slice(run.place, run.place + run.n_slots)
     out = torch.bmm(pad_rows(x, run), weights[slots].transpose(1, 2))
     add_rows_(y, out.flatten(0, 1), run)
-
-
-def impart_add_(
-    y: Tensor,
-    x: Tensor,
-    run: SlotRun,
-    u_values: Tensor,
-    u_index: Tensor,
-    v_values: Tensor,
-    v_index: Tensor,
-    sigma: Tensor,
-) -> None:
-    """Block-systematic ImPart terms ``dW = Uhat diag(sigma) Vhat^T`` (arXiv 2504.13237, eq. 6).
-
-    y [T, m]; x [T, n]; u_values [C, bu, R, S]; u_index [C, bu * S] int64 into ranks;
-    v_values [C, bv, R, S]; v_index [C, bv * S]; sigma [C, r]
-    """
-    k, w = run.n_slots, run.width
-    slots = slice(run.place, run.place + k)
-    bu, block_rows, kept = u_values.shape[1:]
-    bv = v_values.shape[1]
-    rows = torch.nn.functional.pad(pad_rows(x, run), (0, bv * block_rows - x.shape[1]))
-    rows = rows.view(k, w, bv, block_rows).transpose(1, 2).reshape(k * bv, w, block_rows)
-    parts = torch.bmm(rows, v_values[slots].reshape(k * bv, block_rows, kept))
-    parts = parts.view(k, bv, w, kept).transpose(1, 2).reshape(k, w, bv * kept)
-    z = parts.new_zeros((k, w, sigma.shape[1]))
-    z.scatter_add_(2, v_index[slots].unsqueeze(1).expand(k, w, -1), parts)
-    z *= sigma[slots].unsqueeze(1)
-    kept_z = z.gather(2, u_index[slots].unsqueeze(1).expand(k, w, -1))
-    kept_z = kept_z.view(k, w, bu, kept).transpose(1, 2).reshape(k * bu, w, kept)
-    out = torch.bmm(kept_z, u_values[slots].reshape(k * bu, block_rows, kept).transpose(1, 2))
-    out = out.view(k, bu, w, block_rows).transpose(1, 2).reshape(k * w, bu * block_rows)
-    add_rows_(y, out[:, : y.shape[1]], run)
 
 
 def blockdiag_rows_add_(y: Tensor, ids: Tensor, slots: Tensor, blocks: PackedBlocks) -> None:
@@ -146,26 +112,3 @@ def _block_of(ids: Tensor, size: int, n_blocks: int) -> tuple[Tensor, Tensor]:
     first = ids // (short + 1)
     block = torch.where(ids < border, first, longer + (ids - border) // short)
     return block, ids - (block * short + block.clamp(max=longer))
-
-
-def impart_rows(
-    ids: Tensor,
-    u_values: Tensor,
-    u_index: Tensor,
-    v_values: Tensor,
-    v_index: Tensor,
-    sigma: Tensor,
-    n_columns: int,
-) -> Tensor:
-    """Embedding look-up in one slot's ImPart term: ids [t] -> [t, n].
-
-    Arrays as in `impart_add_` without the slot axis.
-    """
-    bu, block_rows, kept = u_values.shape
-    bv = v_values.shape[0]
-    values = u_values.view(bu * block_rows, kept)[ids]
-    index = u_index.view(bu, kept)[ids // block_rows]
-    z = values.new_zeros((len(ids), sigma.shape[0])).scatter_(1, index, values) * sigma
-    kept_z = z[:, v_index].view(len(ids), bv, kept).transpose(0, 1)
-    out = torch.bmm(kept_z, v_values.transpose(1, 2))  # [bv, t, R]
-    return out.transpose(0, 1).reshape(len(ids), bv * block_rows)[:, :n_columns]

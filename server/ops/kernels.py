@@ -7,6 +7,7 @@ compiled ones. `choose_kernels` says which a device gets; Triton's are checked o
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Literal, Protocol
 
@@ -14,13 +15,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from server.ops import attention
+from server.ops import attention, factors
 from server.ops.attention import AttentionCall, AttentionKernels
 from server.ops.delta import BlockDiagOp, TorchBlockDiag
+from server.ops.factors import ImpartFactors, LowRankFactors
 from server.ops.linear import LinearOp, TorchLinear
 from server.ops.norm import RmsForm, rms_norm
 from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight, TorchQuantizedLinear
+from server.ops.rows import RowPlan
 
 log = logging.getLogger(__name__)
 KernelChoice = Literal["auto", "torch", "numba", "triton"]
@@ -37,6 +40,14 @@ class Kernels(AttentionKernels, Protocol):
         ...
 
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp: ...
+
+    def lowrank_add_(
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[LowRankFactors]
+    ) -> None: ...
+
+    def impart_add_(
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[ImpartFactors]
+    ) -> None: ...
 
     def linear(self, weight: Tensor) -> LinearOp: ...
 
@@ -63,6 +74,16 @@ class TorchKernels:
 
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp:
         return TorchBlockDiag(blocks)
+
+    def lowrank_add_(
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[LowRankFactors]
+    ) -> None:
+        factors.lowrank_add_(outputs, x, rows, terms)
+
+    def impart_add_(
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[ImpartFactors]
+    ) -> None:
+        factors.impart_add_(outputs, x, rows, terms)
 
     def linear(self, weight: Tensor) -> LinearOp:
         return TorchLinear(weight)

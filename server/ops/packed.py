@@ -142,13 +142,15 @@ def unpack_columns(packed: Tensor, bits: int, nb: int) -> Tensor:
 
 
 def _pack_plane(codes: Tensor, bits: int) -> Tensor:
-    fields = 8 // bits
-    *batch, nb, mb = codes.shape
-    rows = -(-nb // fields)
-    grown = codes.new_zeros((*batch, rows * fields, mb))
-    grown[..., :nb, :] = codes
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device).view(-1, 1, 1)
-    return (grown.view(*batch, fields, rows, mb) << shifts).sum(-3, dtype=torch.uint8)
+    """Along the inputs, where a term's codes are contiguous; the result is transposed back."""
+    by_output = codes.transpose(-1, -2)
+    n_inputs, fields = by_output.shape[-1], 8 // bits
+    rows = -(-n_inputs // fields)
+    packed = by_output.new_zeros((*by_output.shape[:-1], rows))
+    for field in range(fields):
+        part = by_output[..., field * rows : (field + 1) * rows]
+        packed[..., : part.shape[-1]] |= part << (field * bits)
+    return packed.transpose(-1, -2)
 
 
 def _unpack_plane(packed: Tensor, bits: int, nb: int) -> Tensor:

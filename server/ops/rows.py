@@ -144,6 +144,10 @@ class RowPlan:
             self._tables[present] = SlotSegments(table.to(self.device), len(wanted), longest)
         return self._tables[present]
 
+    def by_slot(self) -> SlotSegments:
+        """All segments but the base's, by slot instead of place: `place_of` maps say the rest."""
+        return self.table(frozenset((slot, slot) for slot in self.slots))
+
     def _at(self, present: Places) -> list[Segment]:
         """The segments of `present`, each named by its place, by rows."""
         places = dict(present)

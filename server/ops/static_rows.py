@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from server.ops.rows import BASE_SLOT, Places, RowPlan, SlotSegments
+from server.ops.rows import BASE_SLOT, Places, RowPlan, SlotRun, SlotSegments
 
 
 class StaticRows(RowPlan):
@@ -56,8 +56,23 @@ class StaticRows(RowPlan):
         """All segments by slot; who has which place the arrays know (`PackedBlocks.place_of`)."""
         return self._segments
 
+    def by_slot(self) -> SlotSegments:
+        """The same: a static step's table always names slots."""
+        return self._segments
+
     def places(self, place_of: Tensor) -> Tensor:
         """[T] int64: place of each row's slot by such a map, -1 where it has none."""
         inside = (self.slot_of_row >= 0) & (self.slot_of_row < len(place_of))
         slots = self.slot_of_row.clamp(0, len(place_of) - 1)
         return torch.where(inside, place_of[slots].long() - 1, -1)
+
+    def runs_at(self, place_of: Tensor) -> tuple[SlotRun, ...]:
+        """The segments of the slots in such a map, for torch: asks the device."""
+        places = place_of.tolist()
+        found = []
+        for slot, start, end in self._segments.entries():
+            if 0 <= slot < len(places) and places[slot]:
+                width = end - start
+                run = SlotRun(places[slot] - 1, 1, start, end, width, None, None, (width,))
+                found.append(run)
+        return tuple(found)

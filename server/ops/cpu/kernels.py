@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from server.ops import factors
 from server.ops.attention import AttentionCall, prefill_
 from server.ops.cpu.attention import AttentionKernel
 from server.ops.cpu.blockdiag import BlockDiagKernel, NumbaBlockDiag
@@ -13,10 +16,12 @@ from server.ops.cpu.prefill import PrefillKernel
 from server.ops.cpu.rotary import RotaryKernel
 from server.ops.cpu.rows import RowKernels
 from server.ops.delta import BlockDiagOp
+from server.ops.factors import ImpartFactors, LowRankFactors
 from server.ops.linear import LinearOp, OneDnnLinear, TorchLinear, onednn_linear_works
 from server.ops.norm import RmsForm
 from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight, TorchQuantizedLinear
+from server.ops.rows import RowPlan
 
 
 class NumbaKernels:
@@ -38,6 +43,16 @@ class NumbaKernels:
 
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp:
         return NumbaBlockDiag(self._blockdiag, blocks)
+
+    def lowrank_add_(
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[LowRankFactors]
+    ) -> None:
+        factors.lowrank_add_(outputs, x, rows, terms)
+
+    def impart_add_(
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[ImpartFactors]
+    ) -> None:
+        factors.impart_add_(outputs, x, rows, terms)
 
     def linear(self, weight: Tensor) -> LinearOp:
         packs = self._packs_bf16 and weight.dtype is torch.bfloat16

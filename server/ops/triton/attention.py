@@ -1,26 +1,50 @@
-"""Decode attention over a paged cache: every sequence has one new token.
+"""Attention over a paged cache, read in place: decode (one new token) and prefill (a chunk).
 
-Split-KV: each sequence's keys are cut into `n_splits` stretches, one program per (sequence, KV
-head, stretch) with the query heads of the group as rows, online softmax; a second kernel joins the
-stretches by their log-sum-exp. Lengths and pages are data, so a captured graph serves any lengths.
+Decode is split-KV: each sequence's keys are cut into `n_splits` stretches, one program per
+(sequence, KV head, stretch) with the query heads of the group as rows, online softmax; a second
+kernel joins the stretches by their log-sum-exp. Prefill takes all chunks of a step in one launch,
+one program per (tile of a chunk's tokens, head), each walking the keys that its tokens may see.
+Lengths and pages are data, so a captured graph serves any lengths.
 
-Source: FlashDecoding (Dao et al., 2023); the combination is eq. 3 of FlashInfer (arXiv 2501.01005).
+Source: FlashDecoding (Dao et al., 2023); the combination is eq. 3 of FlashInfer (arXiv 2501.01005);
+prefill is FlashAttention-2 (arXiv 2307.08691, algorithm 1). torch's `varlen_attn` is not used: it
+has no softcap, on 2.11 no pages (every chunk after the first would gather its whole context), and
+cannot be tested without a GPU.
 Numerics: scores, softmax and sums in float32; probabilities rounded to v's dtype for the product.
-Bytes: k and v of every position in the window once, plus float32 partials of
-``n_splits (D + 1)`` per head. Tensor parallelism: KV heads are independent, a rank runs its own.
+Bytes: k and v of every position in the window once (prefill: once a tile, from the cache mostly),
+in decode plus float32 partials of ``n_splits (D + 1)`` per head.
+Tensor parallelism: KV heads are independent, a rank runs its own with their query heads.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from server.ops.attention import PrefillChunk
 from server.ops.triton.compat import UPCAST, launch, mac, next_power_of_two
 
 TILE_KEYS = 64
+TILE_TOKENS = 64  # of a prefill chunk
 MIN_ROWS = 16  # of a tensor-core operand
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTiles:
+    """The chunks of one step as data.
+
+    table  int32 [n_tiles, 4]: first row, end of the chunk's rows, position of the first row, where
+           in `pages` the chunk's own begin
+    pages  integer: page ids, chunk after chunk
+    """
+
+    table: Tensor
+    pages: Tensor
 
 
 def splits_for(batch: int) -> int:
@@ -58,7 +82,7 @@ def paged_decode(
         (batch, kv_heads, splits),
         *(partial, lse, q, k_cache, v_cache, pages, lengths),
         *(scale, 0.0 if softcap is None else softcap, 0 if window is None else window),
-        *(heads, kv_heads, dim, page, pages.stride(0), q.stride(0), q.stride(1)),
+        *(heads, kv_heads, dim, page, *pages.stride(), q.stride(0), q.stride(1)),
         GROUP=group,
         SPLITS=splits,
         WINDOW=window is not None,
@@ -111,10 +135,90 @@ def paged_decode_reference(
     return out
 
 
+def prefill_tiles(chunks: Sequence[PrefillChunk], device: torch.device) -> PrefillTiles:
+    """Cut a step's chunks into tiles of tokens; one host-to-device copy, once a step."""
+    table, first_page = [], 0
+    for chunk in chunks:
+        for start in range(chunk.start, chunk.end, TILE_TOKENS):
+            position = chunk.context + start - chunk.start
+            table.append((start, chunk.end, position, first_page))
+        first_page += len(chunk.pages)
+    pages = torch.cat([chunk.pages for chunk in chunks])
+    return PrefillTiles(torch.tensor(table, dtype=torch.int32).to(device), pages)
+
+
+def paged_prefill_(
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tiles: PrefillTiles,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> None:
+    """Causal attention of each chunk's tokens over their sequence, their own keys included.
+
+    out, q [T, H, D], last axis contiguous: the tiles' rows are read and written, no others; caches
+    [n_pages, page, Hkv, D] contiguous, hold the new tokens already.
+    """
+    _, heads, dim = q.shape
+    page, kv_heads = k_cache.shape[1:3]
+    launch(
+        _prefill_kernel,
+        (len(tiles.table), heads),
+        *(out, q, k_cache, v_cache, tiles.table, tiles.pages),
+        *(scale, 0.0 if softcap is None else softcap, 0 if window is None else window),
+        *(heads // kv_heads, kv_heads, dim, page),
+        *(q.stride(0), q.stride(1), out.stride(0), out.stride(1)),
+        WINDOW=window is not None,
+        SOFTCAP=softcap is not None,
+        TILE_Q=TILE_TOKENS,
+        TILE_D=max(MIN_ROWS, next_power_of_two(dim)),
+        TILE_L=TILE_KEYS,
+        UPCAST=UPCAST,
+        num_warps=4 if dim <= 128 else 8,
+        num_stages=2,
+    )
+
+
+@triton.jit
+def _visit(
+    acc, top, total, queries, k_cache, v_cache, pages, pages_column, position, seen, from_row,
+    kv_head, kv_heads, dim, page, scale, softcap,
+    SOFTCAP: tl.constexpr, TILE_D: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys joins the online softmax of `queries [G, D]`.
+
+    position, seen [L]: of the keys, and whether they exist; from_row [G, L]: who may see them.
+    """
+    d = tl.arange(0, TILE_D)
+    number = tl.load(pages + position // page * pages_column, mask=seen, other=0)
+    place = (number.to(tl.int64) * page + position % page) * kv_heads + kv_head
+    mask = seen[:, None] & (d < dim)[None, :]
+    keys = tl.load(k_cache + place[:, None] * dim + d[None, :], mask=mask, other=0.0)
+    values = tl.load(v_cache + place[:, None] * dim + d[None, :], mask=mask, other=0.0)
+    blank = tl.zeros((queries.shape[0], position.shape[0]), tl.float32)
+    scores = mac(blank, queries, tl.trans(keys), UPCAST)
+    scores *= scale
+    if SOFTCAP:
+        scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
+    scores = tl.where(from_row, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1))
+    # A row that has seen nothing yet has no largest score; its weights are 0.
+    origin = tl.where(new_top == float("-inf"), 0.0, new_top)
+    weight = tl.exp(scores - origin[:, None])
+    shrink = tl.exp(top - origin)
+    total = total * shrink + tl.sum(weight, axis=1)
+    acc = mac(acc * shrink[:, None], weight.to(values.dtype), values, UPCAST)
+    return acc, new_top, total
+
+
 @triton.jit
 def _attend_kernel(
     partial, lse, q, k_cache, v_cache, pages, lengths, scale, softcap, window,
-    heads, kv_heads, dim, page, pages_stride, q_row, q_head,
+    heads, kv_heads, dim, page, pages_row, pages_column, q_row, q_head,
     GROUP: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     TILE_G: tl.constexpr, TILE_D: tl.constexpr, TILE_L: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -145,22 +249,11 @@ def _attend_kernel(
     for at in range(start, end, TILE_L):
         position = at + tl.arange(0, TILE_L)
         seen = position < end
-        number = tl.load(pages + row * pages_stride + position // page, mask=seen, other=0)
-        place = (number.to(tl.int64) * page + position % page) * kv_heads + kv_head
-        mask = seen[:, None] & d_mask[None, :]
-        keys = tl.load(k_cache + place[:, None] * dim + d[None, :], mask=mask, other=0.0)
-        values = tl.load(v_cache + place[:, None] * dim + d[None, :], mask=mask, other=0.0)
-        scores = mac(tl.zeros((TILE_G, TILE_L), tl.float32), queries, tl.trans(keys), UPCAST)
-        scores *= scale
-        if SOFTCAP:
-            scores = softcap * (2.0 * tl.sigmoid(2.0 * scores / softcap) - 1.0)
-        scores = tl.where(seen[None, :], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, axis=1))
-        weight = tl.exp(scores - new_top[:, None])
-        shrink = tl.exp(top - new_top)
-        total = total * shrink + tl.sum(weight, axis=1)
-        acc = mac(acc * shrink[:, None], weight.to(values.dtype), values, UPCAST)
-        top = new_top
+        acc, top, total = _visit(
+            acc, top, total, queries, k_cache, v_cache, pages + row * pages_row, pages_column,
+            position, seen, seen[None, :], kv_head, kv_heads, dim, page, scale, softcap,
+            SOFTCAP, TILE_D, UPCAST,
+        )  # fmt: skip
 
     place = (row * heads + head) * SPLITS + split
     empty = total == 0.0
@@ -171,6 +264,45 @@ def _attend_kernel(
         acc / tl.where(empty, 1.0, total)[:, None],
         mask=g_mask[:, None] & d_mask[None, :],
     )
+
+
+@triton.jit
+def _prefill_kernel(
+    out, q, k_cache, v_cache, tiles, pages, scale, softcap, window,
+    group, kv_heads, dim, page, q_row, q_head, out_row, out_head,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_D: tl.constexpr, TILE_L: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    tile = tiles + tl.program_id(0) * 4
+    head = tl.program_id(1)
+    i = tl.arange(0, TILE_Q)
+    row = tl.load(tile) + i
+    inside = row < tl.load(tile + 1)
+    position = tl.load(tile + 2) + i
+    pages += tl.load(tile + 3)
+    d = tl.arange(0, TILE_D)
+    mask = inside[:, None] & (d < dim)[None, :]
+    wide = row[:, None].to(tl.int64)
+    queries = tl.load(q + wide * q_row + head * q_head + d[None, :], mask=mask, other=0.0)
+    end = tl.max(tl.where(inside, position, 0), axis=0) + 1
+    first = 0
+    if WINDOW:
+        first = tl.maximum(tl.load(tile + 2) + 1 - window, 0)
+    top = tl.full((TILE_Q,), float("-inf"), tl.float32)
+    total = tl.zeros((TILE_Q,), tl.float32)
+    acc = tl.zeros((TILE_Q, TILE_D), tl.float32)
+    for at in range(first, end, TILE_L):
+        key = at + tl.arange(0, TILE_L)
+        visible = key[None, :] <= position[:, None]
+        if WINDOW:
+            visible &= key[None, :] > position[:, None] - window
+        acc, top, total = _visit(
+            acc, top, total, queries, k_cache, v_cache, pages, 1, key, key < end, visible,
+            head // group, kv_heads, dim, page, scale, softcap, SOFTCAP, TILE_D, UPCAST,
+        )  # fmt: skip
+    result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    target = out + wide * out_row + head * out_head + d[None, :]
+    tl.store(target, result.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit

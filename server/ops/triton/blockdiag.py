@@ -36,9 +36,10 @@ from server.ops.triton.compat import (
     UPCAST,
     launch,
     mac,
+    n_pieces,
     n_programs,
     next_power_of_two,
-    slot_of,
+    piece_rows,
 )
 from server.ops.triton.layout import (
     SegmentArrays,
@@ -48,6 +49,7 @@ from server.ops.triton.layout import (
     place_of,
     rows_of,
     tile_table,
+    where_of,
     word_bytes,
 )
 from server.ops.triton.unpack import unpack_assembly
@@ -124,8 +126,7 @@ def blockdiag_add_(
         (n_programs(x.device, kernel.per_processor),),
         *(*targets, sum(1 << g for g, y in enumerate(outputs) if y is not None)),
         *(x, codes, blocks.scales, blocks.units, present, len(present), kernel.tiles),
-        *(segments.slots, segments.starts, segments.ends, segments.count),
-        *(segments.slots.stride(0), segments.chunks, len(kernel.tiles)),
+        *(where_of(segments), len(kernel.tiles)),
         *(blocks.n, blocks.n_blocks, codes.shape[2], given[0].stride(0), x.stride(0)),
         *(codes.stride(0), codes.stride(1), codes.stride(2)),
         *(blocks.scales.stride(0), blocks.scales.stride(1), blocks.units.stride(0)),
@@ -227,35 +228,31 @@ def _field(
 
 @triton.jit
 def _blockdiag_kernel(
-    y0, y1, y2, wanted, x, codes, scales, units, present, n_present, tiles,
-    seg_slot, seg_start, seg_end, seg_count, seg_stride, chunks, n_tiles,
+    y0, y1, y2, wanted, x, codes, scales, units, present, n_present, tiles, where, n_tiles,
     n, s, byte_rows, y_stride, x_stride,
     code_slot, code_block, code_row, scale_slot, scale_block, unit_slot,
     BITS: tl.constexpr, WORD: tl.constexpr, GATHER: tl.constexpr, ALIGN: tl.constexpr,
     INPUT_ALIGN: tl.constexpr, TILE_T: tl.constexpr, TILE_P: tl.constexpr, TILE_K: tl.constexpr,
     ASM: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    n_items = tl.load(seg_count) * chunks * s * n_tiles
+    n_items = n_pieces(where) * s * n_tiles
     for item in range(tl.program_id(0), n_items, tl.num_programs(0)):
         tile = tiles + item % n_tiles * 4
         block = item // n_tiles % s
-        chunk = item // (n_tiles * s) % chunks
-        segment = item // (n_tiles * s * chunks) * seg_stride
         matrix = tl.load(tile + 3)
-        slot = slot_of(seg_slot, present, n_present, segment)
-        start = tl.load(seg_start + segment).to(tl.int32) + chunk * TILE_T
-        end = tl.load(seg_end + segment).to(tl.int32)
-        if (slot >= 0) & (start < end) & (((wanted >> matrix) & 1) != 0):
+        piece = item // (n_tiles * s)
+        place, token, row_mask = piece_rows(where, present, n_present, piece, TILE_T)
+        if (place >= 0) & (((wanted >> matrix) & 1) != 0):
             y = y0
             if matrix == 1:
                 y = y1
             if matrix == 2:
                 y = y2
-            wide = slot.to(tl.int64)
+            wide = place.to(tl.int64)
             _blockdiag_tile(
                 y, x, codes + wide * code_slot + block.to(tl.int64) * code_block,
                 scales + wide * scale_slot + block * scale_block,
-                tl.load(units + wide * unit_slot + matrix), tile, start, end,
+                tl.load(units + wide * unit_slot + matrix), tile, token, row_mask,
                 block, n, s, byte_rows, y_stride, x_stride, code_row,
                 BITS, WORD, GATHER, ALIGN, INPUT_ALIGN, TILE_T, TILE_P, TILE_K, ASM, UPCAST,
             )  # fmt: skip
@@ -263,7 +260,7 @@ def _blockdiag_kernel(
 
 @triton.jit
 def _blockdiag_tile(
-    y, x, codes, scales, unit, tile, start, end,
+    y, x, codes, scales, unit, tile, token, row_mask,
     block, n, s, byte_rows, y_stride, x_stride, code_row,
     BITS: tl.constexpr, WORD: tl.constexpr, GATHER: tl.constexpr, ALIGN: tl.constexpr,
     INPUT_ALIGN: tl.constexpr, TILE_T: tl.constexpr, TILE_P: tl.constexpr, TILE_K: tl.constexpr,
@@ -275,8 +272,6 @@ def _blockdiag_tile(
     rows = m // s + (block < m % s).to(tl.int32)
     columns = tl.multiple_of(n // s + (block < n % s).to(tl.int32), INPUT_ALIGN)
     x += tl.multiple_of(block * (n // s) + tl.minimum(block, n % s), INPUT_ALIGN)
-    token = start + tl.arange(0, TILE_T)
-    row_mask = token < end
     x_rows = x + token[:, None].to(tl.int64) * x_stride
     word = first + tl.arange(0, TILE_P)
     matrix_end = matrix_first + tl.cdiv(m, s) // WORD

@@ -47,9 +47,40 @@ def slot_of(seg_slot, present, n_present, segment):
     return here - 1
 
 
+@triton.jit
+def n_pieces(where):
+    """Pieces of at most TILE_T rows that the segments in `where` (`layout.where_of`) consist of."""
+    return tl.load(where[3]) * where[5]
+
+
+@triton.jit
+def piece_rows(where, present, n_present, piece, TILE_T: tl.constexpr):
+    """Place of the piece's slot (-1: nothing to add), its rows, and which of these there are."""
+    entry = piece // where[5] * where[4]
+    start = tl.load(where[1] + entry).to(tl.int32) + piece % where[5] * TILE_T
+    end = tl.load(where[2] + entry).to(tl.int32)
+    place = -1
+    if start < end:
+        place = slot_of(where[0], present, n_present, entry)
+    token = start + tl.arange(0, TILE_T)
+    return place, token, token < end
+
+
+@triton.jit
+def first_item(before):
+    """The program's first item of a list that is dealt out after `before` other items."""
+    n = tl.num_programs(0)
+    return (tl.program_id(0) + n - before % n) % n
+
+
 def next_power_of_two(n: int) -> int:
     """Smallest power of two >= n (n >= 1)."""
     return 1 << (n - 1).bit_length()
+
+
+def tile_of(size: int) -> int:
+    """Rows or columns of a tile: what covers `size`, within a tensor-core operand's 16 and 64."""
+    return max(16, min(64, next_power_of_two(size)))
 
 
 def n_programs(device: torch.device, per_processor: int) -> int:

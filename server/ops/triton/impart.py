@@ -1,12 +1,14 @@
 """ImPart terms ``dW = Uhat diag(sigma) Vhat^T`` in blocks of rows (arXiv 2504.13237, eq. 6).
 
-Three launches, each output owned by one program, so nothing is added atomically:
+Three launches for all matrices that read the same x, each output owned by one program, so nothing
+is added atomically:
 
     1  parts[t, b, j]  = x[t, block b] @ v_values[slot, b, :, j]
     2  z[t, k]         = sigma[k] * sum of the parts whose component is k   (lists made at load)
     3  y[t, block b]  += u_values[slot, b] @ z[t, u_index[slot, b]]
 
-The second sums in the order of the blocks: deterministic. Variants are data, as in `blockdiag`.
+The second sums in the order of the blocks: deterministic. Each matrix has its own arrays and
+places; variants are data, as in `blockdiag`.
 
 Bytes per step: the slot's arrays once (``2 S (m + n)`` for 2-byte values, indices and lists), and
 float32 scratch of ``bv S + r`` per row, which stays in the cache. Numerics: float32 sums; z is
@@ -18,213 +20,225 @@ blocks are split (before the lists are made), U replicated; the all-reduce of y 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from server.ops.factors import ImpartFactors
 from server.ops.triton.compat import (
     UPCAST,
+    first_item,
     launch,
     mac,
+    n_pieces,
     n_programs,
-    next_power_of_two,
-    slot_of,
+    piece_rows,
+    tile_of,
 )
 from server.ops.triton.layout import SegmentArrays, place_of, rows_of, where_of
 
-MIN_TILE = 16
 TILE_RANKS = 64
 
 
-@dataclass(frozen=True, slots=True)
-class ImpartArrays:
-    """Slot arrays of one matrix ``[m, n]``, R rows a block, S components a block, r components.
+def impart_add_(
+    outputs: Sequence[Tensor], x: Tensor, segments: SegmentArrays, terms: Sequence[ImpartFactors]
+) -> None:
+    """Add every present slot's terms to its rows of each matrix's output.
 
-    u_values [C, bu, R, S], u_index [C, bu * S] int; v_values [C, bv, R, S]; sigma [C, r];
-    order    [C, bv * S] int32, first [C, r + 1] int32: component k's parts are
-             ``order[first[k] : first[k + 1]]`` (see `rank_lists`)
-    present  int32 [slots]: place + 1 of a slot in the arrays, 0 where it has nothing here
+    outputs [T, m] each, last axis contiguous; x [T, n]; values of one dtype. `segments` names
+    slots, which each term's `place_of` maps (they are equally long).
     """
-
-    u_values: Tensor
-    u_index: Tensor
-    v_values: Tensor
-    order: Tensor
-    first: Tensor
-    sigma: Tensor
-    present: Tensor
-
-
-def rank_lists(v_index: Tensor, n_ranks: int) -> tuple[Tensor, Tensor]:
-    """Which of the ``bv * S`` parts belong to each component: `order` and `first`, int32.
-
-    v_index [bv * S] integer components, block after block.
-    """
-    order = torch.argsort(v_index, stable=True).int()
-    counts = torch.bincount(v_index.long(), minlength=n_ranks)
-    first = torch.zeros(n_ranks + 1, dtype=torch.int32, device=v_index.device)
-    first[1:] = counts.cumsum(0)
-    return order, first
-
-
-def impart_add_(y: Tensor, x: Tensor, segments: SegmentArrays, arrays: ImpartArrays) -> None:
-    """Add every present slot's term to its rows: y [T, m], x [T, n], values of one dtype."""
-    _, bu, block_rows, kept = arrays.u_values.shape
-    bv, ranks = arrays.v_values.shape[1], arrays.sigma.shape[1]
-    parts = torch.empty((len(x), bv * kept), dtype=torch.float32, device=x.device)
-    z = torch.empty((len(x), ranks), dtype=x.dtype, device=x.device)
-    where = where_of(segments, arrays.present)
+    u_shapes = [term.u_values.shape[1:] for term in terms]  # bu, R, S
+    v_shapes = [term.v_values.shape[1:] for term in terms]  # bv, R, S
+    ranks = [term.sigma.shape[1] for term in terms]
+    widths = (0, *accumulate(bv * kept for bv, _, kept in v_shapes))
+    heights = (0, *accumulate(ranks))
+    parts = torch.empty((len(x), widths[-1]), dtype=torch.float32, device=x.device)
+    z = torch.empty((len(x), heights[-1]), dtype=x.dtype, device=x.device)
+    where, n_slots = where_of(segments), len(terms[0].place_of)
+    places = tuple(term.place_of for term in terms)
     grid = (n_programs(x.device, 4),)
-    tile_kept = max(MIN_TILE, min(64, next_power_of_two(kept)))
-    tile_rows = max(MIN_TILE, min(64, next_power_of_two(block_rows)))
+    tiles = {
+        "TILE_R": tile_of(max(rows for _, rows, _ in u_shapes)),
+        "TILE_S": tile_of(max(kept for _, _, kept in u_shapes)),
+        "UPCAST": UPCAST,
+    }
     sizes = {"TILE_T": segments.tile_rows, "num_warps": 4, "num_stages": 3}
+    shapes = tuple((*shape, first) for shape, first in zip(v_shapes, widths, strict=False))
     launch(
         _parts_kernel,
         grid,
-        *(parts, x, arrays.v_values, *where, bv, block_rows, kept, x.shape[1], x.stride(0)),
-        TILE_R=tile_rows,
-        TILE_S=tile_kept,
-        UPCAST=UPCAST,
+        *(parts, x, tuple(term.v_values for term in terms), places, shapes, where, n_slots),
+        *(widths[-1], x.shape[1], x.stride(0)),
+        **tiles,
         **sizes,
+    )
+    lists = tuple((term.order, term.first, term.sigma) for term in terms)
+    shapes = tuple(
+        (w[1] - w[0], w[0], r, first)
+        for w, r, first in zip(pairwise(widths), ranks, heights, strict=False)
     )
     launch(
         _rank_kernel,
         grid,
-        *(z, parts, arrays.order, arrays.first, arrays.sigma, *where, bv * kept, ranks),
+        *(z, parts, lists, places, shapes, where, n_slots, widths[-1], heights[-1]),
         TILE_K=TILE_RANKS,
         **sizes,
     )
+    shapes = tuple(
+        (*shape, first, y.shape[1], y.stride(0))
+        for shape, first, y in zip(u_shapes, heights, outputs, strict=False)
+    )
+    factors = tuple((term.u_values, term.u_index) for term in terms)
     launch(
         _expand_kernel,
         grid,
-        *(y, z, arrays.u_values, arrays.u_index, *where, bu, block_rows, kept, ranks),
-        *(y.shape[1], y.stride(0)),
-        TILE_R=tile_rows,
-        TILE_S=tile_kept,
-        UPCAST=UPCAST,
+        *(tuple(outputs), z, factors, places, shapes, where, n_slots, heights[-1]),
+        **tiles,
         **sizes,
     )
 
 
 def impart_add_reference_(
-    y: Tensor,
+    outputs: Sequence[Tensor],
     x: Tensor,
     segments: SegmentArrays,
-    arrays: ImpartArrays,
+    terms: Sequence[ImpartFactors],
     compute: torch.dtype = torch.float32,
 ) -> None:
     """The same in torch, in `compute`."""
-    _, bu, block_rows, kept = arrays.u_values.shape
-    for segment in rows_of(segments):
-        place = place_of(segment, arrays.present)
-        if place < 0:
-            continue
-        rows, slot = slice(segment.start, segment.end), place
-        v = arrays.v_values[slot].to(compute)
-        padding = len(v) * block_rows - x.shape[1]
-        wide = torch.nn.functional.pad(x[rows].to(compute), (0, padding)).view(
-            -1, len(v), block_rows
-        )
-        parts = torch.einsum("tbr,brs->tbs", wide, v).flatten(1)
-        counts = arrays.first[slot].diff().long()
-        component = torch.repeat_interleave(torch.arange(len(counts), device=x.device), counts)
-        z = parts.new_zeros(len(parts), len(counts))
-        z.index_add_(1, component, parts[:, arrays.order[slot].long()])
-        z = (z * arrays.sigma[slot].to(compute)).to(x.dtype).to(compute)
-        chosen = z[:, arrays.u_index[slot].long()].view(-1, bu, kept)
-        out = torch.einsum("tbs,brs->tbr", chosen, arrays.u_values[slot].to(compute)).flatten(1)
-        y[rows] = (y[rows].to(compute) + out[:, : y.shape[1]]).to(y.dtype)
+    for y, term in zip(outputs, terms, strict=True):
+        for segment in rows_of(segments):
+            place = place_of(segment, term.place_of)
+            if place >= 0:
+                rows = slice(segment.start, segment.end)
+                added = _apply(x[rows], term, place, compute)[:, : y.shape[1]]
+                y[rows] = (y[rows].to(compute) + added).to(y.dtype)
+
+
+def _apply(x: Tensor, term: ImpartFactors, place: int, compute: torch.dtype) -> Tensor:
+    """``x [t, n]`` -> ``[t, bu * R]`` in `compute`."""
+    _, bu, block_rows, kept = term.u_values.shape
+    v = term.v_values[place].to(compute)
+    padding = len(v) * block_rows - x.shape[1]
+    wide = torch.nn.functional.pad(x.to(compute), (0, padding)).view(-1, len(v), block_rows)
+    parts = torch.einsum("tbr,brs->tbs", wide, v).flatten(1)
+    counts = term.first[place].diff().long()
+    component = torch.repeat_interleave(torch.arange(len(counts), device=x.device), counts)
+    z = parts.new_zeros(len(parts), len(counts))
+    z.index_add_(1, component, parts[:, term.order[place].long()])
+    z = (z * term.sigma[place].to(compute)).to(x.dtype).to(compute)
+    chosen = z[:, term.u_index[place].long()].view(-1, bu, kept)
+    return torch.einsum("tbs,brs->tbr", chosen, term.u_values[place].to(compute)).flatten(1)
 
 
 @triton.jit
 def _parts_kernel(
-    parts, x, v_values, seg_slot, seg_start, seg_end, seg_count, present, n_present,
-    bv, block_rows, kept, n, x_stride,
+    parts, x, values, places, shapes, where, n_present, width, n, x_stride,
     TILE_R: tl.constexpr, TILE_S: tl.constexpr, UPCAST: tl.constexpr, TILE_T: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(kept, TILE_S)
-    for item in range(tl.program_id(0), tl.load(seg_count) * bv * tiles, tl.num_programs(0)):
-        j = item % tiles * TILE_S + tl.arange(0, TILE_S)
-        block = item // tiles % bv
-        segment = item // (tiles * bv)
-        slot = slot_of(seg_slot, present, n_present, segment)
-        if slot >= 0:
-            token = tl.load(seg_start + segment) + tl.arange(0, TILE_T)
-            token_mask = token < tl.load(seg_end + segment)
-            values = v_values + (slot.to(tl.int64) * bv + block) * block_rows * kept
-            acc = tl.zeros((TILE_T, TILE_S), tl.float32)
-            for first in range(0, block_rows, TILE_R):
-                r = first + tl.arange(0, TILE_R)
-                column = block * block_rows + r
-                x_mask = token_mask[:, None] & ((r < block_rows) & (column < n))[None, :]
-                v_mask = (r < block_rows)[:, None] & (j < kept)[None, :]
-                place = token[:, None].to(tl.int64) * x_stride + column[None, :]
-                xs = tl.load(x + place, mask=x_mask, other=0.0)
-                v = tl.load(values + r[:, None] * kept + j[None, :], mask=v_mask, other=0.0)
-                acc = mac(acc, xs, v, UPCAST)
-            place = (token[:, None].to(tl.int64) * bv + block) * kept + j[None, :]
-            tl.store(parts + place, acc, mask=token_mask[:, None] & (j < kept)[None, :])
+    before = 0
+    for g in tl.static_range(len(values)):
+        bv = shapes[g][0]
+        block_rows = shapes[g][1]
+        kept = shapes[g][2]
+        tiles = tl.cdiv(kept, TILE_S)
+        n_items = n_pieces(where) * bv * tiles
+        for item in range(first_item(before), n_items, tl.num_programs(0)):
+            j = item % tiles * TILE_S + tl.arange(0, TILE_S)
+            block = item // tiles % bv
+            piece = item // (tiles * bv)
+            place, token, inside = piece_rows(where, places[g], n_present, piece, TILE_T)
+            if place >= 0:
+                v_block = values[g] + (place.to(tl.int64) * bv + block) * block_rows * kept
+                acc = tl.zeros((TILE_T, TILE_S), tl.float32)
+                for first in range(0, block_rows, TILE_R):
+                    r = first + tl.arange(0, TILE_R)
+                    column = block * block_rows + r
+                    x_mask = inside[:, None] & ((r < block_rows) & (column < n))[None, :]
+                    v_mask = (r < block_rows)[:, None] & (j < kept)[None, :]
+                    source = token[:, None].to(tl.int64) * x_stride + column[None, :]
+                    xs = tl.load(x + source, mask=x_mask, other=0.0)
+                    v = tl.load(v_block + r[:, None] * kept + j[None, :], mask=v_mask, other=0.0)
+                    acc = mac(acc, xs, v, UPCAST)
+                target = token[:, None].to(tl.int64) * width + shapes[g][3] + block * kept
+                mask = inside[:, None] & (j < kept)[None, :]
+                tl.store(parts + target + j[None, :], acc, mask=mask)
+        before += n_items
 
 
 @triton.jit
 def _rank_kernel(
-    z, parts, order, first, sigma, seg_slot, seg_start, seg_end, seg_count, present, n_present,
-    width, ranks, TILE_K: tl.constexpr, TILE_T: tl.constexpr,
+    z, parts, lists, places, shapes, where, n_present, width, height,
+    TILE_K: tl.constexpr, TILE_T: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(ranks, TILE_K)
-    for item in range(tl.program_id(0), tl.load(seg_count) * tiles, tl.num_programs(0)):
-        k = item % tiles * TILE_K + tl.arange(0, TILE_K)
-        segment = item // tiles
-        slot = slot_of(seg_slot, present, n_present, segment)
-        if slot >= 0:
-            token = tl.load(seg_start + segment) + tl.arange(0, TILE_T)
-            token_mask = token < tl.load(seg_end + segment)
-            wide = slot.to(tl.int64)
-            begin = tl.load(first + wide * (ranks + 1) + k, mask=k < ranks, other=0)
-            end = tl.load(first + wide * (ranks + 1) + k + 1, mask=k < ranks, other=0)
-            acc = tl.zeros((TILE_T, TILE_K), tl.float32)
-            for i in range(0, tl.max(end - begin, axis=0)):
-                some = begin + i < end
-                part = tl.load(order + wide * width + begin + i, mask=some, other=0)
-                place = token[:, None].to(tl.int64) * width + part[None, :]
-                acc += tl.load(parts + place, mask=token_mask[:, None] & some[None, :], other=0.0)
-            weight = tl.load(sigma + wide * ranks + k, mask=k < ranks, other=0.0).to(tl.float32)
-            place = token[:, None].to(tl.int64) * ranks + k[None, :]
-            mask = token_mask[:, None] & (k < ranks)[None, :]
-            tl.store(z + place, (acc * weight[None, :]).to(z.dtype.element_ty), mask=mask)
+    before = 0
+    for g in tl.static_range(len(lists)):
+        own = shapes[g][0]  # parts of this matrix
+        ranks = shapes[g][2]
+        tiles = tl.cdiv(ranks, TILE_K)
+        n_items = n_pieces(where) * tiles
+        for item in range(first_item(before), n_items, tl.num_programs(0)):
+            k = item % tiles * TILE_K + tl.arange(0, TILE_K)
+            place, token, inside = piece_rows(where, places[g], n_present, item // tiles, TILE_T)
+            if place >= 0:
+                wide = place.to(tl.int64)
+                known = k < ranks
+                firsts = lists[g][1] + wide * (ranks + 1) + k
+                begin = tl.load(firsts, mask=known, other=0)
+                end = tl.load(firsts + 1, mask=known, other=0)
+                source = token[:, None].to(tl.int64) * width + shapes[g][1]
+                acc = tl.zeros((TILE_T, TILE_K), tl.float32)
+                for i in range(0, tl.max(end - begin, axis=0)):
+                    some = begin + i < end
+                    part = tl.load(lists[g][0] + wide * own + begin + i, mask=some, other=0)
+                    mask = inside[:, None] & some[None, :]
+                    acc += tl.load(parts + source + part[None, :], mask=mask, other=0.0)
+                gain = tl.load(lists[g][2] + wide * ranks + k, mask=known, other=0.0)
+                result = acc * gain.to(tl.float32)[None, :]
+                target = z + token[:, None].to(tl.int64) * height + shapes[g][3] + k[None, :]
+                mask = inside[:, None] & known[None, :]
+                tl.store(target, result.to(z.dtype.element_ty), mask=mask)
+        before += n_items
 
 
 @triton.jit
 def _expand_kernel(
-    y, z, u_values, u_index, seg_slot, seg_start, seg_end, seg_count, present, n_present,
-    bu, block_rows, kept, ranks, m, y_stride,
+    outputs, z, factors, places, shapes, where, n_present, height,
     TILE_R: tl.constexpr, TILE_S: tl.constexpr, UPCAST: tl.constexpr, TILE_T: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(block_rows, TILE_R)
-    for item in range(tl.program_id(0), tl.load(seg_count) * bu * tiles, tl.num_programs(0)):
-        r = item % tiles * TILE_R + tl.arange(0, TILE_R)
-        block = item // tiles % bu
-        segment = item // (tiles * bu)
-        slot = slot_of(seg_slot, present, n_present, segment)
-        if slot >= 0:
-            token = tl.load(seg_start + segment) + tl.arange(0, TILE_T)
-            token_mask = token < tl.load(seg_end + segment)
-            here = slot.to(tl.int64) * bu + block
-            acc = tl.zeros((TILE_T, TILE_R), tl.float32)
-            for start in range(0, kept, TILE_S):
-                j = start + tl.arange(0, TILE_S)
-                rank = tl.load(u_index + here * kept + j, mask=j < kept, other=0)
-                place = token[:, None].to(tl.int64) * ranks + rank[None, :]
-                zs = tl.load(z + place, mask=token_mask[:, None] & (j < kept)[None, :], other=0.0)
-                u_mask = (j < kept)[:, None] & (r < block_rows)[None, :]
-                place = (here * block_rows + r[None, :]) * kept + j[:, None]
-                u = tl.load(u_values + place, mask=u_mask, other=0.0)
-                acc = mac(acc, zs, u, UPCAST)
-            column = block * block_rows + r
-            mask = token_mask[:, None] & ((r < block_rows) & (column < m))[None, :]
-            place = y + token[:, None].to(tl.int64) * y_stride + column[None, :]
-            old = tl.load(place, mask=mask, other=0.0)
-            tl.store(place, (old.to(tl.float32) + acc).to(old.dtype), mask=mask)
+    before = 0
+    for g in tl.static_range(len(factors)):
+        bu = shapes[g][0]
+        block_rows = shapes[g][1]
+        kept = shapes[g][2]
+        tiles = tl.cdiv(block_rows, TILE_R)
+        n_items = n_pieces(where) * bu * tiles
+        for item in range(first_item(before), n_items, tl.num_programs(0)):
+            r = item % tiles * TILE_R + tl.arange(0, TILE_R)
+            block = item // tiles % bu
+            piece = item // (tiles * bu)
+            place, token, inside = piece_rows(where, places[g], n_present, piece, TILE_T)
+            if place >= 0:
+                here = place.to(tl.int64) * bu + block
+                acc = tl.zeros((TILE_T, TILE_R), tl.float32)
+                for start in range(0, kept, TILE_S):
+                    j = start + tl.arange(0, TILE_S)
+                    rank = tl.load(factors[g][1] + here * kept + j, mask=j < kept, other=0)
+                    source = token[:, None].to(tl.int64) * height + shapes[g][3] + rank[None, :]
+                    z_mask = inside[:, None] & (j < kept)[None, :]
+                    zs = tl.load(z + source, mask=z_mask, other=0.0)
+                    u_mask = (j < kept)[:, None] & (r < block_rows)[None, :]
+                    place_u = (here * block_rows + r[None, :]) * kept + j[:, None]
+                    u = tl.load(factors[g][0] + place_u, mask=u_mask, other=0.0)
+                    acc = mac(acc, zs, u, UPCAST)
+                column = block * block_rows + r
+                mask = inside[:, None] & ((r < block_rows) & (column < shapes[g][4]))[None, :]
+                y = outputs[g] + token[:, None].to(tl.int64) * shapes[g][5] + column[None, :]
+                old = tl.load(y, mask=mask, other=0.0)
+                tl.store(y, (old.to(tl.float32) + acc).to(old.dtype), mask=mask)
+        before += n_items

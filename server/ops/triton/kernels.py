@@ -9,21 +9,29 @@ from torch import Tensor
 
 from server.ops.attention import AttentionCall
 from server.ops.delta import BlockDiagOp
+from server.ops.factors import ImpartFactors, LowRankFactors
 from server.ops.kernels import TorchKernels
 from server.ops.linear import LinearOp
 from server.ops.norm import RmsForm
 from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight, TorchQuantizedLinear
-from server.ops.rows import SlotSegments
-from server.ops.triton.attention import paged_decode
+from server.ops.rows import RowPlan, SlotSegments
+from server.ops.triton.attention import (
+    PrefillTiles,
+    paged_decode,
+    paged_prefill_,
+    prefill_tiles,
+)
 from server.ops.triton.blockdiag import (
     DECODE_ROWS,
     PREFILL_ROWS,
     blockdiag_add_,
     plan_kernel,
 )
-from server.ops.triton.layout import from_table
+from server.ops.triton.impart import impart_add_
+from server.ops.triton.layout import SegmentArrays, from_table
 from server.ops.triton.linear import linear_
+from server.ops.triton.lowrank import lowrank_add_
 from server.ops.triton.norm import rms_norm, silu_mul
 from server.ops.triton.rope import rope_and_write_
 
@@ -49,6 +57,13 @@ class TritonBlockDiag:
         blockdiag_add_(outputs, x, where, self._blocks, kernel, places)
 
 
+def segments_by_slot(rows: RowPlan) -> SegmentArrays:
+    """All segments of the step, cut into tiles of rows."""
+    segments = rows.by_slot()
+    prefill = segments.longest > DECODE_ROWS
+    return from_table(segments, PREFILL_ROWS if prefill else DECODE_ROWS)
+
+
 class TritonQuantizedLinear(TorchQuantizedLinear):
     """Weight-only 8-bit base linear: half the bytes of a decode step."""
 
@@ -60,8 +75,8 @@ class TritonQuantizedLinear(TorchQuantizedLinear):
 
 
 class TritonKernels(TorchKernels):
-    """Deltas, decode attention, RoPE with the cache write, norms and SiLU-mul in Triton; the base's
-    products in cuBLAS; prefill attention, and forms the kernels do not know, in torch.
+    """Deltas, attention, RoPE with the cache write, norms and SiLU-mul in Triton; the base's
+    products in cuBLAS; forms the kernels do not know in torch.
     """
 
     name = "triton"
@@ -75,12 +90,21 @@ class TritonKernels(TorchKernels):
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp:
         return TritonBlockDiag(blocks)
 
+    def lowrank_add_(
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[LowRankFactors]
+    ) -> None:
+        lowrank_add_(outputs, x, segments_by_slot(rows), terms)
+
+    def impart_add_(
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[ImpartFactors]
+    ) -> None:
+        impart_add_(outputs, x, segments_by_slot(rows), terms)
+
     def quantized_linear(self, weight: QuantizedWeight, dtype: torch.dtype) -> LinearOp:
         return TritonQuantizedLinear(weight, dtype)
 
     def rotate_and_write_(self, call: AttentionCall) -> None:
-        # The kernel turns k on its way into the cache only; prefill reads k itself.
-        if call.rotary is None or call.plan.prefill:
+        if call.rotary is None:
             super().rotate_and_write_(call)
             return
         angles, caches = (call.rotary.cos, call.rotary.sin), (call.k_cache, call.v_cache)
@@ -104,6 +128,16 @@ class TritonKernels(TorchKernels):
             out.copy_(result)
         else:
             out[batch.rows] = result
+
+    def prefill_(self, out: Tensor, call: AttentionCall) -> None:
+        plan, device = call.plan, call.q.device
+        if "tile_table" not in plan.made:
+            made = prefill_tiles(plan.prefill, device)
+            plan.made["tile_table"], plan.made["tile_pages"] = made.table, made.pages
+        tiles = PrefillTiles(plan.made["tile_table"], plan.made["tile_pages"])
+        options = {"scale": call.scale, "window": call.window, "softcap": call.softcap}
+        caches = (call.k_cache, call.v_cache)
+        paged_prefill_(out, call.q, *caches, tiles, **options)  # type: ignore[arg-type]
 
     def rms_norm(self, x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm) -> Tensor:
         if form.casts_first != (form.offset == 0.0):

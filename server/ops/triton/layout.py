@@ -114,14 +114,11 @@ def from_table(segments: SlotSegments, tile_rows: int) -> SegmentArrays:
 
 
 def where_of(
-    segments: SegmentArrays, present: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int]:
-    """What a kernel of one row of matrices wants to know of the rows and of the slots held."""
-    return (
-        *(segments.slots, segments.starts, segments.ends, segments.count),
-        present,
-        len(present),
-    )
+    segments: SegmentArrays,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int, int]:
+    """What kernels take as `where`: see `compat.piece_rows`."""
+    arrays = (segments.slots, segments.starts, segments.ends, segments.count)
+    return (*arrays, segments.slots.stride(0), segments.chunks)
 
 
 def place_of(segment: Segment, present: Tensor) -> int:

@@ -1,10 +1,11 @@
-"""Low-rank terms ``dW = b^T a`` of all matrices that read the same x: shrink, then expand.
+"""Low-rank terms ``dW = b^T a`` of up to all matrices that read the same x: shrink, then expand.
 
-`shrink` writes ``x a^T`` in `n_chunks` partial sums over the inputs, one program each (enough
-programs for few variants), `expand` adds them in a fixed order: deterministic, no atomics, nothing
-to zero. Variants are data, as in `blockdiag`.
+Two launches for a whole projection group. Shrink writes ``x a^T`` in `n_chunks` partial sums over
+the inputs, one program each (enough programs for few variants), expand adds them in a fixed order:
+deterministic, no atomics, nothing to zero. Each matrix has its own arrays, rank and places;
+variants are data, as in `blockdiag`.
 
-Bytes per step: ``2 r (G n + sum m)`` for every distinct slot. Numerics: float32 sums; ``x a^T``
+Bytes per step: ``2 r (n + m)`` a matrix for every distinct slot. Numerics: float32 sums; ``x a^T``
 is rounded to x's dtype between the two products; y is rounded once.
 
 Tensor parallelism: column-parallel: a replicated, b split by outputs; row-parallel: a split by
@@ -13,89 +14,70 @@ inputs, b replicated, each rank expands its own partial sum into the y that is a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from server.ops.factors import LowRankFactors
 from server.ops.triton.compat import (
     UPCAST,
+    first_item,
     launch,
     mac,
+    n_pieces,
     n_programs,
-    next_power_of_two,
-    slot_of,
+    piece_rows,
+    tile_of,
 )
 from server.ops.triton.layout import SegmentArrays, place_of, rows_of, where_of
 
 CHUNK_INPUTS = 512
 TILE_INPUTS = 64
 TILE_OUTPUTS = 128
-MIN_TILE = 16
-
-
-@dataclass(frozen=True, slots=True)
-class LowRankArrays:
-    """Slot arrays of G matrices ``[m_g, n]`` of one rank r.
-
-    a        [C, G * r, n], ranks of the matrices one after the other
-    b        [C, r, sum m], outputs side by side
-    sizes    m of each matrix
-    present  int32 [slots]: place + 1 of a slot in the arrays, 0 where it has nothing here
-    """
-
-    a: Tensor
-    b: Tensor
-    sizes: tuple[int, ...]
-    present: Tensor
-
-    @property
-    def rank(self) -> int:
-        """Ranks of each matrix, r."""
-        return self.b.shape[1]
-
-
-def output_tiles(sizes: tuple[int, ...]) -> Tensor:
-    """int32 ``[n_tiles, 3]``: first output in y, end of its matrix in y, number of the matrix."""
-    rows, start = [], 0
-    for number, m in enumerate(sizes):
-        rows += [(first, start + m, number) for first in range(start, start + m, TILE_OUTPUTS)]
-        start += m
-    return torch.tensor(rows, dtype=torch.int32)
 
 
 def lowrank_add_(
-    y: Tensor, x: Tensor, segments: SegmentArrays, arrays: LowRankArrays, tiles: Tensor
+    outputs: Sequence[Tensor], x: Tensor, segments: SegmentArrays, terms: Sequence[LowRankFactors]
 ) -> None:
-    """Add every present slot's low-rank term to its rows.
+    """Add every present slot's low-rank terms to its rows of each matrix's output.
 
-    y [T, sum m], x [T, n], a and b of one dtype; `tiles` from `output_tiles`, on the device.
+    outputs [T, m] each, last axis contiguous; x [T, n]; all of one dtype, as are a and b.
+    `segments` names slots, which each term's `place_of` maps (they are equally long).
     """
-    _, ranks, n = arrays.a.shape
+    n = x.shape[1]
+    ranks = [term.a.shape[1] for term in terms]
+    offsets = (0, *accumulate(ranks))
     chunks = -(-n // CHUNK_INPUTS)
-    hidden = torch.empty((len(x), chunks, ranks), dtype=torch.float32, device=x.device)
-    where = where_of(segments, arrays.present)
+    hidden = torch.empty((len(x), chunks, offsets[-1]), dtype=torch.float32, device=x.device)
+    where, n_slots = where_of(segments), len(terms[0].place_of)
+    places = tuple(term.place_of for term in terms)
+    shapes = tuple(zip(ranks, offsets, strict=False))
+    grid, tile_ranks = (n_programs(x.device, 4),), tile_of(max(ranks))
     launch(
         _shrink_kernel,
-        (n_programs(x.device, 4),),
-        *(hidden, x, arrays.a, *where, chunks, n, ranks, x.stride(0)),
+        grid,
+        *(hidden, x, tuple(term.a for term in terms), places, shapes, where, n_slots),
+        *(chunks, n, offsets[-1], x.stride(0)),
         TILE_T=segments.tile_rows,
-        TILE_R=max(MIN_TILE, min(64, next_power_of_two(ranks))),
+        TILE_R=tile_ranks,
         TILE_K=TILE_INPUTS,
         CHUNK=CHUNK_INPUTS,
         UPCAST=UPCAST,
         num_warps=4,
         num_stages=4,
     )
+    sizes = tuple((y.shape[1], y.stride(0)) for y in outputs)
     launch(
         _expand_kernel,
-        (n_programs(x.device, 4),),
-        *(y, hidden, arrays.b, tiles, *where, len(tiles), chunks, arrays.rank, ranks),
-        *(arrays.b.shape[2], y.stride(0)),
+        grid,
+        *(tuple(outputs), hidden, tuple(term.b for term in terms), places, shapes, sizes),
+        *(where, n_slots, chunks, offsets[-1]),
         TILE_T=segments.tile_rows,
-        TILE_R=max(MIN_TILE, min(64, next_power_of_two(arrays.rank))),
+        TILE_R=tile_ranks,
         TILE_M=TILE_OUTPUTS,
         UPCAST=UPCAST,
         num_warps=4,
@@ -104,90 +86,88 @@ def lowrank_add_(
 
 
 def lowrank_add_reference_(
-    y: Tensor,
+    outputs: Sequence[Tensor],
     x: Tensor,
     segments: SegmentArrays,
-    arrays: LowRankArrays,
+    terms: Sequence[LowRankFactors],
     compute: torch.dtype = torch.float32,
 ) -> None:
     """The same in torch, in `compute`."""
-    r = arrays.rank
-    for segment in rows_of(segments):
-        place = place_of(segment, arrays.present)
-        if place < 0:
-            continue
-        rows, column = slice(segment.start, segment.end), 0
-        for g, m in enumerate(arrays.sizes):
-            a = arrays.a[place, g * r : (g + 1) * r].to(compute)
-            b = arrays.b[place, :, column : column + m].to(compute)
-            hidden = (x[rows].to(compute) @ a.T).to(x.dtype).to(compute)
-            target = y[rows, column : column + m]
-            target.copy_((target.to(compute) + hidden @ b).to(y.dtype))
-            column += m
+    for y, term in zip(outputs, terms, strict=True):
+        for segment in rows_of(segments):
+            place = place_of(segment, term.place_of)
+            if place < 0:
+                continue
+            rows = slice(segment.start, segment.end)
+            hidden = x[rows].to(compute) @ term.a[place].to(compute).T
+            added = hidden.to(x.dtype).to(compute) @ term.b[place].to(compute)
+            y[rows] = (y[rows].to(compute) + added).to(y.dtype)
 
 
 @triton.jit
 def _shrink_kernel(
-    hidden, x, a, seg_slot, seg_start, seg_end, seg_count, present, n_present,
-    chunks, n, ranks, x_stride,
+    hidden, x, a, places, shapes, where, n_present, chunks, n, ranks, x_stride,
     TILE_T: tl.constexpr, TILE_R: tl.constexpr, TILE_K: tl.constexpr, CHUNK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
-    rank_tiles = tl.cdiv(ranks, TILE_R)
-    n_items = tl.load(seg_count) * chunks * rank_tiles
-    for item in range(tl.program_id(0), n_items, tl.num_programs(0)):
-        r = item % rank_tiles * TILE_R + tl.arange(0, TILE_R)
-        chunk = item // rank_tiles % chunks
-        segment = item // (rank_tiles * chunks)
-        slot = slot_of(seg_slot, present, n_present, segment)
-        if slot >= 0:
-            token = tl.load(seg_start + segment) + tl.arange(0, TILE_T)
-            token_mask = token < tl.load(seg_end + segment)
-            rows = a + (slot.to(tl.int64) * ranks + r[None, :]) * n
-            x_rows = x + token[:, None].to(tl.int64) * x_stride
-            acc = tl.zeros((TILE_T, TILE_R), tl.float32)
-            end = tl.minimum(chunk * CHUNK + CHUNK, n)
-            for j in range(chunk * CHUNK, end, TILE_K):
-                k = j + tl.arange(0, TILE_K)
-                x_mask = token_mask[:, None] & (k < end)[None, :]
-                a_mask = (k < end)[:, None] & (r < ranks)[None, :]
-                xs = tl.load(x_rows + k[None, :], mask=x_mask, other=0.0)
-                weights = tl.load(rows + k[:, None], mask=a_mask, other=0.0)
-                acc = mac(acc, xs, weights, UPCAST)
-            place = (token[:, None].to(tl.int64) * chunks + chunk) * ranks + r[None, :]
-            tl.store(hidden + place, acc, mask=token_mask[:, None] & (r < ranks)[None, :])
+    before = 0
+    for g in tl.static_range(len(a)):
+        rank = shapes[g][0]
+        tiles = tl.cdiv(rank, TILE_R)
+        n_items = n_pieces(where) * chunks * tiles
+        for item in range(first_item(before), n_items, tl.num_programs(0)):
+            r = item % tiles * TILE_R + tl.arange(0, TILE_R)
+            chunk = item // tiles % chunks
+            piece = item // (tiles * chunks)
+            place, token, inside = piece_rows(where, places[g], n_present, piece, TILE_T)
+            if place >= 0:
+                rows = a[g] + (place.to(tl.int64) * rank + r[None, :]) * n
+                x_rows = x + token[:, None].to(tl.int64) * x_stride
+                acc = tl.zeros((TILE_T, TILE_R), tl.float32)
+                end = tl.minimum(chunk * CHUNK + CHUNK, n)
+                for j in range(chunk * CHUNK, end, TILE_K):
+                    k = j + tl.arange(0, TILE_K)
+                    x_mask = inside[:, None] & (k < end)[None, :]
+                    a_mask = (k < end)[:, None] & (r < rank)[None, :]
+                    xs = tl.load(x_rows + k[None, :], mask=x_mask, other=0.0)
+                    weights = tl.load(rows + k[:, None], mask=a_mask, other=0.0)
+                    acc = mac(acc, xs, weights, UPCAST)
+                target = (token[:, None].to(tl.int64) * chunks + chunk) * ranks
+                target += shapes[g][1] + r[None, :]
+                tl.store(hidden + target, acc, mask=inside[:, None] & (r < rank)[None, :])
+        before += n_items
 
 
 @triton.jit
 def _expand_kernel(
-    y, hidden, b, tiles, seg_slot, seg_start, seg_end, seg_count, present, n_present,
-    n_tiles, chunks, rank, ranks, width, y_stride,
+    outputs, hidden, b, places, shapes, sizes, where, n_present, chunks, ranks,
     TILE_T: tl.constexpr, TILE_R: tl.constexpr, TILE_M: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    n_items = tl.load(seg_count) * n_tiles
-    for item in range(tl.program_id(0), n_items, tl.num_programs(0)):
-        tile = tiles + item % n_tiles * 3
-        segment = item // n_tiles
-        slot = slot_of(seg_slot, present, n_present, segment)
-        if slot >= 0:
-            token = tl.load(seg_start + segment) + tl.arange(0, TILE_T)
-            token_mask = token < tl.load(seg_end + segment)
-            out = tl.load(tile) + tl.arange(0, TILE_M)
-            out_mask = out < tl.load(tile + 1)
-            matrix = tl.load(tile + 2)
-            acc = tl.zeros((TILE_T, TILE_M), tl.float32)
-            for first in range(0, rank, TILE_R):
-                r = first + tl.arange(0, TILE_R)
-                z_mask = token_mask[:, None] & (r < rank)[None, :]
-                z = tl.zeros((TILE_T, TILE_R), tl.float32)
-                for chunk in range(0, chunks):
-                    place = (token[:, None].to(tl.int64) * chunks + chunk) * ranks + matrix * rank
-                    z += tl.load(hidden + place + r[None, :], mask=z_mask, other=0.0)
-                rows = b + (slot.to(tl.int64) * rank + r[:, None]) * width
-                b_mask = (r < rank)[:, None] & out_mask[None, :]
-                weights = tl.load(rows + out[None, :], mask=b_mask, other=0.0)
-                acc = mac(acc, z.to(weights.dtype), weights, UPCAST)
-            place = y + token[:, None].to(tl.int64) * y_stride + out[None, :]
-            mask = token_mask[:, None] & out_mask[None, :]
-            old = tl.load(place, mask=mask, other=0.0)
-            tl.store(place, (old.to(tl.float32) + acc).to(old.dtype), mask=mask)
+    before = 0
+    for g in tl.static_range(len(b)):
+        rank = shapes[g][0]
+        m = sizes[g][0]
+        tiles = tl.cdiv(m, TILE_M)
+        n_items = n_pieces(where) * tiles
+        for item in range(first_item(before), n_items, tl.num_programs(0)):
+            out = item % tiles * TILE_M + tl.arange(0, TILE_M)
+            place, token, inside = piece_rows(where, places[g], n_present, item // tiles, TILE_T)
+            if place >= 0:
+                acc = tl.zeros((TILE_T, TILE_M), tl.float32)
+                for first in range(0, rank, TILE_R):
+                    r = first + tl.arange(0, TILE_R)
+                    z_mask = inside[:, None] & (r < rank)[None, :]
+                    z = tl.zeros((TILE_T, TILE_R), tl.float32)
+                    for chunk in range(0, chunks):
+                        source = (token[:, None].to(tl.int64) * chunks + chunk) * ranks
+                        source += shapes[g][1] + r[None, :]
+                        z += tl.load(hidden + source, mask=z_mask, other=0.0)
+                    rows = b[g] + (place.to(tl.int64) * rank + r[:, None]) * m
+                    b_mask = (r < rank)[:, None] & (out < m)[None, :]
+                    weights = tl.load(rows + out[None, :], mask=b_mask, other=0.0)
+                    acc = mac(acc, z.to(weights.dtype), weights, UPCAST)
+                y = outputs[g] + token[:, None].to(tl.int64) * sizes[g][1] + out[None, :]
+                mask = inside[:, None] & (out < m)[None, :]
+                old = tl.load(y, mask=mask, other=0.0)
+                tl.store(y, (old.to(tl.float32) + acc).to(old.dtype), mask=mask)
+        before += n_items

@@ -10,12 +10,20 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from server.ops.attention import AttentionCall, AttentionPlan, DecodeBatch, Rotary
+from server.ops.attention import (
+    AttentionCall,
+    AttentionPlan,
+    DecodeBatch,
+    PrefillChunk,
+    Rotary,
+)
+from server.ops.factors import ImpartFactors, LowRankFactors, rank_lists
 from server.ops.kernels import Kernels, TorchKernels
 from server.ops.norm import RmsForm
 from server.ops.packed import PackedBlocks, packed_rows
-from server.ops.rows import SlotSegments
+from server.ops.rows import Places, RowPlan, Segment, SlotSegments
 
+_SIZES = ((0, 40), (1, 24))
 BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}  # of the largest value
 Case = tuple[str, Callable[[Kernels], Tensor]]
 
@@ -48,6 +56,7 @@ def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     for bits in (2, 3, 4, 8):
         yield f"blockdiag {bits} bit", _blockdiag(bits, 3, random, generator, device)
     yield "blockdiag 4 bit, many rows", _blockdiag(4, 40, random, generator, device)
+    yield from _factors(random, device)
     yield from _norms(random, device)
     gate, up = random(3, 48), random(3, 48)
     yield "silu_mul", lambda kernels: kernels.silu_mul(gate, up)
@@ -78,6 +87,48 @@ def _blockdiag(
         return y
 
     return run
+
+
+def _factors(random: Callable[..., Tensor], device: torch.device) -> Iterator[Case]:
+    """Two matrices [40, 32] and [24, 32]; slot 1 has the first only."""
+    x, start = random(4, 32), random(4, 64)
+    rows = RowPlan([Segment(-1, 0, 1), Segment(0, 1, 2), Segment(1, 2, 4)], device)
+    held: list[tuple[Places, Tensor]] = [
+        (frozenset({(0, 1), (1, 0)}), torch.tensor([2, 1], dtype=torch.int32, device=device)),
+        (frozenset({(0, 0)}), torch.tensor([1, 0], dtype=torch.int32, device=device)),
+    ]
+    low = [LowRankFactors(random(2, 5, 32), random(2, 5, m), *held[g]) for g, m in _SIZES]
+    parts = [_impart(random, m, device, *held[g]) for g, m in _SIZES]
+
+    def added(add: Callable[..., None], terms: object) -> Tensor:
+        y = start.clone()
+        add(y.split([m for _, m in _SIZES], 1), x, rows, terms)
+        return y
+
+    yield "lowrank", lambda kernels: added(kernels.lowrank_add_, low)
+    yield "impart", lambda kernels: added(kernels.impart_add_, parts)
+
+
+def _impart(
+    random: Callable[..., Tensor], m: int, device: torch.device, present: Places, place_of: Tensor
+) -> ImpartFactors:
+    ranks, kept, n = 6, 3, 32
+    bu, bv = -(-m // 16), n // 16
+    u_index, v_index = (
+        torch.arange(2 * blocks * kept).remainder(ranks).view(2, -1) for blocks in (bu, bv)
+    )
+    lists = [rank_lists(index, ranks) for index in v_index]
+    return ImpartFactors(
+        u_values=random(2, bu, 16, kept),
+        u_index=u_index.int().to(device),
+        v_values=random(2, bv, 16, kept),
+        v_index=v_index.int().to(device),
+        order=torch.stack([order for order, _ in lists]).to(device),
+        first=torch.stack([first for _, first in lists]).to(device),
+        sigma=random(2, ranks),
+        present=present,
+        place_of=place_of,
+    )
 
 
 def _norms(random: Callable[..., Tensor], device: torch.device) -> Iterator[Case]:
@@ -116,6 +167,21 @@ def _attention(random: Callable[..., Tensor], device: torch.device) -> Iterator[
         kernels.decode_(out, one)
         return out
 
+    new = random(3, heads, dim), random(3, kv_heads, dim), random(3, kv_heads, dim)
+
+    def prefilled(kernels: Kernels) -> Tensor:
+        """A chunk of 3 tokens after 6 that are in the cache."""
+        chunk = PrefillChunk(0, 3, 6, torch.tensor([4, 1, 2], device=device))
+        places = torch.tensor([page + 2, page + 3, 2 * page], device=device)
+        plan = AttentionPlan(places, None, (chunk,))
+        caches = past.clone()
+        one = AttentionCall(*new, caches[0], caches[1], plan, 0.25)
+        out = torch.zeros_like(one.q)
+        kernels.rotate_and_write_(one)
+        kernels.prefill_(out, one)
+        return out
+
     yield "rotate_and_write", written
+    yield "prefill attention", prefilled
     for window, softcap in ((None, None), (5, None), (None, 20.0)):
         yield "decode attention", lambda k, w=window, c=softcap: attended(k, w, c)  # type: ignore[misc]

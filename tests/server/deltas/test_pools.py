@@ -15,7 +15,8 @@ from server.deltas.pool import Staged, TermPool
 from server.deltas.pools import layout_of, make_pool
 from server.deltas.upload import SlotUploader
 from server.ops.kernels import Kernels, TorchKernels, choose_kernels
-from server.ops.rows import BASE_SLOT
+from server.ops.rows import BASE_SLOT, RowPlan
+from server.ops.static_rows import StaticRows
 from tests.server.ops.test_rows import plan_of
 
 CPU = torch.device("cpu")
@@ -68,6 +69,7 @@ def put(pool: TermPool, slot: int, staged: Staged) -> None:
 def fill(term_index: int, variants: list[tuple[Term, ...]], kernels: Kernels) -> TermPool:
     first = variants[0][term_index]
     pool = make_pool(layout_of(first), first.shape, torch.float32, CPU, kernels)
+    pool.map_slots(torch.zeros(64, dtype=torch.int32))
     for slot, terms in enumerate(variants):
         staged = pool.stage(terms[term_index])
         pool.reserve(slot, staged)
@@ -119,6 +121,65 @@ def test_pool_embedding_look_up_equals_dense_rows(
         for row, slot in enumerate(plan.slot_of_row.tolist()):
             want = torch.zeros(shape[1]) if slot < 0 else variants[slot][t].to_dense()[ids[row]]
             torch.testing.assert_close(y[row], want, rtol=1e-4, atol=1e-7)
+
+
+def as_data(plan: RowPlan) -> StaticRows:
+    """The plan as a static step sees it, with a padding row and an entry not in use."""
+    slots = torch.cat([plan.slot_of_row, torch.tensor([BASE_SLOT])])
+    entries = [[s.slot, s.start, s.end] for s in plan.segments if s.slot != BASE_SLOT]
+    table = torch.tensor([*entries, [0, 0, len(slots)]])
+    count = torch.tensor([len(entries)], dtype=torch.int32)
+    return StaticRows(slots, table, count, 16, with_deltas=True)
+
+
+@pytest.mark.parametrize(("codec", "options", "shape"), CASES[::2])
+def test_pool_with_rows_as_data_equals_the_pool_with_a_plan(
+    codec: str, options: dict[str, object], shape: tuple[int, int]
+) -> None:
+    assert_data_equals_plan(encode_all(codec, options, shape), TorchKernels())
+
+
+@pytest.mark.parametrize(("codec", "options"), [("lowrank", {"bits": 16}), ("impart", {})])
+def test_triton_factor_pools_take_rows_as_data(codec: str, options: dict[str, object]) -> None:
+    pytest.importorskip("triton")
+    from server.ops.triton.kernels import TritonKernels
+
+    assert_data_equals_plan(encode_all(codec, options, (50, 37)), TritonKernels(CPU))
+
+
+def assert_data_equals_plan(variants: list[tuple[Term, ...]], kernels: Kernels) -> None:
+    """Slot 1 is held by nobody; products and embedding rows, against plain torch and a plan."""
+    plan = plan_of({-1: 2, 0: 1, 1: 3, 2: 4})
+    m, n = variants[0][0].shape
+    x = torch.randn(plan.n_rows + 1, n, generator=torch.Generator().manual_seed(9))
+    ids = torch.randint(0, m, (plan.n_rows + 1,), generator=torch.Generator().manual_seed(1))
+    for t in range(len(variants[0])):
+        pool, oracle = fill(t, variants, kernels), fill(t, variants, TorchKernels())
+        pool.hide(1)
+        oracle.hide(1)
+        assert pool.as_data
+        got, want = torch.zeros(plan.n_rows + 1, m), torch.zeros(plan.n_rows, m)
+        pool.add_(got, x, as_data(plan))
+        oracle.add_(want, x[:-1], plan)
+        torch.testing.assert_close(got[:-1], want, rtol=1e-4, atol=1e-6)
+        got, want = torch.zeros(plan.n_rows + 1, n), torch.zeros(plan.n_rows, n)
+        pool.add_rows_(got, ids, as_data(plan))
+        oracle.add_rows_(want, ids[:-1], plan)
+        torch.testing.assert_close(got[:-1], want, rtol=1e-4, atol=1e-6)
+        assert not got[-1].any(), "padding"
+
+
+def test_impart_place_that_nobody_has_yet_may_hold_anything() -> None:
+    variants = encode_all("impart", {"block_rows": 16}, (50, 37))
+    pool = fill(0, variants, TorchKernels())
+    pool.hide(0)
+    for part in pool.targets(1):
+        part.fill_(0)
+    for array in pool.arrays:
+        array[0].fill_(-(10**9) if not array.is_floating_point() else float("nan"))
+    y = torch.zeros(4, 37)
+    pool.add_rows_(y, torch.arange(4), as_data(plan_of({-1: 2, 0: 1})))
+    assert not y.any()
 
 
 def test_pool_hidden_slot_full_of_nan_is_never_read(kernels: Kernels) -> None:

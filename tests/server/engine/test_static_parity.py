@@ -20,6 +20,8 @@ HELD = {  # what graphs hold
     "head": Options(codec="blockdiag", ratio=9, codec_options={"head_fraction": 0.3}),
     "other-blocks": ALL_CODECS["other-blocks"],
     "one-byte": Options(codec="blockdiag", ratio=12, codec_options={"bits": 2}),
+    "impart": PAIR["impart"],
+    "lowrank": Options(codec="lowrank", ratio=7, codec_options={"bits": 16}),
 }
 
 

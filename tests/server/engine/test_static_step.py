@@ -13,7 +13,13 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")  # the references live beside the kernels
 
-from server.engine.static_step import DecodeRow, StaticBatch, StaticStep, segments_of
+from server.engine.static_step import (
+    DecodeRow,
+    StaticBatch,
+    StaticBuffers,
+    StaticStep,
+    segments_of,
+)
 from server.errors import ConfigError
 from server.ops.rows import Segment
 from server.ops.triton.attention import paged_decode_reference
@@ -85,6 +91,19 @@ def test_rows_of_a_sequence_see_its_earlier_tokens() -> None:
     other = step.run([row(9, 0, 5, 0), row(3, 1, 4, 0)])
     torch.testing.assert_close(other[1], second)
     assert not torch.allclose(first, second)
+
+
+def test_a_step_copies_as_many_pages_as_its_longest_sequence_has() -> None:
+    buffers = StaticBuffers(4, 1000, CPU, -1)
+    long = DecodeRow(1, 899 * PAGE, 0, list(range(900)), 899 * PAGE + 1)
+    few = buffers.fill([row(1, 0, 7, -1)])
+    assert few < 300
+    assert buffers.fill([long]) > few + 4 * 4 * 890
+    assert buffers.batch.pages[0, :900].tolist() == list(range(900))
+    shorter = buffers.fill([row(1, 0, 7, -1), row(1, 0, 9, -1)])
+    assert shorter > 4 * 4 * 890, "once more, to clear what the long one left"
+    assert buffers.fill([row(1, 0, 7, -1)]) == few
+    assert int(buffers.batch.pages.sum()) == 7
 
 
 def test_addresses_never_change() -> None:

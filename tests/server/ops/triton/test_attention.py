@@ -10,8 +10,15 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from server.ops.triton.attention import paged_decode, paged_decode_reference
-from tests.server.ops.triton.helpers import generator
+from server.ops.attention import AttentionCall, AttentionPlan, PrefillChunk, prefill_
+from server.ops.triton import attention
+from server.ops.triton.attention import (
+    paged_decode,
+    paged_decode_reference,
+    paged_prefill_,
+    prefill_tiles,
+)
+from tests.server.ops.triton.helpers import CPU, generator
 
 PAGE = 8
 
@@ -86,3 +93,48 @@ def test_decode_bfloat16_stays_near_float64() -> None:
     keys, values = (part.bfloat16() for part in loose[0])
     want = softmax_over(q[0], keys, values, None, None)
     assert float((got[0].double() - want).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "window", "softcap"),
+    [(4, 2, 16, None, None), (2, 1, 20, 9, None), (2, 2, 16, None, 2.5), (1, 1, 16, 30, 4.0)],
+)
+def test_prefill_chunks_equal_softmax_over_own_tokens(
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    window: int | None,
+    softcap: float | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(attention, "TILE_TOKENS", 16)
+    monkeypatch.setattr(attention, "TILE_KEYS", 16)
+    lengths, contexts = [21, 3, 40], [0, 2, 33]  # two whole prompts' ends and a later chunk
+    k_cache, v_cache, pages, loose = scattered(lengths, kv_heads, dim)
+    chunks, row = [], 2  # rows 0 and 1 decode
+    for i, (length, context) in enumerate(zip(lengths, contexts, strict=True)):
+        used = pages[i, : -(-length // PAGE)].long()
+        chunks.append(PrefillChunk(row, row + length - context, context, used))
+        row += length - context
+    q = torch.randn(row, heads, dim, generator=generator(2))
+    scale = dim**-0.5
+    got = torch.full_like(q, 7.0)
+    tiles = prefill_tiles(chunks, CPU)
+    options = {"scale": scale, "window": window, "softcap": softcap}
+    paged_prefill_(got, q, k_cache, v_cache, tiles, **options)
+    assert bool((got[:2] == 7).all()), "decode rows are not its own"
+    k, v = (torch.zeros(row, kv_heads, dim) for _ in range(2))
+    for i, chunk in enumerate(chunks):
+        keys, values = loose[i]
+        k[chunk.start : chunk.end], v[chunk.start : chunk.end] = (
+            part[chunk.context :] for part in (keys, values)
+        )
+        for at in range(chunk.start, chunk.end):
+            seen = chunk.context + at - chunk.start + 1
+            want = softmax_over(q[at], keys[:seen], values[:seen], window, softcap)
+            torch.testing.assert_close(got[at].double(), want, rtol=1e-4, atol=1e-5)
+    reference = torch.full_like(q, 7.0)
+    plan = AttentionPlan(torch.zeros(row, dtype=torch.int64), None, tuple(chunks))
+    caches = (torch.nan_to_num(k_cache), torch.nan_to_num(v_cache))  # torch reads whole pages
+    prefill_(reference, AttentionCall(q, k, v, *caches, plan, scale, window, softcap))
+    torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-5)

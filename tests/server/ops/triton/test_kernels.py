@@ -63,6 +63,9 @@ def test_self_check_passes_for_these_kernels() -> None:
         ("rms_norm", "rms_norm"),
         ("rotate_and_write_", "rotate_and_write"),
         ("decode_", "decode attention"),
+        ("prefill_", "prefill attention"),
+        ("lowrank_add_", "lowrank"),
+        ("impart_add_", "impart"),
         ("blockdiag", "blockdiag 3 bit"),
     ],
 )
@@ -80,8 +83,8 @@ def test_self_check_names_a_wrong_kernel_and_the_remedy(
         if method == "blockdiag":
             return Nothing()
         result = getattr(TorchKernels, method)(self, *args)
-        if method == "decode_":
-            args[0][0] += 1
+        if method in ("decode_", "prefill_", "lowrank_add_", "impart_add_"):
+            args[0][0][0] += 1
         if method == "rotate_and_write_":
             args[0].k_cache[0] += 1
         return None if result is None else result * 1.5
