@@ -1,9 +1,10 @@
 """Block-diagonal deltas straight from packed codes.
 
 A task is some blocks of up to `ROWS` rows of one segment, a tile of outputs at a time. Codes become
-float32 in registers and are used for up to `ROW_GROUP` rows there (`tile_product`); scales apply
-once to the finished sums. Cost per step and variant: its packed bytes, once per `ROW_GROUP` rows.
-Everything is float32 between the packed codes and one rounding into y.
+numbers in registers and are used for up to `ROW_GROUP` rows there: float32 (`tile_product`), or
+pairs of bfloat16 where x is bfloat16 (`pair_product`). Scales apply once to the finished sums. Cost
+per step and variant: its packed bytes, once per `ROW_GROUP` rows. Products are exact and everything
+is float32 between the packed codes and one rounding into y.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from server.ops.cpu.intrinsics import (
     u8_at,
     u16_at,
 )
+from server.ops.cpu.pair_product import SUMMED, offset_of, pair_product, sum_of_halves, takes_pairs
 from server.ops.cpu.parallel import Parallel
 from server.ops.cpu.tile_product import SUMS, TILE, rows_at_once, tile_product
 from server.ops.cpu.vectors import LANES, add_products_bf16, add_products_f32
@@ -118,12 +120,15 @@ def _blockdiag(address):
     n_segments, per_task = a[_N_SEGMENTS], a[_TILES_PER_TASK]
     segments = i64_at(a[_SEGMENTS])
     short, longer = n // s, n % s
-    # Fields of a byte row past the last input meet zeros: a row is padded for 8 fields.
-    stride = ((n + s - 1) // s + 7) // 8 * 8 + 8
-    x_rows = np.zeros(ROWS * stride, np.float32)
+    # Fields of a byte row past the last input meet zeros: a row is padded for 8 fields, and to
+    # whole vectors.
+    stride = ((n + s - 1) // s + 8 + SUMMED - 1) // SUMMED * SUMMED
+    x_rows, x_pairs = np.zeros(ROWS * stride, np.float32), np.zeros(ROWS * stride, np.uint16)
+    row_sums = np.empty(ROWS, np.float32)
     sums = np.empty(SUMS, np.float32)
     scales = np.empty(TILE + LANES, np.float32)
     parts = np.empty(4 * a[_N_OUTPUTS], np.int64)
+    pairs = a[_IS_BF16] != 0 and takes_pairs(a[_BITS])
     block_tiles = (a[_MB] + TILE - 1) // TILE
     groups = (s * block_tiles + per_task - 1) // per_task
     n_tasks = a[_N_CHUNKS] * n_segments * groups
@@ -143,10 +148,27 @@ def _blockdiag(address):
         loaded = np.int64(-1)
         for _ in range(group * per_task, end):
             if block != loaded:
-                _load_block(address, block, short, longer, start, rows, x_rows, stride)
+                if pairs:
+                    _load_pairs(
+                        address, block, short, longer, start, rows, x_pairs, stride, row_sums
+                    )
+                else:
+                    _load_block(address, block, short, longer, start, rows, x_rows, stride)
                 loaded = block
             _tile(
-                address, slot, block, tile * TILE, start, rows, x_rows, stride, sums, scales, parts
+                address,
+                slot,
+                block,
+                tile * TILE,
+                start,
+                rows,
+                x_rows,
+                x_pairs,
+                row_sums,
+                stride,
+                sums,
+                scales,
+                parts,
             )
             tile += 1
             if tile == block_tiles:
@@ -168,9 +190,40 @@ def _load_block(address, block, short, longer, start, rows, x_rows, stride):
 
 
 @njit(inline="always", fastmath=FAST, error_model="numpy")
-def _tile(address, slot, block, first_output, start, rows, x_rows, stride, sums, scales, parts):
-    """One tile of outputs of one block, for all rows in `x_rows`."""
+def _load_pairs(address, block, short, longer, start, rows, x_pairs, stride, row_sums):
+    """The block's inputs of all rows as they are, zeros behind them, and each row's sum."""
     a = i64_at(address)
+    cols = U(short + (1 if block < longer else 0))
+    first_col = block * short + min(block, longer)
+    for t in range(U(rows)):
+        source = u16_at(a[_X] + 2 * ((start + np.int64(t)) * a[_X_STRIDE] + first_col))
+        for i in range(cols):
+            x_pairs[t * U(stride) + i] = source[i]
+        for i in range(cols, U(stride)):
+            x_pairs[t * U(stride) + i] = np.uint16(0)
+        row = x_pairs.ctypes.data + 2 * np.int64(t) * stride
+        row_sums[t] = sum_of_halves(row, stride // SUMMED)
+
+
+@njit(inline="always", fastmath=FAST, error_model="numpy")
+def _tile(
+    address,
+    slot,
+    block,
+    first_output,
+    start,
+    rows,
+    x_rows,
+    x_pairs,
+    row_sums,
+    stride,
+    sums,
+    scales,
+    parts,
+):
+    """One tile of outputs of one block, for all rows loaded."""
+    a = i64_at(address)
+    pairs = a[_IS_BF16] != 0 and takes_pairs(a[_BITS])
     mb, bits, is_bf16 = a[_MB], a[_BITS], a[_IS_BF16] != 0
     width = min(TILE, mb - first_output)
     place = (slot * a[_S] + block) * a[_BYTE_ROWS] * mb + first_output
@@ -181,9 +234,13 @@ def _tile(address, slot, block, first_output, start, rows, x_rows, stride, sums,
     while t < rows:
         n_rows = rows_at_once(rows - t)
         for r in range(U(n_rows)):
+            begin = offset_of(bits) * row_sums[U(t) + r] if pairs else np.float32(0)
             for i in range(U(width)):
-                sums[r * U(TILE) + i] = np.float32(0)
-        tile_product(bits, codes, mb, x_rows, t * stride, stride, a[_NB], sums, width, n_rows)
+                sums[r * U(TILE) + i] = begin
+        if pairs:
+            pair_product(bits, codes, mb, x_pairs, t * stride, stride, a[_NB], sums, width, n_rows)
+        else:
+            tile_product(bits, codes, mb, x_rows, t * stride, stride, a[_NB], sums, width, n_rows)
         for part in range(n_parts):
             target, row_bytes = parts[U(4 * part)], parts[U(4 * part + 1)]
             first, count = parts[U(4 * part + 2)], parts[U(4 * part + 3)]

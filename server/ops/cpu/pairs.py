@@ -55,7 +55,7 @@ def floats(value: float) -> Any:
 
 def add_pair_products(context: Any, builder: Any, total: Any, a: Any, b: Any) -> Any:
     """``total[i] + a[i].low * b[i].low + a[i].high * b[i].high``; total float32, a, b words."""
-    if has_pair_products(context):
+    if has_pair_products(context) and a.type == WORDS:
         halves = ir.VectorType(_BFloat(), 2 * LANES)
         kind = ir.FunctionType(VECTOR, [VECTOR, halves, halves])
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
@@ -63,18 +63,21 @@ def add_pair_products(context: Any, builder: Any, total: Any, a: Any, b: Any) ->
         return builder.call(
             function, [total, builder.bitcast(a, halves), builder.bitcast(b, halves)]
         )
-    low = [builder.bitcast(builder.shl(x, words(16)), VECTOR) for x in (a, b)]
-    high = [builder.bitcast(builder.and_(x, words(HIGH_HALF)), VECTOR) for x in (a, b)]
+    by_half = ir.Constant(a.type, [16] * a.type.count)
+    mask = ir.Constant(a.type, [HIGH_HALF] * a.type.count)
+    low = [builder.bitcast(builder.shl(x, by_half), total.type) for x in (a, b)]
+    high = [builder.bitcast(builder.and_(x, mask), total.type) for x in (a, b)]
     lower = multiply_add(builder, low[0], low[1], total)
     return multiply_add(builder, high[0], high[1], lower)
 
 
-def splat_word(builder: Any, address: Any) -> Any:
+def splat_word(builder: Any, address: Any, lanes: int = LANES) -> Any:
     """The 32-bit word at this address in every lane."""
     word = builder.load(builder.inttoptr(address, I32.as_pointer()), align=2)
-    none = ir.Constant(WORDS, ir.Undefined)
+    kind = ir.VectorType(I32, lanes)
+    none = ir.Constant(kind, ir.Undefined)
     one = builder.insert_element(none, word, I32(0))
-    return builder.shuffle_vector(one, none, ir.Constant(WORDS, [0] * LANES))
+    return builder.shuffle_vector(one, none, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
 
 def load_floats(builder: Any, address: Any) -> Any:

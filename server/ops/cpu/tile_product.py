@@ -35,14 +35,14 @@ def rows_at_once(rows):
     return 4 if rows >= 4 else 1
 
 
-def _plane(bits: int, centre: float) -> Any:
-    """All columns of one plane, 16 at a time.
+def make_plane(product: Callable[[int, int], Any], item: int) -> Any:
+    """All columns of one plane, 16 at a time; `item` is the bytes of a code.
 
-    What is left over at the end is computed together with the columns before it and taken from
-    there; tiles of fewer than 16 columns go one at a time.
+    product: makes an intrinsic for (lanes, rows), see `_vector_product`. What is left over at the
+    end is computed together with the columns before it and taken from there; tiles of fewer than
+    16 columns go one at a time.
     """
-    sixteen, one = (_any_rows(bits, lanes, centre) for lanes in (16, 1))
-    item = 2 if bits == 16 else 1
+    sixteen, one = (_any_rows(product, lanes) for lanes in (16, 1))
 
     @njit(inline="always")
     def columns(codes, mb, code_rows, x, stride, sums, width, n_rows):
@@ -69,8 +69,8 @@ def _plane(bits: int, centre: float) -> Any:
     return columns
 
 
-def _any_rows(bits: int, lanes: int, centre: float) -> Any:
-    eight, four, one = (_vector_product(bits, lanes, n, centre) for n in (ROW_GROUP, 4, 1))
+def _any_rows(make: Callable[[int, int], Any], lanes: int) -> Any:
+    eight, four, one = (make(lanes, n) for n in (ROW_GROUP, 4, 1))
 
     @njit(inline="always")
     def product(codes, mb, code_rows, x, stride, sums, tile, n_rows):
@@ -82,6 +82,13 @@ def _any_rows(bits: int, lanes: int, centre: float) -> Any:
             one(codes, mb, code_rows, x, stride, sums, tile)
 
     return product
+
+
+def _plane(bits: int, centre: float) -> Any:
+    def product(lanes: int, rows: int) -> Any:
+        return _vector_product(bits, lanes, rows, centre)
+
+    return make_plane(product, 2 if bits == 16 else 1)
 
 
 def _vector_product(bits: int, lanes: int, rows: int, centre: float) -> Any:

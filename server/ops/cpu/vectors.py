@@ -36,6 +36,15 @@ def splat(builder: Any, value: Any, lanes: int) -> Any:
     return builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), order)
 
 
+def sum_of_lanes(builder: Any, values: Any) -> Any:
+    """One float of 16."""
+    kind = ir.FunctionType(F32, [F32, VECTOR])
+    name = f"llvm.vector.reduce.fadd.v{LANES}f32"
+    reduce = cgutils.get_or_insert_function(builder.module, kind, name)
+    # "reassoc": in any order, else the lanes are added one after the other.
+    return builder.call(reduce, [F32(0.0), values], fastmath=("reassoc",))
+
+
 def _load(builder: Any, address: Any, index: Any, is_bf16: bool) -> Any:
     if not is_bf16:
         return builder.load(at(builder, address, F32, index, LANES), align=4)
@@ -60,12 +69,7 @@ def _dot_code(is_bf16: bool) -> Callable[..., Any]:
             a = _load(builder, query, first, False)
             b = _load(builder, row, first, is_bf16)
             builder.store(multiply_add(builder, a, b, builder.load(total)), total)
-        kind = ir.FunctionType(F32, [F32, VECTOR])
-        reduce = cgutils.get_or_insert_function(
-            builder.module, kind, f"llvm.vector.reduce.fadd.v{LANES}f32"
-        )
-        # "reassoc": in any order, else the lanes are added one after the other.
-        return builder.call(reduce, [F32(0.0), builder.load(total)], fastmath=("reassoc",))
+        return sum_of_lanes(builder, builder.load(total))
 
     return codegen
 

@@ -122,11 +122,15 @@ def test_blockdiag_output_left_out_stays_untouched(kernels: Kernels) -> None:
     assert outputs[2].any()
 
 
-def test_blockdiag_row_of_nan_spoils_no_other_row(kernels: Kernels) -> None:
-    blocks = make(3, (200,), 33, 4)
-    x = torch.randn(N_ROWS, 33, generator=torch.Generator().manual_seed(1))
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blockdiag_row_of_nan_spoils_no_other_row(
+    kernels: Kernels, bits: int, dtype: torch.dtype
+) -> None:
+    blocks = make(3, (200,), 33, bits)
+    x = torch.randn(N_ROWS, 33, generator=torch.Generator().manual_seed(1)).to(dtype)
     x[10] = float("nan")
-    y = torch.zeros(N_ROWS, 200)
+    y = torch.zeros(N_ROWS, 200, dtype=dtype)
     table = SlotSegments(torch.tensor(SEGMENTS), len(SEGMENTS), 71)
     kernels.blockdiag(blocks).add_([y], x, table)
     spoiled = y.isnan().any(1).nonzero().flatten().tolist()
