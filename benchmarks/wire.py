@@ -44,6 +44,7 @@ class Connection(asyncio.Protocol):
     def __init__(self) -> None:
         self._parser = httptools.HttpResponseParser(self)
         self._done: asyncio.Future[Answer] | None = None
+        self._ends_with_connection = False
         self.closed = False
         self.heard = False  # anything of the present answer
 
@@ -62,6 +63,7 @@ class Connection(asyncio.Protocol):
         self._done = asyncio.get_running_loop().create_future()
         self._on_body = on_body
         self._body: list[bytes] = []
+        self._is_framed = self._ends_with_connection = False
         self.heard = False
         self._transport.write(request)
         try:
@@ -95,13 +97,27 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         """See asyncio.Protocol."""
         self.closed = True
+        if error is None and self._ends_with_connection:
+            self._finish()
         self._fail(WireError(f"the connection was lost: {error or 'closed by the server'}"))
 
     def _fail(self, error: WireError) -> None:
         if self._done is not None and not self._done.done():
             self._done.set_exception(error)
 
+    def _finish(self) -> None:
+        if self._done is not None and not self._done.done():
+            self._done.set_result(Answer(self._parser.get_status_code(), b"".join(self._body)))
+
     # -- called by the parser
+
+    def on_header(self, name: bytes, _value: bytes) -> None:
+        """Note whether the answer says where its body ends (RFC 9112, 6.3)."""
+        self._is_framed |= name.lower() in (b"content-length", b"transfer-encoding")
+
+    def on_headers_complete(self) -> None:
+        """The body follows; the parser does not report the end of one that the server just ends."""
+        self._ends_with_connection = not self._is_framed
 
     def on_body(self, data: bytes) -> None:
         """A piece of the body."""
@@ -114,8 +130,7 @@ class Connection(asyncio.Protocol):
         """The answer is whole."""
         if not self._parser.should_keep_alive():
             self.close()
-        if self._done is not None and not self._done.done():
-            self._done.set_result(Answer(self._parser.get_status_code(), b"".join(self._body)))
+        self._finish()
 
 
 class HttpClient:

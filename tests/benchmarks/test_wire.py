@@ -79,11 +79,28 @@ async def test_body_of_a_stream_is_handed_on_as_it_comes_and_an_errors_is_kept()
         assert (answer.status, answer.text, len(pieces)) == (404, "gone", 2)
 
 
+async def test_body_that_ends_with_the_connection_is_whole() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(b"HTTP/1.0 200 OK\r\ncontent-type: text/event-stream\r\n\r\none")
+        await writer.drain()
+        writer.write(b"two")
+
+    pieces: list[bytes] = []
+    async with served(serve) as client:
+        for n in (1, 2):  # each on a connection of its own
+            assert (await client.post("/x", {}, pieces.append)).status == 200
+            assert b"".join(pieces) == b"onetwo" * n
+        assert (await client.get("/x")).text == "onetwo"
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
         (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\nhalf", "connection was lost"),
         (b"not HTTP at all\r\n\r\n", "Parser"),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n", "was lost"),
+        (b"HTTP/1.0 200 OK\r\nserver: half a he", "connection was lost"),
         (b"", "connection was lost"),
     ],
 )
