@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,10 +93,13 @@ def read_config(path: str | Path) -> DeltaConfig:
         return parse_config(bytes(read_verified(directory, CONFIG, sums)))
 
 
-def read_artifact(path: str | Path, *, base_identity: str | None = None) -> Artifact:
+def read_artifact(
+    path: str | Path, *, base_identity: str | None = None, n_threads: int = 1
+) -> Artifact:
     """Read and validate a whole artifact.
 
     base_identity  refuse (WrongBase) an artifact made for any other base
+    n_threads      that decode tensors at once
 
     Raises NotADelta, Corrupt, TooLarge, UnsupportedVersion, WrongBase, WrongShape or NonFinite;
     the base and every declared size are checked before the tensors are decoded.
@@ -113,19 +117,25 @@ def read_artifact(path: str | Path, *, base_identity: str | None = None) -> Arti
         others = sorted(set(sums) - {CONFIG, TENSORS})
         aux = {name: bytes(read_verified(directory, name, sums)) for name in others}
         stored = parse_tensor_file(read_verified(directory, TENSORS, sums))
-    return Artifact(config, _decode(config, stored), digest, path, n_bytes, aux)
+    return Artifact(config, _decode(config, stored, n_threads), digest, path, n_bytes, aux)
 
 
-def _decode(config: DeltaConfig, stored: TensorFile) -> tuple[TensorDelta, ...]:
+def _decode(config: DeltaConfig, stored: TensorFile, n_threads: int) -> tuple[TensorDelta, ...]:
     if stored.metadata.get(_VERSION_KEY) != METADATA[_VERSION_KEY]:
         raise UnsupportedVersion(
             f"{TENSORS}: {_VERSION_KEY} {stored.metadata.get(_VERSION_KEY)!r:.20} is unknown"
         )
     keys = _by_index(stored.tensors, len(config.tensors), TENSORS)
-    return tuple(
-        build_delta(entry, {inner: stored.tensor(f"{index}.{inner}") for inner in keys[index]})
-        for index, entry in enumerate(config.tensors)
-    )
+
+    def decode(index: int) -> TensorDelta:
+        parts = {inner: stored.tensor(f"{index}.{inner}") for inner in keys[index]}
+        return build_delta(config.tensors[index], parts)
+
+    indices = range(len(config.tensors))
+    if n_threads == 1:
+        return tuple(map(decode, indices))
+    with ThreadPoolExecutor(n_threads, "delta-decoder") as pool:
+        return tuple(pool.map(decode, indices))
 
 
 def _by_index(keys: Iterable[str], count: int, what: str) -> list[list[str]]:

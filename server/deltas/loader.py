@@ -13,6 +13,7 @@ making room for another may replace the arrays that a copy is writing to.
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 import torch
 
 from compressor.artifact import Artifact
+from compressor.codecs.term import TensorDelta
 from compressor.errors import ArtifactError, UnsupportedTensor
 from server.deltas.parameter import DeltaParameter, Mode, StagedParameter
 from server.deltas.registry import safe_reason
@@ -29,6 +31,7 @@ from server.deltas.upload import Ready, SlotUploader, Uploader
 from server.errors import ServeError
 
 log = logging.getLogger(__name__)
+DECODE_THREADS = 8
 MAX_LOADS = 4  # under way at once, those that wait decoded in host memory for a slot included
 
 
@@ -73,22 +76,34 @@ class LoadFailed:
 LoaderMessage = Staged | Stored | LoadFailed
 
 
+def decode_threads(device: torch.device) -> int:
+    """Threads for one variant: on a GPU's host cores are idle, on a CPU the steps need them."""
+    return min(DECODE_THREADS, os.cpu_count() or 1) if device.type == "cuda" else 1
+
+
 def stage_variant(
-    artifact: Artifact, parameters: Mapping[str, DeltaParameter], mode: Mode
+    artifact: Artifact,
+    parameters: Mapping[str, DeltaParameter],
+    mode: Mode,
+    n_threads: int = 1,
 ) -> tuple[StagedParameter, ...]:
     """Decode every tensor of the artifact for this base. Raises ArtifactError or
     UnsupportedTensor if any does not fit: a variant is served whole or not at all.
     """
-    staged = []
-    for delta in artifact.tensors:
+
+    def stage(delta: TensorDelta) -> StagedParameter:
         parameter = parameters.get(delta.name)
         if parameter is None:
             raise UnsupportedTensor(
                 f"{delta.name}: the served model has no such linear, embedding, norm or bias; "
                 "serve the reconstructed checkpoint instead (impart reconstruct)"
             )
-        staged.append(parameter.stage(delta, mode))
-    return tuple(staged)
+        return parameter.stage(delta, mode)
+
+    if n_threads == 1 or mode == "reconstruct":  # whole float32 matrices: one at a time
+        return tuple(map(stage, artifact.tensors))
+    with ThreadPoolExecutor(n_threads, "delta-decoder") as pool:
+        return tuple(pool.map(stage, artifact.tensors))
 
 
 class DeltaLoader:
@@ -105,7 +120,9 @@ class DeltaLoader:
         self._parameters = parameters
         self._slots = slots
         self._post = post
-        self._uploader = uploader or SlotUploader(_device_of(parameters))
+        device = _device_of(parameters)
+        self._n_threads = decode_threads(device)
+        self._uploader = uploader or SlotUploader(device)
         self._pool = ThreadPoolExecutor(n_workers, thread_name_prefix="delta-loader")
         self._loading: set[str] = set()
         self._waiting_for_room: list[Staged] = []
@@ -203,7 +220,7 @@ class DeltaLoader:
     def _stage(self, job: LoadJob) -> None:
         started = time.monotonic()
         try:
-            parameters = stage_variant(job.read(), self._parameters, job.mode)
+            parameters = stage_variant(job.read(), self._parameters, job.mode, self._n_threads)
             n_bytes = sum(p.n_bytes for p in parameters)
             self._post(Staged(job, parameters, n_bytes, started))
         except Exception as error:

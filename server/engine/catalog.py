@@ -33,6 +33,7 @@ class VariantCatalog:
         base_identity: str,
         base_text: TextAssets,
         base_vocab_size: int,
+        read_threads: int = 1,
     ) -> None:
         self.registry = registry
         self.base_name = base_name
@@ -41,6 +42,7 @@ class VariantCatalog:
         self._identity = base_identity
         self._base_text = base_text
         self._base_vocab_size = base_vocab_size
+        self._read_threads = read_threads
         self._base = Variant(
             base_name, BASE_KEY, None, self._fingerprint(None), base_vocab_size, base_text
         )
@@ -129,7 +131,9 @@ class VariantCatalog:
         return delta
 
     def _read(self, delta: RegisteredDelta) -> Artifact:
-        artifact = read_artifact(delta.path, base_identity=self._identity)
+        artifact = read_artifact(
+            delta.path, base_identity=self._identity, n_threads=self._read_threads
+        )
         if artifact.digest != delta.digest:
             raise DeltaUnusable(
                 f"the files of `{delta.name}` changed after they were registered; "

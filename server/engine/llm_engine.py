@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 import torch
 
 from compressor.identity import base_identity
+from server.deltas.loader import decode_threads
 from server.deltas.registry import DeltaRegistry, RegisteredDelta
 from server.deltas.slots import Slot
 from server.engine.catalog import VariantCatalog
@@ -100,7 +101,13 @@ class LLMEngine:
         registry = DeltaRegistry(settings.deltas, identity, reserved=frozenset({name}))
         registry.rescan()
         catalog = VariantCatalog(
-            settings, registry, name, identity, load_base_text(settings.base), base.vocab_size
+            settings,
+            registry,
+            name,
+            identity,
+            load_base_text(settings.base),
+            base.vocab_size,
+            read_threads=decode_threads(base.device),
         )
         return cls(settings, base, catalog, observer)
 

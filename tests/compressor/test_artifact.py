@@ -36,8 +36,9 @@ from tests.compressor.artifacts import (
 # --- the right thing ----------------------------------------------------------------------------
 
 
-def test_read_artifact_returns_what_was_written(pristine: Path) -> None:
-    artifact = read_artifact(pristine, base_identity=BASE)
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_read_artifact_returns_what_was_written(pristine: Path, n_threads: int) -> None:
+    artifact = read_artifact(pristine, base_identity=BASE, n_threads=n_threads)
     expected = sorted(deltas(), key=lambda delta: delta.name)
     assert [entry.name for entry in artifact.config.tensors] == [d.name for d in expected]
     for got, want in zip(artifact.tensors, expected, strict=True):
