@@ -1,6 +1,6 @@
 """Modules that replace the base model's linears, embeddings and norms: base result, then deltas.
 
-They are installed on module instances by `server.engine.surgery`; the Hugging Face model definition
+They are installed on module instances by `server.engine.model`; the Hugging Face model definition
 around them stays untouched. `StepContext` says which rows belong to which slot in this step.
 """
 

@@ -20,7 +20,10 @@ BaseQuant = Literal["int8", "float8"]
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """``W ~ values * scales[:, None]``: values int8 or float8_e4m3fn [m, n], scales float32 [m]."""
+    """``W ~ values * scales[:, None]``: values int8 or float8_e4m3fn [m, n], scales float32 [m].
+
+    Tensor parallelism: outputs split: rows with their scales; inputs split: columns, all scales.
+    """
 
     values: Tensor
     scales: Tensor
