@@ -1,0 +1,120 @@
+"""What a CUDA graph must not contain, found without a GPU: waiting for the device, copies to it.
+
+The kernels are left out (their launches are capturable by nature), everything around them runs:
+the model definition of transformers, our layers, slot arrays, embeddings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from server.ops.attention import AttentionCall
+from server.ops.kernels import TorchKernels
+from server.ops.packed import PackedBlocks
+from server.ops.rows import RowPlan, SlotSegments
+from tests.server.engine.test_parity import PROMPTS
+from tests.server.engine.test_static_parity import HELD
+
+WAITS = {  # for a value, or for a size
+    *("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal"),
+    *("aten::nonzero", "aten::masked_select", "aten::unique_dim", "aten::_unique2"),
+    "aten::repeat_interleave.Tensor",
+}
+COPIES = {"aten::lift_fresh"}  # torch.tensor(...): a copy from pageable memory
+
+
+class CaptureRules(TorchDispatchMode):
+    """Raises on operations that a capturing stream does not allow."""
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        schema = function._schema
+        name = schema.name + (f".{schema.overload_name}" if schema.overload_name else "")
+        if schema.name in WAITS | COPIES or name in WAITS:
+            raise AssertionError(f"{name} cannot be captured")
+        by_mask = schema.name in ("aten::index", "aten::index_put", "aten::index_put_")
+        if by_mask and any(t is not None and t.dtype is torch.bool for t in args[1]):
+            raise AssertionError(f"{name} with a mask cannot be captured")
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def capture_rules() -> Iterator[None]:
+    """With `CaptureRules`, and without `tolist`, which no operation shows on a CPU."""
+
+    def refuse(_: Tensor) -> None:
+        raise AssertionError("tolist cannot be captured")
+
+    with mock.patch.object(Tensor, "tolist", refuse), CaptureRules():
+        yield
+
+
+class NoBlocks:
+    """Adds nothing."""
+
+    def add_(self, *_: object) -> None: ...
+
+
+class NoKernels(TorchKernels):
+    """Torch's, with nothing where Triton's would launch and torch's ask for the rows."""
+
+    def blockdiag(self, blocks: PackedBlocks) -> Any:
+        return NoBlocks()
+
+    def lowrank_add_(self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Any) -> None:
+        self._look(rows.by_slot())
+
+    impart_add_ = lowrank_add_
+
+    @staticmethod
+    def _look(segments: SlotSegments) -> None:
+        assert segments.count is None or segments.count.shape == (1,)
+
+    def rotate_and_write_(self, call: AttentionCall) -> None: ...
+
+    def decode_(self, out: Tensor, call: AttentionCall) -> None:
+        out.copy_(call.q)
+
+    def prefill_(self, out: Tensor, call: AttentionCall) -> None:
+        out.copy_(call.q)
+
+
+@pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("llama", False), ("qwen3", False)])
+def test_static_step_does_nothing_that_a_graph_cannot_hold(
+    served: Any, harness: Any, kind: str, tied: bool
+) -> None:
+    pair = served(kind, HELD, tied=True) if tied else served(kind, HELD)
+    engine = harness(pair, static=True, kernels=NoKernels())
+    step = engine.core._runner._static
+    forward, seen = step._forward, []
+
+    def guarded(batch: Any, with_deltas: bool) -> Tensor:
+        seen.append(with_deltas)
+        with capture_rules():
+            return forward(batch, with_deltas)
+
+    step._forward = guarded
+    for names in (["base"], list(pair.checkpoints)):
+        engine.run(*(engine.submit(name, PROMPTS[2], max_tokens=4) for name in names))
+    assert set(seen) == {False, True}
+
+
+def test_rules_notice_what_they_are_for() -> None:
+    x = torch.arange(4)
+    for wrong in (
+        lambda: x.max().item(),
+        lambda: x[x > 1],
+        lambda: torch.tensor([1]),
+        lambda: x.tolist(),
+    ):
+        with pytest.raises(AssertionError, match="cannot be captured"), capture_rules():
+            wrong()
