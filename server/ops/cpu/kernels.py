@@ -11,6 +11,7 @@ from server.ops import factors
 from server.ops.attention import AttentionCall, prefill_
 from server.ops.cpu.attention import AttentionKernel
 from server.ops.cpu.blockdiag import BlockDiagKernel, NumbaBlockDiag
+from server.ops.cpu.linear import LinearKernel, PanelLinear
 from server.ops.cpu.parallel import Parallel
 from server.ops.cpu.prefill import PrefillKernel
 from server.ops.cpu.rotary import RotaryKernel
@@ -39,6 +40,7 @@ class NumbaKernels:
         self._prefill = PrefillKernel(self.parallel)
         self._rotary = RotaryKernel(self.parallel)
         self._rows = RowKernels(self.parallel)
+        self._linear = LinearKernel(self.parallel)
         self._packs_bf16 = onednn_linear_works()
 
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp:
@@ -55,6 +57,8 @@ class NumbaKernels:
         factors.impart_add_(outputs, x, rows, terms)
 
     def linear(self, weight: Tensor) -> LinearOp:
+        if self._linear.takes(weight):
+            return PanelLinear(self._linear, weight)
         packs = self._packs_bf16 and weight.dtype is torch.bfloat16
         return OneDnnLinear(weight) if packs else TorchLinear(weight)
 

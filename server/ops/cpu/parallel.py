@@ -44,25 +44,33 @@ class Parallel:
     def __init__(self) -> None:
         library = torch_openmp()
         self._start: Callable[..., Any] | None = None
+        self._start_unlocked: Callable[..., Any] | None = None
         if library is not None:
-            self._start = library.GOMP_parallel
-            self._start.argtypes = [
-                ctypes.c_void_p,
-                ctypes.c_void_p,
-                ctypes.c_uint,
-                ctypes.c_uint,
-            ]
-            self._start.restype = None
+            self._start = _entry(library)
+            self._start_unlocked = _entry(ctypes.CDLL(library._name))
         self.n_threads = torch.get_num_threads() if self._start is not None else 1
 
-    def run(self, kernel: Kernel, arguments: np.ndarray, n_tasks: int) -> None:
-        """Run until the tasks are used up. ``arguments`` int64; ``arguments[0]`` is overwritten."""
+    def run(
+        self, kernel: Kernel, arguments: np.ndarray, n_tasks: int, *, unlocked: bool = False
+    ) -> None:
+        """Run until the tasks are used up. ``arguments`` int64; ``arguments[0]`` is overwritten.
+
+        unlocked: without the interpreter lock, for what takes long: other threads answer clients.
+        """
         arguments[0] = 0
         address = arguments.__array_interface__["data"][0]
-        if self._start is None or self.n_threads == 1 or n_tasks == 1:
-            kernel.call(address)
+        start = self._start_unlocked if unlocked else self._start
+        if start is None or self.n_threads == 1 or n_tasks == 1:
+            (kernel.call_unlocked if unlocked else kernel.call)(address)
         else:
-            self._start(kernel.address, address, min(self.n_threads, n_tasks), 0)
+            start(kernel.address, address, min(self.n_threads, n_tasks), 0)
+
+
+def _entry(library: ctypes.CDLL) -> Callable[..., Any]:
+    start = library.GOMP_parallel
+    start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    start.restype = None
+    return start
 
 
 class Kernel:
@@ -72,3 +80,4 @@ class Kernel:
         self._compiled = compiled  # keeps the machine code alive
         self.address: int = compiled.address
         self.call = ctypes.PYFUNCTYPE(None, ctypes.c_int64)(compiled.address)
+        self.call_unlocked = ctypes.CFUNCTYPE(None, ctypes.c_int64)(compiled.address)

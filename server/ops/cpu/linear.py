@@ -1,0 +1,195 @@
+"""The base's products in bfloat16 on CPUs that multiply bfloat16 pairs (`avx512bf16`), with AVX-512
+registers: at 8 to 64 rows oneDNN loses a fifth to a quarter of them waiting for weights.
+
+The weight lies in panels of WIDTH outputs, in the order in which it is read: ``[panel, n / 2,
+WIDTH]`` words of two neighbouring inputs. A task is one panel and a chunk of rows, ROWS of which
+share what is loaded; meanwhile the thread's next panel comes into the cache. Products are exact,
+sums float32, rounded once when bias and residual are added.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+from torch import Tensor
+from torch.nn import functional as F
+
+from server.ops.cpu.compile import compile_kernel
+from server.ops.cpu.intrinsics import FAST, from_bf16, i64_at, next_task, to_bf16, u16_at
+from server.ops.cpu.pairs import (
+    add_pair_products,
+    floats,
+    load_words,
+    plus,
+    splat_word,
+    store_floats,
+)
+from server.ops.cpu.parallel import Parallel
+from server.ops.cpu.vectors import I32, I64, LANES
+
+U = np.uint64
+VECTORS = 3
+WIDTH = VECTORS * LANES  # outputs of a panel
+ROWS = 8  # that share loaded weights: 24 sums stay in registers
+MOST_ROWS = 192  # of a task: with a panel they fit the L2 cache
+FEWEST_ROWS = 32  # of a task, or all: fewer would wait for the panel
+TASKS_PER_THREAD = 4  # at least, if there are rows enough, so that threads finish together
+LINE = 64  # bytes of a cache line
+AHEAD = 3  # first groups of rows that fetch a share of the next panel
+
+# Places in the argument array. Strides are in elements.
+(_X, _X_ROW, _N_ROWS, _WEIGHT, _N, _M, _OUT, _OUT_ROW) = range(1, 9)
+(_BIAS, _CHUNK, _PANELS_AHEAD, _N_ARGUMENTS) = range(9, 13)
+
+
+def _panel_code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+    rows, (lanes, n, ahead, target) = args[:ROWS], args[ROWS:]
+    keys = [(r, v) for r in range(ROWS) for v in range(VECTORS)]
+    totals = {key: cgutils.alloca_once_value(builder, floats(0.0)) for key in keys}
+    prefetch = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32]),
+        "llvm.prefetch.p0",
+    )
+    with cgutils.for_range(builder, n) as loop:
+        line = builder.add(lanes, builder.mul(loop.index, I64(4 * WIDTH)))
+        loaded = [load_words(builder, plus(builder, line, 64 * v)) for v in range(VECTORS)]
+        next_line = builder.add(ahead, builder.mul(loop.index, I64(LINE)))
+        pointer = builder.inttoptr(next_line, ir.IntType(8).as_pointer())
+        builder.call(prefetch, [pointer, I32(0), I32(2), I32(1)])
+        step = builder.mul(loop.index, I64(4))
+        for r, row in enumerate(rows):
+            word = splat_word(builder, builder.add(row, step))
+            for v in range(VECTORS):
+                total = builder.load(totals[r, v])
+                added = add_pair_products(context, builder, total, word, loaded[v])
+                builder.store(added, totals[r, v])
+    for r, v in keys:
+        place = plus(builder, target, 4 * WIDTH * r + 64 * v)
+        store_floats(builder, builder.load(totals[r, v]), place)
+    return context.get_dummy_value()
+
+
+@intrinsic
+def _panel(typingctx, r0, r1, r2, r3, r4, r5, r6, r7, lanes, n, ahead, target):
+    """``target[r, i]`` float32 ``[ROWS, WIDTH]`` = products of 8 rows of n words with a panel."""
+    return types.void(*[types.int64] * 12), _panel_code
+
+
+def _linear(address):
+    a = i64_at(address)
+    n, m = a[_N], a[_M]
+    n_panels = (m + WIDTH - 1) // WIDTH
+    panel_bytes = n // 2 * WIDTH * 4
+    n_chunks = (a[_N_ROWS] + a[_CHUNK] - 1) // a[_CHUNK]
+    space = np.empty(ROWS * WIDTH + LANES, np.float32)
+    sums = (space.ctypes.data + 63) // 64 * 64
+    first_sum = U((sums - space.ctypes.data) // 4)
+    while True:
+        task = next_task(address)
+        if task >= n_panels * n_chunks:
+            break
+        panel, chunk = task % n_panels, task // n_panels
+        weight = a[_WEIGHT] + panel * panel_bytes
+        following = min(panel + a[_PANELS_AHEAD], n_panels - 1)
+        ahead = a[_WEIGHT] + following * panel_bytes
+        first, end = chunk * a[_CHUNK], min(a[_N_ROWS], (chunk + 1) * a[_CHUNK])
+        width = min(np.int64(WIDTH), m - panel * WIDTH)
+        for row in range(first, end, ROWS):
+            part = (row - first) // ROWS
+            last = end - 1 - row
+            x = a[_X] + 2 * row * a[_X_ROW]
+            step = 2 * a[_X_ROW]
+            _panel(
+                x,
+                x + step * min(np.int64(1), last),
+                x + step * min(np.int64(2), last),
+                x + step * min(np.int64(3), last),
+                x + step * min(np.int64(4), last),
+                x + step * min(np.int64(5), last),
+                x + step * min(np.int64(6), last),
+                x + step * min(np.int64(7), last),
+                weight,
+                n // 2,
+                ahead + min(part, np.int64(AHEAD - 1)) * (n // 2) * LINE,
+                sums,
+            )
+            for r in range(min(np.int64(ROWS), end - row)):
+                _store(address, space, first_sum + U(r * WIDTH), row + r, panel * WIDTH, width)
+
+
+@njit(inline="always", fastmath=FAST, error_model="numpy")
+def _store(address, space, place, row, column, width):
+    a = i64_at(address)
+    out = u16_at(a[_OUT] + 2 * (row * a[_OUT_ROW] + column))
+    if a[_BIAS] != 0:
+        bias = u16_at(a[_BIAS] + 2 * column)
+        for i in range(U(width)):
+            space[place + i] += from_bf16(bias[i])
+    for i in range(U(width)):
+        out[i] = to_bf16(space[place + i])
+
+
+class LinearKernel:
+    """The compiled kernel, shared by all weights."""
+
+    def __init__(self, parallel: Parallel) -> None:
+        self.parallel = parallel
+        self.compiled = compile_kernel(_linear)
+        features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+        # Matrix units (AMX) multiply several times as fast, and oneDNN uses them.
+        self._pays = "+avx512bf16" in features and "+amx-bf16" not in features
+
+    def takes(self, weight: Tensor) -> bool:
+        """Whether the product with this weight is faster here than oneDNN's."""
+        return self._pays and weight.dtype is torch.bfloat16 and weight.shape[1] % 2 == 0
+
+
+class PanelLinear:
+    """`server.ops.linear.LinearOp` of one bfloat16 weight ``[m, n]``, n even.
+
+    The arguments that stay the same are laid out once: a call writes a handful of numbers. One
+    thread at a time may call it.
+    """
+
+    def __init__(self, kernel: LinearKernel, weight: Tensor) -> None:
+        self._parallel, self._compiled = kernel.parallel, kernel.compiled
+        self._shape = m, n = weight.shape
+        self._n_panels = -(-m // WIDTH)
+        padded = F.pad(weight, (0, 0, 0, self._n_panels * WIDTH - m))
+        pairs = padded.view(self._n_panels, WIDTH, n // 2, 2)
+        self._panels = pairs.transpose(1, 2).contiguous()
+        self._arguments = np.zeros(_N_ARGUMENTS, np.int64)
+        self._arguments[_WEIGHT : _M + 1] = self._panels.data_ptr(), n, m
+        self._arguments[_OUT_ROW] = m
+        self._arguments[_PANELS_AHEAD] = self._parallel.n_threads
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `LinearOp`; x bfloat16."""
+        x = x if x.stride(1) == 1 else x.contiguous()
+        n_rows = len(x)
+        out = x.new_empty((n_rows, self._shape[0]))
+        chunk = self._rows_of_a_task(n_rows)
+        a = self._arguments
+        a[_X : _N_ROWS + 1] = x.data_ptr(), x.stride(0), n_rows
+        a[_OUT], a[_CHUNK] = out.data_ptr(), chunk
+        a[_BIAS] = 0 if bias is None else bias.data_ptr()
+        n_tasks = self._n_panels * -(-n_rows // chunk)
+        self._parallel.run(self._compiled, a, n_tasks, unlocked=True)
+        return out
+
+    def _rows_of_a_task(self, n_rows: int) -> int:
+        wanted = -(-TASKS_PER_THREAD * self._parallel.n_threads // self._n_panels)
+        n_chunks = max(-(-n_rows // MOST_ROWS), min(wanted, n_rows // FEWEST_ROWS), 1)
+        return -(-n_rows // (n_chunks * ROWS)) * ROWS
+
+    def dense(self) -> Tensor:
+        m, n = self._shape
+        return self._panels.transpose(1, 2).reshape(-1, n)[:m].contiguous()
