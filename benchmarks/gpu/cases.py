@@ -65,11 +65,13 @@ class Spec:
 
 
 def relative(got: Tensor, want: Tensor) -> float:
-    """Largest deviation over the largest magnitude; infinite if anything is not finite."""
-    if not bool(torch.isfinite(got).all()):
+    """Largest deviation over the largest magnitude; infinite if anything is not finite or there is
+    nothing to compare with.
+    """
+    largest = float(want.double().abs().max())
+    if largest == 0.0 or not bool(torch.isfinite(got).all()):
         return float("inf")
-    difference = (got.double() - want.double()).abs().max()
-    return float(difference / want.double().abs().max())
+    return float((got.double() - want.double()).abs().max()) / largest
 
 
 def random_blocks(group: Group, codec: Codec, n_slots: int, device: torch.device) -> PackedBlocks:

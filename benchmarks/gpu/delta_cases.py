@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,6 +19,9 @@ from benchmarks.gpu.cases import (
 )
 from benchmarks.gpu.shapes import Codec, Group, ModelShape
 from server.ops.factors import ImpartFactors, LowRankFactors, rank_lists
+from server.ops.lowrank import PackedLowRank
+from server.ops.packed import packed_rows, unpack_columns
+from server.ops.rows import SlotSegments
 from server.ops.triton.blockdiag import (
     DECODE_ROWS,
     PREFILL_ROWS,
@@ -27,6 +30,7 @@ from server.ops.triton.blockdiag import (
     plan_kernel,
 )
 from server.ops.triton.impart import impart_add_, impart_add_reference_
+from server.ops.triton.kernels import TritonKernels
 from server.ops.triton.layout import segment_arrays
 from server.ops.triton.lowrank import lowrank_add_, lowrank_add_reference_
 
@@ -106,9 +110,76 @@ def lowrank_spec(group: Group, rank: int, rows: int, slots: int) -> Spec:
     return Spec(name, n_bytes, LOWRANK_SHARE, make, n_launches=2)
 
 
+def head_spec(group: Group, rank: int, bits: int, rows: int, slots: int) -> Spec:
+    """Quantised low-rank heads, kept packed: matrix by matrix, zeroing, two products and gains."""
+    width = sum(group.sizes)
+
+    def make(place: Place) -> Case:
+        heads = [_random_head(m, group.n, rank, bits, slots, place) for m in group.sizes]
+        parts = even_segments(rows, slots)
+        table = torch.tensor([(p.slot, p.start, p.end) for p in parts], device=place.device)
+        segments = SlotSegments(table, len(parts), max(p.end - p.start for p in parts))
+        places = torch.repeat_interleave(table[:, 0], table[:, 2] - table[:, 1])
+        x, y = place.randn(rows, group.n) * group.n**-0.5, place.randn(rows, width).zero_()
+
+        def run(target: Tensor) -> None:
+            for part, (head, _) in zip(target.split(group.sizes, 1), heads, strict=True):
+                head.add_(part, x, places, segments)
+
+        def error() -> float:
+            got = torch.zeros_like(y)
+            run(got)
+            wide = x.double()
+            want = [
+                torch.cat([wide[p.start : p.end] @ dense(p.slot) for p in parts])
+                for _, dense in heads
+            ]
+            return relative(got, torch.cat(want, dim=1))
+
+        return Case(lambda: run(y), error)
+
+    distinct = min(rows, slots)
+    each = [
+        packed_rows(group.n, bits) * rank + packed_rows(rank, bits) * m + 6 * rank
+        for m in group.sizes
+    ]
+    name = f"packed head {group.name} (rank {rank}, {bits} bit, k = {distinct}, {rows} rows)"
+    launches = 4 * len(group.sizes)
+    return Spec(name, distinct * sum(each), SHARES[bits], make, n_launches=launches)
+
+
+def _random_head(
+    m: int, n: int, rank: int, bits: int, slots: int, place: Place
+) -> tuple[PackedLowRank, Callable[[int], Tensor]]:
+    """And its float64 ``[n, m]`` by slot."""
+    device = place.device
+
+    def codes(inputs: int, outputs: int) -> Tensor:
+        size = (slots, packed_rows(inputs, bits), outputs)
+        return torch.randint(0, 256, size, dtype=torch.uint8, device=device)
+
+    down, up = codes(n, rank), codes(rank, m)
+    scales = torch.rand(slots, rank, device=device).add_(0.5).half()
+    gains = torch.rand(slots, rank, device=device) + 0.5
+    units = torch.ones(slots, 1, device=device)
+    make_op = TritonKernels(device).blockdiag
+    head = PackedLowRank(down, scales, units, up, gains, n=n, bits=bits, make_op=make_op)
+
+    def dense(slot: int) -> Tensor:
+        middle = ((1 << bits) - 1) / 2
+        a = (unpack_columns(down[slot], bits, n).double() - middle) * scales[slot].double()
+        b = unpack_columns(up[slot], bits, rank).double() - middle
+        return a * gains[slot].double() @ b
+
+    return head, dense
+
+
 def impart_kept(m: int, n: int, ratio: int) -> int:
-    """Components S kept in each block so that 16-bit values meet the ratio (DESIGN section 3.1)."""
-    return max(1, m * n // ((m + n) * ratio))
+    """Components S kept in each block so that 16-bit values meet the ratio.
+
+    At least 8: fewer of a tiny matrix's might be others in U than in V, and nothing be computed.
+    """
+    return max(8, m * n // ((m + n) * ratio))
 
 
 def impart_bytes(group: Group, ratio: int) -> int:
@@ -185,4 +256,5 @@ def delta_specs(
     rows = max(sizes.rows, most)
     for group in groups:
         yield lowrank_spec(group, RANK, rows, most)
+        yield head_spec(group, RANK, 4, rows, most)
         yield impart_spec(group, 32, rows, most)

@@ -19,6 +19,10 @@ class Group:
     def base_bytes(self) -> int:
         return 2 * self.n * sum(self.sizes)
 
+    @property
+    def base_bytes_8bit(self) -> int:
+        return self.n * sum(self.sizes) + 4 * sum(self.sizes)
+
     def delta_bytes(self, codec: Codec) -> int:
         """Codes and scales of one variant: what a decode step reads of it."""
         s, outputs = codec.n_blocks, sum(-(-m // codec.n_blocks) for m in self.sizes)
@@ -64,6 +68,19 @@ class ModelShape:
         """bfloat16 linears and lm_head: what a decode step reads of the base."""
         layer = sum(group.base_bytes for group in self.groups())
         return self.layers * layer + 2 * self.hidden * self.vocab
+
+    def vocabulary(self) -> Group:
+        """lm_head, and the embedding's shape."""
+        return Group("lm_head", self.hidden, (self.vocab,))
+
+    def base_bytes_8bit(self) -> int:
+        """The same with 8-bit linears and their float32 scales; lm_head stays as it is."""
+        layer = sum(group.base_bytes_8bit for group in self.groups())
+        return self.layers * layer + self.vocabulary().base_bytes
+
+    def resident_base_bytes_8bit(self) -> int:
+        """Device memory of that base, the embedding included."""
+        return self.base_bytes_8bit() + self.vocabulary().base_bytes
 
     def delta_bytes(self, codec: Codec) -> int:
         """What a decode step reads for one variant: every linear of every layer."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -71,7 +71,7 @@ def load_base_model(
 
     kernels: by name, or ready ones. Raises ConfigError naming what is not supported.
     """
-    config = _read_config(path)
+    _check_config(path)
     transformers_logging.disable_progress_bar()  # it would write into the server's log
     register_attention()
     model = AutoModelForCausalLM.from_pretrained(
@@ -82,23 +82,33 @@ def load_base_model(
         use_safetensors=True,
     )
     model = model.eval().requires_grad_(False).to(device)
-    context = StepContext()
     chosen = _kernels(kernels, device, model.dtype) if isinstance(kernels, str) else kernels
-    store = KVStore(chosen)
+    return prepare_base_model(model, chosen, base_quant)
+
+
+def prepare_base_model(
+    model: PreTrainedModel, kernels: Kernels, base_quant: BaseQuant | None = None
+) -> BaseModel:
+    """Make a model that lies on its device, with `ATTENTION_NAME`'s attention, delta-aware.
+
+    Raises ConfigError if the engine cannot run its architecture.
+    """
+    context, store = StepContext(), KVStore(kernels)
     residency = Residency(base_quant=base_quant)
-    parameters = install_delta_layers(model, context, chosen, residency)
+    table = model.get_input_embeddings().weight
+    parameters = install_delta_layers(model, context, kernels, residency)
     attach_store(model, store)
-    text_config = config.get_text_config()
+    text_config = model.config.get_text_config()
     base = BaseModel(
         model=model,
         context=context,
         store=store,
         parameters=parameters,
         residency=residency,
-        kernels=chosen,
-        device=device,
+        kernels=kernels,
+        device=table.device,
         dtype=model.dtype,
-        vocab_size=model.get_input_embeddings().weight.shape[0],
+        vocab_size=table.shape[0],
         max_len=int(getattr(text_config, "max_position_embeddings", 2048)),
         varying_rope=varying_rope(model),
     )
@@ -118,13 +128,12 @@ def _kernels(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> 
     return chosen
 
 
-def _read_config(path: Path) -> PretrainedConfig:
+def _check_config(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise ConfigError("the base directory holds no config.json; give a Hugging Face directory")
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if getattr(config, "auto_map", None):
         raise ConfigError("this base model needs code from its repository (auto_map); refused")
-    return config
 
 
 def _limit_length(base: BaseModel) -> None:

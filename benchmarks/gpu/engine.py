@@ -1,0 +1,146 @@
+"""The server's own engine on a random model: scheduler, graphs, sampler, loader; no HTTP, no text.
+
+`Engine` drives `EngineCore` on this thread, one step a `turn`, as the server's engine thread does.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.random_model import IDENTITY, random_base
+from compressor.artifact import Artifact, read_artifact
+from server.deltas.loader import LoadJob, Staged, decode_threads, stage_variant
+from server.engine.core import EngineCore, Events
+from server.engine.llm_engine import allocate_pages
+from server.engine.request import Request
+from server.engine.runner import Runner
+from server.engine.text import TextAssets
+from server.engine.types import SamplingParams
+from server.engine.variant import BASE_KEY, Variant
+from server.ops.quantize import BaseQuant
+from server.settings import Settings
+
+NO_TEXT = TextAssets(None, frozenset(), {})  # type: ignore[arg-type]
+SPARE_STEPS = 1024  # that rows may live beside the timed ones: prefill of others, a load
+
+
+@dataclass
+class Engine:
+    """See the module's docstring."""
+
+    plan: Plan
+    core: EngineCore
+    runner: Runner
+    readers: dict[str, Callable[[], Artifact]] = field(default_factory=dict)
+    first_tokens: dict[str, float] = field(default_factory=dict)  # by request
+    _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
+    _count: int = 0
+
+    def variant(self, key: str) -> Variant:
+        return Variant(key, key, key, key, self.plan.shape.vocab, NO_TEXT)
+
+    def submit(self, key: str, n_prompt: int) -> Request:
+        """A greedy request of random tokens that ends by `abort`, or at the longest length."""
+        self._count += 1
+        name = f"r{self._count}"
+        prompt = torch.randint(self.plan.shape.vocab, (n_prompt,), generator=self._generator)
+        request = Request(
+            name,
+            self.variant(key),
+            prompt.tolist(),
+            SamplingParams(max_tokens=1 << 30, temperature=0.0, ignore_eos=True),
+            deliver=lambda event: self._take(name, event),
+        )
+        self.core.submit(request)
+        return request
+
+    def _take(self, name: str, event: Any) -> None:
+        if isinstance(event, Exception):
+            raise event
+        self.first_tokens.setdefault(name, time.perf_counter())
+
+    def until(self, condition: Callable[[], bool]) -> float:
+        """Seconds of turns until the condition holds."""
+        start = time.perf_counter()
+        while not condition():
+            self.core.turn()
+        return time.perf_counter() - start
+
+    def start(self, rows: int, keys: Sequence[str]) -> tuple[list[Request], float]:
+        """`rows` requests shared evenly by `keys`, all decoding, and the seconds of prefill."""
+        keys = keys or [BASE_KEY]
+        requests = [
+            self.submit(keys[i * len(keys) // rows], self.plan.context) for i in range(rows)
+        ]
+        seconds = self.until(lambda: all(r.request_id in self.first_tokens for r in requests))
+        return requests, seconds
+
+    def end(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.core.abort(request)
+        self.until(lambda: not self.core.n_open)
+
+    def fill(self, artifact: Artifact, keys: Sequence[str]) -> None:
+        """Make variants resident that share one artifact's values, not its memory: decoded once,
+        then each through the loader's own way into a slot.
+        """
+        base = self.runner.base
+        job = LoadJob(keys[0], keys[0], "apply", lambda: artifact)
+        parameters = stage_variant(artifact, base.parameters, "apply")
+        n_bytes = sum(p.n_bytes for p in parameters)
+        staged = Staged(job, parameters, n_bytes, time.monotonic())
+        for key in keys:
+            own = LoadJob(key, key, "apply", job.read)
+            self.core.loader.handle(replace(staged, job=own))
+            self.core.step()  # gives it a slot; a turn would first wait for something to do
+            self.until(lambda key=key: self.is_ready(key))  # type: ignore[misc]
+
+    def is_ready(self, key: str) -> bool:
+        slot = self.core.slots.get(key)
+        return slot is not None and slot.ready
+
+    def read_from(self, key: str, path: Path) -> None:
+        """Where the loader finds a variant that is not resident."""
+        n_threads = decode_threads(self.plan.device)
+        self.readers[key] = lambda: read_artifact(path, base_identity=IDENTITY, n_threads=n_threads)
+
+    def job_for(self, variant: Variant) -> LoadJob:
+        return LoadJob(variant.key, variant.name, "apply", self.readers[variant.key])
+
+
+def make_engine(plan: Plan, base_quant: BaseQuant | None = None) -> Engine:
+    """With room for every mix of the plan and its loads; graphs are captured as steps need them."""
+    base = random_base(plan, base_quant)
+    n_rows = max(rows for rows, _ in plan.mixes) + 1  # a row that asks for a cold variant
+    longest = plan.context + 2 * plan.n_steps + SPARE_STEPS
+    cache = n_rows * longest * base.store.bytes_per_token()
+    settings = Settings(
+        base=Path(),
+        kv_cache_bytes=cache,
+        delta_budget_bytes=1 << 40,
+        max_resident_variants=max(plan.variants) + plan.n_loads,
+        max_variants_per_step=max(plan.variants) + 1,
+        max_num_seqs=n_rows,
+        max_model_len=longest,
+        max_prefill_slowdown=0.0,
+        prefix_cache=False,
+    )
+    pages = allocate_pages(base, settings)
+    runner = Runner(base)
+    runner.use_static(max_rows=n_rows, max_len=longest)
+    engine: Engine
+
+    def publish(events: Events) -> None:
+        for request, event in events:
+            request.deliver(event)
+
+    core = EngineCore(runner, settings, pages, lambda variant: engine.job_for(variant), publish)
+    engine = Engine(plan, core, runner)
+    return engine

@@ -1,0 +1,46 @@
+"""Clocks."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+
+from benchmarks.gpu.plan import Plan
+
+DEVICE_MS = 50  # of repeated launches of one case
+
+
+def timed(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one run: median on the device with a cold L2 cache, one run on a CPU."""
+    if device.type == "cuda":
+        milliseconds = triton.testing.do_bench(run, warmup=20, rep=DEVICE_MS, return_mode="median")
+        return float(milliseconds) / 1e3
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def copy_bandwidth(plan: Plan) -> float:
+    """Bytes read and written per second by a large device-to-device copy."""
+    source = torch.zeros(plan.copy_bytes, dtype=torch.uint8, device=plan.device)
+    target = torch.empty_like(source)
+    return 2 * plan.copy_bytes / timed(lambda: target.copy_(source), plan.device)
+
+
+def seconds_of(run: Callable[[], object], count: int) -> list[float]:
+    """Seconds of each of `count` runs, host side included; `run` waits for the device itself."""
+    times = []
+    for _ in range(count):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least `share` of all do not exceed."""
+    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
