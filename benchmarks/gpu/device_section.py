@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import subprocess
 import time
 
@@ -18,17 +19,23 @@ from server.ops.triton.kernels import TritonKernels
 from server.ops.triton.selfcheck import check_kernels
 
 
+def commit() -> str:
+    """Of the working copy; a copy without its history, or a machine without git, has none."""
+    if shutil.which("git") is None:
+        return "unknown"
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
 def device(plan: Plan, report: Report) -> bool:
     cuda = plan.device.type == "cuda"
     name = torch.cuda.get_device_name(plan.device) if cuda else "CPU, interpreter: no measurement"
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
     report.line(f"\n## {plan.shape.name} on {name}\n")
     report.line(
         f"python {platform.python_version()}, torch {torch.__version__}, triton "
         f"{triton.__version__}, transformers {transformers.__version__}, numpy "
-        f"{numpy.__version__}, commit {commit or 'unknown'}"
+        f"{numpy.__version__}, commit {commit()}"
     )
     report.line(f"\ncopy bandwidth: {copy_bandwidth(plan) / 1e9:.0f} GB/s")
     start = time.perf_counter()
