@@ -22,8 +22,10 @@ from typing import Any
 
 from compressor.artifact_config import DeltaConfig
 from compressor.auto_allocate import HeadCosts, NoiseAllotter
-from compressor.auto_bench import Bench, Measured, open_bench, rounded
+from compressor.auto_bench import Bench, open_bench, rounded
+from compressor.auto_kept import ROOM_FOR_TUNING, Kept, Measured
 from compressor.auto_self import SELF
+from compressor.auto_tune import Tuned
 from compressor.checkpoint import Checkpoint
 from compressor.codecs import Codec, TensorDelta
 from compressor.codecs.blockdiag_encoder import BlockDiagCodec
@@ -82,6 +84,7 @@ class Inputs:
 
     configure  (codec, its options, ratio) -> the artifact's configuration before encoding
     encode     one job that has its settings
+    tune       norms and biases of what is chosen, where the user's texts are enough for it
     """
 
     base: Checkpoint
@@ -93,6 +96,7 @@ class Inputs:
     encode: Callable[[Job, Codec], TensorDelta]
     own_texts: Path | None = None
     device: str = "cpu"
+    tune: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,9 +146,10 @@ def choose(inputs: Inputs, goal: Goal, progress: Progress) -> Choice:
     costs = bench.survey(encoded, inputs.device, HEAD_BITS, progress)
     search = _Search(inputs, goal, bench, [_blockdiag(bits, costs) for bits in (4, 8)], progress)
     best = search.run(candidates(costs, has_own_texts=inputs.own_texts is not None))
-    notes = search.notes(best, time.perf_counter() - started)
-    config = search.config(best.candidate.codec, best.ratio, bench.fidelity(best.found))
-    return Choice(best.candidate.codec, best.jobs, config, notes, best.deltas)
+    kept = search.tune(best)
+    notes = search.notes(best, kept, time.perf_counter() - started)
+    config = search.config(best.candidate.codec, best.ratio, bench.fidelity(kept.found), kept)
+    return Choice(best.candidate.codec, best.jobs, config, notes, kept.tuned.deltas)
 
 
 def candidates(costs: Mapping[str, HeadCosts], *, has_own_texts: bool) -> list[_Candidate]:
@@ -253,18 +258,30 @@ class _Search:
         self._trials.append(trial)
         return trial
 
-    def config(self, codec: Codec, ratio: float, fidelity: dict[str, Any]) -> DeltaConfig:
-        """The configuration with the record of what was tried so far."""
+    def tune(self, best: _Trial) -> Kept:
+        """Return the trial's deltas, tuned if that is wanted, possible and better."""
+        if self._inputs.tune and not self._bench.why_not_tuned():
+            return self._bench.tune(best.deltas, best.found, self._progress)
+        return Kept(Tuned(0, best.deltas), best.found, {})
+
+    def config(
+        self, codec: Codec, ratio: float, fidelity: dict[str, Any], kept: Kept | None = None
+    ) -> DeltaConfig:
+        """The configuration with the record of what was tried so far, and of the tuning."""
         record = {
             "basis": "KL measured on calibration texts; bytes by diagonal Fisher information",
             "tokens": self._bench.n_tokens,
             "base_kl": self._bench.base_kl,
             "tried": [trial.record() for trial in self._trials],
         }
+        if kept is not None and kept.n_tokens:
+            record["tuned"] = kept.record()
+        elif kept is None and self._inputs.tune and not self._bench.why_not_tuned():
+            record["tuned"] = ROOM_FOR_TUNING
         options = codec.options() | {"auto": record}
         return replace(self._inputs.configure(codec, options, ratio), fidelity=fidelity)
 
-    def notes(self, best: _Trial, seconds: float) -> tuple[str, ...]:
+    def notes(self, best: _Trial, kept: Kept, seconds: float) -> tuple[str, ...]:
         """What to tell the user."""
         bench = self._bench
         lines = [f"auto tried {trial.line()}" for trial in self._trials]
@@ -275,13 +292,21 @@ class _Search:
             + " and ".join(f"{n:,} tokens of {name} texts" for name, n in bench.n_tokens.items())
             + ")"
         )
-        lost = best.found.kl[bench.main] / max(bench.base_kl[bench.main], 1e-9)
+        lines.append(self._tuning_note(kept))
+        lost = kept.found.kl[bench.main] / max(bench.base_kl[bench.main], 1e-9)
         if lost > _BREAKDOWN:
             lines.append(
                 f"warning: the KL is {lost:.0%} of that of the base itself: this difference is too "
                 "heavy for so few bytes; ask for a lower --ratio, or for a --max-kl"
             )
         return tuple(lines)
+
+    def _tuning_note(self, kept: Kept) -> str:
+        if not self._inputs.tune:
+            return "auto did not tune norms and biases, as asked"
+        if reason := self._bench.why_not_tuned():
+            return f"auto did not tune norms and biases: {reason}"
+        return f"auto {kept.line()}"
 
 
 def _best(tried: Sequence[_Trial]) -> _Trial:

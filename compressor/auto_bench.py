@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from compressor.auto_allocate import HeadCosts
+from compressor.auto_kept import Kept, Measured, is_better
 from compressor.auto_self import SELF, self_written
 from compressor.auto_survey import add_scaled, diagonal_fisher, head_costs, weighted_energy
-from compressor.auto_texts import calibration_sets, spread
+from compressor.auto_texts import OWN, calibration_sets, spread
+from compressor.auto_tune import STEPS, Tuned, Tuner
 from compressor.checkpoint import Checkpoint
 from compressor.codecs import TensorDelta
+from compressor.comparison import n_predicted
 from compressor.draft import Job
 from compressor.errors import CheckpointError, InputError
 from compressor.evaluate import Progress, Reference
@@ -28,21 +31,8 @@ _CPU_PARAMETERS = 1_500_000_000  # beyond, the passes that auto needs take too l
 _BYTES_A_PARAMETER = 16  # weights, gradients and two sums of squares in float32
 _FISHER_TOKENS = 768  # predicted tokens of a set that gradients are taken of
 _FISHER_TEXTS = 32  # at most: each is one backward pass
+_TUNING_TOKENS = 256  # predicted tokens of the user's, at least
 _DIGITS = 4  # significant
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """KL per token of one delta on each set of texts, and top-1 agreement."""
-
-    kl: dict[str, float]
-    agreement: dict[str, float]
-
-    @property
-    def score(self) -> float:
-        """Geometric mean of the sets' KL: a set counts by ratios, however large its own KL is."""
-        logs = [math.log(max(kl, 1e-9)) for kl in self.kl.values()]
-        return math.exp(sum(logs) / len(logs))
 
 
 class Bench:
@@ -54,11 +44,13 @@ class Bench:
     def __init__(self, base: Checkpoint, tuned: Checkpoint, own: Path | None) -> None:
         self._base, self._tuned = base, tuned
         tokenizer = load_tokenizer(tuned.path)
-        sets = calibration_sets(own, tokenizer)
+        texts = calibration_sets(own, tokenizer)
+        sets = {name: found.measured for name, found in texts.items()}
         self._model = SwappedModel(base, tuned)
         if own is None:
             sets[SELF] = self_written(self._model.module, tokenizer)
         self._references = {name: Reference(self._model, found) for name, found in sets.items()}
+        self._spare = {name: found.spare for name, found in texts.items()}
         self.main = next(iter(sets))  # the user's own texts, if there are any
         self._model.use(dict.fromkeys(self._model.names, "base"))
         self.base_kl = {name: rounded(ref.kl().mean) for name, ref in self._references.items()}
@@ -80,6 +72,31 @@ class Bench:
             agreement[name] = rounded(found.top1_agreement.mean)
         self._model.use({})
         return Measured(kl, agreement)
+
+    def why_not_tuned(self) -> str:
+        """Say why nothing can be tuned here, as the end of a sentence; empty if it can."""
+        if OWN not in self._spare:
+            return "it helps what texts show; give some of the task (--calibration)"
+        n_tokens = sum(n_predicted(sample) for sample in self._spare[OWN])
+        if n_tokens < _TUNING_TOKENS:
+            return f"beside those measured on your texts hold {n_tokens} tokens; give some hundreds"
+        if next(self._model.module.parameters()).dtype != torch.float32:
+            return "the model is too large to run in float32"
+        return ""
+
+    def tune(self, deltas: Mapping[str, TensorDelta], found: Measured, progress: Progress) -> Kept:
+        """Tune what is stored of `deltas`, which were found to be `found`, on the spare texts."""
+        tuner = Tuner(self._model, self._spare)
+        kept = Kept(Tuned(0, dict(deltas), STEPS), found, tuner.n_tokens, found)
+
+        def visit(tuned: Tuned) -> None:
+            nonlocal kept
+            now = self.measure(list(tuned.deltas.values()))
+            if is_better(now, kept.found, found):
+                kept = replace(kept, tuned=tuned, found=now)
+
+        tuner.run(deltas, found.kl, progress, visit)
+        return kept
 
     def fidelity(self, found: Measured) -> dict[str, object]:
         """The record of what was measured: the user's texts first, if there are any."""

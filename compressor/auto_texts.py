@@ -1,8 +1,12 @@
-"""The texts that `auto` measures on: the user's own, and the built-in ones, of no one task."""
+"""The texts of `auto`: the user's own, and the built-in ones, of no one task.
+
+Some of each set are measured on; the others are spare, to tune on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +19,37 @@ OWN, BUILT_IN = "own", "built-in"
 _MAX_TOKENS = 128  # of one text
 _MEASURED_TOKENS = 1536  # predicted tokens of a set that KL is measured on
 _MAX_MEASURED_TEXTS = 96
+_ENOUGH_TO_HALVE = 16
 
 
-def calibration_sets(own: Path | None, tokenizer: Any) -> dict[str, list[Sample]]:
+@dataclass(frozen=True, slots=True)
+class TextSet:
+    """Samples that are measured on, and those that are not; no text is in both."""
+
+    measured: list[Sample]
+    spare: list[Sample]
+
+
+def calibration_sets(own: Path | None, tokenizer: Any) -> dict[str, TextSet]:
     """Return the sets by name, `OWN` first if the user gave texts; `BUILT_IN` always.
 
-    own  as `read_samples` takes it. Evenly spread over the file, up to some 1,500 tokens.
+    own  as `read_samples` takes it. Evenly spread over the file, up to some 1,500 tokens and, of
+         16 texts or more, half of them are measured on.
     """
     sets = {}
     if own is not None:
-        sets[OWN] = spread(read_samples(own, tokenizer, max_tokens=_MAX_TOKENS), _MEASURED_TOKENS)
+        sets[OWN] = _split(read_samples(own, tokenizer, max_tokens=_MAX_TOKENS))
     generic = text_samples(built_in_texts(), tokenizer)
-    sets[BUILT_IN] = spread(
-        [_cut(sample) for sample in generic if len(sample.ids) > 1], _MEASURED_TOKENS
-    )
+    sets[BUILT_IN] = _split([_cut(sample) for sample in generic if len(sample.ids) > 1])
     return sets
+
+
+def _split(texts: Sequence[Sample]) -> TextSet:
+    samples = list(dict.fromkeys(texts))
+    most = len(samples) // 2 if len(samples) >= _ENOUGH_TO_HALVE else len(samples)
+    measured = spread(samples, _MEASURED_TOKENS, min(most, _MAX_MEASURED_TEXTS))
+    held_out = set(measured)
+    return TextSet(measured, [sample for sample in samples if sample not in held_out])
 
 
 def spread(

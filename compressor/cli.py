@@ -124,6 +124,13 @@ def compress(
             help="Texts to measure KL on, and for auto to choose by (.txt, .jsonl, .parquet)."
         ),
     ] = None,
+    tune: Annotated[
+        bool,
+        typer.Option(
+            "--tune/--no-tune",
+            help="auto with --calibration: tune norms and biases on texts it does not measure on.",
+        ),
+    ] = True,
     device: Annotated[str, typer.Option(help="Where to encode: cpu or cuda.")] = "cpu",
     base_revision: BaseRevision = None,
     revision: Annotated[
@@ -171,6 +178,7 @@ def compress(
         resume=resume,
         base_name=base_name,
         calibration=calibration,
+        tune=tune,
     )
     with progress_bar(quiet) as progress:
         base_dir = resolve(with_revision(base, base_revision, "--base-revision"))

@@ -61,6 +61,7 @@ class Options:
     calibration    texts to measure KL and agreement on; auto also chooses by them, and codecs that
                    want their layers' inputs (GPTQ) take them, or else the built-in texts
     device         where to encode: "cpu" or "cuda"
+    tune           auto, shown texts: tune norms and biases on those it does not measure on
     """
 
     codec: str = "blockdiag"
@@ -74,6 +75,7 @@ class Options:
     base_name: str | None = None
     calibration: Path | None = None
     device: str = "cpu"
+    tune: bool = True
 
     def __post_init__(self) -> None:
         if self.ratio is not None and not (math.isfinite(self.ratio) and self.ratio >= 1):
@@ -195,6 +197,7 @@ def _choose(run: _Run, codec: Codec | None, progress: Progress) -> Choice:
             encode=partial(_encode_afresh, run),
             own_texts=options.calibration,
             device=options.device,
+            tune=options.tune,
         )
         return choose(inputs, options.goal, progress)
     ratio = options.goal.ratio
