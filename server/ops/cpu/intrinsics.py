@@ -14,6 +14,8 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from server.ops.cpu.bfloat import bits_of_bf16
+
 Codegen = tuple[Any, Callable[..., Any]]
 UNBOUNDED = (1 << 40,)  # the views have no length of their own
 # Fused multiply-add; NaN and infinity stay exact. No "reassoc": reordered products overflow.
@@ -106,14 +108,14 @@ def from_bf16(h):
     return _float_of_bits(np.uint32(h) << np.uint32(16))
 
 
-@njit(inline="always")
-def to_bf16(value):
-    """Float32 -> bits of the nearest bfloat16, ties to even; NaN stays NaN."""
-    bits = _bits_of_float(value)
-    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    nan = bits | np.uint32(0x400000)
-    is_nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    return np.uint16((nan if is_nan else rounded) >> np.uint32(16))
+@intrinsic
+def to_bf16(typingctx: Any, value: Any) -> Codegen:
+    """Float32 -> bits of the nearest bfloat16, see `bits_of_bf16`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return bits_of_bf16(context, builder, args[0])
+
+    return types.uint16(types.float32), codegen
 
 
 @njit(inline="always")

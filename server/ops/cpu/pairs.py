@@ -14,6 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from server.ops.cpu.bfloat import BFloat, bits_of_bf16, has_bf16_units
 from server.ops.cpu.vectors import F32, I32, I64, LANES, VECTOR, at, multiply_add
 
 WORDS = ir.VectorType(I32, LANES)
@@ -22,25 +23,6 @@ WIDTH = LANES * VECTORS  # lanes of a tile
 STEP = 4  # rows of a tile: 16 sums stay in registers
 ROW_BYTES = 4 * WIDTH
 HIGH_HALF = -(1 << 16)
-
-
-class _BFloat(ir.Type):  # type: ignore[misc]
-    """LLVM's ``bfloat``, which llvmlite has no name for."""
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
-def has_pair_products(context: Any) -> bool:
-    """Whether the CPU that code is made for multiplies bfloat16 pairs."""
-    features: str = context.codegen().magic_tuple()[2]
-    return "+avx512bf16" in features.split(",")
 
 
 def words(value: int) -> Any:
@@ -55,8 +37,8 @@ def floats(value: float) -> Any:
 
 def add_pair_products(context: Any, builder: Any, total: Any, a: Any, b: Any) -> Any:
     """``total[i] + a[i].low * b[i].low + a[i].high * b[i].high``; total float32, a, b words."""
-    if has_pair_products(context) and a.type == WORDS:
-        halves = ir.VectorType(_BFloat(), 2 * LANES)
+    if has_bf16_units(context) and a.type == WORDS:
+        halves = ir.VectorType(BFloat(), 2 * LANES)
         kind = ir.FunctionType(VECTOR, [VECTOR, halves, halves])
         name = "llvm.x86.avx512bf16.dpbf16ps.512"
         function = cgutils.get_or_insert_function(builder.module, kind, name)
@@ -122,19 +104,10 @@ def exp2(builder: Any, x: Any) -> Any:
     return builder.bitcast(builder.add(builder.bitcast(power, WORDS), exponent), VECTOR)
 
 
-def pack_pair(builder: Any, low: Any, high: Any) -> Any:
-    """Two float vectors rounded to bfloat16 (nearest, ties to even; NaN stays NaN) -> words."""
-
-    def rounded(values: Any) -> Any:
-        bits = builder.bitcast(values, WORDS)
-        odd = builder.and_(builder.lshr(bits, words(16)), words(1))
-        near = builder.add(bits, builder.add(odd, words(0x7FFF)))
-        nan = builder.or_(bits, words(0x400000))
-        return builder.select(builder.fcmp_unordered("uno", values, values), nan, near)
-
-    return builder.or_(
-        builder.lshr(rounded(low), words(16)), builder.and_(rounded(high), words(HIGH_HALF))
-    )
+def pack_pair(context: Any, builder: Any, low: Any, high: Any) -> Any:
+    """Two float vectors rounded to bfloat16 -> words."""
+    halves = [builder.zext(bits_of_bf16(context, builder, x), WORDS) for x in (low, high)]
+    return builder.or_(halves[0], builder.shl(halves[1], words(16)))
 
 
 def _pair_tile(*, keeps: bool) -> Any:

@@ -214,7 +214,9 @@ def _finish(typingctx, sums, totals, n_pairs, target):
                     for o in (0, ROW_BYTES)
                 )
                 place = builder.add(target, builder.mul(loop.index, I64(ROW_BYTES)))
-                store_words(builder, pack_pair(builder, low, high), plus(builder, place, 64 * v))
+                store_words(
+                    builder, pack_pair(context, builder, low, high), plus(builder, place, 64 * v)
+                )
         return context.get_dummy_value()
 
     i64 = types.int64

@@ -10,6 +10,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from server.ops.cpu.bfloat import bits_of_bf16
+
 LANES = 16
 F32, I32, I16, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(64)
 VECTOR = ir.VectorType(F32, LANES)
@@ -123,7 +125,7 @@ def _add_products_code(is_bf16: bool) -> Callable[..., Any]:
                 _load(builder, sums, first, False), _load(builder, factors, first, False)
             )
             total = builder.fadd(_widen(builder, old) if is_bf16 else old, product)
-            return _narrow(builder, total) if is_bf16 else total
+            return bits_of_bf16(context, builder, total) if is_bf16 else total
 
         whole = builder.udiv(n, I64(LANES))
         with cgutils.for_range(builder, whole) as loop:
@@ -148,21 +150,6 @@ def _widen(builder: Any, raw: Any) -> Any:
     wide = ir.VectorType(I32, LANES)
     bits = builder.shl(builder.zext(raw, wide), ir.Constant(wide, [16] * LANES))
     return builder.bitcast(bits, VECTOR)
-
-
-def _narrow(builder: Any, values: Any) -> Any:
-    """Float32 -> bits of the nearest bfloat16, ties to even; NaN stays NaN."""
-    wide = ir.VectorType(I32, LANES)
-
-    def splat_int(value: int) -> Any:
-        return ir.Constant(wide, [value] * LANES)
-
-    bits = builder.bitcast(values, wide)
-    odd = builder.and_(builder.lshr(bits, splat_int(16)), splat_int(1))
-    rounded = builder.add(bits, builder.add(odd, splat_int(0x7FFF)))
-    nan = builder.or_(bits, splat_int(0x400000))
-    chosen = builder.select(builder.fcmp_unordered("uno", values, values), nan, rounded)
-    return builder.trunc(builder.lshr(chosen, splat_int(16)), ir.VectorType(I16, LANES))
 
 
 def _first_lanes(builder: Any, count: Any) -> Any:
