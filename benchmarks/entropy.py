@@ -77,12 +77,16 @@ def report(delta: Path) -> None:
     """Print the rows of one artifact."""
     now: dict[str, float] = {}
     coded: dict[str, float] = {}
-    for tensor in read_artifact(delta).tensors:
+    artifact = read_artifact(delta)
+    for tensor in artifact.tensors:
         for part in (part for term in tensor.terms for part in parts(term)):
             symbols = Part(part.what, part.symbols.flatten(), part.bits)
             now[part.what] = now.get(part.what, 0.0) + symbols.now_bytes
             coded[part.what] = coded.get(part.what, 0.0) + symbols.coded_bytes
     total = sum(file.stat().st_size for file in delta.iterdir())
+    if artifact.config.coding is not None:  # as it would be without its coding, but for the header
+        total += sum(artifact.config.coding.raw_bytes.values())
+        total -= sum(artifact.config.bytes.values())
     for what, n_bytes in now.items():
         row(delta.name, what, n_bytes, coded[what])
     saved = sum(now.values()) - sum(coded.values())

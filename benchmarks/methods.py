@@ -20,7 +20,7 @@ from compressor.codecs import DenseRows, TensorDelta, make_encoder
 from compressor.draft import Job, group_of, make_job
 from compressor.errors import InputError
 from compressor.pairing import is_unchanged, pair_tensors
-from compressor.pipeline import Options, compress
+from compressor.pipeline import NO_CODER, Options, compress
 from compressor.source import DeltaSource
 
 # Short names of the codecs' settings; any other is written ``codec:option=value,option=value``.
@@ -119,12 +119,14 @@ class Pair:
 
     def surroundings_bytes(self, ratio: float) -> int:
         """Bytes of an artifact of this pair that hold no tensor: names, settings, tokenizer, card.
+        Nothing of the baselines is entropy coded, and neither is this.
 
         Those of a real one, `blockdiag` at 16 bits, which has the fewest parts a tensor; every
         baseline is charged as much.
         """
         if ratio not in self._surroundings:
-            artifact = self.compress(Options(codec_options={"bits": 16}, ratio=ratio))
+            options = Options(codec_options={"bits": 16}, ratio=ratio, entropy=NO_CODER)
+            artifact = self.compress(options)
             stored = sum(_payload_bytes(delta) for delta in artifact.tensors)
             self._surroundings[ratio] = artifact.n_bytes - stored
         return self._surroundings[ratio]
@@ -161,6 +163,7 @@ class CodecMethod:
     codec: str
     options: dict[str, Any]
     calibration: Path | None = None
+    entropy: str = NO_CODER
     fixed_ratio: None = None
 
     @property
@@ -175,6 +178,7 @@ class CodecMethod:
             ratio=ratio,
             seed=seed,
             calibration=self.calibration,
+            entropy=self.entropy,
         )
         artifact = pair.compress(options)
         variant.install(artifact.tensors)
@@ -229,7 +233,8 @@ def make_method(text: str, calibration: Path | None = None) -> Method:
 
     calibration  texts of the task, which only `AUTO_TASK` is shown
 
-    Values are JSON where they parse, else text. Raises InputError for what does not exist.
+    Values are JSON where they parse, else text; any codec also takes ``entropy=zstd``. Raises
+    InputError for what does not exist.
     """
     if text == AUTO_TASK:
         if calibration is None:
@@ -239,9 +244,10 @@ def make_method(text: str, calibration: Path | None = None) -> Method:
         return BaselineMethod(text, BASELINES[text])
     codec, _, rest = PRESETS.get(text, text).partition(":")
     options = dict(_option(part) for part in rest.split(",") if part)
+    entropy = options.pop("entropy", NO_CODER)
     if codec != AUTO:
         make_encoder(codec, **options)
-    return CodecMethod(codec, options)
+    return CodecMethod(codec, options, entropy=entropy)
 
 
 def _option(part: str) -> tuple[str, Any]:

@@ -2,7 +2,8 @@
 
 An artifact is a directory:
 
-    delta.safetensors    the terms' tensors, keys ``<tensor>.<term>.<part>`` and ``<tensor>.exact``
+    delta.safetensors    the terms' tensors, keys ``<tensor>.<term>.<part>`` and ``<tensor>.exact``,
+                         as they are or entropy coded (`coded_file`)
     delta_config.json    what they mean; see `DeltaConfig`
     tokenizer*, chat_template.jinja, generation_config.json, ...   where they differ from the base
     README.md            model card; the only file that is not covered by the digest
@@ -41,7 +42,13 @@ from compressor.artifact_files import (
 from compressor.codecs import DenseRows, TensorDelta, term_class
 from compressor.errors import Corrupt, NonFinite, UnsupportedVersion, WrongBase, WrongShape
 from compressor.identity import base_identity
-from compressor.tensor_file import METADATA, TensorFile, parse_tensor_file
+from compressor.tensor_file import (
+    CODED_VERSION,
+    VERSION,
+    VERSION_KEY,
+    TensorFile,
+    parse_tensor_file,
+)
 
 __all__ = [
     "Artifact",
@@ -56,7 +63,6 @@ __all__ = [
 ]
 
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
-_VERSION_KEY = "impart_format_version"
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +123,27 @@ def read_artifact(
         others = sorted(set(sums) - {CONFIG, TENSORS})
         aux = {name: bytes(read_verified(directory, name, sums)) for name in others}
         stored = parse_tensor_file(read_verified(directory, TENSORS, sums))
+    stored = _uncoded(stored, coded=config.coding is not None, n_threads=n_threads)
     return Artifact(config, _decode(config, stored, n_threads), digest, path, n_bytes, aux)
 
 
-def _decode(config: DeltaConfig, stored: TensorFile, n_threads: int) -> tuple[TensorDelta, ...]:
-    if stored.metadata.get(_VERSION_KEY) != METADATA[_VERSION_KEY]:
+def _uncoded(stored: TensorFile, *, coded: bool, n_threads: int) -> TensorFile:
+    """The tensors as they are; their file and the configuration agree on whether it is coded."""
+    version = stored.metadata.get(VERSION_KEY)
+    if version != (CODED_VERSION if coded else VERSION):
+        raise UnsupportedVersion(f"{TENSORS}: {VERSION_KEY} {version!r:.20} is unknown")
+    if not coded:
+        return stored
+    try:
+        from compressor.coded_file import decode_frames
+    except ModuleNotFoundError as error:
         raise UnsupportedVersion(
-            f"{TENSORS}: {_VERSION_KEY} {stored.metadata.get(_VERSION_KEY)!r:.20} is unknown"
-        )
+            f"{TENSORS} is entropy coded: install {error.name} to read it"
+        ) from error
+    return decode_frames(stored, n_threads)
+
+
+def _decode(config: DeltaConfig, stored: TensorFile, n_threads: int) -> tuple[TensorDelta, ...]:
     keys = _by_index(stored.tensors, len(config.tensors), TENSORS)
 
     def decode(index: int) -> TensorDelta:

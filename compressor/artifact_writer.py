@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from torch import Tensor
 
@@ -57,6 +57,9 @@ from compressor.tensor_file import (
     tensor_file_chunks,
 )
 
+if TYPE_CHECKING:
+    from compressor.entropy import CodedTensors
+
 _ENTRY_KEY = "entry"
 _SUFFIX = ".part"
 _COPY_BYTES = 8 << 20
@@ -93,6 +96,7 @@ class ArtifactWriter:
         self._overwrite = overwrite
         self._resume = resume
         self._parts: dict[str, _Part] = {}
+        self._coded: CodedTensors | None = None
         self._open = ExitStack()
 
     def __enter__(self) -> Self:
@@ -133,7 +137,7 @@ class ArtifactWriter:
             exact_row_start=None if delta.exact is None else delta.exact.row_start,
             error=error,
         )
-        tensors = _parts_of(delta)
+        tensors = parts_of(delta)
         metadata = {_ENTRY_KEY: dump_entry(entry)}
         entry = load_entry(metadata[_ENTRY_KEY].encode())  # as a reader will see it
         digest = hashlib.sha256()
@@ -152,8 +156,30 @@ class ArtifactWriter:
         file = parse_tensor_file(part.path.read_bytes(), what=f"staged {name}")
         return build_delta(part.entry, {key: file.tensor(key) for key in file.tensors})
 
+    def code(self, group_of: Callable[[str, bool], str]) -> CodedTensors:
+        """Entropy code what was added; `finish` publishes that if its `config` has a coding.
+
+        group_of  (name, whether of its exact rows) -> group in the byte table
+        """
+        from compressor.entropy import code_tensors
+
+        names = sorted(self._parts)
+
+        def key_group(key: str) -> str:
+            index, _, inner = key.partition(".")
+            return group_of(names[int(index)], inner == "exact")
+
+        final = self._final_tensors()
+        self._coded = code_tensors(final, key_group, self._reader(), self._staging / "coded")
+        return self._coded
+
+    def coded_bytes(self) -> int:
+        """Return the size ``delta.safetensors`` has after `code`."""
+        assert self._coded is not None
+        return self._coded.n_bytes
+
     def tensor_file_bytes(self) -> int:
-        """Return the size ``delta.safetensors`` would have now, header included."""
+        """Return the size ``delta.safetensors`` would have now as it is, header included."""
         final = self._final_tensors()
         return len(header_bytes(final, METADATA)) + sum(s.n_bytes for s in final.values())
 
@@ -167,7 +193,7 @@ class ArtifactWriter:
     ) -> str:
         """Write all files, put the directory into place, and return its digest.
 
-        config  its `tensors` are filled in from what was added
+        config  its `tensors` are filled in from what was added; with a coding, `code` came before
         aux     tokenizer files and the like, by name
         readme  the model card, or a function of the bytes of all other files that returns it
         """
@@ -203,7 +229,7 @@ class ArtifactWriter:
     def _files(
         self, config: DeltaConfig, aux: Mapping[str, bytes]
     ) -> Iterator[tuple[str, Iterable[bytes | memoryview]]]:
-        yield TENSORS, self._tensor_chunks()
+        yield TENSORS, self._tensor_chunks() if config.coding is None else self._coded_chunks()
         yield CONFIG, [dump_config(config)]
         for name in sorted(aux):
             yield name, [aux[name]]
@@ -218,21 +244,30 @@ class ArtifactWriter:
     def _tensor_chunks(self) -> Iterator[bytes | memoryview]:
         """Stream delta.safetensors out of the parts."""
         final = self._final_tensors()
-        by_index = [self._parts[name] for name in sorted(self._parts)]
         yield header_bytes(final, METADATA)
+        read = self._reader()
         for key in storage_order(final):
+            yield from read(key)
+
+    def _coded_chunks(self) -> Iterator[bytes]:
+        """Stream delta.safetensors out of what `code` left."""
+        assert self._coded is not None
+        yield self._coded.header
+        left = self._coded.n_bytes - len(self._coded.header)
+        yield from _read_range(self._coded.path, 0, left, "entropy coded tensors")
+
+    def _reader(self) -> Callable[[str], Iterator[bytes]]:
+        """A function that streams one tensor of delta.safetensors out of its part."""
+        by_index = [self._parts[name] for name in sorted(self._parts)]
+
+        def read(key: str) -> Iterator[bytes]:
             index, _, inner = key.partition(".")
             part = by_index[int(index)]
             stored = part.tensors[inner]
-            with part.path.open("rb") as stream:
-                stream.seek(part.data_start + stored.start)
-                left = stored.n_bytes
-                while left:
-                    chunk = stream.read(min(left, _COPY_BYTES))
-                    if not chunk:
-                        raise OutputError(f"staged part of {part.entry.name} was cut short")
-                    left -= len(chunk)
-                    yield chunk
+            start = part.data_start + stored.start
+            return _read_range(part.path, start, stored.n_bytes, f"part of {part.entry.name}")
+
+        return read
 
     # --- opening --------------------------------------------------------------------------------
 
@@ -264,7 +299,8 @@ class ArtifactWriter:
                 self._parts[part.entry.name] = part
 
 
-def _parts_of(delta: TensorDelta) -> dict[str, Tensor]:
+def parts_of(delta: TensorDelta) -> dict[str, Tensor]:
+    """Return what is stored of one tensor: ``<term>.<part>`` and ``exact``."""
     tensors = {
         f"{index}.{name}": part
         for index, term in enumerate(delta.terms)
@@ -299,6 +335,17 @@ def _read_part(path: Path) -> _Part | None:
     except ImpartError:
         return None
     return _Part(entry, path, file.tensors, len(raw) - len(file.data))
+
+
+def _read_range(path: Path, start: int, n_bytes: int, what: str) -> Iterator[bytes]:
+    with path.open("rb") as stream:
+        stream.seek(start)
+        while n_bytes:
+            chunk = stream.read(min(n_bytes, _COPY_BYTES))
+            if not chunk:
+                raise OutputError(f"staged {what} was cut short")
+            n_bytes -= len(chunk)
+            yield chunk
 
 
 def _hashed(

@@ -30,7 +30,8 @@ from compressor.checkpoint import Checkpoint
 from compressor.codecs import Codec, TensorDelta
 from compressor.codecs.blockdiag_encoder import BlockDiagCodec
 from compressor.codecs.lowrank_encoder import LowRankCodec
-from compressor.draft import Job, plan_jobs
+from compressor.coding_plan import Plan, less_gained, plan_coded
+from compressor.draft import NOT_CODED, CodingGain, Job
 from compressor.errors import BudgetError, InputError
 from compressor.evaluate import Progress
 from compressor.plan import Allotter
@@ -108,6 +109,7 @@ class Choice:
     config: DeltaConfig
     notes: tuple[str, ...]
     deltas: dict[str, TensorDelta] = field(default_factory=dict)
+    gain: CodingGain = NOT_CODED
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,17 +248,35 @@ class _Search:
     def _try(self, candidate: _Candidate, ratio: float) -> _Trial:
         inputs, codec = self._inputs, candidate.codec
         config = self.config(codec, ratio, self._bench.fidelity(_room(self._bench)))
-        jobs = plan_jobs(inputs.jobs, codec, config, inputs.companions, candidate.allot)
-        sizes = [math.prod(job.pair.shape) for job in jobs]
-        deltas = {}
-        stage = f"try {len(self._trials) + 1}"
-        for index, job in enumerate(jobs):
-            self._progress(stage, sum(sizes[:index]), sum(sizes))
-            deltas[job.pair.name] = inputs.encode(job, codec)
+        plan = plan_coded(
+            inputs.jobs,
+            codec,
+            config,
+            inputs.companions,
+            lambda job: inputs.encode(job, codec),
+            candidate.allot,
+        )
+        jobs, deltas = self._encode(plan, codec, candidate.allot)
         trial = _Trial(candidate, ratio, jobs, deltas, self._bench.measure(list(deltas.values())))
-        self._progress(stage, sum(sizes), sum(sizes))
         self._trials.append(trial)
         return trial
+
+    def _encode(
+        self, plan: Plan, codec: Codec, allot: Allotter | None
+    ) -> tuple[list[Job], dict[str, TensorDelta]]:
+        """Encode a plan, and a smaller one if entropy coding gains less than was expected."""
+        inputs, stage = self._inputs, f"try {len(self._trials) + 1}"
+        while True:
+            sizes = [math.prod(job.pair.shape) for job in plan.jobs]
+            deltas = {}
+            for index, job in enumerate(plan.jobs):
+                self._progress(stage, sum(sizes[:index]), sum(sizes))
+                deltas[job.pair.name] = inputs.encode(job, codec)
+            self._progress(stage, sum(sizes), sum(sizes))
+            smaller = less_gained(plan, codec, inputs.companions, deltas, allot)
+            if smaller is None:
+                return plan.jobs, deltas
+            plan = smaller
 
     def tune(self, best: _Trial) -> Kept:
         """Return the trial's deltas, tuned if that is wanted, possible and better."""
@@ -337,8 +357,14 @@ def _unmeasured(inputs: Inputs, goal: Goal, reason: str) -> Choice:
     ratio = rounded(goal.starting_ratio(inputs.tuned.n_bytes))
     options = UNMEASURED.options() | {"auto": {"basis": basis}}
     config = inputs.configure(UNMEASURED, options, ratio)
-    jobs = plan_jobs(inputs.jobs, UNMEASURED, config, inputs.companions)
-    return Choice(UNMEASURED, jobs, config, (f"auto took {basis}",))
+    plan = plan_coded(
+        inputs.jobs,
+        UNMEASURED,
+        config,
+        inputs.companions,
+        lambda job: inputs.encode(job, UNMEASURED),
+    )
+    return Choice(UNMEASURED, plan.jobs, plan.config, (f"auto took {basis}",), gain=plan.gain)
 
 
 def _room(bench: Bench) -> Measured:

@@ -131,6 +131,9 @@ def compress(
             help="auto with --calibration: tune norms and biases on texts it does not measure on.",
         ),
     ] = True,
+    entropy: Annotated[
+        str, typer.Option(help="Entropy coding on disk: zstd (more quality a byte) or none.")
+    ] = "none",
     device: Annotated[str, typer.Option(help="Where to encode: cpu or cuda.")] = "cpu",
     base_revision: BaseRevision = None,
     revision: Annotated[
@@ -173,6 +176,7 @@ def compress(
         max_bytes=max_bytes,
         max_kl=max_kl,
         device=device,
+        entropy=entropy,
         seed=seed,
         overwrite=overwrite,
         resume=resume,

@@ -15,7 +15,20 @@ from compressor.pairing import TensorPair, check_encodable
 from compressor.plan import Allotter, check_ratio, share_out
 from compressor.sizing import Forms, surroundings_bytes
 
+ADDED_ROWS = "added rows"
 _ROUNDS = 4  # metadata depends on the settings a little, so size and plan are iterated
+
+
+@dataclass(frozen=True, slots=True)
+class CodingGain:
+    """Bytes after entropy coding over bytes before: of terms, of exact rows, of the header."""
+
+    terms: float = 1.0
+    exact: float = 1.0
+    header: float = 1.0
+
+
+NOT_CODED = CodingGain()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +50,10 @@ class Job:
     def matrix_shape(self) -> Shape:
         m, n = self.pair.base_shape
         return m, n
+
+    def byte_group(self, *, is_exact: bool) -> str:
+        """The line of the byte table that its terms, or its exact rows, are counted in."""
+        return ADDED_ROWS if is_exact and self.exact_start else group_of(self.pair)
 
     def entry(self) -> TensorEntry:
         """The record of the tensor, as far as it is known before encoding."""
@@ -69,10 +86,12 @@ def plan_jobs(
     config: DeltaConfig,
     companions: Mapping[str, bytes],
     allot: Allotter | None = None,
+    gain: CodingGain = NOT_CODED,
 ) -> list[Job]:
     """Choose every matrix's settings so that the whole artifact meets the ratio in `config`.
 
     allot  shares the bytes out; by default in proportion to elements
+    gain   what entropy coding is expected to leave of them
     Raises BudgetError, saying what can be had, if it cannot be met within the tolerance.
     """
     ratio = config.ratio_requested or 1.0
@@ -82,17 +101,22 @@ def plan_jobs(
     sites = [tuple(jobs[index].matrix_shape for index in group) for group in groups]
     forms = Forms(codec)
     planned = list(jobs)
-    fixed, payload = _fixed_bytes(planned, forms, config, companions, 0), 0
+    fixed, payload = _fixed_bytes(planned, forms, config, companions, 0, gain), 0
     for _ in range(_ROUNDS):
-        budget = target - fixed
+        budget = (target - fixed) / gain.terms
         allotments = allot(names, sites, budget) if allot else share_out(codec, sites, budget)
         for group, allotment in zip(groups, allotments, strict=True):
             for index, params in zip(group, allotment.settings, strict=True):
                 planned[index] = replace(planned[index], params=params)
         payload = sum(allotment.n_bytes for allotment in allotments)
-        fixed = _fixed_bytes(planned, forms, config, companions, payload)
-    reason = _reason(codec, fixed, payload, target)
-    check_ratio(ratio, config.finetuned_bytes / (fixed + payload), reason)
+        fixed = _fixed_bytes(planned, forms, config, companions, payload, gain)
+    coded = round(gain.terms * payload)
+    possible = config.finetuned_bytes / (fixed + coded)
+    # Where the codec cannot spend what coding sets free, the artifact is smaller than asked for.
+    if possible > ratio:
+        fixed_before = _fixed_bytes(planned, forms, config, companions, payload, NOT_CODED)
+        possible = max(ratio, config.finetuned_bytes / (fixed_before + payload))
+    check_ratio(ratio, possible, _reason(codec, fixed, coded, target))
     return planned
 
 
@@ -119,6 +143,7 @@ def _fixed_bytes(
     config: DeltaConfig,
     companions: Mapping[str, bytes],
     payload: int,
+    gain: CodingGain,
 ) -> int:
     entries = [
         forms.entry(job.entry(), job.params or {}) if job.is_encoded else job.entry()
@@ -126,7 +151,8 @@ def _fixed_bytes(
     ]
     exact = sum(job.exact_bytes for job in jobs)
     header = forms.header_bytes(entries, payload + exact)
-    return exact + header + surroundings_bytes(config.with_tensors(tuple(entries)), companions)
+    coded = round(gain.exact * exact + gain.header * header)
+    return coded + surroundings_bytes(config.with_tensors(tuple(entries)), companions)
 
 
 def _reason(codec: Codec, fixed: int, payload: int, target: float) -> str:

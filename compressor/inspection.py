@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class Inspection:
                 "tied": [list(pair) for pair in config.base.tied],
             },
             "groups": self.groups(),
+            "coding": None if config.coding is None else asdict(config.coding),
             "files": self.files,
             "n_tensors": len(config.tensors),
             "n_unchanged": len(config.unchanged),
@@ -136,12 +137,7 @@ def print_inspection(
     for name, value in rows:
         about.add_row(Text(name, style="bold"), _text(value))
     console.print(about)
-    table = Table("group", "bytes", "share")
-    table.columns[1].justify = table.columns[2].justify = "right"
-    for group, n_bytes in inspection.groups().items():
-        table.add_row(_text(group), f"{n_bytes:,}", f"{n_bytes / inspection.n_bytes:.1%}")
-    table.add_row("total", f"{inspection.n_bytes:,}", "100.0%")
-    console.print(table)
+    console.print(_byte_table(inspection))
     if with_tensors:
         console.print(_tensor_table(config.tensors))
 
@@ -151,6 +147,21 @@ def describe_stored(artifact: Artifact) -> str:
     n_terms = sum(len(delta.terms) for delta in artifact.tensors)
     n_exact = sum(_n_exact(delta) for delta in artifact.tensors)
     return f"{len(artifact.tensors)} tensors, {n_terms} terms, {n_exact} exact rows and values"
+
+
+def _byte_table(inspection: Inspection) -> Table:
+    """Bytes on disk by group; beside them, where they are entropy coded, the bytes before."""
+    coding, n_all = inspection.config.coding, inspection.n_bytes
+    raw = {} if coding is None else coding.raw_bytes
+    table = Table("group", "bytes", "share", *(["before coding"] if raw else []))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for group, n_bytes in inspection.groups().items():
+        before = f"{raw[group]:,}" if group in raw else ""
+        row = _text(group), f"{n_bytes:,}", f"{n_bytes / n_all:.1%}", before
+        table.add_row(*row[: len(table.columns)])
+    table.add_row("total", f"{n_all:,}", "100.0%")
+    return table
 
 
 def _n_exact(delta: TensorDelta) -> int:

@@ -12,13 +12,14 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from compressor import __version__
-from compressor.artifact_config import BaseInfo, DeltaConfig
+from compressor.artifact_config import CODER, BaseInfo, Coding, DeltaConfig
 from compressor.artifact_writer import ArtifactWriter
 from compressor.auto import Choice, Goal, Inputs, choose
 from compressor.calibration import LazyMoments
@@ -27,14 +28,14 @@ from compressor.checkpoint import DTYPE_NAMES, Checkpoint
 from compressor.codecs import Codec, DenseRows, MatrixSource, TensorDelta, Term, make_encoder
 from compressor.codecs.encoder import wants_inputs
 from compressor.codecs.sources import WithInputs
+from compressor.coding_plan import Plan, plan_coded, replanned
 from compressor.companions import changed_companions, dropped_companions
-from compressor.draft import Job, group_of, make_job, plan_jobs
-from compressor.errors import BudgetError, CheckpointError, InputError
+from compressor.draft import ADDED_ROWS, Job, group_of, make_job
+from compressor.errors import CheckpointError, InputError
 from compressor.fidelity import Fidelity, measure
+from compressor.final_size import check_size, total_bytes, with_byte_table
 from compressor.identity import base_identity
 from compressor.pairing import CHUNK_ELEMENTS, Pairing, is_unchanged, pair_tensors
-from compressor.plan import check_ratio
-from compressor.sizing import surroundings_bytes
 from compressor.source import DeltaSource
 from compressor.texts import load_texts, texts_digest
 
@@ -43,7 +44,8 @@ Progress = Callable[[str, int, int], None]
 
 AUTO = "auto"
 DEFAULT_RATIO = 32.0
-ADDED_ROWS = "added rows"
+NO_CODER = "none"
+_PASSES = 5  # of encoding at most, where coding did not leave what was expected
 _ON_GPU = (AUTO, "blockdiag", "lowrank")
 _ROOM = 10_000_000  # a number of usual length, where one is not known yet
 
@@ -62,6 +64,7 @@ class Options:
                    want their layers' inputs (GPTQ) take them, or else the built-in texts
     device         where to encode: "cpu" or "cuda"
     tune           auto, shown texts: tune norms and biases on those it does not measure on
+    entropy        coder of the tensors on disk: "zstd" or "none"
     """
 
     codec: str = "blockdiag"
@@ -76,8 +79,13 @@ class Options:
     calibration: Path | None = None
     device: str = "cpu"
     tune: bool = True
+    entropy: str = NO_CODER
 
     def __post_init__(self) -> None:
+        if self.entropy not in (CODER, NO_CODER):
+            raise InputError(f"the entropy coder must be {CODER} or {NO_CODER}")
+        if self.entropy == CODER and find_spec("zstandard") is None:
+            raise InputError(f"entropy coding by {CODER} needs the package zstandard: install it")
         if self.ratio is not None and not (math.isfinite(self.ratio) and self.ratio >= 1):
             raise InputError(f"the ratio must be 1 or more, got {self.ratio:g}")
         if self.codec != AUTO and (self.max_bytes is not None or self.max_kl is not None):
@@ -145,22 +153,29 @@ def compress(
             base_files, tuned_files, pairing, options, jobs, unchanged, companions, texts, inputs
         )
         chosen = _choose(run, codec, progress)
-        config, planned = chosen.config, chosen.jobs
-        key = _run_key(config, planned, tuned_files)
-        with ArtifactWriter(
-            out, run_key=key, overwrite=options.overwrite, resume=options.resume
-        ) as writer:
-            _encode_all(run, chosen, writer, progress)
-            config = replace(config, bytes=_byte_table(planned, writer))
-            if is_measured:
-                progress("measure", 0, 1)
-                deltas = (writer.read_staged(job.pair.name) for job in planned)
-                found = measure(base_files, tuned_files.path, deltas, texts)
-                config = replace(config, fidelity=found.to_json())
-                progress("measure", 1, 1)
-            _check_size(config, options.goal.max_bytes, writer, companions)
-            digest = writer.finish(config, companions, lambda n: model_card(config, n).encode())
-    return summarise(Path(out), digest, config, len(planned), chosen.notes)
+        for passes_left in reversed(range(_PASSES)):
+            key = _run_key(chosen.config, chosen.jobs, tuned_files)
+            with ArtifactWriter(
+                out, run_key=key, overwrite=options.overwrite, resume=options.resume
+            ) as writer:
+                _encode_all(run, chosen, writer, progress)
+                config = with_byte_table(chosen.jobs, chosen.config, writer)
+                n_bytes = total_bytes(config, writer, companions)
+                again = _replan(run, chosen, config, n_bytes) if passes_left else None
+                if again is not None:
+                    chosen = again
+                    continue
+                if is_measured:
+                    progress("measure", 0, 1)
+                    deltas = (writer.read_staged(job.pair.name) for job in chosen.jobs)
+                    found = measure(base_files, tuned_files.path, deltas, texts)
+                    config = replace(config, fidelity=found.to_json())
+                    progress("measure", 1, 1)
+                n_bytes = total_bytes(config, writer, companions)
+                check_size(config, options.goal.max_bytes, n_bytes)
+                digest = writer.finish(config, companions, partial(_card, config))
+                break
+    return summarise(Path(out), digest, config, len(chosen.jobs), chosen.notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +221,9 @@ def _choose(run: _Run, codec: Codec | None, progress: Progress) -> Choice:
     if options.calibration:
         room = Fidelity(0.12345, 0.12345, _ROOM, 100).to_json()
         config = replace(config, fidelity=room)
-    return Choice(codec, plan_jobs(run.jobs, codec, config, run.companions), config, ())
+    encode = partial(_encode_afresh, run, codec=codec)
+    plan = plan_coded(run.jobs, codec, config, run.companions, encode)
+    return Choice(codec, plan.jobs, plan.config, (), gain=plan.gain)
 
 
 def summarise(
@@ -269,6 +286,7 @@ def _describe(run: _Run, codec: Codec, options: dict[str, Any], ratio: float) ->
     """The artifact's configuration before anything is encoded, with room for what comes later."""
     base, tuned, pairing = run.base, run.tuned, run.pairing
     groups = {ADDED_ROWS if job.exact_start else group_of(job.pair) for job in run.jobs}
+    table = dict.fromkeys(groups, _ROOM)
     details: dict[str, Any] = {"dtype": checkpoint_dtype(tuned)}
     if tuned.revision is not None:
         details["revision"] = tuned.revision
@@ -290,8 +308,11 @@ def _describe(run: _Run, codec: Codec, options: dict[str, Any], ratio: float) ->
         base=base_info(base, pairing.tied, run.options.base_name),
         seed=run.options.seed,
         unchanged=tuple(run.unchanged),
-        bytes=dict.fromkeys(groups, _ROOM),
+        bytes=table,
         finetuned_details=details,
+        coding=Coding(CODER, dict.fromkeys(groups, _ROOM))
+        if run.options.entropy == CODER
+        else None,
     )
 
 
@@ -344,33 +365,15 @@ def _encode(run: _Run, job: Job, codec: Codec, source: MatrixSource | None) -> T
     return TensorDelta(pair.name, pair.shape, pair.base_shape, pair.transposed, terms, exact)
 
 
-def _byte_table(jobs: list[Job], writer: ArtifactWriter) -> dict[str, int]:
-    table: dict[str, int] = {}
-    for job in jobs:
-        total = writer.staged_bytes(job.pair.name)
-        added = job.exact_bytes if job.exact_start else 0
-        for group, n_bytes in ((group_of(job.pair), total - added), (ADDED_ROWS, added)):
-            if n_bytes:
-                table[group] = table.get(group, 0) + n_bytes
-    return dict(sorted(table.items()))
-
-
-def _check_size(
-    config: DeltaConfig,
-    max_bytes: int | None,
-    writer: ArtifactWriter,
-    companions: dict[str, bytes],
-) -> None:
-    """Refuse to publish what missed the ratio after all: planning rests on small estimates."""
-    complete = config.with_tensors(tuple(writer.staged().values()))
-    total = writer.tensor_file_bytes() + surroundings_bytes(complete, companions)
-    if max_bytes is not None and total > max_bytes:
-        raise BudgetError(
-            f"the artifact came out {total:,} bytes large; for at most {max_bytes:,} ask for a "
-            f"ratio of {1.02 * config.finetuned_bytes / max_bytes:.3g}"
-        )
-    reason = "the metadata came out larger than planned"
-    check_ratio(config.ratio_requested or 1.0, config.finetuned_bytes / total, reason)
+def _replan(run: _Run, chosen: Choice, written: DeltaConfig, n_bytes: int) -> Choice | None:
+    """A better plan where this one missed the size; what `auto` measured stays as it is."""
+    if chosen.deltas:
+        return None
+    plan = Plan(chosen.jobs, chosen.config, chosen.gain)
+    again = replanned(plan, chosen.codec, run.companions, written, n_bytes)
+    if again is None:
+        return None
+    return replace(chosen, jobs=again.jobs, config=again.config, gain=again.gain)
 
 
 def _run_key(config: DeltaConfig, jobs: list[Job], tuned: Checkpoint) -> str:
@@ -383,6 +386,10 @@ def _run_key(config: DeltaConfig, jobs: list[Job], tuned: Checkpoint) -> str:
         "files": [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
     }
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _card(config: DeltaConfig, n_bytes: int) -> bytes:
+    return model_card(config, n_bytes).encode()
 
 
 def _square_sum(x: torch.Tensor) -> float:

@@ -20,7 +20,10 @@ from torch import Tensor
 from compressor.errors import Corrupt, TooLarge, UnsupportedVersion, WrongShape
 
 MAX_HEADER_BYTES = 8 << 20
-METADATA = {"format": "pt", "impart_format_version": "1"}
+VERSION_KEY = "impart_format_version"
+VERSION, CODED_VERSION = "1", "2"
+METADATA = {"format": "pt", VERSION_KEY: VERSION}
+CODED_METADATA = {"format": "pt", VERSION_KEY: CODED_VERSION}
 
 _DTYPES = {
     "F64": torch.float64,
@@ -78,11 +81,15 @@ def parse_tensor_file(buffer: bytes | bytearray, what: str = "delta.safetensors"
         raise TooLarge(f"{what}: header of {length} bytes, the limit is {MAX_HEADER_BYTES}")
     if 8 + length > len(view):
         raise Corrupt(f"{what}: cut short inside its header")
-    header = _load_header(bytes(view[8 : 8 + length]), what)
+    return parse_header(bytes(view[8 : 8 + length]), view[8 + length :], what)
+
+
+def parse_header(text: bytes, data: memoryview, what: str) -> TensorFile:
+    """Parse a header's JSON and check that it describes exactly `data`; see `parse_tensor_file`."""
+    header = _load_header(text, what)
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise Corrupt(f"{what}: metadata must map text to text")
-    data = view[8 + length :]
     tensors = {key: _parse_stored(key, entry, what) for key, entry in header.items()}
     _check_layout(tensors, len(data), what)
     return TensorFile(metadata, tensors, data)
@@ -90,10 +97,16 @@ def parse_tensor_file(buffer: bytes | bytearray, what: str = "delta.safetensors"
 
 def header_bytes(tensors: Mapping[str, Tensor | Stored], metadata: Mapping[str, str]) -> bytes:
     """Return length and header of a file that holds `tensors` in `storage_order`."""
+    text = header_text({key: tensors[key] for key in storage_order(tensors)}, metadata)
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def header_text(tensors: Mapping[str, Tensor | Stored], metadata: Mapping[str, str]) -> bytes:
+    """Return the JSON that describes `tensors` one after another in the order given."""
     record: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
-    for key in storage_order(tensors):
-        tensor = tensors[key]
+    for key, tensor in tensors.items():
         size = tensor.n_bytes if isinstance(tensor, Stored) else tensor.nbytes
         record[key] = {
             "dtype": _NAMES[tensor.dtype],
@@ -101,9 +114,7 @@ def header_bytes(tensors: Mapping[str, Tensor | Stored], metadata: Mapping[str, 
             "data_offsets": [offset, offset + size],
         }
         offset += size
-    text = json.dumps(record, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    return json.dumps(record, separators=(",", ":")).encode()
 
 
 def storage_order(tensors: Mapping[str, Tensor | Stored]) -> list[str]:

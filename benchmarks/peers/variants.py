@@ -33,7 +33,7 @@ from compressor.artifact import Artifact, read_artifact
 from compressor.artifact_writer import ArtifactWriter
 from compressor.codecs import Term
 from compressor.codecs.blockdiag import BlockDiagTerm
-from compressor.pipeline import Options, compress
+from compressor.pipeline import NO_CODER, Options, compress
 
 RATIO = 64.0
 RANK = 32
@@ -44,12 +44,14 @@ def make_deltas(
     base: Path, finetuned: Sequence[Path], out: Path, count: int, ratio: float = RATIO
 ) -> None:
     """Write `count` artifacts of distinct contents to `out`."""
+    # Codes in any order are no longer what a coder expects; without one all sizes are equal.
+    options = Options(codec="blockdiag", ratio=ratio, entropy=NO_CODER)
     real: list[Artifact] = []
     for index, name in enumerate(variant_names(count)):
         path = out / name
         if index < len(finetuned):
             if not path.exists():
-                compress(base, finetuned[index], path, Options(codec="blockdiag", ratio=ratio))
+                compress(base, finetuned[index], path, options)
             real.append(read_artifact(path))
         elif not path.exists():
             _write_shuffled(real[index % len(real)], path, seed=index)

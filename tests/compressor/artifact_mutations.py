@@ -213,6 +213,45 @@ def mutate_header(files: Files, random: Random) -> Files:
     return sealed(files | {TENSORS: struct.pack("<Q", len(header)) + header + data})
 
 
+def mutate_frames(files: Files, random: Random) -> Files:
+    """Of an entropy coded artifact: what a frame holds, or a whole frame; header made right."""
+    import zstandard
+
+    frames = read_frames(files[TENSORS])
+    name = random.choice(list(frames))
+    kind = random.randint(0, 3)
+    if kind == 0:
+        frames[name] = mutate_bytes(frames[name], random)
+    elif kind == 1:
+        frames[name] = frames[random.choice(list(frames))]
+    else:
+        raw = zstandard.ZstdDecompressor().decompress(frames[name])
+        is_tree = name == "index" and kind == 2
+        tree = dump(mutate_json(json.loads(raw), random)) if is_tree else b""
+        frames[name] = zstandard.ZstdCompressor().compress(tree or mutate_bytes(raw, random))
+    return sealed(files | {TENSORS: write_frames(frames)})
+
+
+def read_frames(raw: bytes) -> dict[str, bytes]:
+    """The frames of an entropy coded tensor file by name."""
+    (length,) = struct.unpack("<Q", raw[:8])
+    header, data = json.loads(raw[8 : 8 + length]), raw[8 + length :]
+    del header["__metadata__"]
+    return {key: data[slice(*entry["data_offsets"])] for key, entry in header.items()}
+
+
+def write_frames(frames: dict[str, bytes]) -> bytes:
+    """Inverse of `read_frames`."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "impart_format_version": "2"}}
+    start = 0
+    for key, frame in frames.items():
+        offsets = [start, start + len(frame)]
+        header[key] = {"dtype": "U8", "shape": [len(frame)], "data_offsets": offsets}
+        start += len(frame)
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + b"".join(frames.values())
+
+
 def mutate_both(files: Files, random: Random) -> Files:
     """Configuration and header together."""
     return mutate_header(mutate_config(files, random), random)
@@ -221,3 +260,4 @@ def mutate_both(files: Files, random: Random) -> Files:
 MUTATIONS: tuple[Callable[[Files, Random], Files], ...] = (
     *(mutate_any_bytes, mutate_config, mutate_header, mutate_both),
 )
+CODED_MUTATIONS = (*MUTATIONS, mutate_frames, mutate_frames)  # most of it is frames

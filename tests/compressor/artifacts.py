@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compressor.artifact import BaseInfo, DeltaConfig
+from compressor.artifact_config import Coding
 from compressor.artifact_writer import ArtifactWriter
 from compressor.codecs import DenseRows, TensorDelta, make_encoder
 from tests.compressor.codec_oracles import encode, random_matrix
@@ -65,11 +69,18 @@ IMPART_QT = {"payload": 300, "beta": 0.0, "C": 1.0, "block_rows": 8, "gptq": Fal
 IMPART = {"kept": 3, "beta": 0.0, "C": 1.0, "block_rows": 4}
 
 
-def write_artifact(path: Path, order: Callable[[list], list] = list, **options: Any) -> str:
+def write_artifact(
+    path: Path, order: Callable[[list], list] = list, *, coded: bool = False, **options: Any
+) -> str:
+    config = CONFIG
     with ArtifactWriter(path, run_key="key", **options) as writer:
         for delta in order(deltas()):
             writer.add(delta, 0.5)
-        return writer.finish(CONFIG, AUX, lambda size: f"# card, {size} bytes\n".encode())
+        if coded:
+            found = writer.code(lambda name, is_exact: "exact rows" if is_exact else name[0])
+            coding = Coding("zstd", found.raw_bytes)
+            config = replace(CONFIG, bytes=found.coded_bytes, coding=coding)
+        return writer.finish(config, AUX, lambda size: f"# card, {size} bytes\n".encode())
 
 
 def seal(path: Path) -> None:
@@ -128,3 +139,15 @@ def same_delta(one: TensorDelta, two: TensorDelta) -> None:
         assert one.exact.row_start == two.exact.row_start
         assert one.exact.values.dtype == two.exact.values.dtype
         assert torch.equal(one.exact.values, two.exact.values)
+
+
+@contextmanager
+def limited_memory(room_bytes: int) -> Iterator[None]:
+    """Whoever asks for more than `room_bytes` of new address space gets a MemoryError."""
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + room_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -3,9 +3,9 @@
     pip install atheris
     python -m tests.compressor.fuzz_artifact CORPUS [libFuzzer options, e.g. -max_total_time=600]
 
-The input is one file of an artifact after a byte that says which; the others are a good artifact's,
-and the checksums are made right. Anything but an error of ours is a finding. CORPUS is a directory;
-an empty one is filled with the good files first.
+The input is one file of an artifact, as it is or entropy coded, after a byte that says which; the
+others are a good artifact's, and the checksums are made right. Anything but an error of ours is a
+finding. CORPUS is a directory; an empty one is filled with the good files first.
 """
 
 from __future__ import annotations
@@ -29,18 +29,20 @@ NAMES = (CONFIG, TENSORS)
 
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        path = Path(folder) / "delta"
-        write_artifact(path)
-        good = read_files(path)
+        path, whole = Path(folder) / "delta", []
+        for coded in (False, True):
+            write_artifact(path, coded=coded, overwrite=True)
+            whole.append(read_files(path))
         corpus = Path(sys.argv[1])
         corpus.mkdir(parents=True, exist_ok=True)
-        for number, name in enumerate(NAMES):
-            (corpus / name).write_bytes(bytes([number]) + good[name])
+        inputs = [(good, name) for good in whole for name in NAMES]
+        for number, (good, name) in enumerate(inputs):
+            (corpus / f"{number}-{name}").write_bytes(bytes([number]) + good[name])
 
         def one(data: bytes) -> None:
             if not data:
                 return
-            name = NAMES[data[0] % len(NAMES)]
+            good, name = inputs[data[0] % len(inputs)]
             write_files(path, sealed(good | {name: data[1:]}))
             with suppress(ArtifactError):
                 read_artifact(path)

@@ -37,7 +37,7 @@ def test_other_base_raises_wrong_base_before_the_tensors_are_read(artifact: Path
         read_artifact(artifact, base_identity="cd" * 32)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None, True, 10**30])
+@pytest.mark.parametrize("version", [0, 3, "1", None, True, 10**30])
 def test_unknown_format_version_raises_unsupported_version(artifact: Path, version) -> None:
     edit_config(artifact, lambda record: record.update(format_version=version))
     for read in (read_artifact, read_config):

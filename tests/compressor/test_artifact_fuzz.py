@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import json
-import resource
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,8 +24,15 @@ from compressor.cli import app
 from compressor.codecs import TensorDelta, make_encoder
 from compressor.errors import ArtifactError, Corrupt, WrongShape
 from compressor.printable import printable
-from tests.compressor.artifact_mutations import MUTATIONS, Files, read_files, sealed, write_files
-from tests.compressor.artifacts import CONFIG, edit_config, edit_entry, seal
+from tests.compressor.artifact_mutations import (
+    CODED_MUTATIONS,
+    MUTATIONS,
+    Files,
+    read_files,
+    sealed,
+    write_files,
+)
+from tests.compressor.artifacts import CONFIG, edit_config, edit_entry, limited_memory, seal
 from tests.compressor.codec_oracles import encode, random_matrix
 
 STATUS = Path("/proc/self/status")
@@ -41,18 +46,6 @@ HOSTILE = ("\x1b[2J\x1b[31m", "[/bold][red]", "a\nb\r", "\u202egpj.exe", "[link=
 quick = settings(
     max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-
-
-@contextmanager
-def limited_memory(room_bytes: int) -> Iterator[None]:
-    """Whoever asks for more than `room_bytes` of new address space gets a MemoryError."""
-    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (now + room_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def check_readers(path: Path) -> None:
@@ -109,6 +102,20 @@ def test_mutated_artifact_reads_or_raises_artifact_error(
     pristine: Path, tmp_path: Path, mutate: Callable[[Files, Random], Files], random: Random
 ) -> None:
     run(read_files(pristine), mutate, random, tmp_path / "d")
+
+
+@settings(quick, max_examples=150)
+@given(
+    mutate=st.sampled_from(CODED_MUTATIONS),
+    random=st.randoms(use_true_random=False),
+)
+def test_mutated_coded_artifact_reads_or_raises_artifact_error(
+    pristine_coded: Path,
+    tmp_path: Path,
+    mutate: Callable[[Files, Random], Files],
+    random: Random,
+) -> None:
+    run(read_files(pristine_coded), mutate, random, tmp_path / "d")
 
 
 @settings(quick, max_examples=40)

@@ -76,7 +76,14 @@ def test_inspect_json_adds_up(delta: Path, tiny_llama_ft: Path) -> None:
 def test_inspect_table_names_every_group_and_tensor(delta: Path) -> None:
     code, stdout, _ = impart("inspect", delta, "--tensors")
     assert code == 0
-    for text in ("base identity", "10.1", "attention", "100.0%", "blockdiag bits 4", "n_blocks"):
+    for text in (
+        "base identity",
+        "10.1",
+        "attention",
+        "100.0%",
+        "blockdiag bits 4",
+        "n_blocks",
+    ):
         assert text in stdout
     for entry in read_artifact(delta).config.tensors:
         assert entry.name in stdout

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor.artifact import read_artifact
+from compressor.artifact import TensorEntry, read_artifact
+from compressor.artifact_writer import ArtifactWriter
 from compressor.checkpoint import Checkpoint
-from compressor.codecs import make_encoder
+from compressor.codecs import TensorDelta, make_encoder
 from compressor.codecs.sources import TensorSource
 from compressor.errors import BudgetError, CheckpointError, InputError, OutputError
 from compressor.pipeline import Options, compress, relative_error
@@ -92,23 +93,21 @@ def test_compress_interrupted_run_resumes_to_identical_bytes(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = compress(*pair, tmp_path / "whole", Options(ratio=8))
-    import compressor.pipeline as pipeline
+    add, calls = ArtifactWriter.add, []
 
-    encode, calls = pipeline._encode, []
-
-    def failing(run, job, *rest):  # type: ignore[no-untyped-def]
-        calls.append(job.pair.name)
+    def failing(writer: ArtifactWriter, delta: TensorDelta, error: float | None) -> TensorEntry:
+        calls.append(delta.name)
         if len(calls) == 7:
             raise KeyboardInterrupt
-        return encode(run, job, *rest)
+        return add(writer, delta, error)
 
-    monkeypatch.setattr(pipeline, "_encode", failing)
+    monkeypatch.setattr(ArtifactWriter, "add", failing)
     with pytest.raises(KeyboardInterrupt):
         compress(*pair, tmp_path / "out", Options(ratio=8))
     assert not (tmp_path / "out").exists()
     resumed = compress(*pair, tmp_path / "out", Options(ratio=8))
     assert resumed.digest == whole.digest
-    assert len(calls) - 1 == resumed.n_tensors  # none was encoded twice
+    assert len(calls) - 1 == resumed.n_tensors  # none was stored twice
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
 
 
