@@ -24,6 +24,7 @@ import torch
 from compressor.artifact import Artifact
 from compressor.codecs.term import TensorDelta
 from compressor.errors import ArtifactError, UnsupportedTensor
+from server.deltas.heap import trim_heap
 from server.deltas.parameter import DeltaParameter, Mode, StagedParameter
 from server.deltas.registry import safe_reason
 from server.deltas.slots import Slot, SlotTable
@@ -127,6 +128,7 @@ class DeltaLoader:
         self._loading: set[str] = set()
         self._waiting_for_room: list[Staged] = []
         self._storing = False
+        self._untidy = False  # loads have ended since the heap was trimmed
         self.errors: dict[str, str] = {}  # by key, until it loads after all; safe to show
 
     def is_loading(self, key: str) -> bool:
@@ -159,7 +161,7 @@ class DeltaLoader:
                 for parameter in staged.parameters:
                     parameter.parameter.show(slot.index, parameter)
                 slot.ready = True
-                self._storing = False
+                self._storing, self._untidy = False, True
                 self._loading.discard(staged.job.key)
                 self.errors.pop(staged.job.key, None)
                 seconds = time.monotonic() - staged.started
@@ -179,6 +181,9 @@ class DeltaLoader:
         Call it after requests had their chance to take a variant that has just arrived: an idle
         slot is fair game. In order of arrival, so that a large variant cannot starve.
         """
+        if self._untidy and not self._loading:
+            self._untidy = False
+            self._pool.submit(trim_heap)
         if self._storing or not self._waiting_for_room:
             return
         staged = self._waiting_for_room[0]
