@@ -27,6 +27,7 @@ STEPS = 20
 CHECK_EVERY = 10
 
 _TOKENS = 256  # predicted tokens of each set a step
+_INPUT_TOKENS = 256  # that one backward pass runs over, padding included
 _REFERENCE_TEXTS = 8  # the fine-tune runs over so many at once
 _RATE = 0.01  # of a vector's mean magnitude, a step; it falls to zero
 _LEAST = 1e-3  # of that magnitude: a bias may be all zeros
@@ -99,9 +100,8 @@ class Tuner:
                 for group in adam.param_groups:
                     group["lr"] = _RATE * paces[group["of"]] * (1 - step / STEPS)
                 for name, draw in draws.items():
-                    now = self._kl(next(draw))
-                    (now / max(usual[name], 1e-9)).backward()  # type: ignore[no-untyped-call]
-                    usual[name] += _FORGET * (float(now.detach()) - usual[name])
+                    now = self._descend(next(draw), 1 / max(usual[name], 1e-9))
+                    usual[name] += _FORGET * (now - usual[name])
                 adam.step()
                 adam.zero_grad()
                 if (step + 1) % CHECK_EVERY == 0:
@@ -131,18 +131,30 @@ class Tuner:
         for name, vector in values.items():
             self._parameters[name].copy_(vector)
 
+    def _descend(self, known: Sequence[_Known], weight: float) -> float:
+        """Add the gradient of `weight` times the mean KL; return the KL.
+
+        A few texts at a time: what a backward pass keeps grows with the tokens, counted or not.
+        """
+        n_tokens = sum(n_predicted(sample) for sample, _ in known)
+        total = 0.0
+        for part in _pieces(known):
+            kl = self._kl(part) / n_tokens
+            (weight * kl).backward()  # type: ignore[no-untyped-call]
+            total += float(kl.detach())
+        return total
+
     def _kl(self, known: Sequence[_Known]) -> Tensor:
-        """Mean KL of the model as it is now, with its graph."""
-        samples = [sample for sample, _ in known]
+        """Sum of the KL of the model as it is now over the counted tokens, with its graph."""
         wanted = torch.cat([hidden for _, hidden in known])
         with torch.enable_grad():
-            ours = self._model.logits(self._model.hidden(samples))
+            ours = self._model.logits(self._model.hidden([sample for sample, _ in known]))
             theirs = self._model.logits(wanted, finetuned=True)
             parts = [
                 kl_per_token(p.detach().log_softmax(-1), q.log_softmax(-1))
                 for p, q in zip(theirs, ours, strict=True)
             ]
-            return torch.cat(parts).mean()
+            return torch.cat(parts).sum()
 
     @torch.no_grad()
     def _with_targets(self, samples: Sequence[Sample]) -> list[_Known]:
@@ -178,6 +190,17 @@ def _stored(
         else delta
         for name, delta in deltas.items()
     }
+
+
+def _pieces(known: Sequence[_Known]) -> Iterator[list[_Known]]:
+    """Cut into runs of at most `_INPUT_TOKENS` padded tokens, or one text."""
+    piece: list[_Known] = []
+    for item in sorted(known, key=lambda one: len(one[0].ids)):
+        if piece and len(item[0].ids) * (len(piece) + 1) > _INPUT_TOKENS:
+            yield piece
+            piece = []
+        piece.append(item)
+    yield piece
 
 
 def _draw(known: Sequence[_Known], seed: int) -> Iterator[list[_Known]]:

@@ -94,6 +94,35 @@ def test_tuner_without_vectors_does_nothing(pair: Pair, samples: list[Sample]) -
     assert seen == []
 
 
+def test_gradients_are_the_same_however_the_texts_are_cut(
+    pair: Pair, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [Sample(s.ids[: 4 + n % 7], s.counted[: 4 + n % 7]) for n, s in enumerate(samples)]
+    ids = [torch.tensor([sample.ids]) for sample in texts]
+    theirs = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32).eval()
+    with Checkpoint(pair[0]) as base, Checkpoint(pair[1]) as tuned:
+        model = SwappedModel(base, tuned)
+        tuner = Tuner(model, {"some": texts})
+        model.use(dict.fromkeys(model.names, "base"))
+        weight = model.module.get_parameter("model.norm.weight")
+        logs = [(theirs(i).logits[0, :-1], model.module(i).logits[0, :-1]) for i in ids]
+        total = sum(
+            (
+                p.double().softmax(-1) * (p.double().log_softmax(-1) - q.double().log_softmax(-1))
+            ).sum()
+            for p, q in logs
+        )
+        mean = total / sum(len(p) for p, _ in logs)
+        (expected,) = torch.autograd.grad(mean, weight)
+        for at_once in (1, 30, 1000):
+            monkeypatch.setattr(auto_tune, "_INPUT_TOKENS", at_once)
+            weight.grad = None
+            assert tuner._descend(tuner._texts["some"], 2.0) == pytest.approx(
+                float(mean.detach()), rel=1e-4
+            )
+            assert torch.allclose(weight.grad, 2 * expected, rtol=1e-3, atol=1e-5)
+
+
 def oracle_kl(pair: Pair, base: Checkpoint, deltas: list, samples: list[Sample]) -> float:
     ours = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32).eval()
     theirs = AutoModelForCausalLM.from_pretrained(pair[1], dtype=torch.float32).eval()
