@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.baselines import BASELINES, Baseline, Matrix
 from compressor.artifact import Artifact, read_artifact
+from compressor.artifact_config import CODER
 from compressor.checkpoint import Checkpoint
 from compressor.codecs import DenseRows, TensorDelta, make_encoder
 from compressor.draft import Job, group_of, make_job
@@ -233,18 +234,19 @@ def make_method(text: str, calibration: Path | None = None) -> Method:
 
     calibration  texts of the task, which only `AUTO_TASK` is shown
 
-    Values are JSON where they parse, else text; any codec also takes ``entropy=zstd``. Raises
+    Values are JSON where they parse, else text. Tensors are entropy coded for `AUTO` and where
+    ``entropy=zstd`` is among the options: other methods are compared without, as published. Raises
     InputError for what does not exist.
     """
     if text == AUTO_TASK:
         if calibration is None:
             raise InputError(f"{AUTO_TASK} needs texts of the task: give --calibration")
-        return CodecMethod(AUTO, {}, calibration)
+        return CodecMethod(AUTO, {}, calibration, entropy=CODER)
     if text in BASELINES:
         return BaselineMethod(text, BASELINES[text])
     codec, _, rest = PRESETS.get(text, text).partition(":")
     options = dict(_option(part) for part in rest.split(",") if part)
-    entropy = options.pop("entropy", NO_CODER)
+    entropy = options.pop("entropy", CODER if codec == AUTO else NO_CODER)
     if codec != AUTO:
         make_encoder(codec, **options)
     return CodecMethod(codec, options, entropy=entropy)

@@ -40,6 +40,7 @@ from compressor.artifact_files import (
     read_verified,
 )
 from compressor.codecs import DenseRows, TensorDelta, term_class
+from compressor.coded_file import decode_frames
 from compressor.errors import Corrupt, NonFinite, UnsupportedVersion, WrongBase, WrongShape
 from compressor.identity import base_identity
 from compressor.tensor_file import (
@@ -134,12 +135,6 @@ def _uncoded(stored: TensorFile, *, coded: bool, n_threads: int) -> TensorFile:
         raise UnsupportedVersion(f"{TENSORS}: {VERSION_KEY} {version!r:.20} is unknown")
     if not coded:
         return stored
-    try:
-        from compressor.coded_file import decode_frames
-    except ModuleNotFoundError as error:
-        raise UnsupportedVersion(
-            f"{TENSORS} is entropy coded: install {error.name} to read it"
-        ) from error
     return decode_frames(stored, n_threads)
 
 

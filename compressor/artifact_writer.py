@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from torch import Tensor
 
@@ -46,6 +46,7 @@ from compressor.atomic import (
     write_new,
 )
 from compressor.codecs import TensorDelta
+from compressor.entropy import CodedTensors, code_tensors
 from compressor.errors import ImpartError, OutputError
 from compressor.tensor_file import (
     METADATA,
@@ -56,9 +57,6 @@ from compressor.tensor_file import (
     storage_order,
     tensor_file_chunks,
 )
-
-if TYPE_CHECKING:
-    from compressor.entropy import CodedTensors
 
 _ENTRY_KEY = "entry"
 _SUFFIX = ".part"
@@ -161,8 +159,6 @@ class ArtifactWriter:
 
         group_of  (name, whether of its exact rows) -> group in the byte table
         """
-        from compressor.entropy import code_tensors
-
         names = sorted(self._parts)
 
         def key_group(key: str) -> str:

@@ -48,7 +48,7 @@ _AIM = 0.93  # of it: what a guess aims at
 _NARROW = 1.02  # ratios nearer to each other than this are one
 _STEEPNESS = 1.5  # KL grows about with this power of the ratio
 _BREAKDOWN = 0.1  # of the base's own KL: so much and answers are lost
-_BELOW_BYTES = 0.995  # share of `max_bytes` that is planned for, so that it is not exceeded
+_BELOW_BYTES = 0.99  # share of `max_bytes` that is planned for: what coding gains is an estimate
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,7 +133,7 @@ def compress(
     ] = True,
     entropy: Annotated[
         str, typer.Option(help="Entropy coding on disk: zstd (more quality a byte) or none.")
-    ] = "none",
+    ] = "zstd",
     device: Annotated[str, typer.Option(help="Where to encode: cpu or cuda.")] = "cpu",
     base_revision: BaseRevision = None,
     revision: Annotated[

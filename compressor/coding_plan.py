@@ -10,18 +10,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from compressor.artifact_config import DeltaConfig
 from compressor.artifact_writer import parts_of
 from compressor.codecs import Codec, TensorDelta
 from compressor.draft import NOT_CODED, CodingGain, Job, plan_jobs
+from compressor.entropy import Tally, coded_frames, compress, part_name
 from compressor.errors import BudgetError
 from compressor.plan import Allotter
 from compressor.tensor_file import METADATA, header_text, raw_bytes
-
-if TYPE_CHECKING:
-    from compressor.entropy import Tally
 
 _USUAL = CodingGain(terms=0.93, exact=0.6, header=0.12)
 _EVERY = 8  # of the matrices of one kind, one in so many is in the sample
@@ -80,8 +77,6 @@ def coding_gain(
     jobs: Sequence[Job], codec: Codec, sample: Iterable[Job], encode: Encode
 ) -> CodingGain:
     """Encode and code `sample` and say what that leaves of all of `jobs`, group by group."""
-    from compressor.entropy import Tally, coded_frames, compress, part_name
-
     parts: dict[tuple[str, bool, str], list[memoryview]] = {}
     places = {}
     for index, job in enumerate(sample):

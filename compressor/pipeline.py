@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +78,11 @@ class Options:
     calibration: Path | None = None
     device: str = "cpu"
     tune: bool = True
-    entropy: str = NO_CODER
+    entropy: str = CODER
 
     def __post_init__(self) -> None:
         if self.entropy not in (CODER, NO_CODER):
             raise InputError(f"the entropy coder must be {CODER} or {NO_CODER}")
-        if self.entropy == CODER and find_spec("zstandard") is None:
-            raise InputError(f"entropy coding by {CODER} needs the package zstandard: install it")
         if self.ratio is not None and not (math.isfinite(self.ratio) and self.ratio >= 1):
             raise InputError(f"the ratio must be 1 or more, got {self.ratio:g}")
         if self.codec != AUTO and (self.max_bytes is not None or self.max_kl is not None):

@@ -150,7 +150,8 @@ def test_compress_added_vocabulary_rows_are_exact(
             assert delta.terms[0].shape == (320, 64)
     assert artifact.config.finetuned_details["config"] == {"vocab_size": 323}
     assert {"tokenizer.json", "chat_template.jinja"} <= artifact.aux.keys()
-    assert artifact.config.bytes["added rows"] == 2 * 3 * 64 * 4
+    assert artifact.config.coding is not None
+    assert artifact.config.coding.raw_bytes["added rows"] == 2 * 3 * 64 * 4
 
 
 def test_compress_only_added_rows_changed_encodes_nothing(tiny_llama: Path, tmp_path: Path) -> None:
