@@ -176,6 +176,8 @@ class PanelLinear:
         x = x if x.stride(1) == 1 else x.contiguous()
         n_rows = len(x)
         out = x.new_empty((n_rows, self._shape[0]))
+        if n_rows == 0:  # lm_head in a step of prompt chunks that samples nothing
+            return out
         chunk = self._rows_of_a_task(n_rows)
         a = self._arguments
         a[_X : _N_ROWS + 1] = x.data_ptr(), x.stride(0), n_rows
