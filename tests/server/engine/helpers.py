@@ -69,7 +69,8 @@ class CoreHarness:
         self.settings = Settings(base=base, deltas=deltas, **fields)
         kernels = self.settings.kernels
         quant = None if self.settings.base_quant == "none" else self.settings.base_quant
-        model = load_base_model(base, torch.device("cpu"), torch.float32, kernels, quant)
+        dtype = getattr(torch, self.settings.dtype)
+        model = load_base_model(base, torch.device("cpu"), dtype, kernels, quant)
         identity = base_identity(base)
         registry = DeltaRegistry(deltas, identity, frozenset({"base"}))
         registry.rescan()
