@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -19,9 +19,9 @@ from benchmarks.gpu.cases import (
 )
 from benchmarks.gpu.shapes import Codec, Group, ModelShape
 from server.ops.factors import ImpartFactors, LowRankFactors, rank_lists
+from server.ops.kernels import TorchKernels
 from server.ops.lowrank import PackedLowRank
-from server.ops.packed import packed_rows, unpack_columns
-from server.ops.rows import SlotSegments
+from server.ops.packed import packed_rows
 from server.ops.triton.blockdiag import (
     DECODE_ROWS,
     PREFILL_ROWS,
@@ -30,13 +30,14 @@ from server.ops.triton.blockdiag import (
     plan_kernel,
 )
 from server.ops.triton.impart import impart_add_, impart_add_reference_
-from server.ops.triton.kernels import TritonKernels
 from server.ops.triton.layout import segment_arrays
 from server.ops.triton.lowrank import lowrank_add_, lowrank_add_reference_
+from server.ops.triton.packed_lowrank import packed_lowrank_add_, packed_lowrank_add_reference_
 
 # From the inner loops' machine code: 2 and 3 bit are bound by instructions (README).
 SHARES = {2: 0.55, 3: 0.45, 4: 0.75, 8: 0.8, 16: 0.8}
 LOWRANK_SHARE = 0.7
+HEAD_SHARE_PER_BIT = 0.075  # unpacking binds, some nine instructions a code whatever its bits
 IMPART_SHARE = 0.6
 RANK = 16
 IMPART_ROWS = 64  # R
@@ -111,32 +112,23 @@ def lowrank_spec(group: Group, rank: int, rows: int, slots: int) -> Spec:
 
 
 def head_spec(group: Group, rank: int, bits: int, rows: int, slots: int) -> Spec:
-    """Quantised low-rank heads, kept packed: matrix by matrix, zeroing, two products and gains."""
+    """Quantised low-rank heads, kept packed; one rank for all matrices of a group."""
     width = sum(group.sizes)
 
     def make(place: Place) -> Case:
         heads = [_random_head(m, group.n, rank, bits, slots, place) for m in group.sizes]
-        parts = even_segments(rows, slots)
-        table = torch.tensor([(p.slot, p.start, p.end) for p in parts], device=place.device)
-        segments = SlotSegments(table, len(parts), max(p.end - p.start for p in parts))
-        places = torch.repeat_interleave(table[:, 0], table[:, 2] - table[:, 1])
+        where = segment_arrays(even_segments(rows, slots), DECODE_ROWS, place.device)
         x, y = place.randn(rows, group.n) * group.n**-0.5, place.randn(rows, width).zero_()
-
-        def run(target: Tensor) -> None:
-            for part, (head, _) in zip(target.split(group.sizes, 1), heads, strict=True):
-                head.add_(part, x, places, segments)
+        parts = y.split(group.sizes, 1)
 
         def error() -> float:
-            got = torch.zeros_like(y)
-            run(got)
-            wide = x.double()
-            want = [
-                torch.cat([wide[p.start : p.end] @ dense(p.slot) for p in parts])
-                for _, dense in heads
-            ]
-            return relative(got, torch.cat(want, dim=1))
+            got, want = torch.zeros_like(y), torch.zeros_like(y, dtype=torch.float64)
+            packed_lowrank_add_(got.split(group.sizes, 1), x, where, heads)
+            wanted = want.split(group.sizes, 1)
+            packed_lowrank_add_reference_(wanted, x, where, heads, torch.float64)
+            return relative(got, want)
 
-        return Case(lambda: run(y), error)
+        return Case(lambda: packed_lowrank_add_(parts, x, where, heads), error)
 
     distinct = min(rows, slots)
     each = [
@@ -144,34 +136,28 @@ def head_spec(group: Group, rank: int, bits: int, rows: int, slots: int) -> Spec
         for m in group.sizes
     ]
     name = f"packed head {group.name} (rank {rank}, {bits} bit, k = {distinct}, {rows} rows)"
-    launches = 4 * len(group.sizes)
-    return Spec(name, distinct * sum(each), SHARES[bits], make, n_launches=launches)
+    share = HEAD_SHARE_PER_BIT * bits
+    return Spec(name, distinct * sum(each), share, make, n_launches=2)
 
 
-def _random_head(
-    m: int, n: int, rank: int, bits: int, slots: int, place: Place
-) -> tuple[PackedLowRank, Callable[[int], Tensor]]:
-    """And its float64 ``[n, m]`` by slot."""
+def _random_head(m: int, n: int, rank: int, bits: int, slots: int, place: Place) -> PackedLowRank:
     device = place.device
 
     def codes(inputs: int, outputs: int) -> Tensor:
         size = (slots, packed_rows(inputs, bits), outputs)
         return torch.randint(0, 256, size, dtype=torch.uint8, device=device)
 
-    down, up = codes(n, rank), codes(rank, m)
-    scales = torch.rand(slots, rank, device=device).add_(0.5).half()
-    gains = torch.rand(slots, rank, device=device) + 0.5
-    units = torch.ones(slots, 1, device=device)
-    make_op = TritonKernels(device).blockdiag
-    head = PackedLowRank(down, scales, units, up, gains, n=n, bits=bits, make_op=make_op)
-
-    def dense(slot: int) -> Tensor:
-        middle = ((1 << bits) - 1) / 2
-        a = (unpack_columns(down[slot], bits, n).double() - middle) * scales[slot].double()
-        b = unpack_columns(up[slot], bits, rank).double() - middle
-        return a * gains[slot].double() @ b
-
-    return head, dense
+    return PackedLowRank(
+        codes(n, rank),
+        torch.rand(slots, rank, device=device).add_(0.5).half(),
+        torch.ones(slots, 1, device=device),
+        codes(rank, m),
+        torch.rand(slots, rank, device=device) + 0.5,
+        n=n,
+        bits=bits,
+        make_op=TorchKernels().blockdiag,
+        place_of=all_places(slots, device),
+    )
 
 
 def impart_kept(m: int, n: int, ratio: int) -> int:

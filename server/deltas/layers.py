@@ -250,9 +250,9 @@ def _of_one_kind(
     members: list[list[tuple[FactorPool, Tensor]]],
 ) -> Iterator[list[tuple[FactorPool, Tensor]]]:
     """Pools that one call serves: at most one of each member, as two would write one output."""
-    kinds = dict.fromkeys(type(pool) for member in members for pool, _ in member)
+    kinds = dict.fromkeys(pool.kind for member in members for pool, _ in member)
     for kind in kinds:
-        own = [[pair for pair in member if type(pair[0]) is kind] for member in members]
+        own = [[pair for pair in member if pair[0].kind == kind] for member in members]
         for together in itertools.zip_longest(*own):
             yield [pair for pair in together if pair is not None]
 

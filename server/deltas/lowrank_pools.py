@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple, Self
 
 import torch
@@ -11,13 +11,12 @@ from torch.nn import functional as F
 
 from compressor.codecs.lowrank import LowRankTerm
 from compressor.codecs.term import Shape, Term
-from server.deltas.pool import FactorPool, Staged, TermPool, add_where_, segments_at
+from server.deltas.pool import FactorPool, Staged
 from server.ops.factors import LowRankFactors, lowrank_rows
 from server.ops.kernels import Kernels
-from server.ops.lowrank import PackedLowRank
+from server.ops.lowrank import HeldLowRank, PackedLowRank
 from server.ops.packed import pack_columns
 from server.ops.rows import RowPlan
-from server.ops.static_rows import StaticRows
 
 RANK_STEP = 4  # ranks of packed factors are rounded up to a multiple: variants then share pools
 
@@ -29,7 +28,7 @@ class LowRankLayout(NamedTuple):
     bits: int
 
 
-class PackedLowRankPool(TermPool):
+class PackedLowRankPool(FactorPool):
     """Parts: those of `PackedLowRank` without the slot axis, of a rank rounded up so that variants
     of about the same rank share the pool; components that are not there have scale 0.
     """
@@ -53,8 +52,8 @@ class PackedLowRankPool(TermPool):
         )
 
     @property
-    def as_data(self) -> bool:
-        return True
+    def kind(self) -> Hashable:
+        return type(self), self.bits
 
     def stage(self, term: Term) -> Staged:
         assert isinstance(term, LowRankTerm)
@@ -69,25 +68,18 @@ class PackedLowRankPool(TermPool):
             F.pad(up.scales.float() * up.unit, (0, missing)),
         )
 
-    def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
-        segments = rows.table(self.present)
-        if segments.n and self._op is not None:
-            if isinstance(rows, StaticRows) and self.place_of is not None:
-                places = rows.places(self.place_of).clamp(min=0)
-            else:
-                places = rows.place_of_row(self.present)
-            self._op.add_(y, x, places, segments)
+    def add_together_(
+        self, pools: Sequence[Self], outputs: Sequence[Tensor], x: Tensor, rows: RowPlan
+    ) -> None:
+        self.kernels.packed_lowrank_add_(outputs, x, rows, [pool.held for pool in pools])
 
-    def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
-        if isinstance(rows, StaticRows) and self.place_of is not None and self._op is not None:
-            held = rows.places(self.place_of)
-            added = torch.zeros(y.shape, dtype=torch.float32, device=y.device)
-            self._op.add_rows_of_(added, ids, held.clamp(min=0))
-            add_where_(y, added, held >= 0)
-            return
-        for place, part in segments_at(rows, self.present):
-            if self._op is not None:
-                self._op.add_rows_(y[part], ids[part], place)
+    @property
+    def held(self) -> HeldLowRank:
+        assert self._op is not None
+        return HeldLowRank(self._op, self.present)
+
+    def look_up(self, ids: Tensor, places: Tensor) -> Tensor:
+        return self.held.factors.look_up(ids, places)
 
 
 class LowRankPool(FactorPool):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Self
 
 import torch
@@ -106,6 +106,11 @@ class FactorPool(TermPool):
     @property
     def as_data(self) -> bool:
         return True
+
+    @property
+    def kind(self) -> Hashable:
+        """Pools of one kind can go into one call."""
+        return type(self)
 
     def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
         self.add_together_([self], [y], x, rows)

@@ -20,6 +20,7 @@ from server.ops.attention import AttentionCall, AttentionKernels
 from server.ops.delta import BlockDiagOp, TorchBlockDiag
 from server.ops.factors import ImpartFactors, LowRankFactors
 from server.ops.linear import LinearOp, TorchLinear
+from server.ops.lowrank import HeldLowRank, packed_lowrank_add_
 from server.ops.norm import RmsForm, rms_norm
 from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight, TorchQuantizedLinear
@@ -44,6 +45,12 @@ class Kernels(AttentionKernels, Protocol):
     def lowrank_add_(
         self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[LowRankFactors]
     ) -> None: ...
+
+    def packed_lowrank_add_(
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[HeldLowRank]
+    ) -> None:
+        """Of one number of bits."""
+        ...
 
     def impart_add_(
         self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[ImpartFactors]
@@ -79,6 +86,11 @@ class TorchKernels:
         self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[LowRankFactors]
     ) -> None:
         factors.lowrank_add_(outputs, x, rows, terms)
+
+    def packed_lowrank_add_(
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[HeldLowRank]
+    ) -> None:
+        packed_lowrank_add_(outputs, x, rows, terms)
 
     def impart_add_(
         self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[ImpartFactors]

@@ -1,8 +1,9 @@
 """Low-rank terms of all slots of one layout, kept packed: ``dW = b^T a``.
 
 Each factor is one block of `PackedBlocks` (s = 1), so both products are those of block-diagonal
-deltas and run wherever they do. A component of b has one scale, which is one per *input* of the
-second product: it is applied to what the first yields, and the block's own scales are ones.
+deltas and run wherever they do; on a GPU `server.ops.triton.packed_lowrank` takes the factors of a
+projection group at once. A component of b has one scale, which is one per *input* of the second
+product: it is applied to what the first yields, and the block's own scales are ones.
 
 Numerics: each product is float32 from the codes to one rounding into x's dtype.
 Bytes per step: the packed factors of every distinct slot.
@@ -12,14 +13,17 @@ split with them, `up` replicated, each rank expands its own partial sum into the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from server.ops.delta import BlockDiagOp, blockdiag_rows_add_
 from server.ops.packed import PackedBlocks
-from server.ops.rows import SlotSegments
+from server.ops.rows import Places, RowPlan
+from server.ops.static_rows import StaticRows
 
 
 class PackedLowRank:
@@ -47,40 +51,67 @@ class PackedLowRank:
         make_op: Callable[[PackedBlocks], BlockDiagOp],
         place_of: Tensor | None = None,
     ) -> None:
-        n_slots, k = gains.shape
+        n_slots, self.rank = gains.shape
         m = up_codes.shape[2]
         unit = torch.ones((n_slots, 1), dtype=torch.float32, device=gains.device)
-        self._rank, self._gains = k, gains
-        self._down = PackedBlocks(
-            down_codes[:, None], down_scales[:, None], down_units, (k,), n, bits, place_of
+        self.gains, self.bits, self._make_op = gains, bits, make_op
+        self.down = PackedBlocks(
+            down_codes[:, None], down_scales[:, None], down_units, (self.rank,), n, bits, place_of
         )
         # One row of ones for all slots: a scale per output would be m more bytes a variant.
         ones = torch.ones((1, 1, m), dtype=torch.float16, device=gains.device)
         scales = ones.expand(n_slots, 1, m)
-        self._up = PackedBlocks(up_codes[:, None], scales, unit, (m,), k, bits, place_of)
-        self._shrink, self._expand = make_op(self._down), make_op(self._up)
+        self.up = PackedBlocks(up_codes[:, None], scales, unit, (m,), self.rank, bits, place_of)
 
-    def add_(self, y: Tensor, x: Tensor, place_of_row: Tensor, segments: SlotSegments) -> None:
-        """``y [T, m] += x [T, n] a^T b`` for the rows of `segments`.
+    @property
+    def slot_map(self) -> Tensor:
+        """`place_of`, where there is one."""
+        assert self.down.place_of is not None
+        return self.down.place_of
 
-        place_of_row int64 [T], below C; of rows outside the segments nothing is read.
+    @cached_property
+    def _products(self) -> tuple[BlockDiagOp, BlockDiagOp]:
+        """Made when asked for: kernels that take the factors themselves need none."""
+        return self._make_op(self.down), self._make_op(self.up)
+
+    def add_(self, y: Tensor, x: Tensor, rows: RowPlan, present: Places) -> None:
+        """``y [T, m] += x [T, n] a^T b`` for the rows of the slots in `present`."""
+        segments = rows.table(present)
+        if not segments.n:
+            return
+        if isinstance(rows, StaticRows):
+            places = rows.places(self.slot_map).clamp(min=0)
+        else:
+            places = rows.place_of_row(present)
+        shrink, expand = self._products
+        hidden = x.new_zeros((len(x), self.rank))
+        shrink.add_([hidden], x, segments)
+        hidden.mul_(self.gains[places])
+        expand.add_([y], hidden, segments)
+
+    def look_up(self, ids: Tensor, places: Tensor) -> Tensor:
+        """``dW[place][id]``, the embedding's side: ids int64 [t], places int64 [t] or [1] ->
+        float32 [t, n]. Dequantises ``down`` once a place.
         """
-        hidden = x.new_zeros((len(x), self._rank))
-        self._shrink.add_([hidden], x, segments)
-        hidden.mul_(self._gains[place_of_row])
-        self._expand.add_([y], hidden, segments)
+        hidden = torch.zeros((len(ids), self.rank), device=ids.device)
+        blockdiag_rows_add_(hidden, ids, places.expand(len(ids)), self.up)
+        hidden *= self.gains[places]
+        factors = self.down.values_of(places)[:, 0]  # [t or 1, n, k]
+        if len(places) == 1:
+            return hidden @ factors[0].T
+        return torch.bmm(factors, hidden.unsqueeze(2)).squeeze(2)
 
-    def add_rows_(self, y: Tensor, ids: Tensor, place: int) -> None:
-        """``y [t, n] += dW[ids]`` of one place: the embedding's side of the same matrix."""
-        hidden = torch.zeros((len(ids), self._rank), device=y.device)
-        blockdiag_rows_add_(hidden, ids, torch.full_like(ids, place), self._up)
-        hidden *= self._gains[place]
-        y.copy_(y.float() + hidden @ self._down.values(place)[0].T)
 
-    def add_rows_of_(self, y: Tensor, ids: Tensor, places: Tensor) -> None:
-        """The same with a place per row, int64 [t]: dequantises ``down`` once a row."""
-        hidden = torch.zeros((len(ids), self._rank), device=y.device)
-        blockdiag_rows_add_(hidden, ids, places, self._up)
-        hidden *= self._gains[places]
-        factors = self._down.values_of(places)[:, 0]  # [t, n, k]
-        y.copy_(y.float() + torch.bmm(factors, hidden.unsqueeze(2)).squeeze(2))
+class HeldLowRank(NamedTuple):
+    """Packed factors, and which slots have which place in them."""
+
+    factors: PackedLowRank
+    present: Places
+
+
+def packed_lowrank_add_(
+    outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[HeldLowRank]
+) -> None:
+    """Add each matrix's packed low-rank terms to its own ``[T, m]`` of `outputs`; x ``[T, n]``."""
+    for y, (factors, present) in zip(outputs, terms, strict=True):
+        factors.add_(y, x, rows, present)

@@ -19,6 +19,7 @@ from server.ops.cpu.rows import RowKernels
 from server.ops.delta import BlockDiagOp
 from server.ops.factors import ImpartFactors, LowRankFactors
 from server.ops.linear import LinearOp, OneDnnLinear, TorchLinear, onednn_linear_works
+from server.ops.lowrank import HeldLowRank, packed_lowrank_add_
 from server.ops.norm import RmsForm
 from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight, TorchQuantizedLinear
@@ -50,6 +51,11 @@ class NumbaKernels:
         self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[LowRankFactors]
     ) -> None:
         factors.lowrank_add_(outputs, x, rows, terms)
+
+    def packed_lowrank_add_(
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[HeldLowRank]
+    ) -> None:
+        packed_lowrank_add_(outputs, x, rows, terms)
 
     def impart_add_(
         self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[ImpartFactors]

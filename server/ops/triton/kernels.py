@@ -12,6 +12,7 @@ from server.ops.delta import BlockDiagOp
 from server.ops.factors import ImpartFactors, LowRankFactors
 from server.ops.kernels import TorchKernels
 from server.ops.linear import LinearOp
+from server.ops.lowrank import HeldLowRank
 from server.ops.norm import RmsForm
 from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight, TorchQuantizedLinear
@@ -33,6 +34,7 @@ from server.ops.triton.layout import SegmentArrays, from_table
 from server.ops.triton.linear import linear_
 from server.ops.triton.lowrank import lowrank_add_
 from server.ops.triton.norm import rms_norm, silu_mul
+from server.ops.triton.packed_lowrank import packed_lowrank_add_
 from server.ops.triton.rope import rope_and_write_
 
 
@@ -94,6 +96,12 @@ class TritonKernels(TorchKernels):
         self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[LowRankFactors]
     ) -> None:
         lowrank_add_(outputs, x, segments_by_slot(rows), terms)
+
+    def packed_lowrank_add_(
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[HeldLowRank]
+    ) -> None:
+        factors = [term.factors for term in terms]
+        packed_lowrank_add_(outputs, x, segments_by_slot(rows), factors)
 
     def impart_add_(
         self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[ImpartFactors]

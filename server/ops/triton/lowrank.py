@@ -56,31 +56,53 @@ def lowrank_add_(
     where, n_slots = where_of(segments), len(terms[0].place_of)
     places = tuple(term.place_of for term in terms)
     shapes = tuple(zip(ranks, offsets, strict=False))
-    grid, tile_ranks = (n_programs(x.device, 4),), tile_of(max(ranks))
     launch(
         _shrink_kernel,
-        grid,
+        (n_programs(x.device, 4),),
         *(hidden, x, tuple(term.a for term in terms), places, shapes, where, n_slots),
         *(chunks, n, offsets[-1], x.stride(0)),
         TILE_T=segments.tile_rows,
-        TILE_R=tile_ranks,
+        TILE_R=tile_of(max(ranks)),
         TILE_K=TILE_INPUTS,
         CHUNK=CHUNK_INPUTS,
         UPCAST=UPCAST,
         num_warps=4,
         num_stages=4,
     )
-    sizes = tuple((y.shape[1], y.stride(0)) for y in outputs)
+    b = tuple(term.b for term in terms)
+    expand_(outputs, hidden, b, places, shapes, segments, bits=16)
+
+
+def expand_(
+    outputs: Sequence[Tensor],
+    hidden: Tensor,
+    b: tuple[Tensor, ...],
+    places: tuple[Tensor, ...],
+    shapes: tuple[tuple[int, int], ...],
+    segments: SegmentArrays,
+    *,
+    bits: int,
+) -> None:
+    """Add ``hidden b`` to each output: hidden float32 [T, chunks, all ranks], summed over chunks.
+
+    b       by matrix: [C, r, m] in the outputs' dtype (16 bits), or uint8 [C, byte rows, m]: levels
+            packed along r (`pack_columns`)
+    shapes  rank and first component in `hidden` of each matrix
+    """
+    # Two warps leave each the registers that unpacking takes: four spill.
+    warps = 4 if bits == 16 or segments.tile_rows > 16 else 2
     launch(
         _expand_kernel,
-        grid,
-        *(tuple(outputs), hidden, tuple(term.b for term in terms), places, shapes, sizes),
-        *(where, n_slots, chunks, offsets[-1]),
+        (n_programs(hidden.device, 16 // warps),),
+        *(tuple(outputs), hidden, b, places, shapes),
+        *(tuple((y.shape[1], y.stride(0)) for y in outputs), where_of(segments), len(places[0])),
+        *hidden.shape[1:],
         TILE_T=segments.tile_rows,
-        TILE_R=tile_ranks,
+        TILE_R=tile_of(max(rank for rank, _ in shapes)),
         TILE_M=TILE_OUTPUTS,
+        BITS=bits,
         UPCAST=UPCAST,
-        num_warps=4,
+        num_warps=warps,
         num_stages=3,
     )
 
@@ -102,6 +124,39 @@ def lowrank_add_reference_(
             hidden = x[rows].to(compute) @ term.a[place].to(compute).T
             added = hidden.to(x.dtype).to(compute) @ term.b[place].to(compute)
             y[rows] = (y[rows].to(compute) + added).to(y.dtype)
+
+
+@triton.jit
+def levels_of(code, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Centred levels of codes: exact in 16 bits, which hold the 8 bits of ``2 code - 255``."""
+    return (code.to(tl.float32) - ((1 << BITS) - 1) * 0.5).to(dtype)
+
+
+@triton.jit
+def byte_rows(n, BITS: tl.constexpr):
+    """`packed_rows`."""
+    if BITS == 3:
+        return tl.cdiv(n, 4) + tl.cdiv(n, 8)
+    else:
+        return tl.cdiv(n, 8 // BITS)
+
+
+@triton.jit
+def unpacked(columns, k, n, stride, mask, BITS: tl.constexpr, dtype: tl.constexpr):
+    """Levels ``[inputs k, columns]`` of codes packed along n inputs, byte rows `stride` apart.
+
+    A byte is loaded once for each of its inputs. What is masked is finite, not 0.
+    """
+    LOW: tl.constexpr = 2 if BITS == 3 else BITS
+    low_rows = tl.cdiv(n, 8 // LOW)
+    low = tl.load(columns + (k % low_rows)[:, None] * stride, mask=mask, other=0).to(tl.int32)
+    code = (low >> (k // low_rows * LOW)[:, None]) & ((1 << LOW) - 1)
+    if BITS == 3:
+        high_rows = tl.cdiv(n, 8)
+        high_row = low_rows + k % high_rows
+        high = tl.load(columns + high_row[:, None] * stride, mask=mask, other=0).to(tl.int32)
+        code |= ((high >> (k // high_rows)[:, None]) & 1) << 2
+    return levels_of(code, BITS, dtype)
 
 
 @triton.jit
@@ -141,7 +196,8 @@ def _shrink_kernel(
 @triton.jit
 def _expand_kernel(
     outputs, hidden, b, places, shapes, sizes, where, n_present, chunks, ranks,
-    TILE_T: tl.constexpr, TILE_R: tl.constexpr, TILE_M: tl.constexpr, UPCAST: tl.constexpr,
+    TILE_T: tl.constexpr, TILE_R: tl.constexpr, TILE_M: tl.constexpr, BITS: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     before = 0
     for g in tl.static_range(len(b)):
@@ -162,9 +218,16 @@ def _expand_kernel(
                         source = (token[:, None].to(tl.int64) * chunks + chunk) * ranks
                         source += shapes[g][1] + r[None, :]
                         z += tl.load(hidden + source, mask=z_mask, other=0.0)
-                    rows = b[g] + (place.to(tl.int64) * rank + r[:, None]) * m
-                    b_mask = (r < rank)[:, None] & (out < m)[None, :]
-                    weights = tl.load(rows + out[None, :], mask=b_mask, other=0.0)
+                    if BITS == 16:
+                        rows = b[g] + (place.to(tl.int64) * rank + r[:, None]) * m
+                        b_mask = (r < rank)[:, None] & (out < m)[None, :]
+                        weights = tl.load(rows + out[None, :], mask=b_mask, other=0.0)
+                    else:
+                        columns = b[g] + place.to(tl.int64) * byte_rows(rank, BITS) * m
+                        columns += out[None, :]
+                        b_mask = (r < rank)[:, None] & (out < m)[None, :]
+                        dtype = outputs[g].dtype.element_ty
+                        weights = unpacked(columns, r, rank, m, b_mask, BITS, dtype)
                     acc = mac(acc, z.to(weights.dtype), weights, UPCAST)
                 y = outputs[g] + token[:, None].to(tl.int64) * sizes[g][1] + out[None, :]
                 mask = inside[:, None] & (out < m)[None, :]

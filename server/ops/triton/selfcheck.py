@@ -19,6 +19,7 @@ from server.ops.attention import (
 )
 from server.ops.factors import ImpartFactors, LowRankFactors, rank_lists
 from server.ops.kernels import Kernels, TorchKernels
+from server.ops.lowrank import HeldLowRank, PackedLowRank
 from server.ops.norm import RmsForm
 from server.ops.packed import PackedBlocks, packed_rows
 from server.ops.rows import Places, RowPlan, Segment, SlotSegments
@@ -56,7 +57,7 @@ def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     for bits in (2, 3, 4, 8):
         yield f"blockdiag {bits} bit", _blockdiag(bits, 3, random, generator, device)
     yield "blockdiag 4 bit, many rows", _blockdiag(4, 40, random, generator, device)
-    yield from _factors(random, device)
+    yield from _factors(random, generator, device)
     yield from _norms(random, device)
     gate, up = random(3, 48), random(3, 48)
     yield "silu_mul", lambda kernels: kernels.silu_mul(gate, up)
@@ -89,7 +90,9 @@ def _blockdiag(
     return run
 
 
-def _factors(random: Callable[..., Tensor], device: torch.device) -> Iterator[Case]:
+def _factors(
+    random: Callable[..., Tensor], generator: torch.Generator, device: torch.device
+) -> Iterator[Case]:
     """Two matrices [40, 32] and [24, 32]; slot 1 has the first only."""
     x, start = random(4, 32), random(4, 64)
     rows = RowPlan([Segment(-1, 0, 1), Segment(0, 1, 2), Segment(1, 2, 4)], device)
@@ -106,7 +109,38 @@ def _factors(random: Callable[..., Tensor], device: torch.device) -> Iterator[Ca
         return y
 
     yield "lowrank", lambda kernels: added(kernels.lowrank_add_, low)
+    for bits in (2, 3, 4, 8):
+        heads = [_head(bits, m, generator, device, *held[g]) for g, m in _SIZES]
+        yield f"packed lowrank {bits} bit", lambda k, h=heads: added(k.packed_lowrank_add_, h)  # type: ignore[misc]
     yield "impart", lambda kernels: added(kernels.impart_add_, parts)
+
+
+def _head(
+    bits: int,
+    m: int,
+    generator: torch.Generator,
+    device: torch.device,
+    present: Places,
+    place_of: Tensor,
+) -> HeldLowRank:
+    rank, n = 8, 32
+
+    def codes(inputs: int, outputs: int) -> Tensor:
+        size = (2, packed_rows(inputs, bits), outputs)
+        return torch.randint(0, 256, size, generator=generator, dtype=torch.uint8).to(device)
+
+    factors = PackedLowRank(
+        codes(n, rank),
+        torch.rand((2, rank), generator=generator).half().to(device),
+        torch.full((2, 1), 0.5**bits, device=device),
+        codes(rank, m),
+        torch.rand((2, rank), generator=generator).mul_(0.5**bits).to(device),
+        n=n,
+        bits=bits,
+        make_op=TorchKernels().blockdiag,
+        place_of=place_of,
+    )
+    return HeldLowRank(factors, present)
 
 
 def _impart(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import pytest
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from compressor.codecs.lowrank import lowrank_from_factors
 from compressor.codecs.sources import TensorSource
 from compressor.codecs.term import Term
 from server.deltas.blockdiag_pools import BlockDiagPool, SharedBlocks
-from server.deltas.pool import Staged, TermPool
+from server.deltas.pool import FactorPool, Staged, TermPool
 from server.deltas.pools import layout_of, make_pool
 from server.deltas.upload import SlotUploader
 from server.ops.kernels import Kernels, TorchKernels, choose_kernels
@@ -167,6 +169,17 @@ def assert_data_equals_plan(variants: list[tuple[Term, ...]], kernels: Kernels) 
         oracle.add_rows_(want, ids[:-1], plan)
         torch.testing.assert_close(got[:-1], want, rtol=1e-4, atol=1e-6)
         assert not got[-1].any(), "padding"
+
+
+def test_packed_lowrank_pools_of_other_bits_are_of_another_kind() -> None:
+    def kind(rank: int, bits: int) -> Hashable:
+        layout = "packed_lowrank", (rank, bits)
+        pool = make_pool(layout, (8, 8), torch.float32, CPU, TorchKernels())
+        assert isinstance(pool, FactorPool)
+        return pool.kind
+
+    assert kind(4, 3) == kind(8, 3)
+    assert kind(4, 3) != kind(4, 4)
 
 
 def test_impart_place_that_nobody_has_yet_may_hold_anything() -> None:

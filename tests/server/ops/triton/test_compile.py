@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parents[4]
 KERNELS = {
     *("rope", "rms_norm", "silu_mul", "attend", "combine", "prefill", "blockdiag"),
-    *("shrink", "expand", "linear", "parts", "rank"),
+    *("shrink", "expand", "packed_shrink", "linear", "parts", "rank"),
 }
 
 

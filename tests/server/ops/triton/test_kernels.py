@@ -65,6 +65,7 @@ def test_self_check_passes_for_these_kernels() -> None:
         ("decode_", "decode attention"),
         ("prefill_", "prefill attention"),
         ("lowrank_add_", "lowrank"),
+        ("packed_lowrank_add_", "packed lowrank 3 bit"),
         ("impart_add_", "impart"),
         ("blockdiag", "blockdiag 3 bit"),
     ],
@@ -83,7 +84,7 @@ def test_self_check_names_a_wrong_kernel_and_the_remedy(
         if method == "blockdiag":
             return Nothing()
         result = getattr(TorchKernels, method)(self, *args)
-        if method in ("decode_", "prefill_", "lowrank_add_", "impart_add_"):
+        if method in ("decode_", "prefill_") or method.endswith("_add_"):
             args[0][0][0] += 1
         if method == "rotate_and_write_":
             args[0].k_cache[0] += 1
