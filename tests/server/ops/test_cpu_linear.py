@@ -19,7 +19,8 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=generator).to(torch.bfloat16)
 
 
-# Rows: none (a step that samples nothing), less than one group, ragged ones, several tasks; outputs: parts of panels and whole ones.
+# Rows: none (a step that samples nothing), less than one group, ragged ones, several tasks;
+# outputs: parts of panels and whole ones.
 @pytest.mark.parametrize("n_rows", [0, 1, 7, 8, 33, 250])
 @pytest.mark.parametrize(("m", "n"), [(5, 2), (48, 62), (100, 64), (144, 576)])
 @pytest.mark.parametrize("has_bias", [False, True])
