@@ -21,7 +21,7 @@ from server.ops.delta import BlockDiagOp, TorchBlockDiag
 from server.ops.factors import ImpartFactors, LowRankFactors
 from server.ops.linear import LinearOp, TorchLinear
 from server.ops.lowrank import HeldLowRank, packed_lowrank_add_
-from server.ops.norm import RmsForm, rms_norm
+from server.ops.norm import RmsForm, add_rms_norm, rms_norm
 from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight, TorchQuantizedLinear
 from server.ops.rows import RowPlan
@@ -65,6 +65,12 @@ class Kernels(AttentionKernels, Protocol):
     def rms_norm(
         self, x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm
     ) -> Tensor: ...
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm
+    ) -> tuple[Tensor, Tensor]:
+        """(normed, summed): the same bits as ``residual + x`` and then `rms_norm`."""
+        ...
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """``silu(gate) * up``: [T, n] each, rows may be strided -> [T, n]."""
@@ -114,6 +120,11 @@ class TorchKernels:
 
     def rms_norm(self, x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm) -> Tensor:
         return rms_norm(x, weights, index, form)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm
+    ) -> tuple[Tensor, Tensor]:
+        return add_rms_norm(x, residual, weights, index, form)
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate) * up

@@ -1,4 +1,7 @@
-"""RMSNorm with a weight per row: variants in one batch have norms of their own."""
+"""RMSNorm with a weight per row: variants in one batch have norms of their own.
+
+Alone, or with the addition before it: decoder layers norm what they have just added up.
+"""
 
 from __future__ import annotations
 
@@ -36,6 +39,19 @@ def rms_norm(x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm) ->
         weight = weight.unsqueeze(1)
         return _scaled(flat, weight, x.dtype, form).view(x.shape)
     return _scaled(normed, weight, x.dtype, form)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm
+) -> tuple[Tensor, Tensor]:
+    """``residual + x``, normed, and the sum itself: bit for bit the two operations one by one.
+
+    x, residual [..., n] of one dtype; the rest as for `rms_norm`. Returns (normed, summed), both of
+    that shape and dtype.
+    Numerics: the sum is rounded to the dtype, as torch does, and the rounded sum is normed.
+    """
+    summed = residual + x
+    return rms_norm(summed, weights, index, form), summed
 
 
 def _scaled(normed: Tensor, weight: Tensor, dtype: torch.dtype, form: RmsForm) -> Tensor:

@@ -86,5 +86,10 @@ class NumbaKernels:
     def rms_norm(self, x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm) -> Tensor:
         return self._rows.rms_norm(x, weights, index, form)
 
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm
+    ) -> tuple[Tensor, Tensor]:
+        return self._rows.add_rms_norm(x, residual, weights, index, form)
+
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         return self._rows.silu_mul(gate, up)

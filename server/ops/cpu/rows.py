@@ -1,4 +1,6 @@
-"""Row-wise operations in one pass: RMSNorm with a weight per row, and the gate of an MLP."""
+"""Row-wise operations in one pass: RMSNorm with a weight per row (alone or after an addition), and
+the gate of an MLP.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,7 @@ from server.ops.cpu.compile import compile_kernel
 from server.ops.cpu.intrinsics import (
     FAST_SUMS,
     exp_f32,
+    f32_at,
     f64_at,
     from_bf16,
     i64_at,
@@ -18,6 +21,7 @@ from server.ops.cpu.intrinsics import (
     next_task,
     store_row,
     to_bf16,
+    u16_at,
 )
 from server.ops.cpu.parallel import Parallel
 from server.ops.norm import RmsForm
@@ -26,7 +30,7 @@ U = np.uint64
 ROWS = 8  # rows of one task
 
 (_X, _X_ROW, _OUT, _N_ROWS, _N, _IS_BF16, _WEIGHTS, _INDEX, _PER_INDEX) = range(1, 10)
-(_EPS, _OFFSET, _CASTS_FIRST, _N_ARGUMENTS) = range(10, 14)
+(_EPS, _OFFSET, _CASTS_FIRST, _RESIDUAL, _RESIDUAL_ROW, _SUMMED, _N_ARGUMENTS) = range(10, 17)
 (_UP, _UP_ROW) = (_WEIGHTS, _INDEX)
 
 
@@ -40,16 +44,23 @@ class RowKernels:
 
     def rms_norm(self, x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm) -> Tensor:
         """See `server.ops.norm.rms_norm`."""
-        flat = x.reshape(-1, x.shape[-1])
-        out = torch.empty(flat.shape, dtype=x.dtype)
-        a = _arguments(flat, out)
-        a[_WEIGHTS] = weights.data_ptr()
-        if index is not None:
-            a[_INDEX], a[_PER_INDEX] = index.data_ptr(), len(flat) // len(index)
-        a[_EPS : _OFFSET + 1].view(np.float64)[:] = (form.eps, form.offset)
-        a[_CASTS_FIRST] = form.casts_first
+        out = torch.empty(x.shape, dtype=x.dtype)
+        flat = _rows(x)
+        a = _norm_arguments(flat, out, weights, index, form)
         self._parallel.run(self._norm, a, -(-len(flat) // ROWS))
-        return out.view(x.shape)
+        return out
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm
+    ) -> tuple[Tensor, Tensor]:
+        """See `server.ops.norm.add_rms_norm`."""
+        out, summed = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
+        flat, other = _rows(x), _rows(residual)
+        a = _norm_arguments(flat, out, weights, index, form)
+        a[_RESIDUAL], a[_RESIDUAL_ROW] = other.data_ptr(), other.stride(0)
+        a[_SUMMED] = summed.data_ptr()
+        self._parallel.run(self._norm, a, -(-len(flat) // ROWS))
+        return out, summed
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """``silu(gate) * up``, [T, n] each, rounded after each of the two as torch does."""
@@ -58,6 +69,24 @@ class RowKernels:
         a[_UP], a[_UP_ROW] = up.data_ptr(), up.stride(0)
         self._parallel.run(self._gate, a, -(-len(gate) // ROWS))
         return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``[..., n]`` -> [R, n], values of a row one after the other."""
+    flat = x.reshape(-1, x.shape[-1])
+    return flat if flat.stride(1) == 1 else flat.contiguous()
+
+
+def _norm_arguments(
+    x: Tensor, out: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm
+) -> np.ndarray:
+    a = _arguments(x, out)
+    a[_WEIGHTS] = weights.data_ptr()
+    if index is not None:
+        a[_INDEX], a[_PER_INDEX] = index.data_ptr(), len(x) // len(index)
+    a[_EPS : _OFFSET + 1].view(np.float64)[:] = (form.eps, form.offset)
+    a[_CASTS_FIRST] = form.casts_first
+    return a
 
 
 def _arguments(x: Tensor, out: Tensor) -> np.ndarray:
@@ -80,6 +109,9 @@ def _rms_norm(address):
             break
         for row in range(first, min(first + ROWS, a[_N_ROWS])):
             load_row(values, U(0), a[_X] + row * a[_X_ROW] * item, U(n), is_bf16)
+            if a[_RESIDUAL] != 0:
+                other = a[_RESIDUAL] + row * a[_RESIDUAL_ROW] * item
+                _add(values, other, a[_SUMMED] + row * n * item, U(n), is_bf16)
             place = np.int64(0)
             if a[_INDEX] != 0:
                 place = i64_at(a[_INDEX])[U(row // a[_PER_INDEX])]
@@ -96,6 +128,22 @@ def _rms_norm(address):
                 for i in range(U(n)):
                     values[i] = values[i] * inverse * (weights[i] + offset)
             store_row(a[_OUT] + row * n * item, values, U(0), U(n), is_bf16)
+
+
+@njit(inline="always", fastmath=FAST_SUMS, error_model="numpy")
+def _add(values, other, out, n, is_bf16):
+    """Add the row at `other`, rounded; the sum also goes to `out`."""
+    if is_bf16:
+        halves, summed = u16_at(other), u16_at(out)
+        for i in range(n):
+            rounded = to_bf16(from_bf16(halves[i]) + values[i])
+            summed[i] = rounded
+            values[i] = from_bf16(rounded)
+    else:
+        full, wide = f32_at(other), f32_at(out)
+        for i in range(n):
+            values[i] = full[i] + values[i]
+            wide[i] = values[i]
 
 
 def _silu_mul(address):

@@ -33,7 +33,7 @@ from server.ops.triton.impart import impart_add_
 from server.ops.triton.layout import SegmentArrays, from_table
 from server.ops.triton.linear import linear_
 from server.ops.triton.lowrank import lowrank_add_
-from server.ops.triton.norm import rms_norm, silu_mul
+from server.ops.triton.norm import add_rms_norm, rms_norm, silu_mul
 from server.ops.triton.packed_lowrank import packed_lowrank_add_
 from server.ops.triton.rope import rope_and_write_
 
@@ -153,6 +153,16 @@ class TritonKernels(TorchKernels):
         places = self._base_row if index is None else index
         rows = x.reshape(len(places), -1, x.shape[-1])
         return rms_norm(rows, weights, places, form.eps, offset=form.offset).view(x.shape)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm
+    ) -> tuple[Tensor, Tensor]:
+        if form.casts_first != (form.offset == 0.0):
+            return super().add_rms_norm(x, residual, weights, index, form)
+        places = self._base_row if index is None else index
+        rows, other = (t.reshape(len(places), -1, t.shape[-1]) for t in (x, residual))
+        both = add_rms_norm(rows, other, weights, places, form.eps, offset=form.offset)
+        return both[0].view(x.shape), both[1].view(x.shape)
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         return silu_mul(gate, up)

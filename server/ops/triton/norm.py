@@ -1,4 +1,4 @@
-"""RMSNorm with a weight per row, and SiLU times up: one pass over memory each.
+"""RMSNorm with a weight per row, alone or after an addition, and SiLU times up: one pass each.
 
 A step's rows may belong to variants with their own norm weights: `vectors` holds the base's weight
 in row 0 and slot c's in row c + 1, `place` says which one each token uses. Elementwise on rows:
@@ -29,19 +29,42 @@ def rms_norm(
     applied, as Llama's definition does, offset 1 does not, as Gemma's. Returns x's shape and dtype.
     Bytes: x twice, plus the weights of the variants present.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    return _norm(x, None, vectors, place, eps, offset)[0]
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, vectors: Tensor, place: Tensor, eps: float, *, offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """(`rms_norm` of ``residual + x``, that sum): the sum is rounded to the dtype first.
+
+    x, residual [T, n] or [T, H, n] of one dtype, last axis contiguous; the rest as there.
+    Numerics: the bits that the addition in torch and `rms_norm` would give.
+    Bytes: two rows read and two written, plus the weights of the variants present.
+    """
+    return _norm(x, residual, vectors, place, eps, offset)
+
+
+def _norm(
+    x: Tensor, residual: Tensor | None, vectors: Tensor, place: Tensor, eps: float, offset: float
+) -> tuple[Tensor, Tensor]:
+    """Normed, and what was normed."""
+    n = x.shape[-1]
+    rows = x.reshape(-1, n)
+    other = rows if residual is None else residual.reshape(-1, n)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    summed = x if residual is None else torch.empty_like(out)
     heads = len(rows) // max(1, len(x))
-    out = torch.empty_like(rows)
-    n = rows.shape[1]
     launch(
         _rms_norm_kernel,
         (len(rows),),
-        *(out, rows, vectors, place, heads, n, rows.stride(0), vectors.stride(0), eps, offset),
+        *(out, summed, rows, other, vectors, place, heads, n),
+        *(rows.stride(0), other.stride(0), vectors.stride(0), eps, offset),
+        ADD=residual is not None,
         ROUND=offset == 0.0,
         TILE=next_power_of_two(n),
         num_warps=4 if n > 256 else 1,
     )
-    return out.view(x.shape)
+    return out, summed
 
 
 def rms_norm_reference(
@@ -64,13 +87,18 @@ def rms_norm_reference(
 
 @triton.jit
 def _rms_norm_kernel(
-    out, x, vectors, place, heads, n, x_stride, vector_stride, eps, offset,
-    ROUND: tl.constexpr, TILE: tl.constexpr,
+    out, summed, x, residual, vectors, place, heads, n,
+    x_stride, residual_stride, vector_stride, eps, offset,
+    ADD: tl.constexpr, ROUND: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, TILE)
     mask = column < n
     values = tl.load(x + row * x_stride + column, mask=mask, other=0.0)
+    if ADD:
+        before = tl.load(residual + row * residual_stride + column, mask=mask, other=0.0)
+        values = (before.to(tl.float32) + values.to(tl.float32)).to(values.dtype)
+        tl.store(summed + row * n + column, values, mask=mask)
     wide = values.to(tl.float32)
     normal = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / n + eps)
     if ROUND:

@@ -168,9 +168,15 @@ def _impart(
 def _norms(random: Callable[..., Tensor], device: torch.device) -> Iterator[Case]:
     x, weights = random(1, 3, 2, 24), random(4, 24)
     index = torch.tensor([0, 3, 1], device=device)
+    residual = random(1, 3, 2, 24)
+
+    def added(kernels: Kernels, which: Tensor | None, form: RmsForm) -> Tensor:
+        return torch.stack(kernels.add_rms_norm(x, residual, weights, which, form))
+
     for form in (RmsForm(1e-5, 0.0, True), RmsForm(1e-5, 1.0, False)):
         for which in (None, index):
             yield "rms_norm", lambda k, f=form, w=which: k.rms_norm(x, weights, w, f)  # type: ignore[misc]
+            yield "add_rms_norm", lambda k, f=form, w=which: added(k, w, f)  # type: ignore[misc]
 
 
 def _attention(random: Callable[..., Tensor], device: torch.device) -> Iterator[Case]:

@@ -18,7 +18,7 @@ from server.ops.attention import (
     paged_attention,
 )
 from server.ops.cpu.kernels import NumbaKernels
-from server.ops.kernels import TorchKernels
+from server.ops.kernels import Kernels, TorchKernels
 from server.ops.norm import RmsForm, rms_norm
 
 PAGE = 4
@@ -164,6 +164,49 @@ def test_rms_norm_weight_per_row_equals_the_torch_reference(
     for chosen in (index, None):
         ours = kernels.rms_norm(x, weights, chosen, form)
         close(ours, rms_norm(x, weights, chosen, form))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", [RmsForm(1e-5, 0.0, True), RmsForm(1e-6, 1.0, False)])
+@pytest.mark.parametrize("strided", [False, True])
+def test_add_rms_norm_any_backend_gives_the_bits_of_both_operations(
+    kernels: NumbaKernels, dtype: torch.dtype, form: RmsForm, strided: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(2, 1, 19, 90 if strided else 45, generator=generator).to(dtype)
+    x, residual = wide[..., :45]
+    weights = torch.randn(4, 45, generator=generator).to(dtype)
+    index = torch.randint(0, 4, (19,), generator=generator)
+    backends: tuple[Kernels, ...] = (kernels, TorchKernels())
+    for backend in backends:
+        for chosen in (index, None):
+            normed, summed = backend.add_rms_norm(x, residual, weights, chosen, form)
+            assert torch.equal(summed, residual + x)
+            assert torch.equal(normed, backend.rms_norm(residual + x, weights, chosen, form))
+            assert normed.shape == x.shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_rms_norm_any_backend_equals_float64(kernels: NumbaKernels, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x, residual = torch.randn(2, 7, 64, generator=generator).to(dtype) * 30
+    weight = torch.randn(1, 64, generator=generator).to(dtype)
+    form = RmsForm(1e-5, 0.0, True)
+    exact = (residual.double() + x.double()).to(dtype).double()
+    want = exact / (exact.square().mean(-1, keepdim=True) + form.eps).sqrt() * weight.double()
+    backends: tuple[Kernels, ...] = (kernels, TorchKernels())
+    for backend in backends:
+        normed, _ = backend.add_rms_norm(x, residual, weight, None, form)
+        bound = 2**-7 if dtype is torch.bfloat16 else 1e-5
+        torch.testing.assert_close(normed.double(), want, rtol=bound, atol=bound)
+
+
+def test_add_rms_norm_sum_past_the_largest_value_stays_as_in_torch(kernels: NumbaKernels) -> None:
+    x = torch.tensor([[3e38, 1.0, float("nan"), -0.0]]).to(torch.bfloat16)
+    residual = torch.tensor([[3e38, 2.0**-9, 1.0, -0.0]]).to(torch.bfloat16)
+    weight = torch.ones(1, 4, dtype=torch.bfloat16)
+    _, summed = kernels.add_rms_norm(x, residual, weight, None, RmsForm(1e-5, 0.0, True))
+    torch.testing.assert_close(summed, residual + x, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

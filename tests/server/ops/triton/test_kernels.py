@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from server.ops.delta import TorchBlockDiag
 from server.ops.kernels import Kernels, TorchKernels
+from server.ops.norm import RmsForm
 from server.ops.rows import RowPlan, SlotSegments
 from server.ops.triton.kernels import TritonKernels
 from server.ops.triton.selfcheck import check_kernels
@@ -52,6 +53,17 @@ def test_blockdiag_op_finds_places_by_slot_where_rows_are_data() -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", [RmsForm(1e-5, 0.0, True), RmsForm(1e-5, 0.0, False)])
+@pytest.mark.parametrize("index", [None, torch.tensor([1, 0, 2])])
+def test_add_rms_norm_of_any_form_equals_the_torch_op(form: RmsForm, index: Tensor | None) -> None:
+    x, residual = torch.randn(2, 1, 3, 24, generator=generator(0))
+    weights = torch.randn(3, 24, generator=generator(1))
+    got = TritonKernels(CPU).add_rms_norm(x, residual, weights, index, form)
+    want = TorchKernels().add_rms_norm(x, residual, weights, index, form)
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
 def test_self_check_passes_for_these_kernels() -> None:
     check_kernels(TritonKernels(CPU), CPU, torch.float32)
 
@@ -61,6 +73,7 @@ def test_self_check_passes_for_these_kernels() -> None:
     [
         ("silu_mul", "silu_mul"),
         ("rms_norm", "rms_norm"),
+        ("add_rms_norm", "add_rms_norm"),
         ("rotate_and_write_", "rotate_and_write"),
         ("decode_", "decode attention"),
         ("prefill_", "prefill attention"),
@@ -88,6 +101,8 @@ def test_self_check_names_a_wrong_kernel_and_the_remedy(
             args[0][0][0] += 1
         if method == "rotate_and_write_":
             args[0].k_cache[0] += 1
+        if method == "add_rms_norm":
+            return result[0], result[1] + 1
         return None if result is None else result * 1.5
 
     monkeypatch.setattr(Wrong, method, wrong, raising=False)

@@ -9,7 +9,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 pytest.importorskip("triton")
 
-from server.ops.triton.norm import rms_norm, rms_norm_reference, silu_mul, silu_mul_reference
+from server.ops.triton.norm import (
+    add_rms_norm,
+    rms_norm,
+    rms_norm_reference,
+    silu_mul,
+    silu_mul_reference,
+)
 from tests.server.ops.triton.helpers import generator
 
 
@@ -29,6 +35,39 @@ def test_rms_norm_uses_each_rows_own_weight(shape: tuple[int, ...], offset: floa
         torch.testing.assert_close(got[row].double(), want, rtol=1e-5, atol=1e-6)
     reference = rms_norm_reference(x, vectors, place, 1e-5, offset=offset)
     torch.testing.assert_close(got, reference, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(5, 48), (4, 3, 20), (1, 300)])
+def test_add_rms_norm_gives_the_bits_of_both_operations(
+    shape: tuple[int, ...], offset: float
+) -> None:
+    x, residual = torch.randn(2, *shape, generator=generator(0))
+    vectors = torch.randn(4, shape[-1], generator=generator(1))
+    place = torch.tensor([0, 3, 1, 0, 3])[: shape[0]]
+    normed, summed = add_rms_norm(x, residual, vectors, place, 1e-5, offset=offset)
+    assert torch.equal(summed, residual + x)
+    assert torch.equal(normed, rms_norm(residual + x, vectors, place, 1e-5, offset=offset))
+    reference = rms_norm_reference(summed.double(), vectors, place, 1e-5, offset=offset)
+    torch.testing.assert_close(normed.double(), reference, rtol=1e-5, atol=1e-6)
+
+
+def test_add_rms_norm_slices_of_wider_tensors_are_read_in_place() -> None:
+    whole = torch.randn(2, 5, 70, generator=generator(0))
+    x, residual = whole[:, :, 3:35]
+    vectors, place = torch.ones(1, 32), torch.zeros(5, dtype=torch.int64)
+    normed, summed = add_rms_norm(x, residual, vectors, place, 1e-5)
+    assert torch.equal(summed, residual + x)
+    torch.testing.assert_close(normed, rms_norm_reference(summed, vectors, place, 1e-5))
+
+
+def test_add_rms_norm_bfloat16_norms_the_rounded_sum() -> None:
+    """The interpreter truncates where a GPU rounds: one step of difference, then the same sum."""
+    x, residual = torch.randn(2, 6, 64, generator=generator(0)).to(torch.bfloat16)
+    vectors, place = torch.ones(1, 64).to(torch.bfloat16), torch.zeros(6, dtype=torch.int64)
+    normed, summed = add_rms_norm(x, residual, vectors, place, 1e-5)
+    torch.testing.assert_close(summed, residual + x, rtol=2**-7, atol=0)
+    assert torch.equal(normed, rms_norm(summed, vectors, place, 1e-5))
 
 
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, GemmaRMSNorm])
