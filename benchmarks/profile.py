@@ -48,6 +48,7 @@ OPERATIONS = {
     "prefill_": "prefill attention",
     "rotate_and_write_": "rotary embedding and cache",
     "rms_norm": "norms and the MLP's gate",
+    "add_rms_norm": "norms and the MLP's gate",
     "silu_mul": "norms and the MLP's gate",
 }
 # What is left inside a module once the kernels it calls are taken out.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from server.deltas.layers import StepContext
 from server.deltas.parameter import DeltaParameter
 from server.ops.norm import RmsForm, rms_norm
+
+AHEAD = "impart_normed_ahead"  # attribute of a sum: the norm that follows, and its result
 
 
 class DeltaNorm(nn.Module):
@@ -43,19 +46,53 @@ class DeltaNorm(nn.Module):
     def weight(self) -> Tensor:
         return self._weight.base
 
+    @property
+    def can_add(self) -> bool:
+        """Whether `add` is one kernel call."""
+        return self._form is not None
+
     def forward(self, x: Tensor) -> Tensor:
         """``x [1, T, n]`` or ``[1, T, heads, n]`` -> the same shape."""
+        owner, ahead = getattr(x, AHEAD, (None, None))
+        if owner is self and ahead is not None:
+            delattr(x, AHEAD)
+            return cast(Tensor, ahead)
+        if self._form is not None and x.dtype == self._weight.dtype:
+            weights, index = self._weights()
+            return self._weight.kernels.rms_norm(x, weights, index, self._form)
+        return self._in_torch(x)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """``residual + x`` normed, and that sum; shapes as in `forward`."""
+        if self._form is None or not x.dtype == residual.dtype == self._weight.dtype:
+            summed = residual + x
+            return self(summed), summed
+        weights, index = self._weights()
+        return self._weight.kernels.add_rms_norm(x, residual, weights, index, self._form)
+
+    def add_ahead(self, x: Tensor, residual: Tensor) -> Tensor:
+        """``residual + x``. Normed already: whoever calls this norm with it gets that for nothing.
+
+        The normed rows hang on the sum, so that they cannot be taken for those of another tensor,
+        nor live longer than it.
+        """
+        ahead, summed = self.add(x, residual)
+        setattr(summed, AHEAD, (self, ahead))
+        return summed
+
+    def _weights(self) -> tuple[Tensor, Tensor | None]:
+        """Of the step's rows, as `Kernels.rms_norm` takes them."""
+        rows, weights = self._context.rows, self._weight.vectors
+        assert weights is not None
+        if rows is None or not self._weight.touches(rows):
+            return weights, None
+        return weights, self._weight.vector_index(rows)
+
+    def _in_torch(self, x: Tensor) -> Tensor:
         rows = self._context.rows
         changed = rows is not None and (
             self._weight.touches(rows) or (self._bias is not None and self._bias.touches(rows))
         )
-        if self._form is not None and x.dtype == self._weight.dtype:
-            weights = self._weight.vectors
-            assert weights is not None
-            index = None
-            if changed and rows is not None:
-                index = self._weight.vector_index(rows)
-            return self._weight.kernels.rms_norm(x, weights, index, self._form)
         if not changed:
             unchanged: Tensor = self.inner(x)
             return unchanged

@@ -24,6 +24,7 @@ from server.deltas.mlp import fuse_gated_mlp
 from server.deltas.norms import DeltaNorm
 from server.deltas.parameter import DeltaParameter
 from server.deltas.residency import Residency
+from server.deltas.residual import fuse_residuals
 from server.engine.attention import ATTENTION_NAME, KVStore, attach_store, register_attention
 from server.engine.rotary import fuse_rotary
 from server.engine.varying_rope import VaryingRope, varying_rope
@@ -32,6 +33,7 @@ from server.ops.kernels import KernelChoice, Kernels, choose_kernels
 from server.ops.quantize import BaseQuant
 
 log = logging.getLogger(__name__)
+N_PROBED = 5  # tokens: some embeddings are all zeros
 
 
 @dataclass(slots=True)
@@ -113,9 +115,10 @@ def prepare_base_model(
         varying_rope=varying_rope(model),
     )
     _limit_length(base)
-    _probe(base)
+    n_residual = fuse_residuals(model, lambda: _probe(base))
     n_fused = fuse_rotary(model, store)
     log.info("%d of %d attention layers fused", n_fused, len(store.probed))
+    log.info("residual additions of %d layers fused with the norms after them", n_residual)
     return base
 
 
@@ -149,7 +152,7 @@ def _limit_length(base: BaseModel) -> None:
 
 def _probe(base: BaseModel) -> None:
     """One forward pass without a cache: learns the layers' KV shapes, checks the hook is used."""
-    ids = torch.zeros((1, 1), dtype=torch.int64, device=base.device)
+    ids = torch.arange(N_PROBED, device=base.device).unsqueeze(0)
     with torch.inference_mode():
         base.model(input_ids=ids, position_ids=ids, use_cache=False)
     if not base.store.probed:
