@@ -45,6 +45,7 @@ LINEARS, DELTAS = "base linears", "delta products"
 # Kernels' operations by the part they belong to.
 OPERATIONS = {
     "decode_": "decode attention",
+    "rotate_and_decode_": "decode attention",
     "prefill_": "prefill attention",
     "rotate_and_write_": "rotary embedding and cache",
     "rms_norm": "norms and the MLP's gate",

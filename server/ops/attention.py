@@ -98,18 +98,29 @@ class AttentionKernels(Protocol):
 
     def decode_(self, out: Tensor, call: AttentionCall) -> None: ...
 
+    def rotate_and_decode_(self, out: Tensor, call: AttentionCall) -> bool:
+        """Both of these at once, for a step that only decodes; q and k may stay as they are.
+
+        False, and nothing is done, where there is no such kernel.
+        """
+        ...
+
     def prefill_(self, out: Tensor, call: AttentionCall) -> None: ...
 
 
 def paged_attention(call: AttentionCall, kernels: AttentionKernels) -> Tensor:
     """Causal attention of every new token over its own sequence.
 
-    Turns q and k in place and writes k and v to the cache. Returns [T, H, D] in q's dtype.
+    Turns q and k, maybe in place, and writes k and v to the cache. Returns [T, H, D] in q's dtype.
     Numerics: float32 accumulation.
     """
     out = call.q.new_empty(call.q.shape)
+    decode = call.plan.decode
+    only_decodes = decode is not None and len(decode.rows) == len(call.q)
+    if only_decodes and call.rotary is not None and kernels.rotate_and_decode_(out, call):
+        return out
     kernels.rotate_and_write_(call)
-    if call.plan.decode is not None:
+    if decode is not None:
         kernels.decode_(out, call)
     if call.plan.prefill:
         kernels.prefill_(out, call)

@@ -115,6 +115,9 @@ class TorchKernels:
     def decode_(self, out: Tensor, call: AttentionCall) -> None:
         attention.decode_(out, call)
 
+    def rotate_and_decode_(self, out: Tensor, call: AttentionCall) -> bool:
+        return False
+
     def prefill_(self, out: Tensor, call: AttentionCall) -> None:
         attention.prefill_(out, call)
 

@@ -77,6 +77,9 @@ class NumbaKernels:
     def decode_(self, out: Tensor, call: AttentionCall) -> None:
         self._attention.decode_(out, call)
 
+    def rotate_and_decode_(self, out: Tensor, call: AttentionCall) -> bool:
+        return False
+
     def prefill_(self, out: Tensor, call: AttentionCall) -> None:
         if self._prefill.takes(call):
             self._prefill.prefill_(out, call)

@@ -2,9 +2,11 @@
 
 Decode is split-KV: each sequence's keys are cut into `n_splits` stretches, one program per
 (sequence, KV head, stretch) with the query heads of the group as rows, online softmax; a second
-kernel joins the stretches by their log-sum-exp. Prefill takes all chunks of a step in one launch,
-one program per (tile of a chunk's tokens, head), each walking the keys that its tokens may see.
-Lengths and pages are data, so a captured graph serves any lengths.
+kernel joins the stretches by their log-sum-exp, if there are several. A step that only decodes
+turns q and k in the same launch: the program whose stretch ends a sequence begins with the new key,
+from registers, and writes it to the cache for later steps. Prefill takes all chunks of a step in
+one launch, one program per (tile of a chunk's tokens, head), each walking the keys that its tokens
+may see. Lengths and pages are data, so a captured graph serves any lengths.
 
 Source: FlashDecoding (Dao et al., 2023); the combination is eq. 3 of FlashInfer (arXiv 2501.01005);
 prefill is FlashAttention-2 (arXiv 2307.08691, algorithm 1). torch's `varlen_attn` is not used: it
@@ -47,6 +49,22 @@ class PrefillTiles:
     pages: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """One new token a sequence whose q and k are not turned yet and whose k and v no cache holds.
+
+    k, v      [B, Hkv, D], last axis contiguous
+    cos, sin  [B, R], last axis contiguous: as `rope_and_write_` takes them
+    places    [B] integer: row of the flattened cache, -1 writes nothing
+    """
+
+    k: Tensor
+    v: Tensor
+    cos: Tensor
+    sin: Tensor
+    places: Tensor
+
+
 def splits_for(batch: int) -> int:
     """Stretches per sequence: more where few sequences would leave the device idle."""
     return 16 if batch <= 8 else 4 if batch <= 32 else 1
@@ -63,26 +81,40 @@ def paged_decode(
     window: int | None = None,
     softcap: float | None = None,
     n_splits: int | None = None,
+    new: NewTokens | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Attention of one new token per sequence over its own pages.
 
     q [B, H, D], last axis contiguous; caches [n_pages, page, Hkv, D] contiguous; pages [B, P]
     integer page ids, only those that `lengths` reaches are read; lengths [B] integer, the new token
-    included, 0: a padding row, its output is 0. Returns [B, H, D] in q's dtype.
+    included, 0: a padding row, its output is 0. Returns [B, H, D] in q's dtype: `out`, contiguous,
+    if given.
+    new: turn q by its angles on the way (in float32, rounded once; q itself stays), turn and write
+    each sequence's new key and value; without it q is turned and the cache complete.
     """
     batch, heads, dim = q.shape
     page, kv_heads = k_cache.shape[1:3]
     splits = splits_for(batch) if n_splits is None else n_splits
-    partial = torch.empty((batch, heads, splits, dim), dtype=torch.float32, device=q.device)
-    lse = torch.empty((batch, heads, splits), dtype=torch.float32, device=q.device)
-    out = torch.empty((batch, heads, dim), dtype=q.dtype, device=q.device)
+    out = torch.empty((batch, heads, dim), dtype=q.dtype, device=q.device) if out is None else out
+    partial = lse = out
+    if splits > 1:
+        partial = torch.empty((batch, heads, splits, dim), dtype=torch.float32, device=q.device)
+        lse = torch.empty((batch, heads, splits), dtype=torch.float32, device=q.device)
+    k, v, cos, sin, places = (q, q, q, q, lengths)
+    rotated = cos_row = 0
+    if new is not None:
+        k, v, cos, sin, places = new.k, new.v, new.cos, new.sin, new.places
+        rotated, cos_row = cos.shape[1], cos.stride(0)
     group = heads // kv_heads
     launch(
         _attend_kernel,
         (batch, kv_heads, splits),
-        *(partial, lse, q, k_cache, v_cache, pages, lengths),
+        *(out, partial, lse, q, k_cache, v_cache, pages, lengths, k, v, cos, sin, places),
         *(scale, 0.0 if softcap is None else softcap, 0 if window is None else window),
         *(heads, kv_heads, dim, page, *pages.stride(), q.stride(0), q.stride(1)),
+        *(k.stride(0), k.stride(1), v.stride(0), v.stride(1), cos_row, rotated),
+        TURN=new is not None,
         GROUP=group,
         SPLITS=splits,
         WINDOW=window is not None,
@@ -94,6 +126,8 @@ def paged_decode(
         num_warps=4,
         num_stages=3,
     )
+    if splits == 1:
+        return out
     launch(
         _combine_kernel,
         (batch, heads),
@@ -216,10 +250,20 @@ def _visit(
 
 
 @triton.jit
+def _partner(d, rotated):
+    """The dimension that turns together with each: halves of the first `rotated` are paired."""
+    half = rotated // 2
+    return tl.where(d < rotated, tl.where(d < half, d + half, d - half), d)
+
+
+@triton.jit
 def _attend_kernel(
-    partial, lse, q, k_cache, v_cache, pages, lengths, scale, softcap, window,
+    out, partial, lse, q, k_cache, v_cache, pages, lengths, k, v, cos, sin, places,
+    scale, softcap, window,
     heads, kv_heads, dim, page, pages_row, pages_column, q_row, q_head,
-    GROUP: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    k_row, k_head, v_row, v_head, cos_row, rotated,
+    TURN: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     TILE_G: tl.constexpr, TILE_D: tl.constexpr, TILE_L: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -239,13 +283,40 @@ def _attend_kernel(
     head = kv_head * GROUP + g
     g_mask = g < GROUP
     d_mask = d < dim
-    queries = tl.load(
-        q + row * q_row + head[:, None] * q_head + d[None, :],
-        mask=g_mask[:, None] & d_mask[None, :], other=0.0,
-    )  # fmt: skip
+    q_mask = g_mask[:, None] & d_mask[None, :]
+    q_rows = q + row * q_row + head[:, None] * q_head
+    queries = tl.load(q_rows + d[None, :], mask=q_mask, other=0.0)
     top = tl.full((TILE_G,), float("-inf"), tl.float32)
     total = tl.zeros((TILE_G,), tl.float32)
     acc = tl.zeros((TILE_G, TILE_D), tl.float32)
+    if TURN:
+        other = _partner(d, rotated)
+        c = tl.load(cos + row * cos_row + d, mask=d < rotated, other=1.0).to(tl.float32)
+        s = tl.load(sin + row * cos_row + d, mask=d < rotated, other=0.0).to(tl.float32)
+        s = tl.where(d < rotated // 2, -s, s)
+        partner = tl.load(q_rows + other[None, :], mask=q_mask, other=0.0)
+        wide = queries.to(tl.float32) * c[None, :] + partner.to(tl.float32) * s[None, :]
+        queries = wide.to(queries.dtype)
+        last = length - 1
+        if (start <= last) & (last < end):
+            k_of = k + row * k_row + kv_head * k_head
+            key = tl.load(k_of + d, mask=d_mask, other=0.0).to(tl.float32) * c
+            key += tl.load(k_of + other, mask=d_mask, other=0.0).to(tl.float32) * s
+            turned = key.to(k_cache.dtype.element_ty)
+            value = tl.load(v + row * v_row + kv_head * v_head + d, mask=d_mask, other=0.0)
+            value = value.to(v_cache.dtype.element_ty)
+            place = tl.load(places + row).to(tl.int64)
+            if place >= 0:
+                target = (place * kv_heads + kv_head) * dim + d
+                tl.store(k_cache + target, turned, mask=d_mask)
+                tl.store(v_cache + target, value, mask=d_mask)
+            # Nobody reads it back here: the softmax begins with it.
+            top = tl.sum(queries.to(tl.float32) * turned.to(tl.float32)[None, :], axis=1) * scale
+            if SOFTCAP:
+                top = softcap * (2.0 * tl.sigmoid(2.0 * top / softcap) - 1.0)
+            total += 1.0
+            acc += value.to(tl.float32)[None, :]
+            end = last
     for at in range(start, end, TILE_L):
         position = at + tl.arange(0, TILE_L)
         seen = position < end
@@ -255,15 +326,16 @@ def _attend_kernel(
             SOFTCAP, TILE_D, UPCAST,
         )  # fmt: skip
 
-    place = (row * heads + head) * SPLITS + split
     empty = total == 0.0
-    joined = top + tl.log(tl.where(empty, 1.0, total))
-    tl.store(lse + place, tl.where(empty, float("-inf"), joined), mask=g_mask)
-    tl.store(
-        partial + place[:, None] * dim + d[None, :],
-        acc / tl.where(empty, 1.0, total)[:, None],
-        mask=g_mask[:, None] & d_mask[None, :],
-    )
+    result = acc / tl.where(empty, 1.0, total)[:, None]
+    spot = (row * heads + head) * SPLITS + split
+    if SPLITS == 1:
+        target = out + spot[:, None] * dim + d[None, :]
+        tl.store(target, result.to(out.dtype.element_ty), mask=q_mask)
+    else:
+        joined = top + tl.log(tl.where(empty, 1.0, total))
+        tl.store(lse + spot, tl.where(empty, float("-inf"), joined), mask=g_mask)
+        tl.store(partial + spot[:, None] * dim + d[None, :], result, mask=q_mask)
 
 
 @triton.jit

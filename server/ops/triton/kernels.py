@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from server.ops.attention import AttentionCall
+from server.ops.attention import AttentionCall, DecodeBatch
 from server.ops.delta import BlockDiagOp
 from server.ops.factors import ImpartFactors, LowRankFactors
 from server.ops.kernels import TorchKernels
@@ -18,6 +18,7 @@ from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight, TorchQuantizedLinear
 from server.ops.rows import RowPlan, SlotSegments
 from server.ops.triton.attention import (
+    NewTokens,
     PrefillTiles,
     paged_decode,
     paged_prefill_,
@@ -76,6 +77,28 @@ class TritonQuantizedLinear(TorchQuantizedLinear):
         return y if bias is None else y.add_(bias)
 
 
+def _decode(
+    q: Tensor,
+    call: AttentionCall,
+    batch: DecodeBatch,
+    *,
+    out: Tensor | None = None,
+    new: NewTokens | None = None,
+) -> Tensor:
+    return paged_decode(
+        q,
+        call.k_cache,
+        call.v_cache,
+        batch.pages,
+        batch.lengths,
+        scale=call.scale,
+        window=call.window,
+        softcap=call.softcap,
+        out=out,
+        new=new,
+    )
+
+
 class TritonKernels(TorchKernels):
     """Deltas, attention, RoPE with the cache write, norms and SiLU-mul in Triton; the base's
     products in cuBLAS; forms the kernels do not know in torch.
@@ -121,21 +144,18 @@ class TritonKernels(TorchKernels):
     def decode_(self, out: Tensor, call: AttentionCall) -> None:
         batch = call.plan.decode
         assert batch is not None
-        everything = len(batch.rows) == len(call.q)
-        result = paged_decode(
-            call.q if everything else call.q[batch.rows],
-            call.k_cache,
-            call.v_cache,
-            batch.pages,
-            batch.lengths,
-            scale=call.scale,
-            window=call.window,
-            softcap=call.softcap,
-        )
-        if everything:
-            out.copy_(result)
+        if len(batch.rows) == len(call.q):
+            _decode(call.q, call, batch, out=out)
         else:
-            out[batch.rows] = result
+            out[batch.rows] = _decode(call.q[batch.rows], call, batch)
+
+    def rotate_and_decode_(self, out: Tensor, call: AttentionCall) -> bool:
+        assert call.rotary is not None
+        assert call.plan.decode is not None
+        angles = call.rotary.cos, call.rotary.sin
+        new = NewTokens(call.k, call.v, *angles, call.plan.places)
+        _decode(call.q, call, call.plan.decode, out=out, new=new)
+        return True
 
     def prefill_(self, out: Tensor, call: AttentionCall) -> None:
         plan, device = call.plan, call.q.device

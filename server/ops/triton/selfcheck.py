@@ -16,6 +16,7 @@ from server.ops.attention import (
     DecodeBatch,
     PrefillChunk,
     Rotary,
+    paged_attention,
 )
 from server.ops.factors import ImpartFactors, LowRankFactors, rank_lists
 from server.ops.kernels import Kernels, TorchKernels
@@ -207,6 +208,12 @@ def _attention(random: Callable[..., Tensor], device: torch.device) -> Iterator[
         kernels.decode_(out, one)
         return out
 
+    def joined(kernels: Kernels, window: int | None, softcap: float | None) -> Tensor:
+        """A step that only decodes, as the engine calls it."""
+        one = call(window, softcap)
+        out = paged_attention(one, kernels)
+        return torch.cat([out.flatten(), one.k_cache.flatten(), one.v_cache.flatten()])
+
     new = random(3, heads, dim), random(3, kv_heads, dim), random(3, kv_heads, dim)
 
     def prefilled(kernels: Kernels) -> Tensor:
@@ -221,7 +228,24 @@ def _attention(random: Callable[..., Tensor], device: torch.device) -> Iterator[
         kernels.prefill_(out, one)
         return out
 
+    def many(kernels: Kernels) -> Tensor:
+        """More sequences than are cut into stretches, each with one page and 1 to 4 tokens."""
+        n = 40
+        first, lengths = torch.arange(n, device=device), torch.arange(n, device=device) % page + 1
+        plan = AttentionPlan(
+            first * page + lengths - 1, DecodeBatch(first, first.unsqueeze(1), lengths), ()
+        )
+        q, k, v = (t[:1].repeat(n, 1, 1) for t in qkv)
+        one = AttentionCall(
+            *(q, k, v, past[0, :1].repeat(n, 1, 1, 1), past[1, :1].repeat(n, 1, 1, 1)),
+            *(plan, 0.25),
+            rotary=Rotary(angles.cos[:1].repeat(n, 1), angles.sin[:1].repeat(n, 1)),
+        )
+        return paged_attention(one, kernels)
+
+    yield "rotate_and_decode, many rows", many
     yield "rotate_and_write", written
     yield "prefill attention", prefilled
     for window, softcap in ((None, None), (5, None), (None, 20.0)):
         yield "decode attention", lambda k, w=window, c=softcap: attended(k, w, c)  # type: ignore[misc]
+        yield "rotate_and_decode", lambda k, w=window, c=softcap: joined(k, w, c)  # type: ignore[misc]

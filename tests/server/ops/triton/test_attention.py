@@ -13,11 +13,13 @@ pytest.importorskip("triton")
 from server.ops.attention import AttentionCall, AttentionPlan, PrefillChunk, prefill_
 from server.ops.triton import attention
 from server.ops.triton.attention import (
+    NewTokens,
     paged_decode,
     paged_decode_reference,
     paged_prefill_,
     prefill_tiles,
 )
+from server.ops.triton.rope import rope_and_write_reference_
 from tests.server.ops.triton.helpers import CPU, generator
 
 PAGE = 8
@@ -83,6 +85,74 @@ def test_decode_equals_softmax_over_own_tokens(
         torch.testing.assert_close(got[row].double(), want, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(reference[row].double(), want, rtol=1e-4, atol=1e-5)
     assert bool((got[-1] == 0).all())
+
+
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "rotated", "window", "softcap"),
+    [
+        (4, 2, 16, 16, None, None),
+        (6, 1, 20, 8, 70, None),  # the first dimensions turn only
+        (2, 2, 32, 32, None, 2.5),
+        (3, 3, 16, 16, 1, 4.0),  # each token sees itself only
+    ],
+)
+def test_decode_of_new_tokens_turns_writes_and_attends(
+    splits: int,
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    rotated: int,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """Lengths at the borders of tiles, stretches and pages, and a padding row."""
+    lengths = [1, 150, 64, 65, 9]
+    k_cache, v_cache, pages, _ = scattered(lengths, kv_heads, dim)
+    pages = torch.cat([pages, torch.full_like(pages[:1], -5)])
+    sizes = torch.tensor([*lengths, 0])
+    rows = len(sizes)
+    cut = [heads * dim, kv_heads * dim, kv_heads * dim]
+    fused = torch.randn(rows, sum(cut), generator=generator(2))
+    q, k, v = (part.view(rows, -1, dim) for part in fused.split(cut, 1))
+    angle = torch.rand(rows, rotated // 2, generator=generator(3)).repeat(1, 2) * 6
+    places = [int(pages[i, (n - 1) // PAGE]) * PAGE + (n - 1) % PAGE for i, n in enumerate(lengths)]
+    new = NewTokens(k, v, angle.cos(), angle.sin(), torch.tensor([*places, -1]))
+    for cache in (k_cache, v_cache):  # what is there before must not be read
+        cache.view(-1, kv_heads, dim)[new.places[:-1]] = float("nan")
+    exact_q, exact_k = q.double(), k_cache.double()
+    exact_v = v_cache.double()
+    angles = new.cos.double(), new.sin.double()
+    exact = (exact_q, k.double(), v.double(), *angles, exact_k, exact_v, new.places)
+    rope_and_write_reference_(*exact, torch.float64)
+    options = {"scale": dim**-0.5, "window": window, "softcap": softcap}
+    want = paged_decode_reference(
+        exact_q, exact_k, exact_v, pages, sizes, compute=torch.float64, **options
+    )
+    before, out = fused.clone(), torch.empty(rows, heads, dim)
+    got = paged_decode(
+        q, k_cache, v_cache, pages, sizes, n_splits=splits, new=new, out=out, **options
+    )
+    assert got is out
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-5)
+    for cache, filled in ((k_cache, exact_k), (v_cache, exact_v)):
+        torch.testing.assert_close(cache.double(), filled, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert torch.equal(fused, before)
+
+
+def test_decode_of_new_tokens_without_a_place_writes_nothing() -> None:
+    k_cache, v_cache, pages, _ = scattered([20], 1, 16)
+    before = k_cache.clone(), v_cache.clone()
+    q, k, v = torch.randn(3, 1, 1, 16, generator=generator(2))
+    new = NewTokens(k, v, torch.ones(1, 16), torch.zeros(1, 16), torch.tensor([-1]))
+    sizes = torch.tensor([21])
+    got = paged_decode(q, k_cache, v_cache, pages, sizes, scale=0.25, new=new)
+    for cache, old in zip((k_cache, v_cache), before, strict=True):
+        torch.testing.assert_close(cache, old, rtol=0, atol=0, equal_nan=True)
+    k_cache.view(-1, 1, 16)[pages[0, 2] * PAGE + 4] = k[0]
+    v_cache.view(-1, 1, 16)[pages[0, 2] * PAGE + 4] = v[0]
+    want = paged_decode_reference(q, k_cache, v_cache, pages, sizes, scale=0.25)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
 def test_decode_bfloat16_stays_near_float64() -> None:
