@@ -4,6 +4,8 @@ the gate of an MLP.
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import torch
 from numba import njit
@@ -30,7 +32,7 @@ U = np.uint64
 ROWS = 8  # rows of one task
 
 (_X, _X_ROW, _OUT, _N_ROWS, _N, _IS_BF16, _WEIGHTS, _INDEX, _PER_INDEX) = range(1, 10)
-(_EPS, _OFFSET, _CASTS_FIRST, _RESIDUAL, _RESIDUAL_ROW, _SUMMED, _N_ARGUMENTS) = range(10, 17)
+(_EPS, _OFFSET, _CASTS_FIRST, _RESIDUAL, _SUMMED, _N_ARGUMENTS) = range(10, 16)
 (_UP, _UP_ROW) = (_WEIGHTS, _INDEX)
 
 
@@ -44,55 +46,57 @@ class RowKernels:
 
     def rms_norm(self, x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm) -> Tensor:
         """See `server.ops.norm.rms_norm`."""
-        out = torch.empty(x.shape, dtype=x.dtype)
-        flat = _rows(x)
-        a = _norm_arguments(flat, out, weights, index, form)
-        self._parallel.run(self._norm, a, -(-len(flat) // ROWS))
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        a = _norm_arguments(x, out, weights, index, form)
+        self._parallel.run(self._norm, a, -(-a[_N_ROWS] // ROWS))
         return out
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm
     ) -> tuple[Tensor, Tensor]:
-        """See `server.ops.norm.add_rms_norm`."""
-        out, summed = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape, dtype=x.dtype)
-        flat, other = _rows(x), _rows(residual)
-        a = _norm_arguments(flat, out, weights, index, form)
-        a[_RESIDUAL], a[_RESIDUAL_ROW] = other.data_ptr(), other.stride(0)
-        a[_SUMMED] = summed.data_ptr()
-        self._parallel.run(self._norm, a, -(-len(flat) // ROWS))
+        """See `server.ops.norm.add_rms_norm`. Subnormal sums in bfloat16 may become 0."""
+        x, residual = x.contiguous(), residual.contiguous()
+        out, summed = torch.empty_like(x), torch.empty_like(x)
+        a = _norm_arguments(x, out, weights, index, form)
+        a[_RESIDUAL], a[_SUMMED] = residual.data_ptr(), summed.data_ptr()
+        self._parallel.run(self._norm, a, -(-a[_N_ROWS] // ROWS))
         return out, summed
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         """``silu(gate) * up``, [T, n] each, rounded after each of the two as torch does."""
-        out = torch.empty(gate.shape, dtype=gate.dtype)
+        out = torch.empty_like(gate, memory_format=torch.contiguous_format)
         a = _arguments(gate, out)
+        a[_X_ROW], a[_N_ROWS] = gate.stride(0), len(gate)
         a[_UP], a[_UP_ROW] = up.data_ptr(), up.stride(0)
         self._parallel.run(self._gate, a, -(-len(gate) // ROWS))
         return out
 
 
-def _rows(x: Tensor) -> Tensor:
-    """``[..., n]`` -> [R, n], values of a row one after the other."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if flat.stride(1) == 1 else flat.contiguous()
-
-
 def _norm_arguments(
     x: Tensor, out: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm
 ) -> np.ndarray:
+    n = x.shape[-1]
     a = _arguments(x, out)
+    a[_X_ROW], a[_N_ROWS] = n, x.numel() // n
     a[_WEIGHTS] = weights.data_ptr()
     if index is not None:
-        a[_INDEX], a[_PER_INDEX] = index.data_ptr(), len(x) // len(index)
-    a[_EPS : _OFFSET + 1].view(np.float64)[:] = (form.eps, form.offset)
+        a[_INDEX], a[_PER_INDEX] = index.data_ptr(), a[_N_ROWS] // len(index)
+    a[_EPS : _OFFSET + 1] = _bits_of((form.eps, form.offset))
     a[_CASTS_FIRST] = form.casts_first
     return a
 
 
+@functools.cache
+def _bits_of(values: tuple[float, ...]) -> np.ndarray:
+    """float64 as int64: a step asks for the same ones again and again."""
+    return np.array(values).view(np.int64)
+
+
 def _arguments(x: Tensor, out: Tensor) -> np.ndarray:
     a = np.zeros(_N_ARGUMENTS, np.int64)
-    a[_X], a[_X_ROW], a[_OUT] = x.data_ptr(), x.stride(0), out.data_ptr()
-    a[_N_ROWS], a[_N], a[_IS_BF16] = x.shape[0], x.shape[1], x.dtype is torch.bfloat16
+    a[_X], a[_OUT] = x.data_ptr(), out.data_ptr()
+    a[_N], a[_IS_BF16] = x.shape[-1], x.dtype is torch.bfloat16
     return a
 
 
@@ -110,8 +114,8 @@ def _rms_norm(address):
         for row in range(first, min(first + ROWS, a[_N_ROWS])):
             load_row(values, U(0), a[_X] + row * a[_X_ROW] * item, U(n), is_bf16)
             if a[_RESIDUAL] != 0:
-                other = a[_RESIDUAL] + row * a[_RESIDUAL_ROW] * item
-                _add(values, other, a[_SUMMED] + row * n * item, U(n), is_bf16)
+                at = row * n * item
+                _add(values, a[_RESIDUAL] + at, a[_SUMMED] + at, U(n), is_bf16)
             place = np.int64(0)
             if a[_INDEX] != 0:
                 place = i64_at(a[_INDEX])[U(row // a[_PER_INDEX])]
@@ -134,16 +138,16 @@ def _rms_norm(address):
 def _add(values, other, out, n, is_bf16):
     """Add the row at `other`, rounded; the sum also goes to `out`."""
     if is_bf16:
-        halves, summed = u16_at(other), u16_at(out)
+        halves = u16_at(other)
         for i in range(n):
-            rounded = to_bf16(from_bf16(halves[i]) + values[i])
-            summed[i] = rounded
-            values[i] = from_bf16(rounded)
+            values[i] = from_bf16(halves[i]) + values[i]
     else:
-        full, wide = f32_at(other), f32_at(out)
+        full = f32_at(other)
         for i in range(n):
             values[i] = full[i] + values[i]
-            wide[i] = values[i]
+    store_row(out, values, U(0), n, is_bf16)
+    if is_bf16:
+        load_row(values, U(0), out, n, is_bf16)
 
 
 def _silu_mul(address):
