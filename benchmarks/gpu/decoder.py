@@ -18,7 +18,7 @@ from benchmarks.gpu.shapes import Codec, ModelShape
 from server.engine.static_step import StaticBatch
 from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight, quantize_int8
-from server.ops.triton.attention import paged_decode
+from server.ops.triton.attention import NewTokens, paged_decode
 from server.ops.triton.blockdiag import (
     DECODE_ROWS,
     BlockKernel,
@@ -27,8 +27,7 @@ from server.ops.triton.blockdiag import (
 )
 from server.ops.triton.layout import SegmentArrays
 from server.ops.triton.linear import linear_
-from server.ops.triton.norm import rms_norm, silu_mul
-from server.ops.triton.rope import rope_and_write_
+from server.ops.triton.norm import add_rms_norm, rms_norm, silu_mul
 
 Weight = Tensor | QuantizedWeight
 
@@ -46,16 +45,13 @@ class GroupWeights:
         if self.blocks is not None:
             self.kernels = {p: plan_kernel(self.blocks, prefill=p) for p in (False, True)}
 
-    def product(self, x: Tensor, segments: SegmentArrays | None, residual: Tensor | None) -> Tensor:
-        """``x W^T`` (+ residual, in place) + deltas of the rows' slots."""
+    def product(self, x: Tensor, segments: SegmentArrays | None) -> Tensor:
+        """``x W^T`` + deltas of the rows' slots."""
         if isinstance(self.base, QuantizedWeight):
             out = torch.empty(len(x), len(self.base.values), dtype=x.dtype, device=x.device)
             y = linear_(out, x, self.base)
-            y = y if residual is None else residual.add_(y)
-        elif residual is None:
-            y = F.linear(x, self.base)
         else:
-            y = residual.addmm_(x, self.base.t())
+            y = F.linear(x, self.base)
         if segments is not None and self.blocks is not None and self.present is not None:
             kernel = self.kernels[segments.tile_rows > DECODE_ROWS]
             parts = y.split(self.blocks.sizes, 1)
@@ -95,17 +91,16 @@ class Decoder:
         angle = batch.position_ids[0].float().unsqueeze(1) * self.inverse_frequency
         angle = torch.cat([angle, angle], dim=1)
         cos, sin = angle.cos().to(h.dtype), angle.sin().to(h.dtype)
-        for layer in self.layers:
-            x = rms_norm(h, layer.norm_in, which, self.eps)
-            fused = layer.groups["qkv"].product(x, segments, None)
-            attended = self._attend(fused, cos, sin, layer, batch)
-            h = layer.groups["o"].product(attended, segments, h)
-            x = rms_norm(h, layer.norm_mlp, which, self.eps)
-            both = layer.groups["gate_up"].product(x, segments, None)
-            h = layer.groups["down"].product(silu_mul(*both.chunk(2, dim=1)), segments, h)
-        return GroupWeights(self.lm_head).product(
-            rms_norm(h, self.norm_out, which, self.eps), None, None
-        )
+        x = rms_norm(h, self.layers[0].norm_in, which, self.eps)
+        after = [layer.norm_in for layer in self.layers[1:]] + [self.norm_out]
+        for layer, next_norm in zip(self.layers, after, strict=True):
+            fused = layer.groups["qkv"].product(x, segments)
+            y = layer.groups["o"].product(self._attend(fused, cos, sin, layer, batch), segments)
+            x, h = add_rms_norm(y, h, layer.norm_mlp, which, self.eps)
+            both = layer.groups["gate_up"].product(x, segments)
+            y = layer.groups["down"].product(silu_mul(*both.chunk(2, dim=1)), segments)
+            x, h = add_rms_norm(y, h, next_norm, which, self.eps)
+        return GroupWeights(self.lm_head).product(x, None)
 
     def _attend(
         self, fused: Tensor, cos: Tensor, sin: Tensor, layer: Layer, batch: StaticBatch
@@ -113,21 +108,23 @@ class Decoder:
         dim, rows = self.shape.head_dim, len(fused)
         cut = [self.shape.heads * dim, self.shape.kv_heads * dim, self.shape.kv_heads * dim]
         q, k, v = (part.view(rows, -1, dim) for part in fused.split(cut, dim=1))
-        rope_and_write_(q, k, v, cos, sin, layer.k_cache, layer.v_cache, batch.places)
-        caches = (layer.k_cache, layer.v_cache)
+        new = NewTokens(k, v, cos, sin, batch.places)
         out = paged_decode(
-            q, *caches, batch.pages, batch.lengths, scale=dim**-0.5, n_splits=self.n_splits
+            *(q, layer.k_cache, layer.v_cache, batch.pages, batch.lengths),
+            scale=dim**-0.5,
+            n_splits=self.n_splits,
+            new=new,
         )
         return out.flatten(1)
 
     def linears(self, x: Tensor, segments: SegmentArrays | None) -> None:
         """The products of a prefill chunk, without attention: what deltas add is all in these."""
         for layer in self.layers:
-            fused = layer.groups["qkv"].product(x, segments, None)
+            fused = layer.groups["qkv"].product(x, segments)
             q = fused[:, : layer.groups["o"].base.shape[1]]  # type: ignore[union-attr]
-            layer.groups["o"].product(q.contiguous(), segments, None)
-            both = layer.groups["gate_up"].product(x, segments, None)
-            layer.groups["down"].product(silu_mul(*both.chunk(2, dim=1)), segments, None)
+            layer.groups["o"].product(q.contiguous(), segments)
+            both = layer.groups["gate_up"].product(x, segments)
+            layer.groups["down"].product(silu_mul(*both.chunk(2, dim=1)), segments)
 
 
 def random_decoder(

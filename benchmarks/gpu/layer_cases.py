@@ -12,13 +12,21 @@ from benchmarks.gpu.shapes import Group, ModelShape
 from server.ops.attention import PrefillChunk
 from server.ops.quantize import linear_reference, quantize_int8
 from server.ops.triton.attention import (
+    NewTokens,
     paged_decode,
     paged_decode_reference,
     paged_prefill_,
     prefill_tiles,
+    splits_for,
 )
 from server.ops.triton.linear import linear_
-from server.ops.triton.norm import rms_norm, rms_norm_reference, silu_mul, silu_mul_reference
+from server.ops.triton.norm import (
+    add_rms_norm,
+    rms_norm,
+    rms_norm_reference,
+    silu_mul,
+    silu_mul_reference,
+)
 from server.ops.triton.rope import rope_and_write_, rope_and_write_reference_
 
 ATTENTION_SHARE = 0.85
@@ -28,28 +36,55 @@ VARIANT_NORMS = 8
 
 
 def decode_spec(shape: ModelShape, batch: int, length: int) -> Spec:
-    """`batch` sequences of `length` tokens, the first a third as long."""
+    """`batch` sequences of `length` tokens, the first a third as long. q and k are not turned yet:
+    a step that only decodes.
+    """
     lengths = [max(1, length // 3), *[length] * (batch - 1)]
+    dim, cut = shape.head_dim, _heads_of(shape)
 
     def make(place: Place) -> Case:
         per_row = -(-length // PAGE)
-        cache = (batch * per_row, PAGE, shape.kv_heads, shape.head_dim)
-        k, v = place.randn(*cache), place.randn(*cache)
+        cache = (batch * per_row, PAGE, shape.kv_heads, dim)
+        caches = place.randn(*cache), place.randn(*cache)
         pages = torch.randperm(batch * per_row, device=place.device).int().view(batch, per_row)
         sizes = torch.tensor(lengths, device=place.device, dtype=torch.int32)
-        q = place.randn(batch, shape.heads, shape.head_dim)
-        scale = shape.head_dim**-0.5
+        fused = place.randn(batch, sum(cut))
+        q, k, v = (part.view(batch, -1, dim) for part in fused.split(cut, dim=1))
+        last = (sizes - 1).long()
+        places = pages.gather(1, (last // PAGE).unsqueeze(1))[:, 0] * PAGE + last % PAGE
+        new = NewTokens(k, v, *_angles(place, batch, dim), places)
+        scale = dim**-0.5
+
+        def run() -> Tensor:
+            return paged_decode(q, *caches, pages, sizes, scale=scale, new=new)
 
         def error() -> float:
-            got = paged_decode(q, k, v, pages, sizes, scale=scale)
-            wide = (q.double(), k, v, pages, sizes)
-            return relative(got, paged_decode_reference(*wide, scale=scale, compute=torch.float64))
+            got = run()
+            wide_q, *wide = q.double(), *(cache.double() for cache in caches)
+            turned = (wide_q, k.double(), v.double(), new.cos, new.sin, *wide, places)
+            rope_and_write_reference_(*turned, torch.float64)
+            arguments = (wide_q, *wide, pages, sizes)
+            want = paged_decode_reference(*arguments, scale=scale, compute=torch.float64)
+            return max(relative(got, want), *map(relative, caches, wide))
 
-        return Case(lambda: paged_decode(q, k, v, pages, sizes, scale=scale), error)
+        return Case(run, error)
 
-    n_bytes = sum(lengths) * 4 * shape.kv_heads * shape.head_dim
-    name = f"paged decode attention ({batch} x {length} tokens)"
-    return Spec(name, n_bytes, ATTENTION_SHARE, make, n_launches=2)
+    new_bytes = 2 * batch * dim * (2 * shape.heads + 4 * shape.kv_heads)
+    n_bytes = sum(lengths) * 4 * shape.kv_heads * dim + new_bytes
+    name = f"rope + KV write + paged decode attention ({batch} x {length} tokens)"
+    n_launches = 1 if splits_for(batch) == 1 else 2
+    return Spec(name, n_bytes, ATTENTION_SHARE, make, n_launches=n_launches)
+
+
+def _heads_of(shape: ModelShape) -> list[int]:
+    """Columns of q, k and v in one fused product."""
+    return [n * shape.head_dim for n in (shape.heads, shape.kv_heads, shape.kv_heads)]
+
+
+def _angles(place: Place, rows: int, dim: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [rows, dim]."""
+    angle = torch.rand(rows, dim // 2, device=place.device).repeat(1, 2)
+    return angle.cos().to(place.dtype), angle.sin().to(place.dtype)
 
 
 def prefill_spec(shape: ModelShape, tokens: int) -> Spec:
@@ -108,14 +143,12 @@ def _prefill_error(
 
 
 def rope_spec(shape: ModelShape, rows: int) -> Spec:
-    """q, k and v as slices of one fused product."""
-    dim, width = shape.head_dim, (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    cut = [shape.heads * dim, shape.kv_heads * dim, shape.kv_heads * dim]
+    """q, k and v as slices of one fused product: of steps with a prefill."""
+    dim, cut = shape.head_dim, _heads_of(shape)
 
     def make(place: Place) -> Case:
-        fused = place.randn(rows, width)
-        angle = torch.rand(rows, dim // 2, device=place.device).repeat(1, 2)
-        cos, sin = angle.cos().to(place.dtype), angle.sin().to(place.dtype)
+        fused = place.randn(rows, sum(cut))
+        cos, sin = _angles(place, rows, dim)
         caches = place.randn(2, -(-rows // PAGE), PAGE, shape.kv_heads, dim).zero_()
         places = torch.arange(rows, device=place.device)
 
@@ -159,6 +192,27 @@ def norm_spec(shape: ModelShape, rows: int) -> Spec:
     return Spec(f"rms norm ({rows} rows)", n_bytes, SMALL_SHARE, make)
 
 
+def add_norm_spec(shape: ModelShape, rows: int) -> Spec:
+    """A residual addition and the norm after it, otherwise as `norm_spec`."""
+
+    def make(place: Place) -> Case:
+        x, residual = place.randn(rows, shape.hidden), place.randn(rows, shape.hidden)
+        vectors = place.randn(VARIANT_NORMS + 1, shape.hidden)
+        which = torch.arange(rows, device=place.device) % (VARIANT_NORMS + 1)
+
+        def error() -> float:
+            normed, summed = add_rms_norm(x, residual, vectors, which, 1e-5)
+            exact = summed.double()
+            want = rms_norm_reference(exact, vectors, which, 1e-5, compute=torch.float64)
+            off = relative(summed, residual.double() + x.double())
+            return max(relative(normed, want), off)
+
+        return Case(lambda: add_rms_norm(x, residual, vectors, which, 1e-5), error)
+
+    n_bytes = 2 * shape.hidden * (4 * rows + min(rows, VARIANT_NORMS + 1))
+    return Spec(f"add + rms norm ({rows} rows)", n_bytes, SMALL_SHARE, make)
+
+
 def silu_spec(shape: ModelShape, rows: int) -> Spec:
     """gate and up as slices of one fused product."""
 
@@ -196,6 +250,7 @@ def layer_specs(shape: ModelShape, sizes: Sizes, groups: tuple[Group, ...]) -> I
     """One layer's worth."""
     yield rope_spec(shape, sizes.rows)
     yield norm_spec(shape, sizes.rows)
+    yield add_norm_spec(shape, sizes.rows)
     yield silu_spec(shape, sizes.rows)
     yield decode_spec(shape, sizes.rows, sizes.length)
     yield prefill_spec(shape, sizes.prefill_rows)

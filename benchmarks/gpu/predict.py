@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from benchmarks.gpu.cases import Sizes, Spec
 from benchmarks.gpu.delta_cases import blockdiag_spec
-from benchmarks.gpu.layer_cases import decode_spec, norm_spec, rope_spec, silu_spec
+from benchmarks.gpu.layer_cases import add_norm_spec, decode_spec, silu_spec
 from benchmarks.gpu.plan import FULL
 from benchmarks.gpu.shapes import LLAMA_8B, Codec, ModelShape
 from benchmarks.gpu.specs import all_specs
@@ -36,12 +36,11 @@ def step_floor_ms(shape: ModelShape, codec: Codec, rows: int, variants: int) -> 
 
 def step_expected_ms(shape: ModelShape, codec: Codec, rows: int, variants: int) -> float:
     """Every launch of a step at its expected speed, one after the other; the host hidden."""
-    per_layer = [rope_spec(shape, rows), silu_spec(shape, rows)]
-    per_layer += [decode_spec(shape, rows, FULL.context)] + 2 * [norm_spec(shape, rows)]
+    per_layer = [decode_spec(shape, rows, FULL.context), silu_spec(shape, rows)]
+    per_layer += 2 * [add_norm_spec(shape, rows)]
     if variants:
         per_layer += [blockdiag_spec(g, codec, rows, variants) for g in shape.groups()]
-    adds = 2 * LAUNCH_S  # of residuals
-    layer = sum(kernel_seconds(spec) for spec in per_layer) + adds
+    layer = sum(kernel_seconds(spec) for spec in per_layer)
     layer += sum(LAUNCH_S + g.base_bytes / (GEMM_SHARE * BANDWIDTH) for g in shape.groups())
     head = LAUNCH_S + shape.vocabulary().base_bytes / (GEMM_SHARE * BANDWIDTH)
     return (shape.layers * layer + head) * 1e3
