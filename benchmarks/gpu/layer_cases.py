@@ -15,8 +15,6 @@ from server.ops.triton.attention import (
     NewTokens,
     paged_decode,
     paged_decode_reference,
-    paged_prefill_,
-    prefill_tiles,
     splits_for,
 )
 from server.ops.triton.linear import linear_
@@ -27,6 +25,7 @@ from server.ops.triton.norm import (
     silu_mul,
     silu_mul_reference,
 )
+from server.ops.triton.prefill import paged_prefill_, prefill_tiles
 from server.ops.triton.rope import rope_and_write_, rope_and_write_reference_
 
 ATTENTION_SHARE = 0.85

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from server.deltas.layers import StepContext
 from server.deltas.parameter import DeltaParameter
+from server.ops.attention import HeadNorm
 from server.ops.norm import RmsForm, rms_norm
 
 AHEAD = "impart_normed_ahead"  # attribute of a sum: the norm that follows, and its result
@@ -79,6 +80,12 @@ class DeltaNorm(nn.Module):
         ahead, summed = self.add(x, residual)
         setattr(summed, AHEAD, (self, ahead))
         return summed
+
+    def of_heads(self, dtype: torch.dtype) -> HeadNorm | None:
+        """For a kernel that does more, in this step; None if it is none of the usual norms."""
+        if self._form is None or dtype != self._weight.dtype:
+            return None
+        return HeadNorm(*self._weights(), self._form)
 
     def _weights(self) -> tuple[Tensor, Tensor | None]:
         """Of the step's rows, as `Kernels.rms_norm` takes them."""

@@ -18,6 +18,7 @@ from server.ops.attention import (
     AttentionCall,
     AttentionKernels,
     AttentionPlan,
+    HeadNorm,
     Rotary,
     paged_attention,
 )
@@ -74,11 +75,14 @@ class KVStore:
         window: int | None,
         softcap: float | None,
         rotary: Rotary | None = None,
+        norms: tuple[HeadNorm, HeadNorm] | None = None,
     ) -> Tensor:
         """Attention of one layer: q [T, H, D]; k, v [T, Hkv, D] -> [T, H, D]."""
         assert self.plan is not None, "attention called outside an engine step"
         pages = self.layers[module]
-        call = AttentionCall(*qkv, pages.k, pages.v, self.plan, scale, window, softcap, rotary)
+        call = AttentionCall(
+            *qkv, pages.k, pages.v, self.plan, scale, window, softcap, rotary=rotary, norms=norms
+        )
         return paged_attention(call, self.kernels)
 
     def bytes_per_token(self) -> int:

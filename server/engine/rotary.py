@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from server.deltas.layers import DeltaLinear
+from server.deltas.norms import DeltaNorm
 from server.engine.attention import KVStore, Seen
-from server.ops.attention import Rotary, rotate
+from server.ops.attention import HeadNorm, Rotary, rotate
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 NORMS = ("q_norm", "k_norm")  # one per head, before turning (Qwen3)
@@ -24,7 +25,7 @@ TOLERANCE = 0.02  # of the largest value: bfloat16 rounded at other places
 
 
 class RotaryAttention:
-    """``o(attend(rotary(q(x)), rotary(k(x)), v(x)))``."""
+    """``o(attend(rotary(norm(q(x))), rotary(norm(k(x))), v(x)))``, the norms if there are any."""
 
     def __init__(self, module: nn.Module, store: KVStore, seen: Seen) -> None:
         self._module, self._store = module, store
@@ -38,23 +39,36 @@ class RotaryAttention:
     ) -> tuple[Tensor, None]:
         """hidden_states [1, T, n]; position_embeddings cos and sin [1, T, R] -> [1, T, n]."""
         cos, sin = position_embeddings
+        norms = self._norms(hidden_states.dtype)
         out = self._store.attend(
             self._module,
-            self.project(hidden_states),
+            self.project(hidden_states) if norms is None else self._parts(hidden_states),
             self._scale,
             self._window,
             self._softcap,
             Rotary(cos[0], sin[0]),
+            norms,
         )
         return self.output(out), None
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """``x [1, T, n]`` -> q [T, H, D]; k, v [T, Hkv, D], not yet turned."""
-        shape = (1, x.shape[1], -1, self._dim)
+        """``x [1, T, n]`` -> q [T, H, D]; k, v [T, Hkv, D], normed, not yet turned."""
+        q, k, v = self._parts(x)
+        q = q if self._q_norm is None else self._q_norm(q.unsqueeze(0))[0]
+        k = k if self._k_norm is None else self._k_norm(k.unsqueeze(0))[0]
+        return q, k, v
+
+    def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        shape = (x.shape[1], -1, self._dim)
         q, k, v = (part(x).view(shape) for part in (self._q, self._k, self._v))
-        q = q if self._q_norm is None else self._q_norm(q)
-        k = k if self._k_norm is None else self._k_norm(k)
-        return q[0], k[0], v[0]
+        return q, k, v
+
+    def _norms(self, dtype: torch.dtype) -> tuple[HeadNorm, HeadNorm] | None:
+        """Of this step, if the kernels know both."""
+        if not isinstance(self._q_norm, DeltaNorm) or not isinstance(self._k_norm, DeltaNorm):
+            return None
+        q, k = self._q_norm.of_heads(dtype), self._k_norm.of_heads(dtype)
+        return None if q is None or k is None else (q, k)
 
     def output(self, out: Tensor) -> Tensor:
         """``out [T, H, D]`` -> [1, T, n]."""
@@ -79,7 +93,7 @@ def fuse_rotary(model: nn.Module, store: KVStore) -> int:
     n = 0
     for module, observed in _observe(model, store, candidates).items():
         seen = store.seen[module]
-        if not _has_angles(observed.arguments, seen):
+        if not _has_angles(observed.arguments, seen) or not _norms_heads(module, seen):
             continue
         fused = RotaryAttention(module, store, seen)
         if _agrees(fused, observed, seen):
@@ -127,6 +141,12 @@ def _has_parts(module: nn.Module) -> bool:
     if not all(isinstance(children.get(name), DeltaLinear) for name in PROJECTIONS):
         return False
     return set(children) <= {*PROJECTIONS, *NORMS}
+
+
+def _norms_heads(module: nn.Module, seen: Seen) -> bool:
+    """Whether what norms there are take one head at a time, not all of them (OLMo 2)."""
+    norms = [getattr(module, name, None) for name in NORMS]
+    return all(norm is None or norm.weight.shape == seen.q.shape[-1:] for norm in norms)
 
 
 def _has_angles(arguments: dict[str, Any], seen: Seen) -> bool:

@@ -7,12 +7,14 @@ a sequence with one new token is a decode row, any other a prefill chunk.
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from server.ops.norm import RmsForm
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +71,22 @@ class Rotary:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """RMSNorm of every head of q or k before it turns (Qwen3): as `Kernels.rms_norm` takes it."""
+
+    weights: Tensor
+    index: Tensor | None
+    form: RmsForm
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionCall:
     """One layer's attention in one step; T new tokens.
 
     q [T, H, D]; k, v [T, Hkv, D]: the new tokens', may be slices of one fused tensor, last axis
     contiguous; k_cache, v_cache [n_pages, page, Hkv, D]
     rotary   turns q and k first; None if they are turned already, or the model has no such thing
+    norms    of q and of k, before they turn; None if they are normed already, or the model has none
     window   each token sees only the last `window` positions
     softcap  tanh cap on the scores
     """
@@ -89,17 +101,22 @@ class AttentionCall:
     window: int | None = None
     softcap: float | None = None
     rotary: Rotary | None = None
+    norms: tuple[HeadNorm, HeadNorm] | None = None
 
 
 class AttentionKernels(Protocol):
     """The parts of `Kernels` that attention consists of; see the functions below."""
+
+    def rms_norm(
+        self, x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm
+    ) -> Tensor: ...
 
     def rotate_and_write_(self, call: AttentionCall) -> None: ...
 
     def decode_(self, out: Tensor, call: AttentionCall) -> None: ...
 
     def rotate_and_decode_(self, out: Tensor, call: AttentionCall) -> bool:
-        """Both of these at once, for a step that only decodes; q and k may stay as they are.
+        """Norms and both of these at once, for a step that only decodes; q and k stay as they are.
 
         False, and nothing is done, where there is no such kernel.
         """
@@ -111,7 +128,8 @@ class AttentionKernels(Protocol):
 def paged_attention(call: AttentionCall, kernels: AttentionKernels) -> Tensor:
     """Causal attention of every new token over its own sequence.
 
-    Turns q and k, maybe in place, and writes k and v to the cache. Returns [T, H, D] in q's dtype.
+    Norms and turns q and k, maybe in place, and writes k and v to the cache. Returns [T, H, D] in
+    q's dtype.
     Numerics: float32 accumulation.
     """
     out = call.q.new_empty(call.q.shape)
@@ -119,6 +137,12 @@ def paged_attention(call: AttentionCall, kernels: AttentionKernels) -> Tensor:
     only_decodes = decode is not None and len(decode.rows) == len(call.q)
     if only_decodes and call.rotary is not None and kernels.rotate_and_decode_(out, call):
         return out
+    if call.norms is not None:
+        q, k = (
+            kernels.rms_norm(x.unsqueeze(0), norm.weights, norm.index, norm.form)[0]
+            for x, norm in zip((call.q, call.k), call.norms, strict=True)
+        )
+        call = replace(call, q=q, k=k, norms=None)
     kernels.rotate_and_write_(call)
     if decode is not None:
         kernels.decode_(out, call)

@@ -62,10 +62,6 @@ class Kernels(AttentionKernels, Protocol):
         """Of an 8-bit base weight; `dtype` is the compute dtype."""
         ...
 
-    def rms_norm(
-        self, x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm
-    ) -> Tensor: ...
-
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm
     ) -> tuple[Tensor, Tensor]:

@@ -1,26 +1,21 @@
-"""Attention over a paged cache, read in place: decode (one new token) and prefill (a chunk).
+"""Decode attention (one new token a sequence) over a paged cache, read in place.
 
-Decode is split-KV: each sequence's keys are cut into `n_splits` stretches, one program per
-(sequence, KV head, stretch) with the query heads of the group as rows, online softmax; a second
-kernel joins the stretches by their log-sum-exp, if there are several. A step that only decodes
-turns q and k in the same launch: the program whose stretch ends a sequence begins with the new key,
-from registers, and writes it to the cache for later steps. Prefill takes all chunks of a step in
-one launch, one program per (tile of a chunk's tokens, head), each walking the keys that its tokens
-may see. Lengths and pages are data, so a captured graph serves any lengths.
+It is split-KV: each sequence's keys are cut into `n_splits` stretches, one program per (sequence,
+KV head, stretch) with the query heads of the group as rows, online softmax; a second kernel joins
+the stretches by their log-sum-exp, if there are several. A step that only decodes norms and turns q
+and k in the same launch: the program whose stretch ends a sequence begins with the new key, from
+registers, and writes it to the cache for later steps. Lengths and pages are data, so a captured
+graph serves any lengths.
 
-Source: FlashDecoding (Dao et al., 2023); the combination is eq. 3 of FlashInfer (arXiv 2501.01005);
-prefill is FlashAttention-2 (arXiv 2307.08691, algorithm 1). torch's `varlen_attn` is not used: it
-has no softcap, on 2.11 no pages (every chunk after the first would gather its whole context), and
-cannot be tested without a GPU.
+Source: FlashDecoding (Dao et al., 2023); the combination is eq. 3 of FlashInfer (arXiv 2501.01005).
 Numerics: scores, softmax and sums in float32; probabilities rounded to v's dtype for the product.
-Bytes: k and v of every position in the window once (prefill: once a tile, from the cache mostly),
-in decode plus float32 partials of ``n_splits (D + 1)`` per head.
+Bytes: k and v of every position in the window once, plus float32 partials of ``n_splits (D + 1)``
+per head.
 Tensor parallelism: KV heads are independent, a rank runs its own with their query heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,25 +23,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from server.ops.attention import PrefillChunk
+from server.ops.attention import HeadNorm
 from server.ops.triton.compat import UPCAST, launch, mac, next_power_of_two
 
 TILE_KEYS = 64
-TILE_TOKENS = 64  # of a prefill chunk
 MIN_ROWS = 16  # of a tensor-core operand
-
-
-@dataclass(frozen=True, slots=True)
-class PrefillTiles:
-    """The chunks of one step as data.
-
-    table  int32 [n_tiles, 4]: first row, end of the chunk's rows, position of the first row, where
-           in `pages` the chunk's own begin
-    pages  integer: page ids, chunk after chunk
-    """
-
-    table: Tensor
-    pages: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +37,8 @@ class NewTokens:
     k, v      [B, Hkv, D], last axis contiguous
     cos, sin  [B, R], last axis contiguous: as `rope_and_write_` takes them
     places    [B] integer: row of the flattened cache, -1 writes nothing
+    norms     of q's and of k's heads, before they turn: of one form, weights contiguous, an index
+              each
     """
 
     k: Tensor
@@ -63,6 +46,7 @@ class NewTokens:
     cos: Tensor
     sin: Tensor
     places: Tensor
+    norms: tuple[HeadNorm, HeadNorm] | None = None
 
 
 def splits_for(batch: int) -> int:
@@ -90,8 +74,8 @@ def paged_decode(
     integer page ids, only those that `lengths` reaches are read; lengths [B] integer, the new token
     included, 0: a padding row, its output is 0. Returns [B, H, D] in q's dtype: `out`, contiguous,
     if given.
-    new: turn q by its angles on the way (in float32, rounded once; q itself stays), turn and write
-    each sequence's new key and value; without it q is turned and the cache complete.
+    new: norm and turn q on the way (in float32, rounded after each; q itself stays), likewise each
+    sequence's new key, and write it and its value; without it q is turned and the cache complete.
     """
     batch, heads, dim = q.shape
     page, kv_heads = k_cache.shape[1:3]
@@ -103,9 +87,13 @@ def paged_decode(
         lse = torch.empty((batch, heads, splits), dtype=torch.float32, device=q.device)
     k, v, cos, sin, places = (q, q, q, q, lengths)
     rotated = cos_row = 0
+    norms: tuple[Tensor | int | float, ...] = (q, lengths, 0, q, lengths, 0, 0.0, 0.0)
+    form = None
     if new is not None:
         k, v, cos, sin, places = new.k, new.v, new.cos, new.sin, new.places
         rotated, cos_row = cos.shape[1], cos.stride(0)
+        if new.norms is not None:
+            norms, form = _norm_arguments(*new.norms), new.norms[0].form
     group = heads // kv_heads
     launch(
         _attend_kernel,
@@ -114,7 +102,10 @@ def paged_decode(
         *(scale, 0.0 if softcap is None else softcap, 0 if window is None else window),
         *(heads, kv_heads, dim, page, *pages.stride(), q.stride(0), q.stride(1)),
         *(k.stride(0), k.stride(1), v.stride(0), v.stride(1), cos_row, rotated),
+        *norms,
         TURN=new is not None,
+        NORM=form is not None,
+        ROUND=form is not None and form.casts_first,
         GROUP=group,
         SPLITS=splits,
         WINDOW=window is not None,
@@ -138,6 +129,17 @@ def paged_decode(
         num_warps=1,
     )
     return out
+
+
+def _norm_arguments(q: HeadNorm, k: HeadNorm) -> tuple[Tensor | int | float, ...]:
+    """Weights, places among them and their stride, twice; then the form of both."""
+    assert q.form == k.form
+    assert q.index is not None
+    assert k.index is not None
+    found: list[Tensor | int | float] = []
+    for norm, index in ((q, q.index), (k, k.index)):
+        found += [norm.weights, index, index.stride(0)]
+    return (*found, q.form.eps, q.form.offset)
 
 
 def paged_decode_reference(
@@ -169,56 +171,8 @@ def paged_decode_reference(
     return out
 
 
-def prefill_tiles(chunks: Sequence[PrefillChunk], device: torch.device) -> PrefillTiles:
-    """Cut a step's chunks into tiles of tokens; one host-to-device copy, once a step."""
-    table, first_page = [], 0
-    for chunk in chunks:
-        for start in range(chunk.start, chunk.end, TILE_TOKENS):
-            position = chunk.context + start - chunk.start
-            table.append((start, chunk.end, position, first_page))
-        first_page += len(chunk.pages)
-    pages = torch.cat([chunk.pages for chunk in chunks])
-    return PrefillTiles(torch.tensor(table, dtype=torch.int32).to(device), pages)
-
-
-def paged_prefill_(
-    out: Tensor,
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    tiles: PrefillTiles,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> None:
-    """Causal attention of each chunk's tokens over their sequence, their own keys included.
-
-    out, q [T, H, D], last axis contiguous: the tiles' rows are read and written, no others; caches
-    [n_pages, page, Hkv, D] contiguous, hold the new tokens already.
-    """
-    _, heads, dim = q.shape
-    page, kv_heads = k_cache.shape[1:3]
-    launch(
-        _prefill_kernel,
-        (len(tiles.table), heads),
-        *(out, q, k_cache, v_cache, tiles.table, tiles.pages),
-        *(scale, 0.0 if softcap is None else softcap, 0 if window is None else window),
-        *(heads // kv_heads, kv_heads, dim, page),
-        *(q.stride(0), q.stride(1), out.stride(0), out.stride(1)),
-        WINDOW=window is not None,
-        SOFTCAP=softcap is not None,
-        TILE_Q=TILE_TOKENS,
-        TILE_D=max(MIN_ROWS, next_power_of_two(dim)),
-        TILE_L=TILE_KEYS,
-        UPCAST=UPCAST,
-        num_warps=4 if dim <= 128 else 8,
-        num_stages=2,
-    )
-
-
 @triton.jit
-def _visit(
+def visit(
     acc, top, total, queries, k_cache, v_cache, pages, pages_column, position, seen, from_row,
     kv_head, kv_heads, dim, page, scale, softcap,
     SOFTCAP: tl.constexpr, TILE_D: tl.constexpr, UPCAST: tl.constexpr,
@@ -257,13 +211,23 @@ def _partner(d, rotated):
 
 
 @triton.jit
+def _scaled(x, inverse, weight, ROUND: tl.constexpr):
+    """What RMSNorm makes of x, rounded to its dtype, in float32."""
+    normal = x.to(tl.float32) * inverse
+    if ROUND:
+        normal = normal.to(x.dtype).to(tl.float32)
+    return (normal * weight).to(x.dtype).to(tl.float32)
+
+
+@triton.jit
 def _attend_kernel(
     out, partial, lse, q, k_cache, v_cache, pages, lengths, k, v, cos, sin, places,
     scale, softcap, window,
     heads, kv_heads, dim, page, pages_row, pages_column, q_row, q_head,
     k_row, k_head, v_row, v_head, cos_row, rotated,
-    TURN: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    q_weights, q_index, q_index_row, k_weights, k_index, k_index_row, eps, offset,
+    TURN: tl.constexpr, NORM: tl.constexpr, ROUND: tl.constexpr,
+    GROUP: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     TILE_G: tl.constexpr, TILE_D: tl.constexpr, TILE_L: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -295,14 +259,29 @@ def _attend_kernel(
         s = tl.load(sin + row * cos_row + d, mask=d < rotated, other=0.0).to(tl.float32)
         s = tl.where(d < rotated // 2, -s, s)
         partner = tl.load(q_rows + other[None, :], mask=q_mask, other=0.0)
-        wide = queries.to(tl.float32) * c[None, :] + partner.to(tl.float32) * s[None, :]
-        queries = wide.to(queries.dtype)
+        wide, across = queries.to(tl.float32), partner.to(tl.float32)
+        if NORM:
+            inverse = tl.rsqrt(tl.sum(wide * wide, axis=1) / dim + eps)[:, None]
+            q_own = q_weights + tl.load(q_index + row * q_index_row).to(tl.int64) * dim
+            by = tl.load(q_own + d, mask=d_mask, other=0.0).to(tl.float32) + offset
+            by_other = tl.load(q_own + other, mask=d_mask, other=0.0).to(tl.float32) + offset
+            wide = _scaled(queries, inverse, by[None, :], ROUND)
+            across = _scaled(partner, inverse, by_other[None, :], ROUND)
+        queries = (wide * c[None, :] + across * s[None, :]).to(queries.dtype)
         last = length - 1
         if (start <= last) & (last < end):
             k_of = k + row * k_row + kv_head * k_head
-            key = tl.load(k_of + d, mask=d_mask, other=0.0).to(tl.float32) * c
-            key += tl.load(k_of + other, mask=d_mask, other=0.0).to(tl.float32) * s
-            turned = key.to(k_cache.dtype.element_ty)
+            key = tl.load(k_of + d, mask=d_mask, other=0.0)
+            mate = tl.load(k_of + other, mask=d_mask, other=0.0)
+            long, cross = key.to(tl.float32), mate.to(tl.float32)
+            if NORM:
+                scale_k = tl.rsqrt(tl.sum(long * long, axis=0) / dim + eps)
+                k_own = k_weights + tl.load(k_index + row * k_index_row).to(tl.int64) * dim
+                by_k = tl.load(k_own + d, mask=d_mask, other=0.0).to(tl.float32) + offset
+                by_mate = tl.load(k_own + other, mask=d_mask, other=0.0).to(tl.float32) + offset
+                long = _scaled(key, scale_k, by_k, ROUND)
+                cross = _scaled(mate, scale_k, by_mate, ROUND)
+            turned = (long * c + cross * s).to(k_cache.dtype.element_ty)
             value = tl.load(v + row * v_row + kv_head * v_head + d, mask=d_mask, other=0.0)
             value = value.to(v_cache.dtype.element_ty)
             place = tl.load(places + row).to(tl.int64)
@@ -320,7 +299,7 @@ def _attend_kernel(
     for at in range(start, end, TILE_L):
         position = at + tl.arange(0, TILE_L)
         seen = position < end
-        acc, top, total = _visit(
+        acc, top, total = visit(
             acc, top, total, queries, k_cache, v_cache, pages + row * pages_row, pages_column,
             position, seen, seen[None, :], kv_head, kv_heads, dim, page, scale, softcap,
             SOFTCAP, TILE_D, UPCAST,
@@ -336,45 +315,6 @@ def _attend_kernel(
         joined = top + tl.log(tl.where(empty, 1.0, total))
         tl.store(lse + spot, tl.where(empty, float("-inf"), joined), mask=g_mask)
         tl.store(partial + spot[:, None] * dim + d[None, :], result, mask=q_mask)
-
-
-@triton.jit
-def _prefill_kernel(
-    out, q, k_cache, v_cache, tiles, pages, scale, softcap, window,
-    group, kv_heads, dim, page, q_row, q_head, out_row, out_head,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    TILE_Q: tl.constexpr, TILE_D: tl.constexpr, TILE_L: tl.constexpr, UPCAST: tl.constexpr,
-):  # fmt: skip
-    tile = tiles + tl.program_id(0) * 4
-    head = tl.program_id(1)
-    i = tl.arange(0, TILE_Q)
-    row = tl.load(tile) + i
-    inside = row < tl.load(tile + 1)
-    position = tl.load(tile + 2) + i
-    pages += tl.load(tile + 3)
-    d = tl.arange(0, TILE_D)
-    mask = inside[:, None] & (d < dim)[None, :]
-    wide = row[:, None].to(tl.int64)
-    queries = tl.load(q + wide * q_row + head * q_head + d[None, :], mask=mask, other=0.0)
-    end = tl.max(tl.where(inside, position, 0), axis=0) + 1
-    first = 0
-    if WINDOW:
-        first = tl.maximum(tl.load(tile + 2) + 1 - window, 0)
-    top = tl.full((TILE_Q,), float("-inf"), tl.float32)
-    total = tl.zeros((TILE_Q,), tl.float32)
-    acc = tl.zeros((TILE_Q, TILE_D), tl.float32)
-    for at in range(first, end, TILE_L):
-        key = at + tl.arange(0, TILE_L)
-        visible = key[None, :] <= position[:, None]
-        if WINDOW:
-            visible &= key[None, :] > position[:, None] - window
-        acc, top, total = _visit(
-            acc, top, total, queries, k_cache, v_cache, pages, 1, key, key < end, visible,
-            head // group, kv_heads, dim, page, scale, softcap, SOFTCAP, TILE_D, UPCAST,
-        )  # fmt: skip
-    result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    target = out + wide * out_row + head * out_head + d[None, :]
-    tl.store(target, result.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit

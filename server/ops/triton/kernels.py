@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from server.ops.attention import AttentionCall, DecodeBatch
+from server.ops.attention import AttentionCall, DecodeBatch, HeadNorm
 from server.ops.delta import BlockDiagOp
 from server.ops.factors import ImpartFactors, LowRankFactors
 from server.ops.kernels import TorchKernels
@@ -17,13 +18,7 @@ from server.ops.norm import RmsForm
 from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight, TorchQuantizedLinear
 from server.ops.rows import RowPlan, SlotSegments
-from server.ops.triton.attention import (
-    NewTokens,
-    PrefillTiles,
-    paged_decode,
-    paged_prefill_,
-    prefill_tiles,
-)
+from server.ops.triton.attention import NewTokens, paged_decode
 from server.ops.triton.blockdiag import (
     DECODE_ROWS,
     PREFILL_ROWS,
@@ -36,6 +31,7 @@ from server.ops.triton.linear import linear_
 from server.ops.triton.lowrank import lowrank_add_
 from server.ops.triton.norm import add_rms_norm, rms_norm, silu_mul
 from server.ops.triton.packed_lowrank import packed_lowrank_add_
+from server.ops.triton.prefill import PrefillTiles, paged_prefill_, prefill_tiles
 from server.ops.triton.rope import rope_and_write_
 
 
@@ -152,10 +148,21 @@ class TritonKernels(TorchKernels):
     def rotate_and_decode_(self, out: Tensor, call: AttentionCall) -> bool:
         assert call.rotary is not None
         assert call.plan.decode is not None
+        norms = None
+        if call.norms is not None:
+            q_norm, k_norm = (self._indexed(norm, len(call.q)) for norm in call.norms)
+            if q_norm.form != k_norm.form:
+                return False
+            norms = q_norm, k_norm
         angles = call.rotary.cos, call.rotary.sin
-        new = NewTokens(call.k, call.v, *angles, call.plan.places)
+        new = NewTokens(call.k, call.v, *angles, call.plan.places, norms)
         _decode(call.q, call, call.plan.decode, out=out, new=new)
         return True
+
+    def _indexed(self, norm: HeadNorm, n_rows: int) -> HeadNorm:
+        return (
+            norm if norm.index is not None else replace(norm, index=self._base_row.expand(n_rows))
+        )
 
     def prefill_(self, out: Tensor, call: AttentionCall) -> None:
         plan, device = call.plan, call.q.device

@@ -14,6 +14,7 @@ from server.ops.attention import (
     AttentionCall,
     AttentionPlan,
     DecodeBatch,
+    HeadNorm,
     PrefillChunk,
     Rotary,
     paged_attention,
@@ -192,10 +193,17 @@ def _attention(random: Callable[..., Tensor], device: torch.device) -> Iterator[
     )
     places = torch.tensor([2 * page + 1, 5 * page + 2], device=device)
 
-    def call(window: int | None, softcap: float | None) -> AttentionCall:
+    weights = random(3, dim)
+    norms = tuple(
+        HeadNorm(weights, index, RmsForm(1e-5, 0.0, True))
+        for index in (torch.tensor([2, 1], device=device), None)
+    )
+
+    def call(window: int | None, softcap: float | None, *, normed: bool = False) -> AttentionCall:
         caches, plan = past.clone(), AttentionPlan(places, decode, ())
         q, k, v = (t.clone() for t in qkv)
-        return AttentionCall(q, k, v, caches[0], caches[1], plan, 0.25, window, softcap, angles)
+        how = (plan, 0.25, window, softcap, angles, norms if normed else None)
+        return AttentionCall(q, k, v, caches[0], caches[1], *how)  # type: ignore[arg-type]
 
     def written(kernels: Kernels) -> Tensor:
         one = call(None, None)
@@ -208,9 +216,11 @@ def _attention(random: Callable[..., Tensor], device: torch.device) -> Iterator[
         kernels.decode_(out, one)
         return out
 
-    def joined(kernels: Kernels, window: int | None, softcap: float | None) -> Tensor:
+    def joined(
+        kernels: Kernels, window: int | None, softcap: float | None, *, normed: bool = False
+    ) -> Tensor:
         """A step that only decodes, as the engine calls it."""
-        one = call(window, softcap)
+        one = call(window, softcap, normed=normed)
         out = paged_attention(one, kernels)
         return torch.cat([out.flatten(), one.k_cache.flatten(), one.v_cache.flatten()])
 
@@ -244,6 +254,7 @@ def _attention(random: Callable[..., Tensor], device: torch.device) -> Iterator[
         return paged_attention(one, kernels)
 
     yield "rotate_and_decode, many rows", many
+    yield "rotate_and_decode, norms", lambda k: joined(k, None, None, normed=True)
     yield "rotate_and_write", written
     yield "prefill attention", prefilled
     for window, softcap in ((None, None), (5, None), (None, 20.0)):

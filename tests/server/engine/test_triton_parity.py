@@ -17,9 +17,14 @@ N_TOKENS = 3
 
 
 @pytest.mark.slow  # half a minute: every launch is interpreted
-def test_static_steps_of_every_delta_kernel_equal_generate(served, harness) -> None:
-    kinds = {name: HELD[name] for name in ("blockdiag", "head", "impart", "lowrank")}
-    pair = served("llama", kinds, num_hidden_layers=1)
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [("llama", ("blockdiag", "head", "impart", "lowrank")), ("qwen3", ("blockdiag",))],
+)
+def test_static_steps_of_every_delta_kernel_equal_generate(
+    served, harness, kind: str, names: tuple[str, ...]
+) -> None:
+    pair = served(kind, {name: HELD[name] for name in names}, num_hidden_layers=1)
     engine = harness(pair, static=True, kernels=TritonKernels(torch.device("cpu")))
     sent = {name: engine.submit(name, "x", max_tokens=N_TOKENS) for name in pair.checkpoints}
     for _ in range(100):  # of turns, some of which wait for the loader: the clock tells nothing

@@ -10,15 +10,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from server.ops.attention import AttentionCall, AttentionPlan, PrefillChunk, prefill_
-from server.ops.triton import attention
-from server.ops.triton.attention import (
-    NewTokens,
-    paged_decode,
-    paged_decode_reference,
-    paged_prefill_,
-    prefill_tiles,
-)
+from server.ops.attention import AttentionCall, AttentionPlan, HeadNorm, PrefillChunk, prefill_
+from server.ops.norm import RmsForm
+from server.ops.triton import prefill
+from server.ops.triton.attention import NewTokens, paged_decode, paged_decode_reference
+from server.ops.triton.norm import rms_norm_reference
+from server.ops.triton.prefill import paged_prefill_, prefill_tiles
 from server.ops.triton.rope import rope_and_write_reference_
 from tests.server.ops.triton.helpers import CPU, generator
 
@@ -87,6 +84,7 @@ def test_decode_equals_softmax_over_own_tokens(
     assert bool((got[-1] == 0).all())
 
 
+@pytest.mark.parametrize("offset", [None, 0.0, 1.0])
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "rotated", "window", "softcap"),
@@ -97,7 +95,8 @@ def test_decode_equals_softmax_over_own_tokens(
         (3, 3, 16, 16, 1, 4.0),  # each token sees itself only
     ],
 )
-def test_decode_of_new_tokens_turns_writes_and_attends(
+def test_decode_of_new_tokens_norms_turns_writes_and_attends(
+    offset: float | None,
     splits: int,
     heads: int,
     kv_heads: int,
@@ -106,7 +105,7 @@ def test_decode_of_new_tokens_turns_writes_and_attends(
     window: int | None,
     softcap: float | None,
 ) -> None:
-    """Lengths at the borders of tiles, stretches and pages, and a padding row."""
+    """Lengths at the borders of tiles, stretches and pages, and a padding row; offset: of norms."""
     lengths = [1, 150, 64, 65, 9]
     k_cache, v_cache, pages, _ = scattered(lengths, kv_heads, dim)
     pages = torch.cat([pages, torch.full_like(pages[:1], -5)])
@@ -117,13 +116,23 @@ def test_decode_of_new_tokens_turns_writes_and_attends(
     q, k, v = (part.view(rows, -1, dim) for part in fused.split(cut, 1))
     angle = torch.rand(rows, rotated // 2, generator=generator(3)).repeat(1, 2) * 6
     places = [int(pages[i, (n - 1) // PAGE]) * PAGE + (n - 1) % PAGE for i, n in enumerate(lengths)]
-    new = NewTokens(k, v, angle.cos(), angle.sin(), torch.tensor([*places, -1]))
+    norms = None
+    if offset is not None:
+        form = RmsForm(1e-3, offset, casts_first=offset == 0.0)
+        one = torch.tensor([2, 0, 1, 1, 2, 0])
+        weights = torch.randn(2, 3, dim, generator=generator(4))
+        norms = HeadNorm(weights[0], one, form), HeadNorm(weights[1], one[:1].expand(rows), form)
+    new = NewTokens(k, v, angle.cos(), angle.sin(), torch.tensor([*places, -1]), norms)
     for cache in (k_cache, v_cache):  # what is there before must not be read
         cache.view(-1, kv_heads, dim)[new.places[:-1]] = float("nan")
-    exact_q, exact_k = q.double(), k_cache.double()
-    exact_v = v_cache.double()
+    exact_q, exact_key, exact_k, exact_v = (t.double() for t in (q, k, k_cache, v_cache))
+    if norms is not None:
+        exact_q, exact_key = (
+            rms_norm_reference(x, n.weights, n.index, 1e-3, offset=offset, compute=torch.float64)
+            for x, n in zip((exact_q, exact_key), norms, strict=True)
+        )
     angles = new.cos.double(), new.sin.double()
-    exact = (exact_q, k.double(), v.double(), *angles, exact_k, exact_v, new.places)
+    exact = (exact_q, exact_key, v.double(), *angles, exact_k, exact_v, new.places)
     rope_and_write_reference_(*exact, torch.float64)
     options = {"scale": dim**-0.5, "window": window, "softcap": softcap}
     want = paged_decode_reference(
@@ -177,8 +186,8 @@ def test_prefill_chunks_equal_softmax_over_own_tokens(
     softcap: float | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(attention, "TILE_TOKENS", 16)
-    monkeypatch.setattr(attention, "TILE_KEYS", 16)
+    monkeypatch.setattr(prefill, "TILE_TOKENS", 16)
+    monkeypatch.setattr(prefill, "TILE_KEYS", 16)
     lengths, contexts = [21, 3, 40], [0, 2, 33]  # two whole prompts' ends and a later chunk
     k_cache, v_cache, pages, loose = scattered(lengths, kv_heads, dim)
     chunks, row = [], 2  # rows 0 and 1 decode

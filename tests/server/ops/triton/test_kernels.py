@@ -11,6 +11,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from server.ops.attention import (
+    AttentionCall,
+    AttentionPlan,
+    DecodeBatch,
+    HeadNorm,
+    Rotary,
+)
 from server.ops.delta import TorchBlockDiag
 from server.ops.kernels import Kernels, TorchKernels
 from server.ops.norm import RmsForm
@@ -62,6 +69,18 @@ def test_add_rms_norm_of_any_form_equals_the_torch_op(form: RmsForm, index: Tens
     want = TorchKernels().add_rms_norm(x, residual, weights, index, form)
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_rotate_and_decode_norms_of_two_forms_are_left_to_others() -> None:
+    x, cache = torch.randn(1, 2, 16), torch.zeros(1, 4, 2, 16)
+    decode = DecodeBatch(torch.arange(1), torch.zeros(1, 1).int(), torch.ones(1).int())
+    plan = AttentionPlan(torch.zeros(1).long(), decode, ())
+    norms = [HeadNorm(torch.ones(1, 16), None, RmsForm(eps, 0.0, True)) for eps in (1e-5, 1e-3)]
+    rotary = Rotary(torch.ones(1, 16), torch.zeros(1, 16))
+    for chosen, done in (((norms[0], norms[1]), False), ((norms[1], norms[1]), True)):
+        call = AttentionCall(x, x, x, cache, cache.clone(), plan, 1.0, rotary=rotary, norms=chosen)
+        assert TritonKernels(CPU).rotate_and_decode_(torch.zeros(1, 2, 16), call) == done
+        assert bool(cache.any()) == done
 
 
 def test_self_check_passes_for_these_kernels() -> None:

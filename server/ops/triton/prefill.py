@@ -1,0 +1,128 @@
+"""Attention of prompt chunks over a paged cache, read in place.
+
+All chunks of a step are one launch, one program per (tile of a chunk's tokens, head), each walking
+the keys that its tokens may see.
+
+Source: FlashAttention-2 (arXiv 2307.08691, algorithm 1). torch's `varlen_attn` is not used: it has
+no softcap, on 2.11 no pages (every chunk after the first would gather its whole context), and
+cannot be tested without a GPU.
+Numerics: as in `server.ops.triton.attention`.
+Bytes: k and v of every position in the window once a tile, from the cache mostly.
+Tensor parallelism: heads are independent, a rank runs its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from server.ops.attention import PrefillChunk
+from server.ops.triton.attention import MIN_ROWS, TILE_KEYS, visit
+from server.ops.triton.compat import UPCAST, launch, next_power_of_two
+
+TILE_TOKENS = 64  # of a chunk
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillTiles:
+    """The chunks of one step as data.
+
+    table  int32 [n_tiles, 4]: first row, end of the chunk's rows, position of the first row, where
+           in `pages` the chunk's own begin
+    pages  integer: page ids, chunk after chunk
+    """
+
+    table: Tensor
+    pages: Tensor
+
+
+def prefill_tiles(chunks: Sequence[PrefillChunk], device: torch.device) -> PrefillTiles:
+    """Cut a step's chunks into tiles of tokens; one host-to-device copy, once a step."""
+    table, first_page = [], 0
+    for chunk in chunks:
+        for start in range(chunk.start, chunk.end, TILE_TOKENS):
+            position = chunk.context + start - chunk.start
+            table.append((start, chunk.end, position, first_page))
+        first_page += len(chunk.pages)
+    pages = torch.cat([chunk.pages for chunk in chunks])
+    return PrefillTiles(torch.tensor(table, dtype=torch.int32).to(device), pages)
+
+
+def paged_prefill_(
+    out: Tensor,
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    tiles: PrefillTiles,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> None:
+    """Causal attention of each chunk's tokens over their sequence, their own keys included.
+
+    out, q [T, H, D], last axis contiguous: the tiles' rows are read and written, no others; caches
+    [n_pages, page, Hkv, D] contiguous, hold the new tokens already.
+    """
+    _, heads, dim = q.shape
+    page, kv_heads = k_cache.shape[1:3]
+    launch(
+        _prefill_kernel,
+        (len(tiles.table), heads),
+        *(out, q, k_cache, v_cache, tiles.table, tiles.pages),
+        *(scale, 0.0 if softcap is None else softcap, 0 if window is None else window),
+        *(heads // kv_heads, kv_heads, dim, page),
+        *(q.stride(0), q.stride(1), out.stride(0), out.stride(1)),
+        WINDOW=window is not None,
+        SOFTCAP=softcap is not None,
+        TILE_Q=TILE_TOKENS,
+        TILE_D=max(MIN_ROWS, next_power_of_two(dim)),
+        TILE_L=TILE_KEYS,
+        UPCAST=UPCAST,
+        num_warps=4 if dim <= 128 else 8,
+        num_stages=2,
+    )
+
+
+@triton.jit
+def _prefill_kernel(
+    out, q, k_cache, v_cache, tiles, pages, scale, softcap, window,
+    group, kv_heads, dim, page, q_row, q_head, out_row, out_head,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_D: tl.constexpr, TILE_L: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
+    tile = tiles + tl.program_id(0) * 4
+    head = tl.program_id(1)
+    i = tl.arange(0, TILE_Q)
+    row = tl.load(tile) + i
+    inside = row < tl.load(tile + 1)
+    position = tl.load(tile + 2) + i
+    pages += tl.load(tile + 3)
+    d = tl.arange(0, TILE_D)
+    mask = inside[:, None] & (d < dim)[None, :]
+    wide = row[:, None].to(tl.int64)
+    queries = tl.load(q + wide * q_row + head * q_head + d[None, :], mask=mask, other=0.0)
+    end = tl.max(tl.where(inside, position, 0), axis=0) + 1
+    first = 0
+    if WINDOW:
+        first = tl.maximum(tl.load(tile + 2) + 1 - window, 0)
+    top = tl.full((TILE_Q,), float("-inf"), tl.float32)
+    total = tl.zeros((TILE_Q,), tl.float32)
+    acc = tl.zeros((TILE_Q, TILE_D), tl.float32)
+    for at in range(first, end, TILE_L):
+        key = at + tl.arange(0, TILE_L)
+        visible = key[None, :] <= position[:, None]
+        if WINDOW:
+            visible &= key[None, :] > position[:, None] - window
+        acc, top, total = visit(
+            acc, top, total, queries, k_cache, v_cache, pages, 1, key, key < end, visible,
+            head // group, kv_heads, dim, page, scale, softcap, SOFTCAP, TILE_D, UPCAST,
+        )  # fmt: skip
+    result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    target = out + wide * out_row + head * out_head + d[None, :]
+    tl.store(target, result.to(out.dtype.element_ty), mask=mask)
