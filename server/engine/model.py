@@ -97,7 +97,7 @@ def prepare_base_model(
     """
     context, store = StepContext(), KVStore(kernels)
     residency = Residency(base_quant=base_quant)
-    table = model.get_input_embeddings().weight
+    table, dtype = model.get_input_embeddings().weight, model.dtype
     parameters = install_delta_layers(model, context, kernels, residency)
     attach_store(model, store)
     text_config = model.config.get_text_config()
@@ -109,7 +109,7 @@ def prepare_base_model(
         residency=residency,
         kernels=kernels,
         device=table.device,
-        dtype=model.dtype,
+        dtype=dtype,
         vocab_size=table.shape[0],
         max_len=int(getattr(text_config, "max_position_embeddings", 2048)),
         varying_rope=varying_rope(model),

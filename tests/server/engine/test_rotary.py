@@ -46,15 +46,19 @@ def test_fuse_rotary_other_pairing_of_dimensions_fuses_none(
     assert not any(fused_of(served, "llama"))
 
 
-def test_fuse_rotary_norm_over_all_heads_fuses_none() -> None:
+@pytest.mark.parametrize(
+    ("kind", "fuses"),
+    [("olmo2", False), ("olmo", True)],  # a norm over all heads; norms without weights
+)
+def test_fuse_rotary_model_of_unusual_norms_is_served(kind: str, fuses: bool) -> None:
     register_attention()
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "vocab_size": 64}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "pad_token_id": 0}
-    config = AutoConfig.for_model("olmo2", **sizes, **heads)
+    config = AutoConfig.for_model(kind, **sizes, **heads)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)
     base = prepare_base_model(model.eval().requires_grad_(False), TorchKernels())
     assert len(base.store.probed) == 1
-    assert not any(isinstance(m.forward, RotaryAttention) for m in base.store.probed)
+    assert all(isinstance(m.forward, RotaryAttention) == fuses for m in base.store.probed)
 
 
 class Joined(TorchKernels):
