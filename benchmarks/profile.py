@@ -36,12 +36,13 @@ from server.engine.text import load_base_text
 from server.engine.types import SamplingParams
 from server.ops.delta import BlockDiagOp
 from server.ops.kernels import Kernels, choose_kernels
-from server.ops.linear import LinearOp
+from server.ops.linear import BlockShare, LinearOp
 from server.ops.packed import PackedBlocks
 from server.settings import Settings
 
 ID_RANGE = (1000, 10000)
 LINEARS, DELTAS = "base linears", "delta products"
+JOINED = "base linears with deltas joined"
 # Kernels' operations by the part they belong to.
 OPERATIONS = {
     "decode_": "decode attention",
@@ -95,23 +96,38 @@ class Clock:
         return timed
 
 
-class TimedLinear:
+class TimedLinear(LinearOp):
     """A `LinearOp` on the clock."""
 
     def __init__(self, op: LinearOp, clock: Clock) -> None:
         self._product = clock.wrap(LINEARS, op.__call__)
-        self.dense = op.dense
+        self._op = op
+        joins = type(op).with_blocks is not LinearOp.with_blocks
+        self._joined = clock.wrap(JOINED, op.with_blocks) if joins else None
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `LinearOp`."""
         y: Tensor = self._product(x, bias)
         return y
 
+    def with_blocks(self, x: Tensor, shares: Sequence[BlockShare]) -> Tensor:
+        """See `LinearOp`. The op itself must see its own kind of deltas."""
+        if self._joined is None:
+            return super().with_blocks(x, shares)
+        bare = [share._replace(op=getattr(share.op, "inner", share.op)) for share in shares]
+        y: Tensor = self._joined(x, bare)
+        return y
+
+    def dense(self) -> Tensor:
+        """See `LinearOp`."""
+        return self._op.dense()
+
 
 class TimedBlockDiag:
     """A `BlockDiagOp` on the clock."""
 
     def __init__(self, op: BlockDiagOp, clock: Clock) -> None:
+        self.inner = op
         self.add_ = clock.wrap(DELTAS, op.add_)
 
 

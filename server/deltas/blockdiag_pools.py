@@ -16,6 +16,7 @@ from server.deltas.pool import Staged, TermPool, add_where_, copy_into, segments
 from server.ops import delta as ops
 from server.ops.delta import BlockDiagOp
 from server.ops.kernels import Kernels
+from server.ops.linear import BlockShare
 from server.ops.packed import PackedBlocks, pack_columns, packed_rows
 from server.ops.rows import Places, RowPlan
 from server.ops.static_rows import StaticRows
@@ -94,6 +95,12 @@ class BlockDiagPool(TermPool):
         if segments.n and self._op is not None:
             self._op.add_([y], x, segments)
 
+    def share(self, first: int, rows: RowPlan) -> BlockShare | None:
+        """What these rows need of it, in a product whose outputs from `first` on are this
+        matrix's; None if nothing.
+        """
+        return _share(self._op, (self.shape[0],), first, rows, self.present)
+
     def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
         if isinstance(rows, StaticRows) and self.place_of is not None:
             held = rows.places(self.place_of)
@@ -130,6 +137,7 @@ class SharedBlocks:
         self.places = PlaceTable()
         self.present: Places = frozenset()
         self._holders: dict[int, set[BlockDiagPool]] = {}
+        self._sizes = tuple(pool.shape[0] for pool in pools)
         self._ends = list(itertools.accumulate(p.block_shape[0] for p in pools))
         self._arrays: Staged = ()
         self._capacity = 0
@@ -179,9 +187,8 @@ class SharedBlocks:
             own = slice(end - pool.block_shape[0], end)
             pool.arrays = (codes[..., own], scales[..., own], units[:, i : i + 1])
             pool.capacity = capacity
-        sizes = tuple(pool.shape[0] for pool in self.pools)
         n, bits = first.shape[1], first.bits
-        blocks = PackedBlocks(codes, scales, units, sizes, n, bits, self.place_of)
+        blocks = PackedBlocks(codes, scales, units, self._sizes, n, bits, self.place_of)
         self._op = first.kernels.blockdiag(blocks)
 
     def add_(self, outputs: Sequence[Tensor | None], x: Tensor, rows: RowPlan) -> None:
@@ -189,3 +196,16 @@ class SharedBlocks:
         segments = rows.table(self.present)
         if segments.n and self._op is not None:
             self._op.add_(outputs, x, segments)
+
+    def share(self, first: int, rows: RowPlan) -> BlockShare | None:
+        """As `BlockDiagPool.share`, of the matrices of all members."""
+        return _share(self._op, self._sizes, first, rows, self.present)
+
+
+def _share(
+    op: BlockDiagOp | None, sizes: tuple[int, ...], first: int, rows: RowPlan, present: Places
+) -> BlockShare | None:
+    segments = rows.table(present)
+    if op is None or not segments.n:
+        return None
+    return BlockShare(op, sizes, first, rows, present)

@@ -1,8 +1,8 @@
 """Full weights ``W_base + dW`` of a variant whose deltas are resident as well.
 
-They stand beside the deltas, one operation per unit (a projection group or a linear outside one),
-and are used in steps all of whose rows are the variant's; any other step applies the deltas. So
-they may come and go between any two steps.
+They stand beside the deltas, one operation per unit (a `Product` of the base), and are used in
+steps all of whose rows are the variant's; any other step applies the deltas. So they may come and
+go between any two steps.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import nn
 
 from compressor.artifact import Artifact
 from compressor.codecs.term import TensorDelta
-from server.deltas.layers import DeltaLinear, ProjectionGroup
+from server.deltas.layers import DeltaLinear
 from server.deltas.parameter import DeltaParameter
+from server.deltas.products import Product
 from server.ops.linear import LinearOp
 
-Unit = ProjectionGroup | DeltaLinear
-MergedOps = dict[Unit, LinearOp]
+MergedOps = dict[Product, LinearOp]
 FLOAT_BYTES = 4
 MERGE_COPIES = 3  # float32 copies of one parameter while it is merged
 
@@ -68,11 +68,11 @@ class MergeableWeights:
             unit.merged.pop(slot, None)
 
 
-def _units(model: nn.Module) -> list[Unit]:
-    found: dict[Unit, None] = {}
+def _units(model: nn.Module) -> list[Product]:
+    found: dict[Product, None] = {}
     for module in model.modules():
         if isinstance(module, DeltaLinear):
-            found[module.group or module] = None
+            found[module.product] = None
     return list(found)
 
 
@@ -92,7 +92,7 @@ def _merge(
     return parameters[0].kernels.linear(whole.contiguous())
 
 
-def ops_bytes(ops: Iterable[Unit]) -> int:
+def ops_bytes(ops: Iterable[Product]) -> int:
     """Bytes of the merged weights of these units."""
     return sum(_numel(p) * p.dtype.itemsize for unit in ops for p in unit.parameters_in_order)
 

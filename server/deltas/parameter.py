@@ -67,7 +67,7 @@ class DeltaParameter:
         self._base: Tensor | None = base
         self._restore: Callable[[], Tensor] | None = None
         self.shape, self.dtype, self.device = tuple(base.shape), base.dtype, base.device
-        # Parameters of linears that read the same input, this one included (see ProjectionGroup).
+        # Parameters of linears that read the same input, this one included (see `Product`).
         self.siblings: tuple[DeltaParameter, ...] = (self,)
         self.pools: dict[PoolKey, TermPool] = {}
         self.merged: dict[int, Tensor] = {}

@@ -14,15 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from compressor.codecs.siblings import SIBLING_PROJECTIONS
-from server.deltas.layers import (
-    DeltaEmbedding,
-    DeltaLinear,
-    ProjectionGroup,
-    StepContext,
-)
+from server.deltas.layers import DeltaEmbedding, DeltaLinear, StepContext
 from server.deltas.mlp import fuse_gated_mlp
 from server.deltas.norms import DeltaNorm
 from server.deltas.parameter import DeltaParameter
+from server.deltas.products import Product
 from server.deltas.residency import Residency
 from server.deltas.residual import fuse_residuals
 from server.engine.attention import ATTENTION_NAME, KVStore, attach_store, register_attention
@@ -207,15 +203,15 @@ def _fuse_projections(model: nn.Module) -> None:
             members = [getattr(module, name, None) for name in names]
             linears = [m for m in members if isinstance(m, DeltaLinear)]
             if len(linears) == len(names) and len({m.bias is None for m in linears}) == 1:
-                ProjectionGroup(linears)
+                Product(linears).pack()
 
 
 def _pack_linears(model: nn.Module, embedding: nn.Module) -> None:
     """Lay out the weights of linears outside groups; a tied output shares the embedding's."""
     for module in model.modules():
-        if isinstance(module, DeltaLinear) and module.group is None:
+        if isinstance(module, DeltaLinear) and len(module.product.members) == 1:
             read = isinstance(embedding, DeltaEmbedding) and embedding.reads(module.delta_weight)
-            module.pack(keep=read)
+            module.product.pack(quantise=not (read or module.is_output), keep=read)
 
 
 def _replaceable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -2,11 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from server.ops.delta import BlockDiagOp
+from server.ops.rows import Places, RowPlan, SlotSegments
+
+
+class BlockShare(NamedTuple):
+    """Block-diagonal deltas of neighbouring outputs of a product.
+
+    sizes    outputs of each of the op's matrices
+    first    output of the product that is the first one's first
+    rows     whose deltas are wanted
+    present  slots that have some, and their places in the op's arrays
+    """
+
+    op: BlockDiagOp
+    sizes: tuple[int, ...]
+    first: int
+    rows: RowPlan
+    present: Places
+
+    @property
+    def segments(self) -> SlotSegments:
+        """The rows by slot."""
+        return self.rows.table(self.present)
+
+    def add_(self, y: Tensor, x: Tensor) -> None:
+        """Add them to the finished product ``y [T, m]`` of ``x [T, n]``."""
+        own = y[:, self.first : self.first + sum(self.sizes)]
+        self.op.add_(own.split_with_sizes(list(self.sizes), dim=1), x, self.segments)
 
 
 class LinearOp(Protocol):
@@ -16,12 +46,19 @@ class LinearOp(Protocol):
         """``x [T, n]`` -> ``[T, m]`` in x's dtype; accumulates in float32."""
         ...
 
+    def with_blocks(self, x: Tensor, shares: Sequence[BlockShare]) -> Tensor:
+        """The product without a bias, plus deltas."""
+        y = self(x)
+        for share in shares:
+            share.add_(y, x)
+        return y
+
     def dense(self) -> Tensor:
         """The weight itself, ``[m, n]``; bit for bit what it was made of."""
         ...
 
 
-class TorchLinear:
+class TorchLinear(LinearOp):
     """The reference."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -34,7 +71,7 @@ class TorchLinear:
         return self._weight
 
 
-class OneDnnLinear:
+class OneDnnLinear(LinearOp):
     """Weight in oneDNN's blocked layout: plain ones are reordered again for every product.
 
     At 8 to 32 rows that makes a product 1.3 to 2 times as fast (bfloat16, AVX-512).

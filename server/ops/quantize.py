@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from server.ops.linear import LinearOp
+
 BaseQuant = Literal["int8", "float8"]
 
 
@@ -62,7 +64,7 @@ def linear_reference(
     return x.to(compute) @ (weight.values.to(compute) * weight.scales.to(compute).unsqueeze(1)).T
 
 
-class TorchQuantizedLinear:
+class TorchQuantizedLinear(LinearOp):
     """`server.ops.linear.LinearOp` over an 8-bit weight: the reference, converts it each time.
 
     Values are exact in x's dtype; the product is rounded once before and once after the scale.

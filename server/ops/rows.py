@@ -86,6 +86,7 @@ class RowPlan:
         self._tables: dict[Places, SlotSegments] = {}
         self._rows_of: dict[frozenset[int], Tensor] = {}
         self._place_of_row: dict[Places, Tensor] = {}
+        self._held_rows: dict[Places, Tensor] = {}
 
     @cached_property
     def slot_of_row(self) -> Tensor:
@@ -120,6 +121,15 @@ class RowPlan:
                 [places.get(s.slot, 0) for s in self.segments]
             )
         return self._place_of_row[present]
+
+    def held_rows(self, present: Places) -> Tensor:
+        """[T] int64: place of each row's slot, -1 where it has none."""
+        if present not in self._held_rows:
+            places = dict(present)
+            self._held_rows[present] = self._per_row(
+                [places.get(s.slot, -1) for s in self.segments]
+            )
+        return self._held_rows[present]
 
     def _per_row(self, values: list[int]) -> Tensor:
         rows: list[int] = []

@@ -28,6 +28,7 @@ from server.ops.cpu.intrinsics import (
     u16_at,
 )
 from server.ops.cpu.pair_product import SUMMED, offset_of, pair_product, sum_of_halves, takes_pairs
+from server.ops.cpu.panel_blocks import PanelBlocks
 from server.ops.cpu.parallel import Parallel
 from server.ops.cpu.tile_product import SUMS, TILE, rows_at_once, tile_product
 from server.ops.cpu.vectors import LANES, add_products_bf16, add_products_f32
@@ -65,7 +66,8 @@ class NumbaBlockDiag:
     def __init__(self, kernel: BlockDiagKernel, blocks: PackedBlocks) -> None:
         self._kernel = kernel  # keeps the table of scales alive
         self._parallel, self._compiled = kernel.parallel, kernel.compiled
-        self._blocks = blocks  # keeps the memory alive
+        self.blocks = blocks
+        self.in_panels: dict[int, PanelBlocks] = {}  # by the product's output they begin at
         _, s, byte_rows, mb = blocks.codes.shape
         n_outputs = len(blocks.sizes)
         self._arguments = np.zeros(_OUTPUTS + _OUTPUT_FIELDS * n_outputs, np.int64)

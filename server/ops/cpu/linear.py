@@ -9,6 +9,7 @@ sums float32, rounded once when bias and residual are added.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 from torch.nn import functional as F
 
+from server.ops.cpu.blockdiag import NumbaBlockDiag
 from server.ops.cpu.compile import compile_kernel
 from server.ops.cpu.intrinsics import FAST, from_bf16, i64_at, next_task, to_bf16, u16_at
 from server.ops.cpu.pairs import (
@@ -31,8 +33,11 @@ from server.ops.cpu.pairs import (
     splat_word,
     store_floats,
 )
+from server.ops.cpu.panel_blocks import BITS, PanelBlocks, Pieces, add_blocks, find_pieces
 from server.ops.cpu.parallel import Parallel
 from server.ops.cpu.vectors import I32, I64, LANES
+from server.ops.linear import BlockShare, LinearOp
+from server.ops.packed import PackedBlocks
 
 U = np.uint64
 VECTORS = 3
@@ -46,7 +51,7 @@ AHEAD = 3  # first groups of rows that fetch a share of the next panel
 
 # Places in the argument array. Strides are in elements.
 (_X, _X_ROW, _N_ROWS, _WEIGHT, _N, _M, _OUT, _OUT_ROW) = range(1, 9)
-(_BIAS, _CHUNK, _PANELS_AHEAD, _N_ARGUMENTS) = range(9, 13)
+(_BIAS, _CHUNK, _PANELS_AHEAD, _N_BLOCKS, _BLOCKS, _PADDED, _N_ARGUMENTS) = range(9, 16)
 
 
 def _panel_code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -89,9 +94,11 @@ def _linear(address):
     n_panels = (m + WIDTH - 1) // WIDTH
     panel_bytes = n // 2 * WIDTH * 4
     n_chunks = (a[_N_ROWS] + a[_CHUNK] - 1) // a[_CHUNK]
-    space = np.empty(ROWS * WIDTH + LANES, np.float32)
+    space = np.empty(ROWS * WIDTH + 2 * LANES, np.float32)
     sums = (space.ctypes.data + 63) // 64 * 64
     first_sum = U((sums - space.ctypes.data) // 4)
+    n_blocks, sources = a[_N_BLOCKS], i64_at(a[_BLOCKS])
+    padded = np.empty(ROWS * a[_PADDED], np.uint16)
     while True:
         task = next_task(address)
         if task >= n_panels * n_chunks:
@@ -107,6 +114,7 @@ def _linear(address):
             last = end - 1 - row
             x = a[_X] + 2 * row * a[_X_ROW]
             step = 2 * a[_X_ROW]
+            end_row = min(row + ROWS, end)
             _panel(
                 x,
                 x + step * min(np.int64(1), last),
@@ -121,6 +129,18 @@ def _linear(address):
                 ahead + min(part, np.int64(AHEAD - 1)) * (n // 2) * LINE,
                 sums,
             )
+            for i in range(n_blocks):
+                add_blocks(
+                    sources[U(i)],
+                    panel,
+                    a[_X],
+                    step,
+                    row,
+                    end_row,
+                    sums,
+                    4 * WIDTH,
+                    padded.ctypes.data,
+                )
             for r in range(min(np.int64(ROWS), end - row)):
                 _store(address, space, first_sum + U(r * WIDTH), row + r, panel * WIDTH, width)
 
@@ -147,19 +167,29 @@ class LinearKernel:
         # Matrix units (AMX) multiply several times as fast, and oneDNN uses them.
         self._pays = "+avx512bf16" in features and "+amx-bf16" not in features
 
+        self._pieces: dict[tuple[Any, ...], Pieces] = {}
+
+    def pieces_of(self, blocks: PackedBlocks, first: int, n_panels: int) -> Pieces:
+        """`find_pieces`, once for all layers of one shape."""
+        key = (blocks.codes.shape[1:], blocks.sizes, blocks.n, first, n_panels)
+        if key not in self._pieces:
+            self._pieces[key] = find_pieces(blocks, first, n_panels, WIDTH)
+        return self._pieces[key]
+
     def takes(self, weight: Tensor) -> bool:
         """Whether the product with this weight is faster here than oneDNN's."""
         return self._pays and weight.dtype is torch.bfloat16 and weight.shape[1] % 2 == 0
 
 
-class PanelLinear:
-    """`server.ops.linear.LinearOp` of one bfloat16 weight ``[m, n]``, n even.
+class PanelLinear(LinearOp):
+    """One bfloat16 weight ``[m, n]``, n even.
 
     The arguments that stay the same are laid out once: a call writes a handful of numbers. One
     thread at a time may call it.
     """
 
     def __init__(self, kernel: LinearKernel, weight: Tensor) -> None:
+        self._kernel = kernel
         self._parallel, self._compiled = kernel.parallel, kernel.compiled
         self._shape = m, n = weight.shape
         self._n_panels = -(-m // WIDTH)
@@ -170,9 +200,37 @@ class PanelLinear:
         self._arguments[_WEIGHT : _M + 1] = self._panels.data_ptr(), n, m
         self._arguments[_OUT_ROW] = m
         self._arguments[_PANELS_AHEAD] = self._parallel.n_threads
+        self._sources = np.zeros(0, np.int64)  # addresses of the sets of blocks of a call
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `LinearOp`; x bfloat16."""
+        return self._run(x, bias, ())
+
+    def with_blocks(self, x: Tensor, shares: Sequence[BlockShare]) -> Tensor:
+        """See `LinearOp`. Blocks of 2 to 4 bits are added to the sums before their one rounding."""
+        joined, others = [], []
+        for share in shares:
+            blocks = self._in_panels(share)
+            if blocks is None:
+                others.append(share)
+            else:
+                joined.append(blocks.at(share.rows.held_rows(share.present)))
+        y = self._run(x, None, joined)
+        for share in others:
+            share.add_(y, x)
+        return y
+
+    def _in_panels(self, share: BlockShare) -> PanelBlocks | None:
+        op = share.op
+        if not isinstance(op, NumbaBlockDiag) or op.blocks.bits not in BITS:
+            return None
+        found = op.in_panels.get(share.first)
+        if found is None:
+            pieces = self._kernel.pieces_of(op.blocks, share.first, self._n_panels)
+            found = op.in_panels[share.first] = PanelBlocks(op.blocks, pieces)
+        return found
+
+    def _run(self, x: Tensor, bias: Tensor | None, blocks: Sequence[PanelBlocks]) -> Tensor:
         x = x if x.stride(1) == 1 else x.contiguous()
         n_rows = len(x)
         out = x.new_empty((n_rows, self._shape[0]))
@@ -183,9 +241,19 @@ class PanelLinear:
         a[_X : _N_ROWS + 1] = x.data_ptr(), x.stride(0), n_rows
         a[_OUT], a[_CHUNK] = out.data_ptr(), chunk
         a[_BIAS] = 0 if bias is None else bias.data_ptr()
+        a[_N_BLOCKS] = len(blocks)
+        if blocks:
+            self._name_sources(blocks)
         n_tasks = self._n_panels * -(-n_rows // chunk)
         self._parallel.run(self._compiled, a, n_tasks, unlocked=True)
         return out
+
+    def _name_sources(self, blocks: Sequence[PanelBlocks]) -> None:
+        if len(blocks) > len(self._sources):
+            self._sources = np.zeros(2 * len(blocks), np.int64)
+            self._arguments[_BLOCKS] = self._sources.ctypes.data
+        self._sources[: len(blocks)] = [one.address for one in blocks]
+        self._arguments[_PADDED] = max(one.padded for one in blocks)
 
     def _rows_of_a_task(self, n_rows: int) -> int:
         wanted = -(-TASKS_PER_THREAD * self._parallel.n_threads // self._n_panels)

@@ -136,10 +136,10 @@ def _add_products_code(is_bf16: bool) -> Callable[..., Any]:
         first = builder.mul(whole, I64(LANES))
         left = builder.sub(n, first)
         with builder.if_then(builder.icmp_unsigned("!=", left, I64(0))):
-            mask = _first_lanes(builder, left)
+            mask = first_lanes(builder, left)
             place = at(builder, target, element, first, LANES)
-            old = _masked_load(builder, place, mask, element)
-            _masked_store(builder, added(old, first), place, mask, element)
+            old = masked_load(builder, place, mask, element)
+            masked_store(builder, added(old, first), place, mask, element)
         return context.get_dummy_value()
 
     return codegen
@@ -152,7 +152,7 @@ def _widen(builder: Any, raw: Any) -> Any:
     return builder.bitcast(bits, VECTOR)
 
 
-def _first_lanes(builder: Any, count: Any) -> Any:
+def first_lanes(builder: Any, count: Any) -> Any:
     """A mask of the first `count` lanes."""
     kind = ir.VectorType(I32, LANES)
     one = builder.insert_element(ir.Constant(kind, ir.Undefined), builder.trunc(count, I32), I32(0))
@@ -161,28 +161,30 @@ def _first_lanes(builder: Any, count: Any) -> Any:
     return builder.icmp_unsigned("<", ir.Constant(kind, list(range(LANES))), counts)
 
 
-def _masked_load(builder: Any, place: Any, mask: Any, element: Any) -> Any:
+def masked_load(builder: Any, place: Any, mask: Any, element: Any) -> Any:
+    """16 elements, 0 where the mask is not set: nothing is read there."""
     vector = ir.VectorType(element, LANES)
     kind = ir.FunctionType(vector, [place.type, I32, mask.type, vector])
-    name = f"llvm.masked.load.v{LANES}{_letter(element)}.p0"
+    name = f"llvm.masked.load.v{LANES}{_name(element)}.p0"
     function = cgutils.get_or_insert_function(builder.module, kind, name)
     none = ir.Constant(vector, None)
     return builder.call(function, [place, I32(_bytes(element)), mask, none])
 
 
-def _masked_store(builder: Any, values: Any, place: Any, mask: Any, element: Any) -> None:
+def masked_store(builder: Any, values: Any, place: Any, mask: Any, element: Any) -> None:
+    """Write the elements whose mask is set."""
     kind = ir.FunctionType(ir.VoidType(), [values.type, place.type, I32, mask.type])
-    name = f"llvm.masked.store.v{LANES}{_letter(element)}.p0"
+    name = f"llvm.masked.store.v{LANES}{_name(element)}.p0"
     function = cgutils.get_or_insert_function(builder.module, kind, name)
     builder.call(function, [values, place, I32(_bytes(element)), mask])
 
 
-def _letter(element: Any) -> str:
-    return "f32" if element is F32 else "i16"
+def _name(element: Any) -> str:
+    return "f32" if element is F32 else f"i{element.width}"
 
 
 def _bytes(element: Any) -> int:
-    return 4 if element is F32 else 2
+    return 4 if element is F32 else int(element.width) // 8
 
 
 dot_bf16, dot_f32 = _make_dot(True), _make_dot(False)
