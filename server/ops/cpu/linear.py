@@ -33,7 +33,14 @@ from server.ops.cpu.pairs import (
     splat_word,
     store_floats,
 )
-from server.ops.cpu.panel_blocks import BITS, PanelBlocks, Pieces, add_blocks, find_pieces
+from server.ops.cpu.panel_blocks import (
+    BITS,
+    PADDED_ROWS,
+    PanelBlocks,
+    Pieces,
+    add_blocks,
+    find_pieces,
+)
 from server.ops.cpu.parallel import Parallel
 from server.ops.cpu.vectors import I32, I64, LANES
 from server.ops.linear import BlockShare, LinearOp
@@ -94,11 +101,14 @@ def _linear(address):
     n_panels = (m + WIDTH - 1) // WIDTH
     panel_bytes = n // 2 * WIDTH * 4
     n_chunks = (a[_N_ROWS] + a[_CHUNK] - 1) // a[_CHUNK]
-    space = np.empty(ROWS * WIDTH + 2 * LANES, np.float32)
+    n_blocks, sources = a[_N_BLOCKS], i64_at(a[_BLOCKS])
+    # With deltas all rows' sums are kept until those are added: one loop over them runs better
+    # than a short one after every group of rows.
+    sums_rows = a[_CHUNK] if n_blocks > 0 else np.int64(ROWS)
+    space = np.empty(sums_rows * WIDTH + 2 * LANES, np.float32)
     sums = (space.ctypes.data + 63) // 64 * 64
     first_sum = U((sums - space.ctypes.data) // 4)
-    n_blocks, sources = a[_N_BLOCKS], i64_at(a[_BLOCKS])
-    padded = np.empty(ROWS * a[_PADDED], np.uint16)
+    padded = np.empty(PADDED_ROWS * a[_PADDED], np.uint16)
     while True:
         task = next_task(address)
         if task >= n_panels * n_chunks:
@@ -109,12 +119,12 @@ def _linear(address):
         ahead = a[_WEIGHT] + following * panel_bytes
         first, end = chunk * a[_CHUNK], min(a[_N_ROWS], (chunk + 1) * a[_CHUNK])
         width = min(np.int64(WIDTH), m - panel * WIDTH)
+        step = 2 * a[_X_ROW]
         for row in range(first, end, ROWS):
             part = (row - first) // ROWS
             last = end - 1 - row
-            x = a[_X] + 2 * row * a[_X_ROW]
-            step = 2 * a[_X_ROW]
-            end_row = min(row + ROWS, end)
+            x = a[_X] + row * step
+            kept = row - first if n_blocks > 0 else np.int64(0)
             _panel(
                 x,
                 x + step * min(np.int64(1), last),
@@ -127,22 +137,19 @@ def _linear(address):
                 weight,
                 n // 2,
                 ahead + min(part, np.int64(AHEAD - 1)) * (n // 2) * LINE,
-                sums,
+                sums + 4 * WIDTH * kept,
             )
+            if n_blocks == 0:
+                for r in range(min(np.int64(ROWS), end - row)):
+                    place = first_sum + U(r * WIDTH)
+                    _store(address, space, place, row + r, panel * WIDTH, width)
+        if n_blocks > 0:
             for i in range(n_blocks):
-                add_blocks(
-                    sources[U(i)],
-                    panel,
-                    a[_X],
-                    step,
-                    row,
-                    end_row,
-                    sums,
-                    4 * WIDTH,
-                    padded.ctypes.data,
-                )
-            for r in range(min(np.int64(ROWS), end - row)):
-                _store(address, space, first_sum + U(r * WIDTH), row + r, panel * WIDTH, width)
+                source, room = sources[U(i)], padded.ctypes.data
+                add_blocks(source, panel, a[_X], step, first, end, sums, 4 * WIDTH, room)
+            for row in range(first, end):
+                place = first_sum + U((row - first) * WIDTH)
+                _store(address, space, place, row, panel * WIDTH, width)
 
 
 @njit(inline="always", fastmath=FAST, error_model="numpy")

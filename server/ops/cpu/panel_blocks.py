@@ -21,6 +21,7 @@ from server.ops.packed import PLANES, PackedBlocks
 
 U = np.uint64
 BITS = (2, 3, 4)  # that codes may have here
+PADDED_ROWS = 8  # whose inputs are copied at a time, where they must be
 
 # Places in the argument array of one set of blocks.
 (_CODES, _SCALES, _UNITS, _SLOT_BYTES, _MB, _BITS, _N_MATRICES, _SCALE_BYTES) = range(8)
@@ -130,7 +131,7 @@ def add_blocks(blocks, panel, x, x_step, first, end, sums, sums_step, padded):
     blocks  address of a set's argument array
     x       address of row 0's first input, bfloat16; rows are `x_step` bytes apart
     sums    address of the first row's sums; rows are `sums_step` bytes apart
-    padded  address of room for those rows' inputs of a block
+    padded  address of room for the inputs of `PADDED_ROWS` rows of a block
     """
     a = i64_at(blocks)
     places, ends = i64_at(a[_PLACES]), i64_at(a[_ENDS])
@@ -152,20 +153,33 @@ def _add_piece(blocks, piece, place, x, x_step, n_rows, sums, sums_step, padded)
     p = i64_at(a[_PIECES] + 56 * piece)
     codes = a[_CODES] + place * a[_SLOT_BYTES] + p[U(0)]
     scales = a[_SCALES] + a[_SCALE_BYTES] * (place * a[_SLOT_SCALES] + p[U(1)])
-    own, step = x + 2 * p[U(2)], x_step
-    if a[_PADDED] != 0:
-        _pad(own, x_step, p[U(3)], n_rows, padded, a[_PADDED])
-        own, step = padded, 2 * a[_PADDED]
-    to, count = sums + 4 * p[U(4)], p[U(5)]
+    own, to, count = x + 2 * p[U(2)], sums + 4 * p[U(4)], p[U(5)]
     unit = f32_at(a[_UNITS])[U(place * a[_N_MATRICES] + p[U(6)])]
-    mb, nb, halves = a[_MB], a[_NB], a[_SCALE_BYTES] - 1
-    if a[_BITS] == 4:
-        add_piece_four(codes, mb, nb, own, step, to, sums_step, count, scales, halves, unit, n_rows)
-    elif a[_BITS] == 2:
-        add_piece_two(codes, mb, nb, own, step, to, sums_step, count, scales, halves, unit, n_rows)
+    if a[_PADDED] == 0:
+        _multiply(blocks, codes, own, x_step, to, sums_step, count, scales, unit, n_rows)
+        return
+    for t in range(0, n_rows, PADDED_ROWS):
+        n, step = min(np.int64(PADDED_ROWS), n_rows - t), 2 * a[_PADDED]
+        _pad(own + t * x_step, x_step, p[U(3)], n, padded, a[_PADDED])
+        part = to + t * sums_step
+        _multiply(blocks, codes, padded, step, part, sums_step, count, scales, unit, n)
+
+
+@njit
+def _multiply(blocks, codes, x, x_step, sums, sums_step, count, scales, unit, n_rows):
+    a = i64_at(blocks)
+    mb, nb, bits, halves = a[_MB], a[_NB], a[_BITS], a[_SCALE_BYTES] - 1
+    if bits == 4:
+        add_piece_four(
+            codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, n_rows
+        )
+    elif bits == 2:
+        add_piece_two(
+            codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, n_rows
+        )
     else:
         add_piece_three(
-            codes, mb, nb, own, step, to, sums_step, count, scales, halves, unit, n_rows
+            codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, n_rows
         )
 
 
