@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
@@ -42,7 +41,7 @@ from server.ops.cpu.panel_blocks import (
     find_pieces,
 )
 from server.ops.cpu.parallel import Parallel
-from server.ops.cpu.vectors import I32, I64, LANES
+from server.ops.cpu.vectors import I64, LANES, prefetch
 from server.ops.linear import BlockShare, LinearOp
 from server.ops.packed import PackedBlocks
 
@@ -65,17 +64,10 @@ def _panel_code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
     rows, (lanes, n, ahead, target) = args[:ROWS], args[ROWS:]
     keys = [(r, v) for r in range(ROWS) for v in range(VECTORS)]
     totals = {key: cgutils.alloca_once_value(builder, floats(0.0)) for key in keys}
-    prefetch = cgutils.get_or_insert_function(
-        builder.module,
-        ir.FunctionType(ir.VoidType(), [ir.IntType(8).as_pointer(), I32, I32, I32]),
-        "llvm.prefetch.p0",
-    )
     with cgutils.for_range(builder, n) as loop:
         line = builder.add(lanes, builder.mul(loop.index, I64(4 * WIDTH)))
         loaded = [load_words(builder, plus(builder, line, 64 * v)) for v in range(VECTORS)]
-        next_line = builder.add(ahead, builder.mul(loop.index, I64(LINE)))
-        pointer = builder.inttoptr(next_line, ir.IntType(8).as_pointer())
-        builder.call(prefetch, [pointer, I32(0), I32(2), I32(1)])
+        prefetch(builder, builder.add(ahead, builder.mul(loop.index, I64(LINE))))
         step = builder.mul(loop.index, I64(4))
         for r, row in enumerate(rows):
             word = splat_word(builder, builder.add(row, step))
@@ -146,7 +138,7 @@ def _linear(address):
         if n_blocks > 0:
             for i in range(n_blocks):
                 source, room = sources[U(i)], padded.ctypes.data
-                add_blocks(source, panel, a[_X], step, first, end, sums, 4 * WIDTH, room)
+                add_blocks(source, panel, following, a[_X], step, first, end, sums, 4 * WIDTH, room)
             for row in range(first, end):
                 place = first_sum + U((row - first) * WIDTH)
                 _store(address, space, place, row, panel * WIDTH, width)

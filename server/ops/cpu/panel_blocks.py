@@ -125,10 +125,11 @@ def _run_end(places, row, end):
 
 
 @njit
-def add_blocks(blocks, panel, x, x_step, first, end, sums, sums_step, padded):
+def add_blocks(blocks, panel, following, x, x_step, first, end, sums, sums_step, padded):
     """Add the deltas of rows ``[first, end)`` to the panel's sums, float32.
 
     blocks  address of a set's argument array
+    following  panel whose codes are to come into the cache meanwhile
     x       address of row 0's first input, bfloat16; rows are `x_step` bytes apart
     sums    address of the first row's sums; rows are `sums_step` bytes apart
     padded  address of room for the inputs of `PADDED_ROWS` rows of a block
@@ -136,6 +137,7 @@ def add_blocks(blocks, panel, x, x_step, first, end, sums, sums_step, padded):
     a = i64_at(blocks)
     places, ends = i64_at(a[_PLACES]), i64_at(a[_ENDS])
     begin, stop = ends[U(panel)], ends[U(panel + 1)]
+    next_begin, next_stop = ends[U(following)], ends[U(following + 1)]
     row = first
     while row < end:
         place, run_end = places[U(row)], _run_end(places, row, end)
@@ -143,43 +145,47 @@ def add_blocks(blocks, panel, x, x_step, first, end, sums, sums_step, padded):
             own, to = x + row * x_step, sums + (row - first) * sums_step
             n_rows = run_end - row
             for piece in range(begin, stop):
-                _add_piece(blocks, piece, place, own, x_step, n_rows, to, sums_step, padded)
+                wanted = min(next_begin + piece - begin, next_stop - 1)
+                _add_piece(blocks, piece, wanted, place, own, x_step, n_rows, to, sums_step, padded)
         row = run_end
 
 
 @njit
-def _add_piece(blocks, piece, place, x, x_step, n_rows, sums, sums_step, padded):
+def _add_piece(blocks, piece, wanted, place, x, x_step, n_rows, sums, sums_step, padded):
     a = i64_at(blocks)
     p = i64_at(a[_PIECES] + 56 * piece)
     codes = a[_CODES] + place * a[_SLOT_BYTES] + p[U(0)]
     scales = a[_SCALES] + a[_SCALE_BYTES] * (place * a[_SLOT_SCALES] + p[U(1)])
+    ahead = np.int64(0)
+    if wanted >= 0:
+        ahead = i64_at(a[_PIECES] + 56 * wanted)[U(0)] - p[U(0)]
     own, to, count = x + 2 * p[U(2)], sums + 4 * p[U(4)], p[U(5)]
     unit = f32_at(a[_UNITS])[U(place * a[_N_MATRICES] + p[U(6)])]
     if a[_PADDED] == 0:
-        _multiply(blocks, codes, own, x_step, to, sums_step, count, scales, unit, n_rows)
+        _multiply(blocks, codes, own, x_step, to, sums_step, count, scales, unit, ahead, n_rows)
         return
     for t in range(0, n_rows, PADDED_ROWS):
         n, step = min(np.int64(PADDED_ROWS), n_rows - t), 2 * a[_PADDED]
         _pad(own + t * x_step, x_step, p[U(3)], n, padded, a[_PADDED])
         part = to + t * sums_step
-        _multiply(blocks, codes, padded, step, part, sums_step, count, scales, unit, n)
+        _multiply(blocks, codes, padded, step, part, sums_step, count, scales, unit, ahead, n)
 
 
 @njit
-def _multiply(blocks, codes, x, x_step, sums, sums_step, count, scales, unit, n_rows):
+def _multiply(blocks, codes, x, x_step, sums, sums_step, count, scales, unit, ahead, n_rows):
     a = i64_at(blocks)
     mb, nb, bits, halves = a[_MB], a[_NB], a[_BITS], a[_SCALE_BYTES] - 1
     if bits == 4:
         add_piece_four(
-            codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, n_rows
+            codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, ahead, n_rows
         )
     elif bits == 2:
         add_piece_two(
-            codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, n_rows
+            codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, ahead, n_rows
         )
     else:
         add_piece_three(
-            codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, n_rows
+            codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, ahead, n_rows
         )
 
 

@@ -27,6 +27,7 @@ from server.ops.cpu.vectors import (
     first_lanes,
     masked_load,
     multiply_add,
+    prefetch,
     splat,
 )
 
@@ -44,20 +45,22 @@ def _planes(bits: int) -> list[tuple[int, list[float]]]:
 
 def _make(bits: int, vectors: int, rows: int) -> Any:
     @intrinsic
-    def product(typingctx, codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit):
-        signature = types.void(*[types.int64] * 10, types.float32)
+    def product(
+        typingctx, codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, ahead
+    ):
+        signature = types.void(*[types.int64] * 10, types.float32, types.int64)
         return signature, _codegen(bits, vectors, rows)
 
     @njit(inline="always")
-    def call(codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit):
-        product(codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit)
+    def call(codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, ahead):
+        product(codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, ahead)
 
     return call
 
 
 def _codegen(bits: int, vectors: int, rows: int) -> Callable[..., Any]:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit = args
+        codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, ahead = args
         # Only the last vector may be in part outside.
         masks = [None] * (vectors - 1)
         masks += [first_lanes(builder, builder.sub(count, I64(LANES * (vectors - 1))))]
@@ -68,7 +71,8 @@ def _codegen(bits: int, vectors: int, rows: int) -> Callable[..., Any]:
         x_rows = [builder.add(x, builder.mul(x_step, I64(r))) for r in range(rows)]
         for plane in _planes(bits):
             code_rows = builder.lshr(builder.add(builder.mul(nb, I64(plane[0])), I64(7)), I64(3))
-            _add_plane(context, builder, (codes, mb, code_rows), masks, x_rows, totals, plane)
+            geometry = (codes, mb, code_rows, ahead)
+            _add_plane(context, builder, geometry, masks, x_rows, totals, plane)
             codes = builder.add(codes, builder.mul(code_rows, mb))
         units = splat(builder, unit, LANES)
         for v, mask in enumerate(masks):
@@ -96,13 +100,13 @@ def _load(builder: Any, place: Any, mask: Any, element: Any) -> Any:
 def _add_plane(
     context: Any,
     builder: Any,
-    geometry: tuple[Any, Any, Any],
+    geometry: tuple[Any, Any, Any, Any],
     masks: list[Any],
     x_rows: list[Any],
     totals: dict[tuple[int, int], Any],
     plane: tuple[int, list[float]],
 ) -> None:
-    codes, mb, code_rows = geometry
+    codes, mb, code_rows, ahead = geometry
     field_bits, values = plane
     # Bits above a field are other fields: the table repeats itself.
     table = ir.Constant(HALVES, [_bf16_bits(values[i % len(values)]) for i in range(2 * LANES)])
@@ -116,6 +120,7 @@ def _add_plane(
         for v, mask in enumerate(masks):
             place = at(builder, plus(builder, first, LANES * v), I8, I64(0), LANES)
             found.append(builder.zext(_load(builder, place, mask, I8), WORDS))
+        prefetch(builder, builder.add(first, ahead))
         return found
 
     def multiply(row: Any, packed: list[Any], present: int) -> None:
@@ -189,21 +194,23 @@ def _any_rows(bits: int, vectors: int) -> Any:
     eight = _make(bits, vectors, 8) if 8 * vectors <= MOST_SUMS else None
 
     @njit(inline="always")
-    def product(codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, n_rows):
+    def product(
+        codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, ahead, n_rows
+    ):
         t = np.int64(0)
         while t < n_rows:
             left, to, own = n_rows - t, sums + t * sums_step, x + t * x_step
             if eight is not None and left >= 8:
-                eight(codes, mb, nb, own, x_step, to, sums_step, count, scales, halves, unit)
+                eight(codes, mb, nb, own, x_step, to, sums_step, count, scales, halves, unit, ahead)
                 t += 8
             elif left >= 4:
-                four(codes, mb, nb, own, x_step, to, sums_step, count, scales, halves, unit)
+                four(codes, mb, nb, own, x_step, to, sums_step, count, scales, halves, unit, ahead)
                 t += 4
             elif left >= 2:
-                two(codes, mb, nb, own, x_step, to, sums_step, count, scales, halves, unit)
+                two(codes, mb, nb, own, x_step, to, sums_step, count, scales, halves, unit, ahead)
                 t += 2
             else:
-                one(codes, mb, nb, own, x_step, to, sums_step, count, scales, halves, unit)
+                one(codes, mb, nb, own, x_step, to, sums_step, count, scales, halves, unit, ahead)
                 t += 1
 
     return product
@@ -213,7 +220,9 @@ def _any_count(bits: int) -> Any:
     one, two, three = (_any_rows(bits, vectors) for vectors in (1, 2, 3))
 
     @njit(inline="always")
-    def add_piece(codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, n_rows):
+    def add_piece(
+        codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, ahead, n_rows
+    ):
         """``sums[r, i] += scale[i] * unit * sum_j value(code[j, i]) x[r, j]``.
 
         codes   address of the first output's; byte rows are `mb` apart; nb inputs
@@ -222,18 +231,47 @@ def _any_count(bits: int) -> Any:
         sums    address of the first, float32, rows `sums_step` bytes apart; up to 15 behind the
                 last are read, and written as they were
         count   outputs, at most 48
+        ahead   bytes from these codes to what is wanted next: it comes into the cache meanwhile
         scales  address of the first, one byte each (`_octaves`), float16 where `halves` is not 0
         """
         if count > 32 and n_rows < 8:
-            three(codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, n_rows)
+            three(
+                codes,
+                mb,
+                nb,
+                x,
+                x_step,
+                sums,
+                sums_step,
+                count,
+                scales,
+                halves,
+                unit,
+                ahead,
+                n_rows,
+            )
             return
         if count > 16:
             n = min(count, 32)
-            two(codes, mb, nb, x, x_step, sums, sums_step, n, scales, halves, unit, n_rows)
+            two(codes, mb, nb, x, x_step, sums, sums_step, n, scales, halves, unit, ahead, n_rows)
             codes, sums, scales = codes + n, sums + 4 * n, scales + (1 + halves) * n
             count -= n
         if count > 0:
-            one(codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, n_rows)
+            one(
+                codes,
+                mb,
+                nb,
+                x,
+                x_step,
+                sums,
+                sums_step,
+                count,
+                scales,
+                halves,
+                unit,
+                ahead,
+                n_rows,
+            )
 
     return add_piece
 

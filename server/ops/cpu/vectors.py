@@ -30,6 +30,14 @@ def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return builder.call(function, [a, b, c])
 
 
+def prefetch(builder: Any, address: Any) -> None:
+    """Let the cache line at this address come into the second level cache."""
+    pointer = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(function, [builder.inttoptr(address, pointer), I32(0), I32(2), I32(1)])
+
+
 def splat(builder: Any, value: Any, lanes: int) -> Any:
     """A vector with `value` in every lane."""
     vector = ir.VectorType(F32, lanes)
