@@ -12,8 +12,7 @@ from torch import Tensor
 from compressor.codecs.blockdiag import BlockDiagTerm
 from compressor.codecs.term import Shape, Term
 from server.deltas.places import PlaceTable, grown
-from server.deltas.pool import Staged, TermPool, add_where_, copy_into, segments_at
-from server.ops import delta as ops
+from server.deltas.pool import Staged, TermPool, copy_into
 from server.ops.delta import BlockDiagOp
 from server.ops.kernels import Kernels
 from server.ops.linear import BlockShare
@@ -80,6 +79,7 @@ class BlockDiagPool(TermPool):
         elif slot in self.places:
             place = self.places[slot]
             self.present -= {(slot, place)}
+            self.slots -= {slot}
             if self.place_of is not None:
                 self.place_of[slot] = 0
             # The group's product may go on for this slot: a unit of 0 takes this member out of it.
@@ -99,24 +99,18 @@ class BlockDiagPool(TermPool):
         """What these rows need of it, in a product whose outputs from `first` on are this
         matrix's; None if nothing.
         """
-        return _share(self._op, (self.shape[0],), first, rows, self.present)
+        if self._op is None or not _meet(rows, self.slots):
+            return None
+        return BlockShare(self._op, (self.shape[0],), first, rows, self.present)
 
     def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
-        if isinstance(rows, StaticRows) and self.place_of is not None:
-            held = rows.places(self.place_of)
-            added = torch.zeros(y.shape, dtype=torch.float32, device=y.device)
-            ops.blockdiag_rows_add_(added, ids, held.clamp(min=0), self._own_blocks())
-            add_where_(y, added, held >= 0)
+        if isinstance(rows, StaticRows):
+            places = rows.places(self.slot_map)
+        elif rows.slots.isdisjoint(self.slots):
             return
-        found = segments_at(rows, self.present)
-        if not found:
-            return
-        index = [row for _, part in found for row in range(part.start, part.stop)]
-        places = [place for place, part in found for _ in range(part.start, part.stop)]
-        where, at = torch.tensor([index, places], device=y.device)
-        added = y[where]
-        ops.blockdiag_rows_add_(added, ids[where], at, self._own_blocks())
-        y[where] = added
+        else:
+            places = rows.held_rows(self.present)
+        self.kernels.blockdiag_rows_add_(y, ids, places, self._own_blocks())
 
     def _own_blocks(self) -> PackedBlocks:
         codes, scales, units = self.arrays
@@ -136,6 +130,7 @@ class SharedBlocks:
         self.place_of = place_of
         self.places = PlaceTable()
         self.present: Places = frozenset()
+        self.slots: frozenset[int] = frozenset()
         self._holders: dict[int, set[BlockDiagPool]] = {}
         self._sizes = tuple(pool.shape[0] for pool in pools)
         self._ends = list(itertools.accumulate(p.block_shape[0] for p in pools))
@@ -164,6 +159,7 @@ class SharedBlocks:
     def update(self, slot: int) -> None:
         """A member has shown or hidden the slot."""
         self.present = frozenset[tuple[int, int]]().union(*(pool.present for pool in self.pools))
+        self.slots = frozenset(slot for slot, _ in self.present)
         if self.place_of is not None:
             self.place_of[slot] = dict(self.present).get(slot, -1) + 1
 
@@ -199,13 +195,11 @@ class SharedBlocks:
 
     def share(self, first: int, rows: RowPlan) -> BlockShare | None:
         """As `BlockDiagPool.share`, of the matrices of all members."""
-        return _share(self._op, self._sizes, first, rows, self.present)
+        if self._op is None or not _meet(rows, self.slots):
+            return None
+        return BlockShare(self._op, self._sizes, first, rows, self.present)
 
 
-def _share(
-    op: BlockDiagOp | None, sizes: tuple[int, ...], first: int, rows: RowPlan, present: Places
-) -> BlockShare | None:
-    segments = rows.table(present)
-    if op is None or not segments.n:
-        return None
-    return BlockShare(op, sizes, first, rows, present)
+def _meet(rows: RowPlan, slots: frozenset[int]) -> bool:
+    """Whether some rows may belong to one of the slots."""
+    return rows.as_data or not rows.slots.isdisjoint(slots)

@@ -30,6 +30,7 @@ class TermPool(ABC):
         self.device = device
         self.places = PlaceTable()
         self.present: Places = frozenset()
+        self.slots: frozenset[int] = frozenset()  # of `present`
         self.capacity = 0
         self.arrays: Staged = ()
         self.place_of: Tensor | None = None  # `present` as data, see `PackedBlocks`
@@ -70,6 +71,7 @@ class TermPool(ABC):
     def show(self, slot: int) -> None:
         """From the next step on, rows of `slot` get this pool's terms."""
         self.present |= {(slot, self.places[slot])}
+        self.slots |= {slot}
         if self.place_of is not None:
             self.place_of[slot] = self.places[slot] + 1
 
@@ -77,6 +79,7 @@ class TermPool(ABC):
         """The slot's terms are no longer applied; its place may be given away."""
         if slot in self.places:
             self.present -= {(slot, self.places[slot])}
+            self.slots -= {slot}
             self.places.remove(slot)
             if self.place_of is not None:
                 self.place_of[slot] = 0

@@ -81,12 +81,15 @@ def dense_add_(y: Tensor, x: Tensor, run: SlotRun, weights: Tensor) -> None:
     add_rows_(y, out.flatten(0, 1), run)
 
 
-def blockdiag_rows_add_(y: Tensor, ids: Tensor, slots: Tensor, blocks: PackedBlocks) -> None:
-    """Embedding look-up: add ``dW[slot][id]`` to each row of ``y [T, n]``.
+def blockdiag_rows_add_(y: Tensor, ids: Tensor, places: Tensor, blocks: PackedBlocks) -> None:
+    """Embedding look-up: add ``dW[place][id]`` to each row of ``y [T, n]``, rounded once.
 
-    ids [T], slots [T] int64; blocks of one matrix [m, n]
+    ids     [T] int64
+    places  [T] int64: in the blocks' arrays, -1 for rows that get nothing
+    blocks  of one matrix [m, n]
     """
     (m,), n, s = blocks.sizes, blocks.n, blocks.n_blocks
+    held, slots = places >= 0, places.clamp(min=0)
     block, within = _block_of(ids, m, s)
     nb = -(-n // s)
     packed = blocks.codes[slots, block, :, within].unsqueeze(-1)
@@ -102,7 +105,8 @@ def blockdiag_rows_add_(y: Tensor, ids: Tensor, slots: Tensor, blocks: PackedBlo
     columns = (block * short + block.clamp(max=longer)).unsqueeze(1) + inside
     added = torch.zeros(len(ids), n, device=ids.device)
     added.scatter_add_(1, columns.clamp(max=n - 1), torch.where(valid, values, 0.0))
-    y.copy_(y.float() + added)
+    # In rows without, `added` may be anything, NaN too.
+    y.copy_(torch.where(held.unsqueeze(1), y.float() + added, y.float()))
 
 
 def _block_of(ids: Tensor, size: int, n_blocks: int) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from server.ops import attention, factors
 from server.ops.attention import AttentionCall, AttentionKernels
-from server.ops.delta import BlockDiagOp, TorchBlockDiag
+from server.ops.delta import BlockDiagOp, TorchBlockDiag, blockdiag_rows_add_
 from server.ops.factors import ImpartFactors, LowRankFactors
 from server.ops.linear import LinearOp, TorchLinear
 from server.ops.lowrank import HeldLowRank, packed_lowrank_add_
@@ -41,6 +41,10 @@ class Kernels(AttentionKernels, Protocol):
         ...
 
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp: ...
+
+    def blockdiag_rows_add_(
+        self, y: Tensor, ids: Tensor, places: Tensor, blocks: PackedBlocks
+    ) -> None: ...
 
     def lowrank_add_(
         self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[LowRankFactors]
@@ -83,6 +87,11 @@ class TorchKernels:
 
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp:
         return TorchBlockDiag(blocks)
+
+    def blockdiag_rows_add_(
+        self, y: Tensor, ids: Tensor, places: Tensor, blocks: PackedBlocks
+    ) -> None:
+        blockdiag_rows_add_(y, ids, places, blocks)
 
     def lowrank_add_(
         self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[LowRankFactors]

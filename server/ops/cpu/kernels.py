@@ -11,6 +11,7 @@ from server.ops import factors
 from server.ops.attention import AttentionCall, prefill_
 from server.ops.cpu.attention import AttentionKernel
 from server.ops.cpu.blockdiag import BlockDiagKernel, NumbaBlockDiag
+from server.ops.cpu.embedding import EmbeddingKernel
 from server.ops.cpu.linear import LinearKernel, PanelLinear
 from server.ops.cpu.parallel import Parallel
 from server.ops.cpu.prefill import PrefillKernel
@@ -37,6 +38,7 @@ class NumbaKernels:
     def __init__(self) -> None:
         self.parallel = Parallel()
         self._blockdiag = BlockDiagKernel(self.parallel)
+        self._embedding = EmbeddingKernel(self.parallel)
         self._attention = AttentionKernel(self.parallel)
         self._prefill = PrefillKernel(self.parallel)
         self._rotary = RotaryKernel(self.parallel)
@@ -46,6 +48,11 @@ class NumbaKernels:
 
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp:
         return NumbaBlockDiag(self._blockdiag, blocks)
+
+    def blockdiag_rows_add_(
+        self, y: Tensor, ids: Tensor, places: Tensor, blocks: PackedBlocks
+    ) -> None:
+        self._embedding.add_(y, ids, places, blocks)
 
     def lowrank_add_(
         self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[LowRankFactors]

@@ -57,7 +57,7 @@ AHEAD = 3  # first groups of rows that fetch a share of the next panel
 
 # Places in the argument array. Strides are in elements.
 (_X, _X_ROW, _N_ROWS, _WEIGHT, _N, _M, _OUT, _OUT_ROW) = range(1, 9)
-(_BIAS, _CHUNK, _PANELS_AHEAD, _N_BLOCKS, _BLOCKS, _PADDED, _N_ARGUMENTS) = range(9, 16)
+(_BIAS, _CHUNK, _PANELS_AHEAD, _N_BLOCKS, _BLOCKS, _PADDED, _SLOTS, _N_ARGUMENTS) = range(9, 17)
 
 
 def _panel_code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -138,7 +138,19 @@ def _linear(address):
         if n_blocks > 0:
             for i in range(n_blocks):
                 source, room = sources[U(i)], padded.ctypes.data
-                add_blocks(source, panel, following, a[_X], step, first, end, sums, 4 * WIDTH, room)
+                add_blocks(
+                    source,
+                    panel,
+                    following,
+                    a[_SLOTS],
+                    a[_X],
+                    step,
+                    first,
+                    end,
+                    sums,
+                    4 * WIDTH,
+                    room,
+                )
             for row in range(first, end):
                 place = first_sum + U((row - first) * WIDTH)
                 _store(address, space, place, row, panel * WIDTH, width)
@@ -213,8 +225,9 @@ class PanelLinear(LinearOp):
             if blocks is None:
                 others.append(share)
             else:
-                joined.append(blocks.at(share.rows.held_rows(share.present)))
-        y = self._run(x, None, joined)
+                joined.append(blocks)
+        slots = shares[0].rows.slot_of_row
+        y = self._run(x, None, joined, slots)
         for share in others:
             share.add_(y, x)
         return y
@@ -229,7 +242,13 @@ class PanelLinear(LinearOp):
             found = op.in_panels[share.first] = PanelBlocks(op.blocks, pieces)
         return found
 
-    def _run(self, x: Tensor, bias: Tensor | None, blocks: Sequence[PanelBlocks]) -> Tensor:
+    def _run(
+        self,
+        x: Tensor,
+        bias: Tensor | None,
+        blocks: Sequence[PanelBlocks],
+        slots: Tensor | None = None,
+    ) -> Tensor:
         x = x if x.stride(1) == 1 else x.contiguous()
         n_rows = len(x)
         out = x.new_empty((n_rows, self._shape[0]))
@@ -241,8 +260,9 @@ class PanelLinear(LinearOp):
         a[_OUT], a[_CHUNK] = out.data_ptr(), chunk
         a[_BIAS] = 0 if bias is None else bias.data_ptr()
         a[_N_BLOCKS] = len(blocks)
-        if blocks:
+        if slots is not None:
             self._name_sources(blocks)
+            a[_SLOTS] = slots.data_ptr()
         n_tasks = self._n_panels * -(-n_rows // chunk)
         self._parallel.run(self._compiled, a, n_tasks, unlocked=True)
         return out
@@ -252,7 +272,7 @@ class PanelLinear(LinearOp):
             self._sources = np.zeros(2 * len(blocks), np.int64)
             self._arguments[_BLOCKS] = self._sources.ctypes.data
         self._sources[: len(blocks)] = [one.address for one in blocks]
-        self._arguments[_PADDED] = max(one.padded for one in blocks)
+        self._arguments[_PADDED] = max((one.padded for one in blocks), default=0)
 
     def _rows_of_a_task(self, n_rows: int) -> int:
         wanted = -(-TASKS_PER_THREAD * self._parallel.n_threads // self._n_panels)

@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numba import njit
-from torch import Tensor
 
-from server.ops.cpu.intrinsics import f32_at, i64_at, u16_at
+from server.ops.cpu.intrinsics import f32_at, i64_at, u16_at, u32_at
 from server.ops.cpu.piece_product import add_piece_four, add_piece_three, add_piece_two
 from server.ops.packed import PLANES, PackedBlocks
 
@@ -25,7 +24,7 @@ PADDED_ROWS = 8  # whose inputs are copied at a time, where they must be
 
 # Places in the argument array of one set of blocks.
 (_CODES, _SCALES, _UNITS, _SLOT_BYTES, _MB, _BITS, _N_MATRICES, _SCALE_BYTES) = range(8)
-(_SLOT_SCALES, _NB, _PIECES, _ENDS, _PLACES, _PADDED) = range(8, 14)
+(_SLOT_SCALES, _NB, _PIECES, _ENDS, _PLACE_OF, _N_SLOTS, _PADDED) = range(8, 15)
 
 
 class Piece(NamedTuple):
@@ -49,10 +48,12 @@ class Pieces:
 
 
 class PanelBlocks:
-    """One set of packed blocks as `add_blocks` reads it: what stays the same, laid out once."""
+    """One set of packed blocks as `add_blocks` reads it, laid out once. They have a slot map."""
 
     def __init__(self, blocks: PackedBlocks, pieces: Pieces) -> None:
         _, s, byte_rows, mb = blocks.codes.shape
+        place_of = blocks.place_of
+        assert place_of is not None
         nb = -(-blocks.n // s)
         fields = max(8 // bits for bits in PLANES[blocks.bits])
         # Fields of a byte row past a block's last input must meet zeros: unless there are none, its
@@ -73,20 +74,13 @@ class PanelBlocks:
                 nb,
                 pieces.table.ctypes.data,
                 pieces.ends.ctypes.data,
-                0,
+                place_of.data_ptr(),
+                len(place_of),
                 self.padded,
             ],
             np.int64,
         )
         self.address: int = self._arguments.ctypes.data
-
-    def at(self, places: Tensor) -> PanelBlocks:
-        """Itself, for rows that have these places in the arrays, until the next call.
-
-        places  int64 [T], -1 for none; the caller keeps it alive
-        """
-        self._arguments[_PLACES] = places.data_ptr()
-        return self
 
 
 def find_pieces(blocks: PackedBlocks, first: int, n_panels: int, width: int) -> Pieces:
@@ -115,32 +109,36 @@ def find_pieces(blocks: PackedBlocks, first: int, n_panels: int, width: int) -> 
 
 
 @njit
-def _run_end(places, row, end):
+def _run_end(slots, row, end):
     """End of the run of rows of one slot that begins at `row`."""
-    place = places[U(row)]
+    slot = slots[U(row)]
     row += 1
-    while row < end and places[U(row)] == place:
+    while row < end and slots[U(row)] == slot:
         row += 1
     return row
 
 
 @njit
-def add_blocks(blocks, panel, following, x, x_step, first, end, sums, sums_step, padded):
+def add_blocks(blocks, panel, following, slots, x, x_step, first, end, sums, sums_step, padded):
     """Add the deltas of rows ``[first, end)`` to the panel's sums, float32.
 
     blocks  address of a set's argument array
     following  panel whose codes are to come into the cache meanwhile
+    slots   address of every row's slot, int64
     x       address of row 0's first input, bfloat16; rows are `x_step` bytes apart
     sums    address of the first row's sums; rows are `sums_step` bytes apart
     padded  address of room for the inputs of `PADDED_ROWS` rows of a block
     """
     a = i64_at(blocks)
-    places, ends = i64_at(a[_PLACES]), i64_at(a[_ENDS])
+    slot_of, place_of, ends = i64_at(slots), u32_at(a[_PLACE_OF]), i64_at(a[_ENDS])
     begin, stop = ends[U(panel)], ends[U(panel + 1)]
     next_begin, next_stop = ends[U(following)], ends[U(following + 1)]
     row = first
     while row < end:
-        place, run_end = places[U(row)], _run_end(places, row, end)
+        slot, run_end = slot_of[U(row)], _run_end(slot_of, row, end)
+        place = np.int64(-1)
+        if 0 <= slot < a[_N_SLOTS]:
+            place = np.int64(place_of[U(slot)]) - 1
         if place >= 0:
             own, to = x + row * x_step, sums + (row - first) * sums_step
             n_rows = run_end - row

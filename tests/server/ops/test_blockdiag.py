@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.ops.delta import blockdiag_rows_add_
 from server.ops.kernels import Kernels, choose_kernels
 from server.ops.packed import PackedBlocks, pack_columns
 from server.ops.rows import SlotSegments
@@ -139,16 +138,30 @@ def test_blockdiag_row_of_nan_spoils_no_other_row(
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
 @pytest.mark.parametrize(("s", "sizes", "n"), [(5, (50,), 37), (3, (200,), 33), (4, (64,), 48)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_blockdiag_rows_look_up_equals_float64_loops(
-    s: int, sizes: tuple[int, ...], n: int, bits: int
+    kernels: Kernels, s: int, sizes: tuple[int, ...], n: int, bits: int, dtype: torch.dtype
 ) -> None:
     blocks = make(s, sizes, n, bits)
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(0, sizes[0], (30,), generator=generator)
-    slots = torch.randint(0, 3, (30,), generator=generator)
-    y = torch.randn(30, n, generator=generator)
-    matrices = [dense(blocks, slot)[0] for slot in range(3)]
-    rows = zip(slots.tolist(), ids.tolist(), strict=True)
-    want = y.double() + torch.stack([matrices[a][b] for a, b in rows])
-    blockdiag_rows_add_(y, ids, slots, blocks)
-    torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
+    places = torch.randint(-1, 3, (30,), generator=generator)
+    y = torch.randn(30, n, generator=generator).to(dtype)
+    matrices = [dense(blocks, place)[0] for place in range(3)]
+    want = y.double()
+    for row, (place, token) in enumerate(zip(places.tolist(), ids.tolist(), strict=True)):
+        if place >= 0:
+            want[row] += matrices[place][token]
+    before = y.clone()
+    kernels.blockdiag_rows_add_(y, ids, places, blocks)
+    tolerance = 1e-5 if dtype is torch.float32 else 2.0**-8
+    torch.testing.assert_close(y.double(), want, rtol=tolerance, atol=1e-5)
+    assert torch.equal(y[places < 0], before[places < 0])
+
+
+def test_blockdiag_rows_of_nan_stay_in_their_place(kernels: Kernels) -> None:
+    blocks = make(4, (64,), 48, 4)
+    blocks.units[1] = float("nan")
+    y = torch.zeros(3, 48)
+    kernels.blockdiag_rows_add_(y, torch.tensor([3, 3, 3]), torch.tensor([0, -1, 2]), blocks)
+    assert bool(y.isfinite().all())

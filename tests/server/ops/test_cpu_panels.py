@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -27,6 +30,7 @@ SHAPES = [
 ]
 SEGMENTS = ((-1, 3), (0, 1), (2, 21), (1, 6), (-1, 2))
 PLACES = frozenset({(0, 2), (1, 0), (2, 1)})
+PLACE_OF = torch.tensor([3, 1, 2, 0], dtype=torch.int32)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,19 @@ def plan_of(segments: tuple[tuple[int, int], ...]) -> RowPlan:
         found.append(Segment(slot, start, start + n))
         start += n
     return RowPlan(found, CPU)
+
+
+def packed(
+    s: int, sizes: tuple[int, ...], n: int, bits: int, place_of: Tensor = PLACE_OF
+) -> PackedBlocks:
+    return replace(make(s, sizes, n, bits), place_of=place_of)
+
+
+def slot_map(places: Iterable[tuple[int, int]]) -> Tensor:
+    found = torch.zeros(4, dtype=torch.int32)
+    for slot, place in places:
+        found[slot] = place + 1
+    return found
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -71,7 +88,7 @@ def test_joined_product_equals_float64_rounded_once(
     bits: int,
     first: int,
 ) -> None:
-    blocks = make(s, sizes, n, bits)
+    blocks = packed(s, sizes, n, bits)
     weight, plan = random(first + sum(sizes) + 5, n), plan_of(SEGMENTS)
     x = random(plan.n_rows, n, seed=1)
     op = NumbaBlockDiag(kernels[1], blocks)
@@ -90,7 +107,11 @@ def test_joined_product_of_several_sets_equals_one_after_the_other(
     x = random(plan.n_rows, 48, seed=1)
     shares = [
         BlockShare(
-            NumbaBlockDiag(kernels[1], make(s, sizes, 48, bits)), sizes, first, plan, frozenset(at)
+            NumbaBlockDiag(kernels[1], packed(s, sizes, 48, bits, slot_map(at))),
+            sizes,
+            first,
+            plan,
+            frozenset(at),
         )
         for s, sizes, bits, first, at in (
             (4, (64, 56), 4, 0, {(0, 0)}),
@@ -109,7 +130,7 @@ def test_joined_rows_result_does_not_depend_on_the_batch(
     kernels: tuple[LinearKernel, BlockDiagKernel],
 ) -> None:
     op = PanelLinear(kernels[0], random(160, 256))
-    deltas = NumbaBlockDiag(kernels[1], make(16, (96, 32, 32), 256, 4))
+    deltas = NumbaBlockDiag(kernels[1], packed(16, (96, 32, 32), 256, 4))
 
     def product(x: Tensor, *segments: tuple[int, int]) -> Tensor:
         share = BlockShare(deltas, (96, 32, 32), 0, plan_of(segments), PLACES)
@@ -126,7 +147,7 @@ def test_joined_rows_result_does_not_depend_on_the_batch(
 def test_joined_row_of_infinities_spoils_no_other_row(
     kernels: tuple[LinearKernel, BlockDiagKernel], s: int
 ) -> None:
-    deltas = NumbaBlockDiag(kernels[1], make(s, (50,), 48, 4))
+    deltas = NumbaBlockDiag(kernels[1], packed(s, (50,), 48, 4))
     op, plan = PanelLinear(kernels[0], random(50, 48)), plan_of(SEGMENTS)
     x = random(plan.n_rows, 48, seed=1)
     share = BlockShare(deltas, (50,), 0, plan, PLACES)
