@@ -57,7 +57,7 @@ AHEAD = 3  # first groups of rows that fetch a share of the next panel
 
 # Places in the argument array. Strides are in elements.
 (_X, _X_ROW, _N_ROWS, _WEIGHT, _N, _M, _OUT, _OUT_ROW) = range(1, 9)
-(_BIAS, _CHUNK, _PANELS_AHEAD, _N_BLOCKS, _BLOCKS, _PADDED, _SLOTS, _N_ARGUMENTS) = range(9, 17)
+(_BIAS, _CHUNK, _N_RANGES, _N_BLOCKS, _BLOCKS, _PADDED, _SLOTS, _N_ARGUMENTS) = range(9, 17)
 
 
 def _panel_code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -93,6 +93,11 @@ def _linear(address):
     n_panels = (m + WIDTH - 1) // WIDTH
     panel_bytes = n // 2 * WIDTH * 4
     n_chunks = (a[_N_ROWS] + a[_CHUNK] - 1) // a[_CHUNK]
+    # Threads take turns, so each mostly stays within a range of its own: the panel it fetches ahead
+    # is the one it gets, and neighbours share cache lines of the deltas' codes.
+    n_ranges = a[_N_RANGES]
+    per_range = (n_panels + n_ranges - 1) // n_ranges
+    per_chunk = n_ranges * per_range
     n_blocks, sources = a[_N_BLOCKS], i64_at(a[_BLOCKS])
     # With deltas all rows' sums are kept until those are added: one loop over them runs better
     # than a short one after every group of rows.
@@ -103,11 +108,14 @@ def _linear(address):
     padded = np.empty(PADDED_ROWS * a[_PADDED], np.uint16)
     while True:
         task = next_task(address)
-        if task >= n_panels * n_chunks:
+        if task >= per_chunk * n_chunks:
             break
-        panel, chunk = task % n_panels, task // n_panels
+        place, chunk = task % per_chunk, task // per_chunk
+        panel = place % n_ranges * per_range + place // n_ranges
+        if panel >= n_panels:
+            continue
         weight = a[_WEIGHT] + panel * panel_bytes
-        following = min(panel + a[_PANELS_AHEAD], n_panels - 1)
+        following = min(panel + 1, n_panels - 1)
         ahead = a[_WEIGHT] + following * panel_bytes
         first, end = chunk * a[_CHUNK], min(a[_N_ROWS], (chunk + 1) * a[_CHUNK])
         width = min(np.int64(WIDTH), m - panel * WIDTH)
@@ -210,7 +218,7 @@ class PanelLinear(LinearOp):
         self._arguments = np.zeros(_N_ARGUMENTS, np.int64)
         self._arguments[_WEIGHT : _M + 1] = self._panels.data_ptr(), n, m
         self._arguments[_OUT_ROW] = m
-        self._arguments[_PANELS_AHEAD] = self._parallel.n_threads
+        self._arguments[_N_RANGES] = self._parallel.n_threads
         self._sources = np.zeros(0, np.int64)  # addresses of the sets of blocks of a call
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -263,7 +271,8 @@ class PanelLinear(LinearOp):
         if slots is not None:
             self._name_sources(blocks)
             a[_SLOTS] = slots.data_ptr()
-        n_tasks = self._n_panels * -(-n_rows // chunk)
+        n_ranges = self._parallel.n_threads
+        n_tasks = -(-self._n_panels // n_ranges) * n_ranges * -(-n_rows // chunk)
         self._parallel.run(self._compiled, a, n_tasks, unlocked=True)
         return out
 
