@@ -108,7 +108,7 @@ def find_pieces(blocks: PackedBlocks, first: int, n_panels: int, width: int) -> 
     return Pieces(found)
 
 
-@njit
+@njit(inline="always")
 def _run_end(slots, row, end):
     """End of the run of rows of one slot that begins at `row`."""
     slot = slots[U(row)]
@@ -118,7 +118,7 @@ def _run_end(slots, row, end):
     return row
 
 
-@njit
+@njit(inline="always")
 def add_blocks(blocks, panel, following, slots, x, x_step, first, end, sums, sums_step, padded):
     """Add the deltas of rows ``[first, end)`` to the panel's sums, float32.
 
@@ -148,7 +148,7 @@ def add_blocks(blocks, panel, following, slots, x, x_step, first, end, sums, sum
         row = run_end
 
 
-@njit
+@njit(inline="always")
 def _add_piece(blocks, piece, wanted, place, x, x_step, n_rows, sums, sums_step, padded):
     a = i64_at(blocks)
     p = i64_at(a[_PIECES] + 56 * piece)
@@ -187,7 +187,7 @@ def _multiply(blocks, codes, x, x_step, sums, sums_step, count, scales, unit, ah
         )
 
 
-@njit
+@njit(inline="always")
 def _pad(x, x_step, n, n_rows, padded, stride):
     """Copy a block's inputs of some rows, zeros behind them: fields past the last meet those."""
     for t in range(n_rows):

@@ -44,7 +44,7 @@ def make_plane(product: Callable[[int, int], Any], item: int) -> Any:
     """
     sixteen, one = (_any_rows(product, lanes) for lanes in (16, 1))
 
-    @njit(inline="always")
+    @njit
     def columns(codes, mb, code_rows, x, stride, sums, width, n_rows):
         place, first = sums.ctypes.data, 0
         while first + 16 <= width:
@@ -72,7 +72,7 @@ def make_plane(product: Callable[[int, int], Any], item: int) -> Any:
 def _any_rows(make: Callable[[int, int], Any], lanes: int) -> Any:
     eight, four, one = (make(lanes, n) for n in (ROW_GROUP, 4, 1))
 
-    @njit(inline="always")
+    @njit
     def product(codes, mb, code_rows, x, stride, sums, tile, n_rows):
         if n_rows == ROW_GROUP:
             eight(codes, mb, code_rows, x, stride, sums, tile)
