@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from compressor import entropy
 from compressor.artifact_writer import ArtifactWriter
 from compressor.atomic import RunLock
 from compressor.cli import app
@@ -33,6 +34,12 @@ KILLS = {
     "while a tensor is staged": (ArtifactWriter, "add", 5),
     "to start afresh": (ArtifactWriter, "add", 6),
     "between two files": (os, "fsync", 4),
+    "between coding and the index": (entropy, "_places", 1),
+}
+STAGED = {
+    "while a tensor is staged": 4,
+    "between two files": 21,
+    "between coding and the index": 21,
 }
 
 
@@ -136,7 +143,7 @@ def expected(
     return snapshot(out)
 
 
-@pytest.mark.parametrize("what", ["while a tensor is staged", "between two files"])
+@pytest.mark.parametrize("what", STAGED)
 def test_compress_killed_shows_nothing_and_the_next_run_gives_identical_bytes(
     wrecks: tuple[Path, dict[str, int], str],
     expected: dict[str, bytes],
@@ -149,7 +156,7 @@ def test_compress_killed_shows_nothing_and_the_next_run_gives_identical_bytes(
     assert codes[what] == -signal.SIGKILL
     assert not (folder / what).exists()
     staged = len(list((folder / f".{what}.partial").glob("*.part")))
-    assert staged == (4 if "staged" in what else 21)
+    assert staged == STAGED[what]
     added = []
     real = ArtifactWriter.add
 
