@@ -15,6 +15,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from server.ops.cpu.bfloat import bits_of_bf16
+from server.ops.cpu.vectors import prefetch
 
 Codegen = tuple[Any, Callable[..., Any]]
 UNBOUNDED = (1 << 40,)  # the views have no length of their own
@@ -54,6 +55,17 @@ def next_task(typingctx: Any, counter: Any) -> Codegen:
         return builder.atomic_rmw("add", pointer, ir.Constant(i64, 1), "monotonic")
 
     return types.int64(types.int64), codegen
+
+
+@intrinsic
+def fetch(typingctx: Any, address: Any) -> Codegen:
+    """Let the cache line at this address come into the second level cache."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        prefetch(builder, args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 @intrinsic

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from server.ops.cpu.intrinsics import f32_at, i64_at, u16_at, u32_at
+from server.ops.cpu.intrinsics import f32_at, fetch, i64_at, u16_at, u32_at
 from server.ops.cpu.piece_product import add_piece_four, add_piece_three, add_piece_two
 from server.ops.packed import PLANES, PackedBlocks
 
@@ -156,7 +156,10 @@ def _add_piece(blocks, piece, wanted, place, x, x_step, n_rows, sums, sums_step,
     scales = a[_SCALES] + a[_SCALE_BYTES] * (place * a[_SLOT_SCALES] + p[U(1)])
     ahead = np.int64(0)
     if wanted >= 0:
-        ahead = i64_at(a[_PIECES] + 56 * wanted)[U(0)] - p[U(0)]
+        # The last line of what comes next: its first is mostly that of this piece.
+        q = i64_at(a[_PIECES] + 56 * wanted)
+        ahead = q[U(0)] + q[U(5)] - 1 - p[U(0)]
+        fetch(scales + a[_SCALE_BYTES] * (q[U(1)] + q[U(5)] - 1 - p[U(1)]))
     own, to, count = x + 2 * p[U(2)], sums + 4 * p[U(4)], p[U(5)]
     unit = f32_at(a[_UNITS])[U(place * a[_N_MATRICES] + p[U(6)])]
     if a[_PADDED] == 0:
