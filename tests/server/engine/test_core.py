@@ -65,7 +65,10 @@ def test_abort_in_mid_prefill_gives_everything_back(pair: Served, harness: Make)
 
 def test_abort_while_decoding_gives_everything_back(pair: Served, harness: Make) -> None:
     engine = harness(pair)
-    gone, stays = (engine.submit(name, PROMPT) for name in ("impart", "blockdiag"))
+    names = ("impart", "blockdiag")
+    # Both are loaded first: else one could end before the other begins.
+    engine.run(*(engine.submit(name, PROMPT, max_tokens=1) for name in names))
+    gone, stays = (engine.submit(name, PROMPT) for name in names)
     engine.until(lambda: gone.request.n_output >= 3 and stays.request.n_output >= 1)
     engine.core.abort(gone.request)
     engine.core.abort(gone.request)  # a second time, as a cancelled client may
