@@ -82,7 +82,6 @@ class RowPlan:
         self.n_rows = self.segments[-1].end if self.segments else 0
         self.slots = frozenset(s.slot for s in self.segments if s.slot != BASE_SLOT)
         self._runs: dict[Places, tuple[SlotRun, ...]] = {}
-        self._spans: dict[frozenset[int], tuple[Segment, ...]] = {}
         self._tables: dict[Places, SlotSegments] = {}
         self._rows_of: dict[frozenset[int], Tensor] = {}
         self._place_of_row: dict[Places, Tensor] = {}
@@ -116,10 +115,7 @@ class RowPlan:
     def place_of_row(self, present: Places) -> Tensor:
         """[T] int64: place of each row's slot, 0 where it has none: what is there is not used."""
         if present not in self._place_of_row:
-            places = dict(present)
-            self._place_of_row[present] = self._per_row(
-                [places.get(s.slot, 0) for s in self.segments]
-            )
+            self._place_of_row[present] = self.held_rows(present).clamp(min=0)
         return self._place_of_row[present]
 
     def held_rows(self, present: Places) -> Tensor:
@@ -162,20 +158,6 @@ class RowPlan:
         """The segments of `present`, each named by its place, by rows."""
         places = dict(present)
         return [Segment(places[s.slot], s.start, s.end) for s in self.segments if s.slot in places]
-
-    def spans(self, merged: frozenset[int]) -> tuple[Segment, ...]:
-        """Cut all rows into spans: one per slot in `merged`, the rest joined as base spans."""
-        active = merged & self.slots
-        if active not in self._spans:
-            spans: list[Segment] = []
-            for segment in self.segments:
-                slot = segment.slot if segment.slot in active else BASE_SLOT
-                if spans and slot == BASE_SLOT and spans[-1].slot == BASE_SLOT:
-                    spans[-1] = Segment(BASE_SLOT, spans[-1].start, segment.end)
-                else:
-                    spans.append(Segment(slot, segment.start, segment.end))
-            self._spans[active] = tuple(spans)
-        return self._spans[active]
 
 
 def _group_consecutive(segments: Iterable[Segment]) -> list[list[Segment]]:

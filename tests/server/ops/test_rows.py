@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.ops.rows import BASE_SLOT, Places, RowPlan, Segment, add_rows_, pad_rows
+from server.ops.rows import Places, RowPlan, Segment, add_rows_, pad_rows
 
 CPU = torch.device("cpu")
 
@@ -62,16 +62,6 @@ def test_runs_one_long_segment_among_short_ones_is_not_padded_over() -> None:
     plan = plan_of({0: 1, 1: 1, 2: 200, 3: 1})
     padded = sum(r.n_slots * r.width for r in plan.runs(own_places(range(4))))
     assert padded <= 2 * 203
-
-
-def test_spans_merged_slots_join_the_rest_as_base() -> None:
-    plan = plan_of({-1: 2, 0: 1, 1: 3, 2: 2})
-    spans = plan.spans(frozenset({1}))
-    assert [(s.slot, s.start, s.end) for s in spans] == [
-        (BASE_SLOT, 0, 3),
-        (1, 3, 6),
-        (BASE_SLOT, 6, 8),
-    ]
 
 
 def test_vector_index_absent_slot_reads_the_base_row() -> None:
