@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from compressor.artifact_config import DeltaConfig
-from compressor.auto_allocate import HeadCosts, NoiseAllotter
+from compressor.auto_allocate import HeadCosts, NoiseAllotter, head_share
 from compressor.auto_bench import Bench, open_bench, rounded
 from compressor.auto_kept import ROOM_FOR_TUNING, Kept, Measured
 from compressor.auto_self import SELF
+from compressor.auto_shrink import shrink
 from compressor.auto_tune import Tuned
 from compressor.checkpoint import Checkpoint
 from compressor.codecs import Codec, TensorDelta
@@ -148,6 +149,7 @@ def choose(inputs: Inputs, goal: Goal, progress: Progress) -> Choice:
     costs = bench.survey(encoded, inputs.device, HEAD_BITS, progress)
     search = _Search(inputs, goal, bench, [_blockdiag(bits, costs) for bits in (4, 8)], progress)
     best = search.run(candidates(costs, has_own_texts=inputs.own_texts is not None))
+    best = search.shrink(best)
     kept = search.tune(best)
     notes = search.notes(best, kept, time.perf_counter() - started)
     config = search.config(best.candidate.codec, best.ratio, bench.fidelity(kept.found), kept)
@@ -183,6 +185,7 @@ class _Search:
         self._inputs, self._goal, self._bench, self._progress = inputs, goal, bench, progress
         self._finer = finer
         self._trials: list[_Trial] = []
+        self._shrunk: dict[str, float] = {}
 
     def run(self, choices: Sequence[_Candidate]) -> _Trial:
         """The best of `choices`; if a KL is asked for, at the ratio where it keeps that."""
@@ -278,6 +281,12 @@ class _Search:
                 return plan.jobs, deltas
             plan = smaller
 
+    def shrink(self, best: _Trial) -> _Trial:
+        """Return the trial with the blocks of large matrices rescaled by less where that helps."""
+        shrunk = shrink(best.deltas, best.found, self._bench.measure, self._progress)
+        self._shrunk = shrunk.factors
+        return replace(best, deltas=shrunk.deltas, found=shrunk.found)
+
     def tune(self, best: _Trial) -> Kept:
         """Return the trial's deltas, tuned if that is wanted, possible and better."""
         if self._inputs.tune and not self._bench.why_not_tuned():
@@ -294,6 +303,8 @@ class _Search:
             "base_kl": self._bench.base_kl,
             "tried": [trial.record() for trial in self._trials],
         }
+        if self._shrunk:
+            record["rescaled"] = self._shrunk
         if kept is not None and kept.n_tokens:
             record["tuned"] = kept.record()
         elif kept is None and self._inputs.tune and not self._bench.why_not_tuned():
@@ -305,13 +316,17 @@ class _Search:
         """What to tell the user."""
         bench = self._bench
         lines = [f"auto tried {trial.line()}" for trial in self._trials]
-        spent = _head_share(best.jobs)
+        spent = head_share((job.matrix_shape, job.params) for job in best.jobs if job.params)
         how = f", {spent:.0%} of the bytes in low-rank heads" if spent else ""
         lines.append(
             f"auto chose {best.candidate.label}{how} ({seconds:.0f} s; gradients and KL on "
             + " and ".join(f"{n:,} tokens of {name} texts" for name, n in bench.n_tokens.items())
             + ")"
         )
+        lines += [
+            f"auto rescaled the blocks of {name} by {factor:g} of what was left out: less noise"
+            for name, factor in self._shrunk.items()
+        ]
         lines.append(self._tuning_note(kept))
         lost = kept.found.kl[bench.main] / max(bench.base_kl[bench.main], 1e-9)
         if lost > _BREAKDOWN:
@@ -371,18 +386,3 @@ def _room(bench: Bench) -> Measured:
     """Stands for what is not measured yet, where only the length of the numbers matters."""
     usual = dict.fromkeys(bench.n_tokens, 0.01234)
     return Measured(usual, usual)
-
-
-def _head_share(jobs: Sequence[Job]) -> float:
-    codec = BlockDiagCodec(head_bits=HEAD_BITS)
-    total = heads = 0
-    for job in jobs:
-        params = job.params
-        if params is None or "n_blocks" not in params:
-            continue
-        size = codec.size_bytes(job.matrix_shape, params)
-        total += size
-        if params.get("head_rank"):
-            without = {k: v for k, v in params.items() if k != "head_rank"}
-            heads += size - codec.size_bytes(job.matrix_shape, without)
-    return heads / total if total else 0.0

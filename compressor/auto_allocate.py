@@ -13,7 +13,7 @@ of a byte; at a given price every site is its own small search.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from compressor.codecs.blockdiag_encoder import BlockDiagCodec, blocks_size
 from compressor.codecs.lowrank import lowrank_size
-from compressor.codecs.term import Shape
+from compressor.codecs.term import Params, Shape
 from compressor.plan import Allotment, Site, allotment
 
 # Relative squared error of `quantize_rows` on Gaussian values, by bits.
@@ -128,6 +128,21 @@ def possible_ranks(shape: Shape) -> tuple[int, ...]:
     """Ranks of a head worth trying: few enough that finding them is cheap."""
     grid = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)
     return tuple(rank for rank in grid if rank <= min(shape) // 6)
+
+
+def head_share(settings: Iterable[tuple[Shape, Params]]) -> float:
+    """Return what share of the bytes of `blockdiag` terms with these settings is in their heads."""
+    codec = BlockDiagCodec()
+    total = heads = 0
+    for shape, params in settings:
+        if "n_blocks" not in params:
+            continue
+        size = codec.size_bytes(shape, params)
+        total += size
+        if params.get("head_rank"):
+            without = {k: v for k, v in params.items() if k != "head_rank"}
+            heads += size - codec.size_bytes(shape, without)
+    return heads / total if total else 0.0
 
 
 def _spend(menus: Sequence[_Menu], budget_bytes: float) -> list[_Pick]:

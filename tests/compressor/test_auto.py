@@ -58,9 +58,10 @@ def test_auto_ratio_is_met_and_the_best_of_what_was_tried_is_stored(
         assert trial["kl"].keys() == {OWN, BUILT_IN}
     best = min(tried, key=lambda trial: trial["kl"][OWN] * trial["kl"][BUILT_IN])
     assert config.codec == best["setting"].split()[0]
-    assert config.fidelity["kl_per_token"] == best["kl"][OWN]
+    # Less where a large matrix was rescaled after the choice (`auto_shrink`).
+    assert config.fidelity["kl_per_token"] <= best["kl"][OWN]
     assert config.fidelity["texts"] == OWN
-    assert config.fidelity[BUILT_IN]["kl_per_token"] == best["kl"][BUILT_IN]
+    assert config.fidelity[BUILT_IN]["kl_per_token"] <= best["kl"][BUILT_IN]
     assert sum("tried" in note for note in summary.notes) == 3
     assert any(best["setting"] in note and "chose" in note for note in summary.notes)
 

@@ -1,0 +1,80 @@
+"""Rescale a large matrix's blocks by less than what was left out, where the model minds that less.
+
+Keeping one of s blocks and rescaling by s has no bias, and noise s - 1 times what the matrix holds.
+Rescaled by f s, the noise falls with f^2 and a part 1 - f of the difference is lost: where noise
+outweighs what the matrix stands for, f = 1/2 costs less of both. For most matrices it does not:
+what they lose adds up through the layers, and least-squares refits, which shrink all of them, make
+the KL five times worse. It does for tied embeddings, whose blocks are many bytes that say little
+(measured, benchmarks/RESULTS.md). So only matrices that take a share of the bytes are tried, one by
+one, and f is kept where no set of texts gets worse. Powers of two change no stored byte but `unit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from compressor.auto_kept import Measured, is_better
+from compressor.codecs import TensorDelta
+from compressor.codecs.blockdiag import BlockDiagTerm
+from compressor.evaluate import Progress
+
+_SHARE = 0.05  # of all codes, that a matrix has at least to be tried
+_LEAST = 0.25  # of the whole rescale
+
+
+@dataclass(frozen=True, slots=True)
+class Shrunk:
+    """The deltas with the factors (below 1) that their blocks were rescaled by in addition."""
+
+    deltas: dict[str, TensorDelta]
+    found: Measured
+    factors: dict[str, float]
+
+
+def shrink(
+    deltas: Mapping[str, TensorDelta],
+    found: Measured,
+    measure: Callable[[list[TensorDelta]], Measured],
+    progress: Progress,
+) -> Shrunk:
+    """Halve the rescale of large matrices for as long as it helps.
+
+    found  of `deltas` as they are
+    """
+    best = Shrunk(dict(deltas), found, {})
+    names = _large(deltas)
+    for done, name in enumerate(names):
+        progress("shrink", done, len(names))
+        factor = 1.0
+        while factor > _LEAST:
+            factor /= 2
+            tried = best.deltas | {name: with_rescale(best.deltas[name], 0.5)}
+            now = measure(list(tried.values()))
+            if not is_better(now, best.found, found):
+                break
+            best = Shrunk(tried, now, best.factors | {name: factor})
+    progress("shrink", len(names), len(names))
+    return best
+
+
+def with_rescale(delta: TensorDelta, factor: float) -> TensorDelta:
+    """Return the delta with its blocks' values times `factor`, a power of two; heads stay."""
+    terms = tuple(
+        replace(term, scales=term.scales * factor, unit=term.unit * factor)
+        if isinstance(term, BlockDiagTerm)
+        else term
+        for term in delta.terms
+    )
+    return replace(delta, terms=terms)
+
+
+def _large(deltas: Mapping[str, TensorDelta]) -> list[str]:
+    """Names of those with a share of the codes, the largest first."""
+    sizes = {
+        name: sum(t.codes.numel() * t.bits for t in delta.terms if isinstance(t, BlockDiagTerm))
+        for name, delta in deltas.items()
+    }
+    total = sum(sizes.values())
+    large = [name for name, size in sizes.items() if size and size >= _SHARE * total]
+    return sorted(large, key=lambda name: (-sizes[name], name))
