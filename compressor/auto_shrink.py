@@ -6,7 +6,9 @@ outweighs what the matrix stands for, f = 1/2 costs less of both. For most matri
 what they lose adds up through the layers, and least-squares refits, which shrink all of them, make
 the KL five times worse. It does for tied embeddings, whose blocks are many bytes that say little
 (measured, benchmarks/RESULTS.md). So only matrices that take a share of the bytes are tried, one by
-one, and f is kept where no set of texts gets worse. Powers of two change no stored byte but `unit`.
+one, and f = 1/2 is kept where no set of texts gets worse. Never less: a task that no text shows may
+need more of the difference than they do, and at 1/2 neither part can cost much. A power of two
+changes no stored byte but `unit`.
 """
 
 from __future__ import annotations
@@ -20,12 +22,12 @@ from compressor.codecs.blockdiag import BlockDiagTerm
 from compressor.evaluate import Progress
 
 _SHARE = 0.05  # of all codes, that a matrix has at least to be tried
-_LEAST = 0.25  # of the whole rescale
+_FACTOR = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Shrunk:
-    """The deltas with the factors (below 1) that their blocks were rescaled by in addition."""
+    """The deltas, and by what the blocks of some were multiplied."""
 
     deltas: dict[str, TensorDelta]
     found: Measured
@@ -38,7 +40,7 @@ def shrink(
     measure: Callable[[list[TensorDelta]], Measured],
     progress: Progress,
 ) -> Shrunk:
-    """Halve the rescale of large matrices for as long as it helps.
+    """Halve the rescale of large matrices where that helps.
 
     found  of `deltas` as they are
     """
@@ -46,14 +48,10 @@ def shrink(
     names = _large(deltas)
     for done, name in enumerate(names):
         progress("shrink", done, len(names))
-        factor = 1.0
-        while factor > _LEAST:
-            factor /= 2
-            tried = best.deltas | {name: with_rescale(best.deltas[name], 0.5)}
-            now = measure(list(tried.values()))
-            if not is_better(now, best.found, found):
-                break
-            best = Shrunk(tried, now, best.factors | {name: factor})
+        tried = best.deltas | {name: with_rescale(best.deltas[name], _FACTOR)}
+        now = measure(list(tried.values()))
+        if is_better(now, best.found, found):
+            best = Shrunk(tried, now, best.factors | {name: _FACTOR})
     progress("shrink", len(names), len(names))
     return best
 
