@@ -69,6 +69,17 @@ def test_shrink_that_makes_one_set_worse_is_not_kept() -> None:
     assert found.deltas["large"] is deltas["large"]
 
 
+def test_shrink_that_gains_little_is_not_kept() -> None:
+    deltas = {"large": delta("large", LARGE)}
+
+    def measure(tried: Sequence[TensorDelta]) -> Measured:
+        scale = scale_of(tried[0], deltas["large"])
+        return Measured({"one": 0.09 + 0.01 * scale}, {})
+
+    found = shrink(deltas, measure(list(deltas.values())), measure, lambda *_: None)
+    assert not found.factors
+
+
 @pytest.mark.parametrize(("bits", "scale_bits"), [(2, 8), (4, 16), (16, 16)])
 def test_with_rescale_scales_blocks_exactly_and_stores_the_same_bytes(
     bits: int, scale_bits: int
