@@ -26,6 +26,7 @@ from compressor.codecs.impart_qt import ImpartQtTerm
 from compressor.codecs.impart_qt_sampling import CLASS_BITS
 from compressor.codecs.lowrank import LowRankTerm
 from compressor.codecs.packing import unpack_bits
+from compressor.codecs.rows import RowsTerm
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,9 @@ def parts(term: Term) -> Iterator[Part]:
         case BlockDiagTerm() if term.bits < 16:
             del stored["codes"]
             yield Part(f"blockdiag codes, {term.bits} bit", term.codes.long(), term.bits)
+        case RowsTerm():
+            del stored["codes"]
+            yield Part(f"rows codes, {term.bits} bit", term.codes.flatten().long(), term.bits)
         case ImpartQtTerm():
             del stored["codes"]
             sides = [c.split(list(term.kept), dim=1) for c in (term.u_codes, term.v_codes)]

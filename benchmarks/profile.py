@@ -1,8 +1,10 @@
 """Where an engine step's time goes: the core alone, without HTTP, with timers around its parts.
 
 Example: ``python -m benchmarks.profile --base BASE --deltas DELTAS --variants 8``. Requests are
-kept in flight as by `benchmarks.serve`. Speed is measured first without timers; shares are of the
-time inside a second, timed run, each part's own (what other parts take within it is theirs).
+kept in flight as by `benchmarks.serve`. Speed is measured first without timers, with ``--in-turn``
+run by run beside that of the base alone, so that a host whose speed changes does so for both;
+shares are of the time inside a second, timed run, each part's own (what other parts take within it
+is theirs).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -279,9 +281,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--prompt-tokens", type=int, default=64)
     add("--max-tokens", type=int, default=64)
     add("--repeats", type=int, default=1, help="runs without timers")
+    add("--in-turn", action="store_true", help="each of them after one of the base alone")
     add("--threads", type=int, help="default: torch's own choice")
     add("--cpu-time", action="store_true", help="of this thread: for one thread on a busy machine")
     return parser.parse_args(argv)
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    middle, low, high = statistics.median(values), min(values), max(values)
+    return f"{middle:{form}} ({low:{form}} to {high:{form}})"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -305,12 +313,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     load = Load(names, args.requests, args.concurrency, args.prompt_tokens, args.max_tokens)
     try:
         bench.run(Load(names, len(names), args.concurrency, args.prompt_tokens, 4))  # warms up
-        rates = [bench.run(load) for _ in range(args.repeats)]
+        alone = replace(load, models=["base"])
+        pairs = [
+            (bench.run(alone) if args.in_turn else 0.0, bench.run(load))
+            for _ in range(args.repeats)
+        ]
         print(
             f"{len(names)} model(s), {args.requests} requests of {args.prompt_tokens} in and "
             f"{args.max_tokens} out, {args.concurrency} in flight: "
-            f"{statistics.median(rates):.0f} output tok/s ({min(rates):.0f} to {max(rates):.0f})"
+            f"{_spread([rate for _, rate in pairs], '.0f')} output tok/s"
         )
+        if args.in_turn:
+            print(f"of the base alone: {_spread([rate / base for base, rate in pairs], '.3f')}")
         with timed_engine(bench, clock):
             clock.on = True
             rate = bench.run(load)

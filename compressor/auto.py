@@ -158,17 +158,20 @@ def choose(inputs: Inputs, goal: Goal, progress: Progress) -> Choice:
 
 def candidates(costs: Mapping[str, HeadCosts], *, has_own_texts: bool) -> list[_Candidate]:
     """What is tried, the likeliest first."""
-    shared = [_blockdiag(2, costs), _blockdiag(4, costs)]
+    shared = [_blockdiag(2, costs), _blockdiag(2, costs, leaves_out=True), _blockdiag(4, costs)]
     if has_own_texts:
         return [*shared, _Candidate("lowrank of 4 bits", LowRankCodec(bits=4), None)]
     plain = _Candidate(PLAIN, BlockDiagCodec(bits=2, head_bits=HEAD_BITS), None)
     return [*shared, plain]
 
 
-def _blockdiag(bits: int, costs: Mapping[str, HeadCosts]) -> _Candidate:
+def _blockdiag(
+    bits: int, costs: Mapping[str, HeadCosts], *, leaves_out: bool = False
+) -> _Candidate:
     codec = BlockDiagCodec(bits=bits, head_bits=HEAD_BITS)
     label = f"blockdiag of {bits} bits, heads where they pay"
-    return _Candidate(label, codec, NoiseAllotter(codec, costs))
+    label += ", alone for the vocabulary" if leaves_out else ""
+    return _Candidate(label, codec, NoiseAllotter(codec, costs, leaves_out=leaves_out))
 
 
 class _Search:
@@ -259,6 +262,9 @@ class _Search:
             lambda job: inputs.encode(job, codec),
             candidate.allot,
         )
+        for trial in self._trials:
+            if trial.ratio == ratio and _settings(trial.jobs) == _settings(plan.jobs):
+                return trial
         jobs, deltas = self._encode(plan, codec, candidate.allot)
         trial = _Trial(candidate, ratio, jobs, deltas, self._bench.measure(list(deltas.values())))
         self._trials.append(trial)
@@ -342,6 +348,10 @@ class _Search:
         if reason := self._bench.why_not_tuned():
             return f"auto did not tune norms and biases: {reason}"
         return f"auto {kept.line()}"
+
+
+def _settings(jobs: Sequence[Job]) -> list[object]:
+    return [job.params for job in jobs]
 
 
 def _best(tried: Sequence[_Trial]) -> _Trial:

@@ -13,13 +13,13 @@ from torch import Tensor
 from compressor.auto_allocate import HeadCosts
 from compressor.auto_kept import Kept, Measured, is_better
 from compressor.auto_self import SELF, self_written
-from compressor.auto_survey import add_scaled, diagonal_fisher, head_costs, weighted_energy
+from compressor.auto_survey import Rests, add_scaled, head_costs, rests_of, survey, weighted_energy
 from compressor.auto_texts import OWN, calibration_sets, spread
 from compressor.auto_tune import STEPS, Tuned, Tuner
 from compressor.checkpoint import Checkpoint
 from compressor.codecs import TensorDelta
 from compressor.comparison import n_predicted
-from compressor.draft import Job
+from compressor.draft import VOCABULARY, Job, group_of
 from compressor.errors import CheckpointError, InputError
 from compressor.evaluate import Progress, Reference
 from compressor.evaluate_model import SwappedModel
@@ -116,31 +116,47 @@ class Bench:
         self, jobs: Sequence[Job], device: str, head_bits: int, progress: Progress
     ) -> dict[str, HeadCosts]:
         """How much the model minds what each head leaves of each matrix, all sets alike."""
-        weights = self._weights(jobs, device)
+        weights, left_out = self._weights(jobs, device, head_bits)
         sizes = [math.prod(job.matrix_shape) for job in jobs]
         costs = {}
         for index, job in enumerate(jobs):
             progress("survey", sum(sizes[:index]), sum(sizes))
             name = job.pair.name
             source = DeltaSource(self._base, self._tuned, job.pair, device)
-            costs[name] = head_costs(name, source, _oriented(weights.pop(name), job), head_bits)
+            found = head_costs(name, source, _oriented(weights.pop(name), job), head_bits)
+            costs[name] = replace(found, left_out=left_out.get(name, ()))
         progress("survey", sum(sizes), sum(sizes))
         return costs
 
-    def _weights(self, jobs: Sequence[Job], device: str) -> dict[str, Tensor]:
-        """Diagonal Fisher of all sets, each divided by what plain sampling would cost on it."""
+    def _weights(
+        self, jobs: Sequence[Job], device: str, head_bits: int
+    ) -> tuple[dict[str, Tensor], dict[str, tuple[float, ...]]]:
+        """Diagonal Fisher of all sets, and what leaving out the rest of vocabulary matrices costs,
+        each divided by what plain sampling would cost on it.
+        """
         names = [job.pair.name for job in jobs]
+        rests: dict[str, Rests] = {}
+        for job in jobs:
+            name = job.pair.name
+            if group_of(job.pair) in VOCABULARY and not job.pair.transposed:
+                source = DeltaSource(
+                    self._base, self._tuned, job.pair, str(self._model.module.device)
+                )
+                rest = rests_of(name, source, head_bits)
+                rests |= {} if rest is None else {name: rest}
         total: dict[str, Tensor] = {}
+        left_out: dict[str, Tensor] = {}
         for reference in self._references.values():
             samples = spread(reference.samples, _FISHER_TOKENS, _FISHER_TEXTS)
-            fisher = diagonal_fisher(self._model.module, names, samples)
+            found = survey(self._model.module, names, samples, rests)
             cost = 0.0
             for job in jobs:
                 source = DeltaSource(self._base, self._tuned, job.pair, device)
                 name = job.pair.name
-                cost += weighted_energy(name, source, _oriented(fisher[name], job))
-            add_scaled(total, fisher, 1.0 / max(cost, 1e-30))
-        return total
+                cost += weighted_energy(name, source, _oriented(found.fisher[name], job))
+            add_scaled(total, found.fisher, 1.0 / max(cost, 1e-30))
+            add_scaled(left_out, found.left_out, 1.0 / max(cost, 1e-30))
+        return total, {name: tuple(costs.tolist()) for name, costs in left_out.items()}
 
 
 def why_not_measurable(n_parameters: int, jobs: Sequence[Job], names: Mapping[str, object]) -> str:

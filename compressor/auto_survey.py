@@ -9,6 +9,7 @@ which is the mean square of the gradient of ``log p(y)`` for tokens y drawn from
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,15 +23,71 @@ from compressor.codecs.term import MatrixSource
 from compressor.evaluate_samples import Sample
 
 
-def diagonal_fisher(
-    model: Any, names: Sequence[str], samples: Sequence[Sample], seed: int = 0
-) -> dict[str, Tensor]:
-    """Return the diagonal of the Fisher information a predicted token, by parameter: float32.
+@dataclass(frozen=True, slots=True, eq=False)
+class Rests:
+    """One matrix ``dW [m, n]`` and its longest head, to tell what each rank's head leaves.
+
+    ranks   of heads, ascending
+    whole   float32 ``[m, n]``
+    a, b    float32 ``[R, n]`` and ``[R, m]``: ``head_r = b[:r]^T a[:r]``
+    """
+
+    ranks: tuple[int, ...]
+    whole: Tensor
+    a: Tensor
+    b: Tensor
+
+    def squares(self, gradient: Tensor) -> Tensor:
+        """``<gradient, dW - head_r>^2`` of every rank, float64, on the CPU: gradient ``[>= m, n]``.
+
+        What an error costs to second order, summed over samples: the gradients of a sample's tokens
+        are independent and of mean 0, as each token was drawn from the model's own prediction.
+        """
+        own = gradient[: self.whole.shape[0]].float()
+        along = (self.b * (own @ self.a.T).T).sum(1, dtype=torch.float64).cumsum(0).cpu()
+        left = float(torch.mul(own, self.whole).sum(dtype=torch.float64))
+        return (
+            torch.stack(
+                [
+                    torch.tensor(left - (float(along[rank - 1]) if rank else 0.0))
+                    for rank in self.ranks
+                ]
+            )
+            .double()
+            .square()
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """By parameter, a predicted token each.
+
+    fisher    diagonal of the Fisher information, float32, shaped as the parameter
+    left_out  of those with `Rests`, twice the KL of leaving each out, float64
+    """
+
+    fisher: dict[str, Tensor]
+    left_out: dict[str, Tensor]
+
+
+def survey(
+    model: Any,
+    names: Sequence[str],
+    samples: Sequence[Sample],
+    rests: Mapping[str, Rests] | None = None,
+    seed: int = 0,
+) -> Survey:
+    """Take the gradients of some samples.
 
     model    a Hugging Face causal language model; its gradients are cleared
     names    of the parameters wanted
     samples  one backward pass each; only counted tokens contribute
+    rests    of some of `names`, in the parameter's orientation, on the model's device
     """
+    rests = rests or {}
+    left_out = {
+        name: torch.zeros(len(rest.ranks), dtype=torch.float64) for name, rest in rests.items()
+    }
     wanted = {name: parameter for name, parameter in model.named_parameters() if name in set(names)}
     found = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in wanted.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -47,8 +104,24 @@ def diagonal_fisher(
         for name, gradient in zip(wanted, gradients, strict=True):
             if gradient is not None:
                 found[name].addcmul_(gradient.float(), gradient.float())
+                if name in rests:
+                    left_out[name] += rests[name].squares(gradient)
         n_tokens += len(drawn)
-    return {name: total.div_(max(1, n_tokens)).cpu() for name, total in found.items()}
+    return Survey(
+        {name: total.div_(max(1, n_tokens)).cpu() for name, total in found.items()},
+        {name: total.div_(max(1, n_tokens)) for name, total in left_out.items()},
+    )
+
+
+def rests_of(name: str, source: MatrixSource, head_bits: int) -> Rests | None:
+    """Return what heads of the possible ranks leave; None if the matrix is too small for any."""
+    m, n = source.shape
+    ranks = possible_ranks(source.shape)
+    head = _head(name, source, ranks[-1], head_bits)
+    if head is None:
+        return None
+    whole = torch.cat([finite_block(name, source, *rows, 0, n) for rows in row_strips(m, n)])
+    return Rests(ranks, whole, head.a.to(whole.device), head.b.to(whole.device))
 
 
 def head_costs(name: str, source: MatrixSource, weights: Tensor, head_bits: int) -> HeadCosts:

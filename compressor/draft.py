@@ -167,6 +167,9 @@ def _reason(codec: Codec, fixed: int, payload: int, target: float) -> str:
     )
 
 
+VOCABULARY = ("embeddings", "lm_head")  # groups of `group_of`
+
+
 def group_of(pair: TensorPair | Parameter) -> str:
     """Name the group a tensor's bytes are counted in."""
     if pair.kind not in ("linear", "embedding"):

@@ -205,7 +205,7 @@ def _chosen_by(options: dict[str, Any]) -> list[str]:
 
 def _settings(entries: tuple[TensorEntry, ...]) -> str:
     """The few most frequent settings of matrices, e.g. ``n_blocks 8 (180), n_blocks 9 (31)``."""
-    telling = ("n_blocks", "rank", "kept")
+    telling = ("n_blocks", "rank", "n_rows", "kept")
     found = Counter(
         f"{key} {term.params[key]}"
         for entry in entries

@@ -33,19 +33,22 @@ class TermForm:
 
 
 class Forms:
-    """The forms of a codec's terms, learned by encoding one small matrix."""
+    """The forms of a codec's terms, learned by encoding a small matrix."""
 
     def __init__(self, codec: Codec) -> None:
         m, n = _PROBE_SHAPE
         matrix = torch.randn(m, n, generator=torch.Generator().manual_seed(0)) * 1e-4
         self._codec = codec
-        params = codec.probe(_PROBE_SHAPE)
-        terms = codec.encode("probe", TensorSource(matrix), params, seed=0)
-        self._forms = tuple(_form(term) for term in terms)
+        terms = (
+            term
+            for params in codec.probes(_PROBE_SHAPE)
+            for term in codec.encode("probe", TensorSource(matrix), params, seed=0)
+        )
+        self._forms = {term.codec: _form(term) for term in terms}
 
     def entry(self, entry: TensorEntry, params: Params) -> TensorEntry:
         """Return the entry as it will be once the matrix is encoded with `params`."""
-        forms = self._forms[len(self._forms) - self._codec.n_terms(params) :]
+        forms = (self._forms[codec] for codec in self._codec.terms_of(params))
         terms = tuple(
             TermEntry(form.codec, {k: params.get(k, v) for k, v in form.params.items()})
             for form in forms
@@ -56,14 +59,14 @@ class Forms:
         """Bytes of delta.safetensors' header, its length field included, to within a digit."""
         offset = len(str(payload_bytes))
         fixed = len('"":{"dtype":"F16","shape":[],"data_offsets":[,]},') + 2 * offset
-        parts = {form.codec: form.parts for form in self._forms}
         total = len(_METADATA) + 2
         for index, entry in enumerate(entries):
             if entry.exact_row_start is not None:
                 total += fixed + len(f"{index}.exact") + len(str(list(entry.shape))) - 2
             digits = len(str(max(entry.shape)))
             for t, term in enumerate(entry.terms):
-                for name, ndim in parts.get(term.codec, ()):
+                form = self._forms.get(term.codec)
+                for name, ndim in form.parts if form else ():
                     total += fixed + len(f"{index}.{t}.{name}") + ndim * (digits + 1) - 1
         return 8 + total
 

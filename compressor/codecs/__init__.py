@@ -10,6 +10,7 @@ from compressor.codecs.encoder import Codec, make_encoder
 from compressor.codecs.impart import ImpartTerm
 from compressor.codecs.impart_qt import ImpartQtTerm
 from compressor.codecs.lowrank import LowRankTerm, lowrank_from_factors
+from compressor.codecs.rows import RowsTerm
 from compressor.codecs.term import (
     DenseRows,
     MatrixSource,
@@ -29,6 +30,7 @@ __all__ = [
     "LowRankTerm",
     "MatrixSource",
     "Params",
+    "RowsTerm",
     "Shape",
     "TensorDelta",
     "Term",
@@ -49,6 +51,8 @@ def term_class(codec: str) -> type[Term]:
             return ImpartQtTerm
         case LowRankTerm.codec:
             return LowRankTerm
+        case RowsTerm.codec:
+            return RowsTerm
         case _:
             raise UnsupportedVersion(
                 f"codec {codec!r:.40} is unknown to this version; upgrade impart-serve"

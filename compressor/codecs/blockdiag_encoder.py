@@ -1,4 +1,8 @@
-"""Encoder of `blockdiag`: chooses the number of blocks, reads only them, quantises."""
+"""Encoder of `blockdiag`: chooses the number of blocks, reads only them, quantises.
+
+A matrix may have a low-rank head beside its blocks, or instead of them: then some rows can be kept
+whole (`compressor.codecs.rows`).
+"""
 
 from __future__ import annotations
 
@@ -21,10 +25,13 @@ from compressor.codecs.lowrank import LOWRANK_BITS, LowRankTerm, lowrank_from_fa
 from compressor.codecs.packing import packed_size
 from compressor.codecs.partition import Band, bands, kept_values
 from compressor.codecs.quantize import octave_unit, quantize_rows, to_half, unit_for
+from compressor.codecs.rows import RowsTerm, encode_largest_rows, rows_size
 from compressor.codecs.sources import Residual, finite_block
 from compressor.codecs.svd import factors
 from compressor.codecs.term import MatrixSource, Params, Shape, Term
 from compressor.errors import InputError
+
+ROW_BITS = 2  # of rows kept whole
 
 _BATCH = 1 << 20  # values read and quantised at once
 
@@ -98,22 +105,34 @@ class BlockDiagCodec:
         n_blocks = self._choose_blocks(shapes, budget_bytes - sum(heads))
         return tuple(self.settings(rank, n_blocks) for rank in ranks)
 
-    def settings(self, head_rank: int, n_blocks: int) -> Params:
-        """Return the parameters of one matrix; 16-bit values have no scales."""
+    def settings(self, head_rank: int, n_blocks: int, n_rows: int = 0) -> Params:
+        """Return the parameters of one matrix; 16-bit values have no scales.
+
+        n_rows  kept whole of what the head leaves, where there are no blocks
+        """
+        head: Params = {"head_rank": head_rank, "head_bits": self.head_bits} if head_rank else {}
+        if not n_blocks:
+            assert head_rank or n_rows
+            return head | ({"n_rows": n_rows, "row_bits": ROW_BITS} if n_rows else {})
+        assert not n_rows
         scale_bits = 16 if self.bits == 16 else self.scale_bits
         params: Params = {"bits": self.bits}
         params |= {"scale_bits": scale_bits} if scale_bits != 16 else {}
-        params |= {"head_rank": head_rank, "head_bits": self.head_bits} if head_rank else {}
-        return params | {"n_blocks": n_blocks}
+        return params | head | {"n_blocks": n_blocks}
 
-    def probe(self, shape: Shape) -> Params:
-        """Return a setting with a head: single matrices may have one without `head_fraction`."""
+    def probes(self, shape: Shape) -> tuple[Params, ...]:
+        """A head and blocks, which single matrices may have without `head_fraction`; rows."""
         del shape
-        return self.settings(1, 2)
+        return self.settings(1, 2), self.settings(0, 0, n_rows=2)
 
-    def n_terms(self, params: Params) -> int:
-        """Return 2 with a head, 1 without."""
-        return 2 if params.get("head_rank") else 1
+    def terms_of(self, params: Params) -> tuple[str, ...]:
+        """Blocks or rows or neither, behind the head if there is one."""
+        kinds = {
+            "head_rank": LowRankTerm.codec,
+            "n_rows": RowsTerm.codec,
+            "n_blocks": BlockDiagTerm.codec,
+        }
+        return tuple(codec for key, codec in kinds.items() if params.get(key))
 
     def _head_rank(self, shape: Shape, bytes_per_element: float) -> int:
         m, n = shape
@@ -123,26 +142,35 @@ class BlockDiagCodec:
 
     def size_bytes(self, shape: Shape, params: Params) -> int:
         """Exact payload bytes."""
-        size = blocks_size(shape, params["n_blocks"], params["bits"], params.get("scale_bits", 16))
+        size = 0
+        if params.get("n_blocks"):
+            form = (params["n_blocks"], params["bits"], params.get("scale_bits", 16))
+            size += blocks_size(shape, *form)
         if params.get("head_rank"):
             size += lowrank_size(shape, params["head_rank"], params["head_bits"])
+        if params.get("n_rows"):
+            size += rows_size(shape, params["n_rows"], params["row_bits"])
         return size
 
     def encode(
         self, name: str, source: MatrixSource, params: Params, seed: int
     ) -> tuple[Term, ...]:
-        """Return the blocks, and before them the head if `params` has one.
+        """Return the terms of `terms_of`.
 
         seed is not used: nothing here is random.
         """
         del seed
-        form = (params["n_blocks"], params["bits"], params.get("scale_bits", 16))
-        if not params.get("head_rank"):
-            return (encode_blocks(name, source, *form),)
-        a, b = factors(name, source, params["head_rank"])
-        head: LowRankTerm = lowrank_from_factors(a, b, params["head_bits"])
-        rest = Residual(source, head)
-        return head, encode_blocks(name, rest, *form)
+        terms: tuple[Term, ...] = ()
+        if params.get("head_rank"):
+            a, b = factors(name, source, params["head_rank"])
+            head: LowRankTerm = lowrank_from_factors(a, b, params["head_bits"])
+            terms, source = (head,), Residual(source, head)
+        if params.get("n_rows"):
+            terms += (encode_largest_rows(name, source, params["n_rows"], params["row_bits"]),)
+        if params.get("n_blocks"):
+            form = (params["n_blocks"], params["bits"], params.get("scale_bits", 16))
+            terms += (encode_blocks(name, source, *form),)
+        return terms
 
     def _choose_blocks(self, shapes: Sequence[Shape], budget_bytes: float) -> int:
         """Blocks per matrix, as many for each of `shapes`."""

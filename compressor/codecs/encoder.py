@@ -45,12 +45,12 @@ class Codec(Protocol):
         """
         ...
 
-    def probe(self, shape: Shape) -> Params:
-        """Return any setting for a matrix of `shape` that gives every term this codec can give."""
+    def probes(self, shape: Shape) -> tuple[Params, ...]:
+        """Return settings for a matrix of `shape` that give every kind of term this codec can."""
         ...
 
-    def n_terms(self, params: Params) -> int:
-        """How many terms `encode` returns for `params`: the last ones of those of `probe`."""
+    def terms_of(self, params: Params) -> tuple[str, ...]:
+        """Return the codecs of the terms that `encode` returns for `params`, in order."""
         ...
 
     def size_bytes(self, shape: Shape, params: Params) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 from compressor.codecs.term import Params, Shape
 
@@ -12,6 +13,7 @@ class SingleMatrixCodec(ABC):
     """The part of `Codec` about siblings and terms, for one term a matrix and no siblings."""
 
     __slots__ = ()
+    name: ClassVar[str]
 
     @abstractmethod
     def plan(self, shape: Shape, budget_bytes: float) -> Params:
@@ -27,11 +29,11 @@ class SingleMatrixCodec(ABC):
         (shape,) = shapes
         return (self.plan(shape, budget_bytes),)
 
-    def probe(self, shape: Shape) -> Params:
-        """Return any setting."""
-        return self.plan(shape, shape[0] * shape[1] / 4)
+    def probes(self, shape: Shape) -> tuple[Params, ...]:
+        """Any setting."""
+        return (self.plan(shape, shape[0] * shape[1] / 4),)
 
-    def n_terms(self, params: Params) -> int:
-        """One."""
+    def terms_of(self, params: Params) -> tuple[str, ...]:
+        """The one."""
         del params
-        return 1
+        return (self.name,)

@@ -23,10 +23,12 @@ from compressor.codecs.impart import ImpartTerm
 from compressor.codecs.impart_qt import ImpartQtTerm
 from compressor.codecs.lowrank import LowRankTerm
 from compressor.codecs.quantize import QUANT_BITS
+from compressor.codecs.rows import RowsTerm
 from compressor.codecs.term import Shape, Term
 from server.deltas.blockdiag_pools import BlockDiagPool, BlockLayout
 from server.deltas.lowrank_pools import RANK_STEP, LowRankLayout, LowRankPool, PackedLowRankPool
 from server.deltas.pool import FactorPool, Staged, TermPool, segments_at
+from server.deltas.rows_pools import RowsLayout, RowsPool, padded_count
 from server.ops import delta as ops
 from server.ops.factors import ImpartFactors, impart_rows, rank_lists
 from server.ops.kernels import Kernels
@@ -106,6 +108,8 @@ def layout_of(term: Term) -> Layout:
         if term.bits in QUANT_BITS:
             return "packed_lowrank", (-(-term.rank // RANK_STEP) * RANK_STEP, term.bits)
         return "lowrank", (term.rank,)
+    if isinstance(term, RowsTerm):
+        return "rows", (padded_count(term), term.bits)
     if isinstance(term, ImpartTerm):
         return "impart", (term.block_rows, term.u_index.shape[1])
     if isinstance(term, ImpartQtTerm):
@@ -120,6 +124,8 @@ def make_pool(
     kind, sizes = layout
     if kind == "blockdiag":
         return BlockDiagPool(shape, BlockLayout(*sizes), kernels, device)
+    if kind == "rows":
+        return RowsPool(shape, RowsLayout(*sizes), kernels, device)
     if kind == "packed_lowrank":
         return PackedLowRankPool(shape, LowRankLayout(*sizes), kernels, device)
     if kind == "lowrank":

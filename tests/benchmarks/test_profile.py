@@ -46,3 +46,27 @@ def test_main_prints_a_share_for_every_part(
     assert ("delta products" in parts) == (variants == "1")
     shares = [float(line.split("|")[2].strip().rstrip("%")) for line in parts.values()]
     assert sum(shares) == pytest.approx(100, abs=1)
+
+
+def test_main_in_turn_says_what_is_kept_of_the_base_alone(
+    pair: tuple[Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, deltas = pair
+    monkeypatch.setattr(profile, "ID_RANGE", (10, 200))
+    ran: list[list[str]] = []
+    run = profile.Bench.run
+
+    def noted(bench: profile.Bench, load: profile.Load) -> float:
+        ran.append(list(load.models))
+        return run(bench, load) and (50.0 if load.models == ["base"] else 40.0)
+
+    monkeypatch.setattr(profile.Bench, "run", noted)
+    profile.main(
+        [
+            *("--base", str(base), "--deltas", str(deltas), "--variants", "1", "--in-turn"),
+            *("--kernels", "torch", "--requests", "2", "--concurrency", "2", "--repeats", "2"),
+            *("--prompt-tokens", "8", "--max-tokens", "4"),
+        ]
+    )
+    assert ran[1:5] == [["base"], ["one"], ["base"], ["one"]]
+    assert "of the base alone: 0.800 (0.800 to 0.800)" in capsys.readouterr().out

@@ -20,6 +20,8 @@ from compressor.artifact import BaseInfo, DeltaConfig
 from compressor.artifact_config import Coding
 from compressor.artifact_writer import ArtifactWriter
 from compressor.codecs import DenseRows, TensorDelta, make_encoder
+from compressor.codecs.rows import encode_largest_rows
+from compressor.codecs.sources import TensorSource
 from tests.compressor.codec_oracles import encode, random_matrix
 
 BASE = "ab" * 32
@@ -53,11 +55,13 @@ def deltas() -> list[TensorDelta]:
     ]:
         terms = encode(codec, random_matrix(shape), params)
         made.append(TensorDelta(name, shape, shape, name == "c.low", terms, None))
+    rows = (encode_largest_rows("e.rows", TensorSource(random_matrix((9, 7))), 4, 3),)
+    made.append(TensorDelta("e.rows", (9, 7), (9, 7), False, rows, None))
     head = make_encoder("blockdiag", bits=4, head_fraction=0.5)
     params = head.plan((12, 8), 150)
     terms = encode(head, random_matrix((12, 8)), params)
-    rows = random_matrix((2, 8), 3, 1.0).bfloat16()
-    made.append(TensorDelta("embed.weight", (14, 8), (12, 8), False, terms, DenseRows(12, rows)))
+    new = random_matrix((2, 8), 3, 1.0).bfloat16()
+    made.append(TensorDelta("embed.weight", (14, 8), (12, 8), False, terms, DenseRows(12, new)))
     norm = random_matrix((1, 8), 4, 1.0)[0]
     made.append(TensorDelta("norm.weight", (8,), (8,), False, (), DenseRows(0, norm)))
     double = random_matrix((1, 5), 5, 1.0)[0].double()

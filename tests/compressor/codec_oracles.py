@@ -14,6 +14,7 @@ from compressor.codecs import (
     ImpartTerm,
     LowRankTerm,
     Params,
+    RowsTerm,
     Term,
 )
 from compressor.codecs.impart_sampling import sample_blocks
@@ -97,6 +98,24 @@ def dense_lowrank(term: LowRankTerm) -> np.ndarray:
     return dense
 
 
+def dense_rows(term: RowsTerm) -> np.ndarray:
+    parts, params = term.tensors(), term.params()
+    m, n = term.shape
+    bits, mask = params["bits"], bit_codes(parts["mask"], 1, m)
+    codes = bit_codes(parts["codes"], bits, params["n_rows"] * n)
+    dense = np.zeros((m, n))
+    k = 0
+    for i in range(m):
+        if mask[i]:
+            step = int(parts["scales"][k])
+            scale = params["unit"] * 2 ** ((step - 255) / 16) if step else 0.0
+            for j in range(n):
+                dense[i, j] = (codes[k * n + j] - (2**bits - 1) / 2) * scale
+            k += 1
+    assert k == params["n_rows"]
+    return dense
+
+
 def dense_impart(term: ImpartTerm) -> np.ndarray:
     parts, params = term.tensors(), term.params()
     m, n = term.shape
@@ -151,6 +170,8 @@ def oracle(term: Term) -> np.ndarray:
         return dense_blockdiag(term)
     if isinstance(term, LowRankTerm):
         return dense_lowrank(term)
+    if isinstance(term, RowsTerm):
+        return dense_rows(term)
     assert isinstance(term, ImpartTerm)
     return dense_impart(term)
 

@@ -6,7 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compressor.auto_survey import add_scaled, diagonal_fisher, head_costs, weighted_energy
+from compressor.auto_survey import (
+    add_scaled,
+    head_costs,
+    rests_of,
+    survey,
+    weighted_energy,
+)
 from compressor.codecs.lowrank import lowrank_from_factors
 from compressor.codecs.sources import TensorSource
 from compressor.codecs.svd import factors
@@ -44,14 +50,14 @@ def test_add_scaled_adds_by_name() -> None:
     assert into["b"].tolist() == [1.5, 1.5]
 
 
-def test_diagonal_fisher_predicts_the_kl_of_small_independent_noise(tiny_llama_ft: Path) -> None:
+def test_survey_fisher_predicts_the_kl_of_small_independent_noise(tiny_llama_ft: Path) -> None:
     """KL = 1/2 sum_i F_ii v_i for independent noise of variance v_i, to second order."""
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_ft, dtype=torch.float32).eval()
     name = "model.layers.0.mlp.up_proj.weight"
     generator = torch.Generator().manual_seed(0)
     rows = [tuple(torch.randint(3, 60, (24,), generator=generator).tolist()) for _ in range(48)]
     samples = [Sample(ids, (True,) * len(ids)) for ids in rows]
-    fisher = diagonal_fisher(model, [name], samples)
+    fisher = survey(model, [name], samples).fisher
     assert list(fisher) == [name]
     parameter = model.get_parameter(name)
     spread = 0.02 * float(parameter.detach().std())
@@ -71,10 +77,45 @@ def test_diagonal_fisher_predicts_the_kl_of_small_independent_noise(tiny_llama_f
     assert float(kl_per_token(*[before.log_softmax(-1)] * 2).abs().max()) < 1e-6
 
 
-def test_diagonal_fisher_counts_only_counted_tokens(tiny_llama_ft: Path) -> None:
+def test_survey_fisher_counts_only_counted_tokens(tiny_llama_ft: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama_ft, dtype=torch.float32).eval()
     name = "model.embed_tokens.weight"
     ids = (5, 6, 7, 8)
-    fisher = diagonal_fisher(model, [name], [Sample(ids, (False, True, False, False))])
+    fisher = survey(model, [name], [Sample(ids, (False, True, False, False))]).fisher
     touched = fisher[name].sum(1).nonzero().flatten().tolist()
     assert touched == [5]  # untied: the only token that the one counted prediction has read
+
+
+def test_survey_left_out_predicts_the_kl_of_leaving_a_rest_out(tiny_llama_ft: Path) -> None:
+    """KL = 1/2 vec(E)^T F vec(E), along the error and not by its squares one by one."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_ft, dtype=torch.float32).eval()
+    name = "lm_head.weight"
+    parameter = model.get_parameter(name)
+    generator = torch.Generator().manual_seed(0)
+    matrix = (
+        0.02
+        * float(parameter.detach().std())
+        * (
+            torch.randn(len(parameter), 1, generator=generator)
+            + torch.randn(parameter.shape, generator=generator)
+        )
+    )
+    rests = rests_of(name, TensorSource(matrix), 4)
+    assert rests is not None
+    rows = [tuple(torch.randint(3, 60, (24,), generator=generator).tolist()) for _ in range(48)]
+    samples = [Sample(ids, (True,) * len(ids)) for ids in rows]
+    found = survey(model, [name], samples, {name: rests}).left_out[name]
+    ids = torch.tensor(rows)
+    with torch.no_grad():
+        before = model(input_ids=ids).logits[:, :-1].flatten(0, 1).double().log_softmax(-1)
+        kept = parameter.clone()
+        for rank, cost in zip(rests.ranks, found.tolist(), strict=True):
+            parameter.copy_(kept - (matrix - rests.b[:rank].T @ rests.a[:rank]))
+            after = model(input_ids=ids).logits[:, :-1].flatten(0, 1).double().log_softmax(-1)
+            kl = float((before.exp() * (before - after)).sum(-1).mean())
+            assert kl == pytest.approx(cost / 2, rel=0.3)
+        parameter.copy_(kept)
+
+
+def test_rests_of_a_matrix_too_small_for_heads_is_none() -> None:
+    assert rests_of("w", TensorSource(torch.ones(4, 5)), 4) is None

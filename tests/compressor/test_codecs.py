@@ -13,6 +13,7 @@ from compressor.codecs import (
     ImpartQtTerm,
     ImpartTerm,
     LowRankTerm,
+    RowsTerm,
     TensorDelta,
     Term,
     make_encoder,
@@ -27,6 +28,7 @@ CODECS = ("blockdiag", "impart", "impart-qt", "lowrank")
 def test_term_class_known_codec_is_its_class() -> None:
     assert term_class("blockdiag") is BlockDiagTerm
     assert term_class("lowrank") is LowRankTerm
+    assert term_class("rows") is RowsTerm
     assert term_class("impart") is ImpartTerm
     assert term_class("impart-qt") is ImpartQtTerm
 

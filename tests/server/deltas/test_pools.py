@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compressor.codecs.encoder import make_encoder
 from compressor.codecs.lowrank import lowrank_from_factors
+from compressor.codecs.rows import encode_largest_rows
 from compressor.codecs.sources import TensorSource
 from compressor.codecs.term import Term
 from server.deltas.blockdiag_pools import BlockDiagPool, SharedBlocks
@@ -34,6 +35,7 @@ OPTIONS = {
     "lowrank": [{"bits": 16}, {"bits": 8}, {"bits": 4}, {"bits": 3}],
     "impart": [{"block_rows": 16}],
     "impart-qt": [{"block_rows": 16}],
+    "rows": [{"bits": 2, "n_rows": 7}, {"bits": 3, "n_rows": 20}],
 }
 CASES = [
     (codec, o, shape) for codec, options in OPTIONS.items() for o in options for shape in SHAPES
@@ -52,13 +54,25 @@ def kernels(request: pytest.FixtureRequest) -> Kernels:
     return choose_kernels(request.param, CPU, torch.float32)
 
 
+def random_delta(seed: int, shape: tuple[int, int]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.01
+
+
+def encode_rows(seed: int, shape: tuple[int, int], *, n_rows: int, bits: int) -> tuple[Term, ...]:
+    """Of variant after variant a row less, so that the shared arrays have rows to fill up."""
+    source = TensorSource(random_delta(seed, shape))
+    return (encode_largest_rows(f"w{seed}", source, n_rows - seed, bits),)
+
+
 def encode_all(
     codec: str, options: dict[str, object], shape: tuple[int, int]
 ) -> list[tuple[Term, ...]]:
+    if codec == "rows":
+        return [encode_rows(seed, shape, **options) for seed in range(3)]
     encoder = make_encoder(codec, **options)
     terms = []
     for seed in range(3):
-        dense = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 0.01
+        dense = random_delta(seed, shape)
         params = encoder.plan(shape, shape[0] * shape[1] * 2 / 6)
         terms.append(encoder.encode(f"w{seed}", TensorSource(dense), params, seed))
     return terms
@@ -141,8 +155,11 @@ def test_pool_with_rows_as_data_equals_the_pool_with_a_plan(
     assert_data_equals_plan(encode_all(codec, options, shape), TorchKernels())
 
 
-@pytest.mark.parametrize(("codec", "options"), [("lowrank", {"bits": 16}), ("impart", {})])
-def test_triton_factor_pools_take_rows_as_data(codec: str, options: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("codec", "options"),
+    [("lowrank", {"bits": 16}), ("impart", {}), ("rows", {"bits": 2, "n_rows": 7})],
+)
+def test_triton_pools_take_rows_as_data(codec: str, options: dict[str, object]) -> None:
     pytest.importorskip("triton")
     from server.ops.triton.kernels import TritonKernels
 
@@ -193,6 +210,25 @@ def test_impart_place_that_nobody_has_yet_may_hold_anything() -> None:
     y = torch.zeros(4, 37)
     pool.add_rows_(y, torch.arange(4), as_data(plan_of({-1: 2, 0: 1})))
     assert not y.any()
+
+
+def test_rows_place_that_nobody_has_yet_may_hold_anything() -> None:
+    variants = encode_all("rows", {"bits": 2, "n_rows": 7}, (50, 37))
+    pool = fill(0, variants, TorchKernels())
+    pool.hide(0)
+    for array in pool.arrays:
+        array[0].fill_(-(10**9) if array.dtype is torch.int64 else 255)
+    plan = plan_of({-1: 2, 0: 1, 2: 1})
+    x = torch.randn(plan.n_rows, 37, generator=torch.Generator().manual_seed(9))
+    for rows, more in ((plan, 0), (as_data(plan), 1)):
+        y, looked_up = torch.zeros(4 + more, 50), torch.zeros(4 + more, 37)
+        pool.add_(y, torch.cat([x, x[:more]]), rows)
+        pool.add_rows_(looked_up, torch.arange(4 + more), rows)
+        want = variants[2][0]
+        assert not y[:3].any()
+        assert not looked_up[:3].any()
+        torch.testing.assert_close(y[3:4], want.apply(x[3:4]), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(looked_up[3], want.to_dense()[3], rtol=1e-4, atol=1e-7)
 
 
 def test_pool_hidden_slot_full_of_nan_is_never_read(kernels: Kernels) -> None:
@@ -280,9 +316,9 @@ def test_packed_low_rank_pool_takes_variants_of_near_ranks_in_their_stored_bytes
     assert held < 1.05 * sum(part.nbytes for part in terms[1].tensors().values())
 
 
-@pytest.mark.parametrize("codec", ["blockdiag", "lowrank", "impart"])
+@pytest.mark.parametrize("codec", ["blockdiag", "lowrank", "impart", "rows"])
 def test_pool_slot_far_up_takes_one_place_and_gives_it_back(codec: str) -> None:
-    terms = encode_all(codec, {}, (64, 48))
+    terms = encode_all(codec, {"bits": 2, "n_rows": 7} if codec == "rows" else {}, (64, 48))
     pool = fill(0, terms, TorchKernels())
     capacity = pool.capacity
     pool.hide(1)

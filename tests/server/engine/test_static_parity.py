@@ -22,6 +22,7 @@ HELD = {  # what graphs hold
     "one-byte": Options(codec="blockdiag", ratio=12, codec_options={"bits": 2}),
     "impart": PAIR["impart"],
     "lowrank": Options(codec="lowrank", ratio=7, codec_options={"bits": 16}),
+    "rows": ALL_CODECS["rows"],
 }
 
 

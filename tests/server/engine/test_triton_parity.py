@@ -19,7 +19,7 @@ N_TOKENS = 3
 @pytest.mark.slow  # half a minute: every launch is interpreted
 @pytest.mark.parametrize(
     ("kind", "names"),
-    [("llama", ("blockdiag", "head", "impart", "lowrank")), ("qwen3", ("blockdiag",))],
+    [("llama", ("blockdiag", "head", "impart", "lowrank", "rows")), ("qwen3", ("blockdiag",))],
 )
 def test_static_steps_of_every_delta_kernel_equal_generate(
     served, harness, kind: str, names: tuple[str, ...]

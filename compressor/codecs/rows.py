@@ -1,0 +1,148 @@
+"""`rows`: some rows of the delta whole, few bits a value; the others are zero.
+
+For matrices with a row a token (embeddings, output layers). What a low-rank head leaves of them is
+spread over the whole vocabulary, but what a task needs of that lies in the rows of its own words,
+and those are among the ones that the fine-tune moved most (measured, benchmarks/RESULTS.md).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from compressor.codecs.blockdiag import load_scales, store_scales
+from compressor.codecs.packing import pack_bits, packed_size, unpack_bits
+from compressor.codecs.quantize import QUANT_BITS, dequantize, octave_unit, quantize_rows
+from compressor.codecs.sources import finite_block
+from compressor.codecs.svd import row_strips
+from compressor.codecs.term import MatrixSource, Params, Shape
+from compressor.codecs.validate import (
+    bits_param,
+    check_ids,
+    check_names,
+    check_part,
+    check_shape,
+    int_param,
+    unit_param,
+)
+from compressor.errors import Corrupt
+
+_SCALE_BITS = 8
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class RowsTerm:
+    """K rows of a matrix ``[m, n]``.
+
+    index   int64 ``[K]``, strictly increasing; on disk a bit for each of the m rows
+    codes   uint8 ``[K, n]``, one code a value (unpacked)
+    scales  float32 ``[K]``
+    unit    what the scales on disk are multiples of, sixteenths of an octave (`to_octaves`)
+
+    The value of code ``c`` in stored row ``k`` is ``(c - (2^bits - 1) / 2) * scales[k]``. Float32
+    throughout.
+    """
+
+    codec: ClassVar[str] = "rows"
+    shape: Shape
+    bits: int
+    index: Tensor
+    codes: Tensor
+    scales: Tensor
+    unit: float
+
+    def params(self) -> Params:
+        return {"n_rows": len(self.index), "bits": self.bits, "unit": self.unit}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            "mask": pack_bits(self._mask(), 1),
+            "codes": pack_bits(self.codes.flatten(), self.bits),
+            "scales": self.stored_scales(),
+        }
+
+    @classmethod
+    def from_parts(cls, shape: Shape, params: Params, tensors: dict[str, Tensor]) -> Self:
+        check_shape(cls.codec, shape)
+        m, n = shape
+        n_rows = int_param(cls.codec, params, "n_rows", 1, m)
+        bits = bits_param(cls.codec, params, "bits", QUANT_BITS)
+        unit = unit_param(cls.codec, params, "unit")
+        check_names(cls.codec, tensors, {"mask", "codes", "scales"})
+        index = unpack_bits(tensors["mask"], 1, m).nonzero()[:, 0]
+        if len(index) != n_rows:
+            raise Corrupt(f"{cls.codec}: the mask names {len(index)} rows, not {n_rows}")
+        stored = check_part(cls.codec, tensors, "scales", torch.uint8, (n_rows,))
+        codes = unpack_bits(tensors["codes"], bits, n_rows * n).view(n_rows, n)
+        return cls(shape, bits, index, codes, load_scales(stored, unit), unit)
+
+    def apply(self, x: Tensor) -> Tensor:
+        out = torch.zeros(x.shape[0], self.shape[0], dtype=torch.float32)
+        out[:, self.index] = x.float() @ self._values().T
+        return out
+
+    def to_dense(self) -> Tensor:
+        dense = torch.zeros(self.shape, dtype=torch.float32)
+        dense[self.index] = self._values()
+        return dense
+
+    def rows(self, ids: Tensor) -> Tensor:
+        check_ids(ids, self.shape[0])
+        place = torch.searchsorted(self.index, ids).clamp(max=len(self.index) - 1)
+        values = dequantize(self.codes[place], self.scales[place], self.bits)
+        return torch.where((self.index[place] == ids).unsqueeze(1), values, 0.0)
+
+    def stored_scales(self) -> Tensor:
+        """uint8 ``[K]``, as they are on disk."""
+        return store_scales(self.scales, self.unit, _SCALE_BITS)
+
+    def _mask(self) -> Tensor:
+        mask = torch.zeros(self.shape[0], dtype=torch.uint8)
+        mask[self.index] = 1
+        return mask
+
+    def _values(self) -> Tensor:
+        return dequantize(self.codes, self.scales, self.bits)
+
+
+def encode_largest_rows(name: str, source: MatrixSource, n_rows: int, bits: int) -> RowsTerm:
+    """Encode the `n_rows` rows of the largest norm; of equal ones the first.
+
+    Reads `source` twice. Raises UnsupportedTensor naming `name` if a value is not finite.
+    """
+    m, n = source.shape
+    squares = torch.cat(
+        [_read(name, source, *rows).double().square().sum(1) for rows in row_strips(m, n)]
+    )
+    chosen = squares.argsort(descending=True, stable=True)[:n_rows].sort().values.cpu()
+    parts = []
+    for start, end in row_strips(m, n):
+        own = chosen[(chosen >= start) & (chosen < end)] - start
+        if len(own):
+            strip = _read(name, source, start, end)
+            parts.append(strip[own.to(strip.device)].cpu())
+    codes, scales = quantize_rows(torch.cat(parts), bits)
+    unit = octave_unit(scales)
+    # The scales as a reader will see them: what is written and what is served are one thing.
+    stored = load_scales(store_scales(scales, unit, _SCALE_BITS), unit)
+    return RowsTerm(source.shape, bits, chosen, codes, stored, unit)
+
+
+def _read(name: str, source: MatrixSource, start: int, end: int) -> Tensor:
+    return finite_block(name, source, start, end, 0, source.shape[1])
+
+
+def rows_size(shape: Shape, n_rows: int, bits: int) -> int:
+    """Payload bytes of a `RowsTerm`."""
+    m, n = shape
+    return packed_size(m, 1) + packed_size(n_rows * n, bits) + n_rows * _SCALE_BITS // 8
+
+
+def most_rows(shape: Shape, budget_bytes: float, bits: int) -> int:
+    """Return how many rows fit into about that many bytes; at least 1."""
+    one = rows_size(shape, 1, bits)
+    each = rows_size(shape, 9, bits) - rows_size(shape, 1, bits)  # of eight, whatever the bits
+    return min(max(1, 1 + int((budget_bytes - one) * 8 / each)), shape[0])
