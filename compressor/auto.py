@@ -7,32 +7,33 @@ the fine-tune writes itself (`auto_self`). The smallest geometric mean wins. Wit
 fixed settings, and the record says so.
 
 What no text shows must not be given away. Without texts of the user's nothing is tried that leaves
-parts of the difference out (`lowrank` keeps general text best and loses the task, measured), and
-bytes shared out by gradients must beat plain sampling on the fine-tune's own writing.
+parts of a layer's difference out (`lowrank` keeps general text best and loses the task, measured),
+and bytes shared out by gradients must beat plain sampling on the fine-tune's own writing. Matrices
+of the vocabulary may do with a head; then the rows that moved most are kept whole, for the words
+that no text shows.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from compressor.artifact_config import DeltaConfig
-from compressor.auto_allocate import HeadCosts, NoiseAllotter, head_share
+from compressor.auto_allocate import HeadCosts, NoiseAllotter, byte_shares
 from compressor.auto_bench import Bench, open_bench, rounded
+from compressor.auto_job import Choice, Goal, Inputs
 from compressor.auto_kept import ROOM_FOR_TUNING, Kept, Measured
 from compressor.auto_self import SELF
 from compressor.auto_shrink import shrink
 from compressor.auto_tune import Tuned
-from compressor.checkpoint import Checkpoint
 from compressor.codecs import Codec, TensorDelta
 from compressor.codecs.blockdiag_encoder import BlockDiagCodec
 from compressor.codecs.lowrank_encoder import LowRankCodec
 from compressor.coding_plan import Plan, less_gained, plan_coded
-from compressor.draft import NOT_CODED, CodingGain, Job
+from compressor.draft import Job
 from compressor.errors import BudgetError, InputError
 from compressor.evaluate import Progress
 from compressor.plan import Allotter
@@ -41,76 +42,13 @@ HEAD_BITS = 4
 PLAIN = "blockdiag of 2 bits, bytes by elements"
 UNMEASURED = BlockDiagCodec(bits=2, head_fraction=0.3, head_bits=HEAD_BITS)
 
-_FIRST_RATIO = 64.0  # where the search for a KL begins
-_RATIOS = (1.5, 2048.0)  # and ends
+_RATIOS = (1.5, 2048.0)  # where the search for a KL ends
 _SEARCH_TRIALS = 8
 _CLOSE = 0.85  # of the KL asked for: near enough
 _AIM = 0.93  # of it: what a guess aims at
 _NARROW = 1.02  # ratios nearer to each other than this are one
 _STEEPNESS = 1.5  # KL grows about with this power of the ratio
 _BREAKDOWN = 0.1  # of the base's own KL: so much and answers are lost
-_BELOW_BYTES = 0.99  # share of `max_bytes` that is planned for: what coding gains is an estimate
-
-
-@dataclass(frozen=True, slots=True)
-class Goal:
-    """What is asked for; one of the three.
-
-    ratio      fine-tune bytes / artifact bytes
-    max_bytes  of the whole artifact
-    max_kl     nats per token, on the user's texts or, without any, on the built-in ones
-    """
-
-    ratio: float | None = None
-    max_bytes: int | None = None
-    max_kl: float | None = None
-
-    def __post_init__(self) -> None:
-        if sum(value is not None for value in (self.ratio, self.max_bytes, self.max_kl)) != 1:
-            raise InputError("give one of --ratio, --max-bytes and --max-kl")
-        if self.max_bytes is not None and self.max_bytes < 1:
-            raise InputError(f"--max-bytes must be positive, got {self.max_bytes}")
-        if self.max_kl is not None and not (math.isfinite(self.max_kl) and self.max_kl > 0):
-            raise InputError(f"--max-kl must be a positive number, got {self.max_kl}")
-
-    def starting_ratio(self, finetuned_bytes: int) -> float:
-        """Where to begin: what is asked for, unless that is a KL."""
-        if self.max_bytes is not None:
-            return max(1.0, finetuned_bytes / (self.max_bytes * _BELOW_BYTES))
-        return self.ratio if self.ratio is not None else _FIRST_RATIO
-
-
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """What the pipeline lends `auto`.
-
-    configure  (codec, its options, ratio) -> the artifact's configuration before encoding
-    encode     one job that has its settings
-    tune       norms and biases of what is chosen, where the user's texts are enough for it
-    """
-
-    base: Checkpoint
-    tuned: Checkpoint
-    jobs: Sequence[Job]
-    companions: Mapping[str, bytes]
-    n_parameters: int
-    configure: Callable[[Codec, dict[str, Any], float], DeltaConfig]
-    encode: Callable[[Job, Codec], TensorDelta]
-    own_texts: Path | None = None
-    device: str = "cpu"
-    tune: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """What `auto` settled on. `deltas` are the encoded tensors by name, if it encoded them."""
-
-    codec: Codec
-    jobs: list[Job]
-    config: DeltaConfig
-    notes: tuple[str, ...]
-    deltas: dict[str, TensorDelta] = field(default_factory=dict)
-    gain: CodingGain = NOT_CODED
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,8 +260,9 @@ class _Search:
         """What to tell the user."""
         bench = self._bench
         lines = [f"auto tried {trial.line()}" for trial in self._trials]
-        spent = head_share((job.matrix_shape, job.params) for job in best.jobs if job.params)
-        how = f", {spent:.0%} of the bytes in low-rank heads" if spent else ""
+        spent = byte_shares((job.matrix_shape, job.params) for job in best.jobs if job.params)
+        how = f", {spent.heads:.0%} of the bytes in low-rank heads" if spent.heads else ""
+        how += f", {spent.rows:.0%} in whole rows of the vocabulary" if spent.rows else ""
         lines.append(
             f"auto chose {best.candidate.label}{how} ({seconds:.0f} s; gradients and KL on "
             + " and ".join(f"{n:,} tokens of {name} texts" for name, n in bench.n_tokens.items())

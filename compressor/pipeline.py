@@ -20,7 +20,8 @@ import torch
 from compressor import __version__
 from compressor.artifact_config import CODER, BaseInfo, Coding, DeltaConfig
 from compressor.artifact_writer import ArtifactWriter
-from compressor.auto import Choice, Goal, Inputs, choose
+from compressor.auto import choose
+from compressor.auto_job import Choice, Goal, Inputs
 from compressor.calibration import LazyMoments
 from compressor.card import model_card, own_facts
 from compressor.checkpoint import DTYPE_NAMES, Checkpoint

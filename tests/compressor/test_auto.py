@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,12 @@ import compressor.auto_shrink as auto_shrink
 import compressor.auto_texts as auto_texts
 from compressor.artifact import read_artifact
 from compressor.artifact_config import DeltaConfig
-from compressor.auto import PLAIN, Goal
+from compressor.auto import PLAIN
+from compressor.auto_allocate import HeadCosts
+from compressor.auto_job import Goal
 from compressor.auto_self import SELF
 from compressor.auto_texts import BUILT_IN, OWN, spread
+from compressor.codecs import BlockDiagTerm, RowsTerm
 from compressor.codecs.blockdiag_encoder import BlockDiagCodec
 from compressor.comparison import n_predicted
 from compressor.errors import BudgetError, InputError
@@ -94,8 +98,28 @@ def test_auto_without_texts_also_measures_on_what_the_finetune_writes(
     assert config.fidelity["texts"] == BUILT_IN
     assert config.fidelity[SELF]["n_tokens"] == record["tokens"][SELF] > 0
     tried = {trial["setting"]: trial["kl"] for trial in record["tried"]}
-    assert [setting.split()[0] for setting in tried] == ["blockdiag"] * 3
+    shared = "blockdiag of 2 bits, heads where they pay"
+    finer = "blockdiag of 4 bits, heads where they pay"
+    assert list(tried) == [shared, f"{shared}, alone for the vocabulary", finer, PLAIN]
     assert config.fidelity[SELF]["kl_per_token"] <= tried[PLAIN][SELF]
+
+
+def test_auto_vocabulary_without_blocks_is_a_head_and_the_rows_that_moved_most(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def only(costs: dict[str, HeadCosts], *, has_own_texts: bool) -> list[auto._Candidate]:
+        costs = {name: replace(c, left_out=(0.0,) * len(c.left_out)) for name, c in costs.items()}
+        return [auto._blockdiag(2, costs, leaves_out=True)]
+
+    monkeypatch.setattr(auto, "candidates", only)
+    summary, _ = run(pair, tmp_path / "out", ratio=14.0)
+    assert summary.ratio == pytest.approx(14, rel=0.03)
+    found = {delta.name: delta.terms for delta in read_artifact(tmp_path / "out").tensors}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        rows = found.pop(name)[-1]
+        assert isinstance(rows, RowsTerm)
+        assert len(rows.index) >= 1
+    assert all(isinstance(terms[-1], BlockDiagTerm) for terms in found.values() if terms)
 
 
 def measured(label: str, built_in: float, own_writing: float) -> auto._Trial:

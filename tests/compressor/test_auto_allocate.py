@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -8,13 +10,17 @@ from hypothesis import strategies as st
 
 from compressor.auto_allocate import (
     GAUSSIAN_ERROR,
+    ROW_SHARE,
     HeadCosts,
     NoiseAllotter,
     block_counts,
+    byte_shares,
     possible_ranks,
 )
 from compressor.codecs import make_encoder
 from compressor.codecs.blockdiag_encoder import BlockDiagCodec
+from compressor.codecs.rows import rows_size
+from tests.compressor.codec_oracles import encode, payload, random_matrix
 
 CODEC = BlockDiagCodec(bits=2)
 
@@ -92,6 +98,29 @@ def test_allotter_siblings_get_equal_blocks_and_ranks_of_their_own() -> None:
     assert found.n_bytes == CODEC.size_bytes(site[0], q) + CODEC.size_bytes(site[1], k)
 
 
+@pytest.mark.parametrize(("cost", "is_left_out"), [(0.5, True), (500.0, False)])
+def test_allotter_matrix_that_costs_little_to_leave_out_gets_a_head_and_rows(
+    cost: float, is_left_out: bool
+) -> None:
+    shape = (960, 96)
+    tables = {
+        "vocabulary": replace(costs(1.0, 0.5, 0.4), left_out=(9 * cost, 2 * cost, cost)),
+        "other": costs(1.0, 0.5, 0.4),
+    }
+    names, sites, budget = [("vocabulary",), ("other",)], [(shape,)] * 2, 9000
+    found = NoiseAllotter(CODEC, tables, leaves_out=True)(names, sites, budget)
+    vocabulary, other = (a.settings[0] for a in found)
+    assert "n_blocks" in other
+    assert ("n_blocks" not in vocabulary) == is_left_out
+    total = sum(a.n_bytes for a in found)
+    assert 0.8 * budget < total <= budget
+    if is_left_out:
+        spent = rows_size(shape, vocabulary["n_rows"], vocabulary["row_bits"])
+        assert spent == pytest.approx(ROW_SHARE * budget, abs=60)
+    allotted = NoiseAllotter(CODEC, tables)(names, sites, budget)
+    assert all("n_blocks" in a.settings[0] for a in allotted)
+
+
 @pytest.mark.parametrize("bytes_per_element", [0.2, 0.0625, 0.03, 0.01])
 def test_allotter_many_matrices_meets_the_budget(bytes_per_element: float) -> None:
     shapes = [(4096, 512)] + 12 * [(512, 512), (128, 512), (1408, 512), (512, 1408)]
@@ -115,6 +144,22 @@ def test_allotter_impossible_budgets_give_the_extremes() -> None:
     (most,) = allot([("a",)], [((64, 64),)], 1e9)
     assert least.settings[0] == make_encoder("blockdiag", bits=2).settings(0, 64)
     assert most.settings[0]["n_blocks"] == 1
+
+
+def test_byte_shares_are_those_of_the_terms_that_are_written() -> None:
+    made = [
+        ((60, 40), CODEC.settings(3, 0, n_rows=5)),
+        ((60, 40), CODEC.settings(2, 4)),
+        ((30, 20), CODEC.settings(0, 2)),
+    ]
+    n_bytes: Counter[str] = Counter()
+    for shape, params in made:
+        for term in encode(CODEC, random_matrix(shape), params):
+            n_bytes[term.codec] += payload((term,))
+    found = byte_shares(made)
+    assert found.heads == pytest.approx(n_bytes["lowrank"] / n_bytes.total())
+    assert found.rows == pytest.approx(n_bytes["rows"] / n_bytes.total())
+    assert byte_shares([((9, 9), {"rank": 2, "bits": 4})]) == (0.0, 0.0)
 
 
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=3))

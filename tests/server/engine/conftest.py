@@ -15,7 +15,7 @@ from compressor.artifact import read_artifact
 from compressor.artifact_writer import ArtifactWriter
 from compressor.codecs.blockdiag_encoder import BlockDiagCodec
 from compressor.codecs.sources import TensorSource
-from compressor.pipeline import Options, compress
+from compressor.pipeline import NO_CODER, Options, compress
 from compressor.reconstruct import reconstruct
 from tests.server.engine.helpers import CoreHarness
 from tests.tiny import Kind, make_tiny, perturb
@@ -27,9 +27,9 @@ PAIR = {
 ALL_CODECS = PAIR | {
     "head": Options(codec="blockdiag", ratio=9, codec_options={"head_fraction": 0.3}),
     "lowrank": Options(codec="lowrank", ratio=7),
+    "rows": Options(codec="blockdiag", ratio=9, entropy=NO_CODER),  # see `keep_rows`
     "impart-qt": Options(codec="impart-qt", ratio=12, codec_options={"beta": 0.0}),
     "other-blocks": Options(codec="blockdiag", ratio=11, codec_options={"bits": 3}),
-    "rows": Options(codec="blockdiag", ratio=9),  # see `keep_rows`
 }
 VOCABULARY = ("embed", "wte", "lm_head")  # in names of matrices with a row a token
 N_TRUTH = 20  # tokens of every oracle text
