@@ -44,18 +44,10 @@ class Rests:
         are independent and of mean 0, as each token was drawn from the model's own prediction.
         """
         own = gradient[: self.whole.shape[0]].float()
-        along = (self.b * (own @ self.a.T).T).sum(1, dtype=torch.float64).cumsum(0).cpu()
-        left = float(torch.mul(own, self.whole).sum(dtype=torch.float64))
-        return (
-            torch.stack(
-                [
-                    torch.tensor(left - (float(along[rank - 1]) if rank else 0.0))
-                    for rank in self.ranks
-                ]
-            )
-            .double()
-            .square()
-        )
+        along = (self.b * (own @ self.a.T).T).sum(1, dtype=torch.float64).cumsum(0)
+        of_heads = torch.cat([along.new_zeros(1), along])[list(self.ranks)]
+        whole = torch.mul(own, self.whole).sum(dtype=torch.float64)
+        return (whole - of_heads).square().cpu()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from compressor.codecs.packing import pack_bits, unpack_bits
 from compressor.codecs.partition import Band, bands, kept_values
-from compressor.codecs.quantize import from_half, from_octaves, to_half, to_octaves
+from compressor.codecs.quantize import (
+    from_half,
+    from_octaves,
+    octave_unit,
+    to_half,
+    to_octaves,
+    unit_for,
+)
 from compressor.codecs.term import Params, Shape
 from compressor.codecs.validate import (
     bits_param,
@@ -161,6 +168,12 @@ class BlockDiagTerm:
 def store_scales(scales: Tensor, unit: float, scale_bits: int) -> Tensor:
     """Scales ``[m]`` as they are on disk: float16, or uint8 for 8 bits."""
     return to_octaves(scales, unit) if scale_bits == 8 else to_half(scales, unit)
+
+
+def as_stored(scales: Tensor, scale_bits: int) -> tuple[Tensor, float]:
+    """Scales as a reader will see them, and their unit: what is written and served is one thing."""
+    unit = octave_unit(scales) if scale_bits == 8 else unit_for(scales)
+    return load_scales(store_scales(scales, unit, scale_bits), unit), unit
 
 
 def load_scales(stored: Tensor, unit: float) -> Tensor:

@@ -18,13 +18,12 @@ from compressor.codecs.blockdiag import (
     BLOCKDIAG_BITS,
     SCALE_BITS,
     BlockDiagTerm,
-    load_scales,
-    store_scales,
+    as_stored,
 )
 from compressor.codecs.lowrank import LOWRANK_BITS, LowRankTerm, lowrank_from_factors, lowrank_size
 from compressor.codecs.packing import packed_size
 from compressor.codecs.partition import Band, bands, kept_values
-from compressor.codecs.quantize import octave_unit, quantize_rows, to_half, unit_for
+from compressor.codecs.quantize import quantize_rows, to_half, unit_for
 from compressor.codecs.rows import RowsTerm, encode_largest_rows, rows_size
 from compressor.codecs.sources import Residual, finite_block
 from compressor.codecs.svd import factors
@@ -215,9 +214,7 @@ def encode_blocks(
         scales[row : row + rows] = part_scales * rescale
         row += rows
         code += part.numel()
-    unit = octave_unit(scales) if scale_bits == 8 else unit_for(scales)
-    # The scales as a reader will see them: what is written and what is served are one thing.
-    stored = load_scales(store_scales(scales, unit, scale_bits), unit)
+    stored, unit = as_stored(scales, scale_bits)
     return BlockDiagTerm(shape, n_blocks, bits, codes, stored, unit, scale_bits)
 
 

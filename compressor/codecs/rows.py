@@ -13,9 +13,9 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from compressor.codecs.blockdiag import load_scales, store_scales
+from compressor.codecs.blockdiag import as_stored, load_scales, store_scales
 from compressor.codecs.packing import pack_bits, packed_size, unpack_bits
-from compressor.codecs.quantize import QUANT_BITS, dequantize, octave_unit, quantize_rows
+from compressor.codecs.quantize import QUANT_BITS, dequantize, quantize_rows
 from compressor.codecs.sources import finite_block
 from compressor.codecs.svd import row_strips
 from compressor.codecs.term import MatrixSource, Params, Shape
@@ -125,9 +125,7 @@ def encode_largest_rows(name: str, source: MatrixSource, n_rows: int, bits: int)
             strip = _read(name, source, start, end)
             parts.append(strip[own.to(strip.device)].cpu())
     codes, scales = quantize_rows(torch.cat(parts), bits)
-    unit = octave_unit(scales)
-    # The scales as a reader will see them: what is written and what is served are one thing.
-    stored = load_scales(store_scales(scales, unit, _SCALE_BITS), unit)
+    stored, unit = as_stored(scales, _SCALE_BITS)
     return RowsTerm(source.shape, bits, chosen, codes, stored, unit)
 
 
@@ -144,5 +142,5 @@ def rows_size(shape: Shape, n_rows: int, bits: int) -> int:
 def most_rows(shape: Shape, budget_bytes: float, bits: int) -> int:
     """Return how many rows fit into about that many bytes; at least 1."""
     one = rows_size(shape, 1, bits)
-    each = rows_size(shape, 9, bits) - rows_size(shape, 1, bits)  # of eight, whatever the bits
+    each = rows_size(shape, 9, bits) - one  # of eight, whatever the bits
     return min(max(1, 1 + int((budget_bytes - one) * 8 / each)), shape[0])

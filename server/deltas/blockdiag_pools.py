@@ -18,7 +18,6 @@ from server.ops.kernels import Kernels
 from server.ops.linear import BlockShare
 from server.ops.packed import PackedBlocks, pack_columns, packed_rows
 from server.ops.rows import Places, RowPlan
-from server.ops.static_rows import StaticRows
 
 
 class BlockLayout(NamedTuple):
@@ -104,13 +103,8 @@ class BlockDiagPool(TermPool):
         return BlockShare(self._op, (self.shape[0],), first, rows, self.present)
 
     def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
-        if isinstance(rows, StaticRows):
-            places = rows.places(self.slot_map)
-        elif rows.slots.isdisjoint(self.slots):
-            return
-        else:
-            places = rows.held_rows(self.present)
-        self.kernels.blockdiag_rows_add_(y, ids, places, self._own_blocks())
+        if _meet(rows, self.slots):
+            self.kernels.blockdiag_rows_add_(y, ids, self.places_of(rows), self._own_blocks())
 
     def _own_blocks(self) -> PackedBlocks:
         codes, scales, units = self.arrays

@@ -90,6 +90,12 @@ class TermPool(ABC):
         assert self.place_of is not None
         return self.place_of
 
+    def places_of(self, rows: RowPlan) -> Tensor:
+        """[T] int64: place of each row's slot in the arrays, -1 where it has none."""
+        if isinstance(rows, StaticRows):
+            return rows.places(self.slot_map)
+        return rows.held_rows(self.present)
+
     @abstractmethod
     def stage(self, term: Term) -> Staged:
         """Decode a term into this pool's parts, on the host."""

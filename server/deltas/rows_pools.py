@@ -76,13 +76,13 @@ class RowsPool(TermPool):
         added = x.new_zeros((len(x), self.n_rows))
         self._op.add_([added], x, segments)
         # Rows without a slot here add zeros to what place 0 says: anything, if it is nobody's.
-        where = self.arrays[3][self._places(rows).clamp(min=0)]
+        where = self.arrays[3][self.places_of(rows).clamp(min=0)]
         y.scatter_add_(1, where.clamp_(0, self.shape[0] - 1), added)
 
     def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
         index = self.arrays[3]
         if isinstance(rows, StaticRows):
-            places = self._places(rows)
+            places = self.places_of(rows)
             stored = _find(index[places.clamp(min=0)], ids.unsqueeze(1)).squeeze(1)
             self.kernels.blockdiag_rows_add_(
                 y, stored.clamp(min=0), torch.where(stored < 0, -1, places), self._blocks
@@ -92,11 +92,6 @@ class RowsPool(TermPool):
             stored = _find(index[place], ids[part])
             places = torch.where(stored < 0, -1, place)
             self.kernels.blockdiag_rows_add_(y[part], stored.clamp(min=0), places, self._blocks)
-
-    def _places(self, rows: RowPlan) -> Tensor:
-        if isinstance(rows, StaticRows):
-            return rows.places(self.slot_map)
-        return rows.held_rows(self.present)
 
 
 def padded_count(term: RowsTerm) -> int:
