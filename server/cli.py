@@ -33,7 +33,9 @@ HELP = {
     "delta_budget_bytes": "Device memory for resident deltas; least recently used go first.",
     "max_resident_variants": "Slots for resident variants.",
     "max_variants_per_step": "Distinct variants mixed in one engine step.",
-    "kv_cache_bytes": "Device memory for the KV cache.",
+    "kv_cache_bytes": "Device memory for the KV cache.  [default: 1GiB on the CPU, on CUDA what "
+    "base and deltas leave]",
+    "gpu_memory_utilization": "Share of the GPU's memory to use.",
     "kv_block_tokens": "Tokens per KV cache block.",
     "prefix_cache": "Requests of one variant share the KV blocks of a common beginning.",
     "max_model_len": "Longest prompt plus output.  [default: the base's own limit]",
@@ -112,7 +114,7 @@ def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
     default: Any = field.default
     if field.name.endswith("_bytes"):
         options |= {"parser": parse_size, "metavar": "SIZE"}
-        default = size_text(default)
+        default = None if default is None else size_text(default)
     elif field.name == "mode_overrides":
         kind, default = list[str], []
     elif default is dataclasses.MISSING:

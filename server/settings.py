@@ -36,7 +36,9 @@ class Settings:
     delta_budget_bytes: int = 4 * GIB  # device memory for resident deltas, LRU beyond
     max_resident_variants: int = 64  # slots
     max_variants_per_step: int = 32  # distinct variants mixed in one engine step
-    kv_cache_bytes: int = 1 * GIB
+    # Default: 1 GiB on the CPU; on CUDA what base and deltas leave of the share below.
+    kv_cache_bytes: int | None = None
+    gpu_memory_utilization: float = 0.9  # of the GPU's memory; the rest: activations, graphs
     kv_block_tokens: int = 16
     prefix_cache: bool = True  # requests of one variant share the pages of a common beginning
     max_model_len: int | None = None  # default: the base's own limit
@@ -77,6 +79,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ConfigError(f"{name} must be positive, got {value}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"gpu_memory_utilization must be within 0..1, got {self.gpu_memory_utilization}"
+            )
         if self.heartbeat_timeout_s < 1:  # an idle engine beats twice per second
             raise ConfigError(f"heartbeat_timeout_s must be >= 1, got {self.heartbeat_timeout_s}")
         for name in ("drain_timeout_s", "reconstruct_budget_bytes"):

@@ -99,7 +99,7 @@ def prefill_spec(shape: ModelShape, tokens: int) -> Spec:
             PrefillChunk(0, half, 0, pages[0, : -(-half // PAGE)]),
             PrefillChunk(half, 2 * half, half, pages[1]),
         ]
-        tiles = prefill_tiles(chunks, place.device)
+        tiles = prefill_tiles(chunks, place.device, place.dtype)
         q = place.randn(2 * half, heads, dim)
         out = torch.empty_like(q)
         scale = dim**-0.5

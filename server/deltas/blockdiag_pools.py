@@ -53,9 +53,8 @@ class BlockDiagPool(TermPool):
         else:
             self.shared.reserve(slot, self)
 
-    def _grow(self, example: Staged, capacity: int) -> None:
-        super()._grow(example, capacity)
-        self._op = self.kernels.blockdiag(self._own_blocks())
+    def _take(self, arrays: Staged) -> None:
+        self._op = self.kernels.blockdiag(self._blocks_in(arrays))
 
     def stage(self, term: Term) -> Staged:
         assert isinstance(term, BlockDiagTerm)
@@ -104,10 +103,12 @@ class BlockDiagPool(TermPool):
 
     def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
         if _meet(rows, self.slots):
-            self.kernels.blockdiag_rows_add_(y, ids, self.places_of(rows), self._own_blocks())
+            self.kernels.blockdiag_rows_add_(
+                y, ids, self.places_of(rows), self._blocks_in(self.arrays)
+            )
 
-    def _own_blocks(self) -> PackedBlocks:
-        codes, scales, units = self.arrays
+    def _blocks_in(self, arrays: Staged) -> PackedBlocks:
+        codes, scales, units = arrays
         m, n = self.shape
         return PackedBlocks(codes, scales, units, (m,), n, self.bits, self.place_of)
 
@@ -139,7 +140,7 @@ class SharedBlocks:
         self._holders.setdefault(slot, set()).add(member)
         place = self.places.add(slot)
         if place >= self._capacity:
-            self._grow(grown(self._capacity, place))
+            self._grow(grown(self._capacity, place, member.device))
 
     def release(self, slot: int, member: BlockDiagPool) -> None:
         """`member` no longer holds the slot (if it did)."""
@@ -171,15 +172,15 @@ class SharedBlocks:
             torch.zeros((capacity, len(self.pools)), dtype=torch.float32, device=device),
         )
         copy_into(arrays, self._arrays)
-        self._arrays, self._capacity = arrays, capacity
         codes, scales, units = arrays
+        n, bits = first.shape[1], first.bits
+        blocks = PackedBlocks(codes, scales, units, self._sizes, n, bits, self.place_of)
+        self._op = first.kernels.blockdiag(blocks)  # the last that may find no memory
+        self._arrays, self._capacity = arrays, capacity
         for i, (pool, end) in enumerate(zip(self.pools, self._ends, strict=True)):
             own = slice(end - pool.block_shape[0], end)
             pool.arrays = (codes[..., own], scales[..., own], units[:, i : i + 1])
             pool.capacity = capacity
-        n, bits = first.shape[1], first.bits
-        blocks = PackedBlocks(codes, scales, units, self._sizes, n, bits, self.place_of)
-        self._op = first.kernels.blockdiag(blocks)
 
     def add_(self, outputs: Sequence[Tensor | None], x: Tensor, rows: RowPlan) -> None:
         """Add each member's deltas to its own ``[T, m]`` of `outputs`; None leaves it out."""

@@ -241,6 +241,7 @@ class DeltaLoader:
             self._uploader.copy(transfers, after=made).wait()
             self._post(Stored(staged, slot))
         except Exception as error:
+            self._uploader.abandon()
             self._post(_failed(staged.job, error, slot))
 
 

@@ -41,10 +41,9 @@ class PackedLowRankPool(FactorPool):
         self.kernels = kernels
         self._op: PackedLowRank | None = None
 
-    def _grow(self, example: Staged, capacity: int) -> None:
-        super()._grow(example, capacity)
+    def _take(self, arrays: Staged) -> None:
         self._op = PackedLowRank(
-            *self.arrays,
+            *arrays,
             n=self.shape[1],
             bits=self.bits,
             make_op=self.kernels.blockdiag,

@@ -170,6 +170,7 @@ class DeltaParameter:
         for key, parts in staged.terms:
             if key not in self.pools:
                 self._create_pool(key)
+                self.residency.created()
             capacity = self.pools[key].capacity
             self.pools[key].reserve(slot, parts)
             if self.pools[key].capacity != capacity:
@@ -181,7 +182,7 @@ class DeltaParameter:
                 # Slots without a value of their own hold the base's: see `StaticRows`.
                 room = self.base.expand(missing, -1)
                 self.vectors = torch.cat([self.vectors, room])
-                self.residency.moved()
+                self.residency.moved(vectors=True)
 
         for held, part in ((self.merged, staged.merged), (self.extra, staged.extra)):
             if part is not None:

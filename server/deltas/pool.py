@@ -53,15 +53,20 @@ class TermPool(ABC):
         """Give `slot` a place; the others keep their values."""
         place = self.places.add(slot)
         if place >= self.capacity:
-            self._grow(example, grown(self.capacity, place))
+            self._grow(example, grown(self.capacity, place, self.device))
 
     def _grow(self, example: Staged, capacity: int) -> None:
+        """Nothing has changed if there is no memory for it."""
         arrays = tuple(
             torch.empty((capacity, *part.shape), dtype=part.dtype, device=self.device)
             for part in example
         )
         copy_into(arrays, self.arrays)
+        self._take(arrays)
         self.arrays, self.capacity = arrays, capacity
+
+    def _take(self, arrays: Staged) -> None:  # noqa: B027  most have nothing to make
+        """Make what reads these arrays from now on; if that fails, what there was stays."""
 
     def targets(self, slot: int) -> Staged:
         """Where the parts of a slot that no running step reads are to be written."""

@@ -49,13 +49,11 @@ class RowsPool(TermPool):
     def as_data(self) -> bool:
         return True
 
-    def _grow(self, example: Staged, capacity: int) -> None:
-        super()._grow(example, capacity)
-        self._op = self.kernels.blockdiag(self._blocks)
+    def _take(self, arrays: Staged) -> None:
+        self._op = self.kernels.blockdiag(self._blocks_in(arrays))
 
-    @property
-    def _blocks(self) -> PackedBlocks:
-        codes, scales, units, _ = self.arrays
+    def _blocks_in(self, arrays: Staged) -> PackedBlocks:
+        codes, scales, units, _ = arrays
         sizes = (self.n_rows,)
         return PackedBlocks(codes, scales, units, sizes, self.shape[1], self.bits, self.place_of)
 
@@ -80,18 +78,18 @@ class RowsPool(TermPool):
         y.scatter_add_(1, where.clamp_(0, self.shape[0] - 1), added)
 
     def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
-        index = self.arrays[3]
+        index, blocks = self.arrays[3], self._blocks_in(self.arrays)
         if isinstance(rows, StaticRows):
             places = self.places_of(rows)
             stored = _find(index[places.clamp(min=0)], ids.unsqueeze(1)).squeeze(1)
             self.kernels.blockdiag_rows_add_(
-                y, stored.clamp(min=0), torch.where(stored < 0, -1, places), self._blocks
+                y, stored.clamp(min=0), torch.where(stored < 0, -1, places), blocks
             )
             return
         for place, part in segments_at(rows, self.present):
             stored = _find(index[place], ids[part])
             places = torch.where(stored < 0, -1, place)
-            self.kernels.blockdiag_rows_add_(y[part], stored.clamp(min=0), places, self._blocks)
+            self.kernels.blockdiag_rows_add_(y[part], stored.clamp(min=0), places, blocks)
 
 
 def padded_count(term: RowsTerm) -> int:

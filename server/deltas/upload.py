@@ -25,6 +25,7 @@ class Uploader(Protocol):
 
     def ready(self) -> Ready: ...
     def copy(self, transfers: Sequence[Transfer], after: Ready | None = None) -> Upload: ...
+    def abandon(self) -> None: ...
 
 
 class Ready:
@@ -91,6 +92,11 @@ class SlotUploader:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record(self._stream)
         return Upload(event)
+
+    def abandon(self) -> None:
+        """Wait for copies under way, whoever asked for them: their targets may go after this."""
+        if self._stream is not None:
+            self._stream.synchronize()
 
     def _copy_one(self, target: Tensor, source: Tensor) -> None:
         """Split along the first axes until a piece fits a buffer."""

@@ -100,9 +100,14 @@ class KVStore:
 
     def wipe(self, pages: list[int]) -> None:
         """Zero pages that may hold NaN or infinity before somebody else gets them."""
+        if not pages:
+            return
+        index = None  # on the layers' device: one copy for all
         for layer in self.layers.values():
-            layer.k[pages] = 0
-            layer.v[pages] = 0
+            if index is None:
+                index = torch.tensor(pages, device=layer.k.device)
+            layer.k.index_fill_(0, index, 0)
+            layer.v.index_fill_(0, index, 0)
 
 
 def register_attention() -> None:

@@ -9,7 +9,6 @@ through `publish`, once per step.
 from __future__ import annotations
 
 import logging
-import math
 import queue
 import threading
 import time
@@ -21,6 +20,7 @@ from torch import Tensor
 from server.deltas.loader import DeltaLoader, LoaderMessage, LoadFailed, LoadJob, Staged, Stored
 from server.deltas.merged import MergeableWeights
 from server.deltas.slots import Slot, SlotTable
+from server.engine.admission import Admission
 from server.engine.batch import Batch, LogitRows, default_batch_tokens
 from server.engine.observer import CoreStats, Observer
 from server.engine.pacing import PrefillPacer
@@ -29,7 +29,7 @@ from server.engine.postprocess import Postprocessor, as_serve_error
 from server.engine.reconstructor import Merged, Reconstructor, only_variant
 from server.engine.request import Event, Request, Status
 from server.engine.runner import DecodeStep, Runner
-from server.engine.sampler import Sampled, Sampler
+from server.engine.sampler import Sampled, Sampler, pick_rows
 from server.engine.scheduler import Missing, Scheduled, Scheduler, load_of
 from server.engine.variant import BASE_KEY, Variant
 from server.errors import (
@@ -39,7 +39,6 @@ from server.errors import (
     EngineDead,
     GenerationFailed,
     NoSlot,
-    QueueFull,
     ServeError,
 )
 from server.settings import Settings
@@ -95,15 +94,12 @@ class EngineCore:
         self._events: Events = []
         self._busy = False  # the last turn ran a batch
         self._failed_steps = 0
-        self._lock = threading.Lock()
-        self._n_open = 0  # submitted and not finished
-        self._queue_wait_s = 1.0  # moving average, for Retry-After
-        self._draining = False
+        self._admission = Admission(settings.max_queued_requests, settings.max_num_seqs)
         self._stop = False
-        self.dead = False
         self.heartbeat = time.monotonic()
         for module in runner.base.store.probed:  # a long step is alive as long as layers go by
             module.register_forward_pre_hook(self._beat)
+        runner.base.kernels.on_compiled(self._beat)  # a layer's first step may compile many
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # -- called from other threads -------------------------------------------------------------
@@ -113,38 +109,26 @@ class EngineCore:
 
     def submit(self, request: Request) -> None:
         """Queue a request. Raises QueueFull, Draining or EngineDead at once."""
-        with self._lock:
-            if self.dead:
-                raise EngineDead("the engine has stopped; the server is restarting")
-            if self._draining:
-                raise Draining("the server is shutting down", retry_after_s=5)
-            limit = self._settings.max_queued_requests + self._settings.max_num_seqs
-            if self._n_open >= limit:
-                wait_s = min(30, max(1, math.ceil(self._queue_wait_s)))
-                raise QueueFull(
-                    f"the queue is full ({self._settings.max_queued_requests} requests wait); "
-                    f"try again in {wait_s} s",
-                    retry_after_s=wait_s,
-                )
-            self._n_open += 1
-            # Inside the lock: whoever ends the engine empties the inbox after taking it.
-            self._inbox.put(lambda: self.scheduler.add(request))
+        self._admission.enter(lambda: self._inbox.put(lambda: self.scheduler.add(request)))
 
     def abort(self, request: Request) -> None:
         """Forget a request: no more of it is wanted. Its memory is free after the running step."""
         self._inbox.put(lambda: self._abort(request))
 
     def begin_drain(self) -> None:
-        with self._lock:
-            self._draining = True
+        self._admission.drain()
 
     @property
     def draining(self) -> bool:
-        return self._draining
+        return self._admission.draining
 
     @property
     def n_open(self) -> int:
-        return self._n_open
+        return self._admission.n_open
+
+    @property
+    def dead(self) -> bool:
+        return self._admission.dead
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """Fail what is left with Draining and end the thread."""
@@ -247,7 +231,7 @@ class EngineCore:
         if not pairs:
             return {}
         requests = [request for request, _ in pairs]
-        chosen = logits[[row for _, row in pairs]]
+        chosen = pick_rows(logits, [row for _, row in pairs])
         return dict(zip(requests, self._sampler.sample(requests, chosen), strict=True))
 
     def _finish_chunk(
@@ -313,11 +297,8 @@ class EngineCore:
         if request.slot is not None:
             self.slots.release(request.slot)
             request.slot = None
-        with self._lock:
-            self._n_open -= 1
-        if request.admitted is not None:
-            waited = request.admitted - request.arrived
-            self._queue_wait_s = 0.9 * self._queue_wait_s + 0.1 * waited
+        admitted = request.admitted
+        self._admission.leave(None if admitted is None else admitted - request.arrived)
         if self._observer is not None:
             self._observer.on_finished(request)
 
@@ -385,8 +366,7 @@ class EngineCore:
         self._stop = True
 
     def _die(self) -> None:
-        with self._lock:
-            self.dead = True
+        self._admission.die()
         while True:  # requests still in the inbox must hear of it too
             try:
                 self._inbox.get_nowait()()

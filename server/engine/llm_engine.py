@@ -18,6 +18,7 @@ from server.deltas.registry import DeltaRegistry, RegisteredDelta
 from server.deltas.slots import Slot
 from server.engine.catalog import VariantCatalog
 from server.engine.core import EngineCore, Events
+from server.engine.memory import with_kv_cache
 from server.engine.model import BaseModel, load_base_model
 from server.engine.observer import CoreStats, Observer
 from server.engine.output import RequestOutput, TextOutput
@@ -45,6 +46,7 @@ class LLMEngine:
         catalog: VariantCatalog,
         observer: Observer | None = None,
     ) -> None:
+        settings = with_kv_cache(settings, base.device)
         self._settings = settings
         self._base = base
         self._catalog = catalog
@@ -324,6 +326,7 @@ def _dtype(settings: Settings) -> torch.dtype | None:
 def allocate_pages(base: BaseModel, settings: Settings) -> PagePool:
     """Reserve the KV cache. Raises ConfigError if it cannot hold one request of a page."""
     page_bytes = base.store.bytes_per_token() * settings.kv_block_tokens
+    assert settings.kv_cache_bytes is not None, "see `with_kv_cache`"
     n_pages = settings.kv_cache_bytes // page_bytes
     if n_pages < 2:
         raise ConfigError(

@@ -26,7 +26,7 @@ from server.engine.rotary import fuse_rotary
 from server.engine.varying_rope import VaryingRope, varying_rope
 from server.errors import ConfigError
 from server.ops.kernels import KernelChoice, Kernels, choose_kernels
-from server.ops.quantize import BaseQuant
+from server.ops.quantize import BaseQuant, has_float8
 
 log = logging.getLogger(__name__)
 N_PROBED = 5  # tokens: some embeddings are all zeros
@@ -80,6 +80,8 @@ def load_base_model(
         use_safetensors=True,
     )
     model = model.eval().requires_grad_(False).to(device)
+    if base_quant == "float8" and not has_float8(device):
+        raise ConfigError("this GPU has no float8 (compute capability 8.9); use --base-quant int8")
     chosen = _kernels(kernels, device, model.dtype) if isinstance(kernels, str) else kernels
     return prepare_base_model(model, chosen, base_quant)
 
@@ -91,6 +93,7 @@ def prepare_base_model(
 
     Raises ConfigError if the engine cannot run its architecture.
     """
+    _without_padding_check(model)
     context, store = StepContext(), KVStore(kernels)
     residency = Residency(base_quant=base_quant)
     table, dtype = model.get_input_embeddings().weight, model.dtype
@@ -133,6 +136,15 @@ def _check_config(path: Path) -> None:
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if getattr(config, "auto_map", None):
         raise ConfigError("this base model needs code from its repository (auto_map); refused")
+
+
+def _without_padding_check(model: nn.Module) -> None:
+    """Some definitions look at the ids for padding, to warn of a missing mask: there is none here,
+    and looking waits for the device, which a graph under capture must not.
+    """
+    for module in model.modules():
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+            vars(module)["warn_if_padding_and_no_attention_mask"] = lambda *_: None
 
 
 def _limit_length(base: BaseModel) -> None:

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from server.engine.batch import LogitRows
 from server.engine.request import Request, StepOutput, TokenScore
-from server.engine.sampler import Sampled, mask_foreign_ids_, token_score
+from server.engine.sampler import Sampled, mask_foreign_ids_, token_scores
 from server.engine.types import FinishReason
 from server.errors import GenerationFailed, ServeError
 
 log = logging.getLogger(__name__)
+SCORED_ROWS = 256  # of a prompt at once: float32 copies of their logits
 
 
 def as_serve_error(error: Exception) -> ServeError:
@@ -41,13 +42,16 @@ class Postprocessor:
         found = request.prompt_scores
         if not found:
             found.append(TokenScore(prompt[0], None))
-        for offset in range(rows.n):
-            position = request.n_computed + offset + 1
-            if position != len(found) or position >= len(prompt):
-                continue  # recomputed after a preemption, or past the prompt
-            row = logits[rows.first + offset].float().unsqueeze(0)
-            mask_foreign_ids_(row, [request.variant.vocab_size])
-            found.append(token_score(request, torch.log_softmax(row[0], -1), prompt[position]))
+        # Rows predict the position after their own. Those before `len(found)` are computed again,
+        # after a preemption.
+        first = rows.first - request.n_computed - 1
+        end = min(request.n_computed + rows.n + 1, len(prompt))
+        for start in range(len(found), end, SCORED_ROWS):
+            stop = min(start + SCORED_ROWS, end)
+            chunk = logits[first + start : first + stop].to(torch.float32, copy=True)
+            mask_foreign_ids_(chunk, [request.variant.vocab_size] * len(chunk))
+            logprobs = torch.log_softmax(chunk, -1)
+            found += token_scores(logprobs, prompt[start:stop], [params.logprobs] * len(chunk))
 
     def token(self, request: Request, sampled: Sampled, max_len: int) -> StepOutput:
         """Append the token to the request and say whether it was the last."""

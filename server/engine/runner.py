@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from server.engine.scheduler import Scheduled
 from server.engine.static_step import SEGMENT_ROWS, DecodeRow, StaticBatch, StaticStep
 from server.errors import ConfigError
 from server.ops.attention import AttentionPlan, DecodeBatch
-from server.ops.rows import RowPlan
+from server.ops.rows import BASE_SLOT, RowPlan
 from server.ops.static_rows import StaticRows
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class Runner:
         self.base = base
         self.counts = StepCounts()
         self._static: StaticStep | None = None
-        self._version = base.residency.version
+        self._seen = replace(base.residency)  # when graphs were last known to be good
         self._told: set[str] = set()
 
     def stats(self) -> dict[str, int]:
@@ -125,12 +125,7 @@ class Runner:
         Valid until the next call.
         """
         if isinstance(step, DecodeStep):
-            assert self._static is not None
-            if self._version != self.base.residency.version:
-                self._version = self.base.residency.version
-                self._static.forget()
-            self.counts.static += 1
-            return self._static.run(step.rows)
+            return self._run_static(step.rows)
         return self._model(
             step.input_ids,
             step.position_ids,
@@ -140,6 +135,21 @@ class Runner:
             step.logit_rows,
             step.merged_slot,
         )
+
+    def _run_static(self, rows: Sequence[DecodeRow]) -> Tensor:
+        assert self._static is not None
+        now, seen = self.base.residency, self._seen
+        if now.version != seen.version:
+            self._static.forget(
+                with_deltas_only=now.vectors == seen.vectors, new_kernels=now.kinds != seen.kinds
+            )
+            self._seen = replace(now)
+        logits = self._static.run(rows)
+        if self._static.runs_eagerly(len(rows), rows[-1].slot != BASE_SLOT):
+            self.counts.eager += 1
+        else:
+            self.counts.static += 1
+        return logits
 
     def _static_forward(self, batch: StaticBatch, with_deltas: bool) -> Tensor:
         rows = StaticRows(
@@ -192,7 +202,7 @@ def _decode_step(scheduled: Sequence[Scheduled], page_tokens: int) -> DecodeStep
     for item in ordered:
         request, at = item.request, item.request.n_computed
         place = request.pages[at // page_tokens] * page_tokens + at % page_tokens
-        used = request.pages[: at // page_tokens + 1]
-        rows.append(DecodeRow(request.tokens[at], at, place, used, at + 1, request.slot_index))
+        pages, slot = request.pages, request.slot_index
+        rows.append(DecodeRow(request.tokens[at], at, place, pages, at + 1, slot))
     outputs = tuple(LogitRows(i, 1, True) for i in range(len(rows)))
     return DecodeStep(ordered, tuple(rows), outputs)

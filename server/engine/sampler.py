@@ -1,19 +1,19 @@
 """Logits -> token ids: penalties and bias ours, the filters transformers' own.
 
 Rows with the same filter settings are filtered together. Every request may bring its seed: its
-noise then comes from its own generator, so its text does not depend on who shares the batch.
+random numbers, one a token, then come from its own generator, so its text does not depend on who
+shares the batch.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -49,31 +49,42 @@ class Sampler:
         self._generators.pop(request.request_id, None)
 
     def sample(self, requests: list[Request], logits: Tensor) -> list[Sampled]:
-        """Choose one token per row: logits [R, V] any float -> R outcomes.
+        """Choose one token per row: logits [R, V] any float, unchanged -> R outcomes.
 
-        What goes wrong for one row (not finite, a processor raises) is that row's outcome.
+        What goes wrong for one row (not finite, a processor raises) is that row's outcome. Waits
+        for the device once, and once for every setting that draws.
         """
-        logits = logits.float()
+        logits = logits.to(torch.float32, copy=True)
         mask_foreign_ids_(logits, [r.variant.vocab_size for r in requests])
-        outcomes = [
-            Sampled() if finite else Sampled(error=_not_finite(request))
-            for request, finite in zip(requests, logits.amax(-1).isfinite().tolist(), strict=True)
-        ]
+        finite = logits.amax(-1).isfinite()
+        outcomes = [Sampled() for _ in requests]
         raw = logits.clone() if any(r.params.logprobs is not None for r in requests) else logits
         for row, request in enumerate(requests):
             with _failing(outcomes[row]):
                 _adjust_(logits[row], request)
-        best = _best(logits)
-        for row, outcome in enumerate(outcomes):
-            outcome.token_id = best[row]
+        for outcome, request, best, is_finite in zip(
+            outcomes, requests, *_best(logits, finite), strict=True
+        ):
+            outcome.token_id = best
+            if not is_finite:
+                outcome.error = _not_finite(request)
         self._draw(logits, requests, outcomes)
-        for row, request in enumerate(requests):
-            if request.params.logprobs is not None:
-                with _failing(outcomes[row]):
-                    logprobs = torch.log_softmax(raw[row], -1)
-                    token = outcomes[row].token_id
-                    outcomes[row].score = token_score(request, logprobs, token)
+        self._score(raw, requests, outcomes)
         return outcomes
+
+    def _score(self, raw: Tensor, requests: list[Request], outcomes: list[Sampled]) -> None:
+        """Log probabilities, before penalties, where they are wanted."""
+        counts = {i: r.params.logprobs for i, r in enumerate(requests)}
+        wanted = {row: k for row, k in counts.items() if k is not None}
+        if not wanted:
+            return
+        scored = [outcomes[row] for row in wanted]
+        with _failing(*scored):
+            logprobs = torch.log_softmax(raw[list(wanted)], -1)
+            tokens = [outcome.token_id for outcome in scored]
+            found = token_scores(logprobs, tokens, list(wanted.values()))
+            for outcome, score in zip(scored, found, strict=True):
+                outcome.score = score
 
     def _draw(self, logits: Tensor, requests: list[Request], outcomes: list[Sampled]) -> None:
         """Replace the best token of rows with a temperature by a random one."""
@@ -84,33 +95,51 @@ class Sampler:
                 groups[(p.temperature, p.top_k, p.top_p, p.min_p)].append(row)
         for rows in groups.values():
             with _failing(*(outcomes[row] for row in rows)):
-                scores = _warpers(requests[rows[0]].params)(None, logits[rows])
+                chosen = logits if len(rows) == len(requests) else logits[rows]
+                scores = _warpers(requests[rows[0]].params)(None, chosen)
                 probs = torch.softmax(scores, -1)
-                noise = torch.stack([self._noise(requests[row], probs.shape[1]) for row in rows])
-                # argmax(p / Exp(1)) draws from p: the exponential race.
-                drawn = (probs / noise.to(probs.device)).argmax(-1).tolist()
+                numbers = torch.cat([self._uniform(requests[row]) for row in rows])
+                drawn = draw(probs, numbers.to(probs.device)).tolist()
                 for row, token in zip(rows, drawn, strict=True):
-                    outcomes[row].token_id = int(token)
+                    outcomes[row].token_id = token
 
-    def _noise(self, request: Request, width: int) -> Tensor:
-        """[width]; as many random numbers as the variant has tokens, however wide the batch is."""
+    def _uniform(self, request: Request) -> Tensor:
+        """[1] float64 in [0, 1), on the host: generators are the same on every device."""
         generator = None
         if request.params.seed is not None:
             if request.request_id not in self._generators:
                 generator = torch.Generator().manual_seed(request.params.seed)
                 self._generators[request.request_id] = generator
             generator = self._generators[request.request_id]
-        n = min(request.variant.vocab_size, width)
-        own = torch.empty(n).exponential_(generator=generator).clamp_(min=1e-20)
-        return own if n == width else F.pad(own, (0, width - n), value=1.0)
+        return torch.rand(1, dtype=torch.float64, generator=generator)
 
 
-def _best(logits: Tensor) -> list[int]:
-    """The first largest of every row: ``logits [R, V]`` float32."""
+def pick_rows(logits: Tensor, rows: list[int]) -> Tensor:
+    """Those rows of ``logits [R, V]``, at least one: a view where they follow each other. A list as
+    index would be copied to the device, which the host waits for.
+    """
+    first, last = rows[0], rows[-1]
+    return logits[first : last + 1] if rows == list(range(first, last + 1)) else logits[rows]
+
+
+def draw(probs: Tensor, numbers: Tensor) -> Tensor:
+    """Inverse transform: ``probs [R, V]`` float32 (any sum), ``numbers [R]`` float64 in [0, 1) ->
+    int64 [R], each the first id whose cumulative probability exceeds the number's share of the
+    row's sum, in float64. An id of probability 0 is never drawn.
+    """
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1]
+    below = total.nextafter(torch.zeros_like(total))  # a product with a number near 1 may round up
+    wanted = torch.minimum(numbers * total, below)
+    return torch.searchsorted(cumulative, wanted.unsqueeze(1), right=True).squeeze(1)
+
+
+def _best(logits: Tensor, finite: Tensor) -> tuple[list[int], list[bool]]:
+    """The first largest of every row, and `finite` on the host: ``logits [R, V]`` float32."""
     if logits.device.type == "cpu":  # numpy's is vectorised, torch's takes ten times as long
-        return logits.numpy().argmax(-1).tolist()  # type: ignore[no-any-return]
-    best: list[int] = logits.argmax(-1).tolist()
-    return best
+        return logits.numpy().argmax(-1).tolist(), finite.tolist()
+    best, flags = torch.stack([logits.argmax(-1), finite.long()]).tolist()  # one wait
+    return best, [flag == 1 for flag in flags]
 
 
 @contextmanager
@@ -151,14 +180,23 @@ def mask_foreign_ids_(logits: Tensor, vocab_sizes: list[int]) -> None:
             logits[row, size:] = float("-inf")
 
 
-def token_score(request: Request, logprobs: Tensor, token: int) -> TokenScore:
-    """The chosen token's log probability and the k best: ``logprobs [V]``, before penalties."""
-    k = request.params.logprobs or 0
-    top: tuple[tuple[int, float], ...] = ()
-    if k:
-        best = torch.topk(logprobs, min(k, len(logprobs)))
-        top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
-    return TokenScore(token, float(logprobs[token]), top)
+def token_scores(
+    logprobs: Tensor, tokens: Sequence[int], counts: Sequence[int]
+) -> list[TokenScore]:
+    """For every row of ``logprobs [R, V]``: the log probability of its token, and the best ones, as
+    many as `counts` says.
+
+    One copy from the device, however many rows.
+    """
+    chosen = torch.tensor(tokens, device=logprobs.device).unsqueeze(1)
+    most = min(max(counts), logprobs.shape[1])
+    best = torch.topk(logprobs, most)
+    values = torch.cat([logprobs.gather(1, chosen), best.values, best.indices.double()], dim=1)
+    scores = []
+    for token, count, (own, *rest) in zip(tokens, counts, values.tolist(), strict=True):
+        ids = map(int, rest[most : most + count])
+        scores.append(TokenScore(token, own, tuple(zip(ids, rest[:count], strict=False))))
+    return scores
 
 
 def _penalise_(row: Tensor, request: Request) -> None:

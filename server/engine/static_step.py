@@ -15,6 +15,7 @@ Padding is inert: length 0 attends to nothing, place `padding_place` is of a pag
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +27,11 @@ from server.errors import ConfigError
 from server.ops.rows import BASE_SLOT, Segment
 from server.ops.triton.layout import SegmentArrays, cut_segments
 
+log = logging.getLogger(__name__)
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 SEGMENT_ROWS = 16  # `blockdiag.DECODE_ROWS`, without importing triton
 WARM_UPS = 2
+ALIGNED = 4  # int32 are 16 bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,7 @@ class DecodeRow:
     """One sequence's new token.
 
     place   row of the flattened cache where its key and value go
-    pages   the sequence's pages, the new token's included
+    pages   the sequence's pages, the new token's included: one list all its life, which grows
     length  positions to attend to, the new token included
     slot    of its variant, -1 for the base
     """
@@ -74,22 +77,26 @@ class StaticBatch:
 
 
 Forward = Callable[[StaticBatch, bool], Tensor]
+GraphKey = tuple[int, bool]  # rows, with deltas
 
 
 class StaticBuffers:
-    """Host and device memory of one bucket: int64 ``[4, T]``, int32 ``[4 T + 1]`` and ``[P, T]``.
+    """Host and device memory of one bucket: int64 ``[4, W]``, int32 ``[4 W + 4]`` and ``[P, T]``.
 
-    The last two are one array, the page tables at its end, so that one copy takes both.
+    The last two are one array, the page tables at its end, so that one copy takes both. W is T
+    rounded up so that every field begins at a multiple of 16 bytes: Triton compiles kernels anew
+    for other addresses, and would in the first step of 1, of 2 and of 4 rows.
     """
 
     def __init__(self, rows: int, max_pages: int, device: torch.device, padding_place: int) -> None:
         self.rows = rows
+        self._stride = -(-rows // ALIGNED) * ALIGNED
         self._padding_place = padding_place
-        self._n_fixed = 4 * rows + 1
-        self._width = max_pages  # pages that are not 0 in the page tables, at most
+        self._n_fixed = 4 * self._stride + ALIGNED
+        self._tables = PageTables(rows, max_pages)
         pinned = device.type == "cuda"
         n_small = self._n_fixed + rows * max_pages
-        self._host_wide = torch.zeros((4, rows), dtype=torch.int64, pin_memory=pinned)
+        self._host_wide = torch.zeros((4, self._stride), dtype=torch.int64, pin_memory=pinned)
         self._host_small = torch.zeros(n_small, dtype=torch.int32, pin_memory=pinned)
         self.wide = self._host_wide.to(device, copy=True)
         self.small = self._host_small.to(device, copy=True)
@@ -101,19 +108,20 @@ class StaticBuffers:
 
     def _views(self) -> StaticBatch:
         t = self.rows
-        ids, positions, places, vector_rows = self.wide
-        sizes = [t, t, t, t, 1, len(self.small) - self._n_fixed]
-        lengths, slots, starts, ends, count, pages = self.small.split(sizes)  # type: ignore[no-untyped-call]
+        ids, positions, places, vector_rows = self.wide[:, :t]
+        fields = self.small[: 4 * self._stride].view(4, -1)[:, :t]
+        lengths, slots, starts, ends = fields
+        count = self.small[4 * self._stride : 4 * self._stride + 1]
         return StaticBatch(
             input_ids=ids.view(1, t),
             position_ids=positions.view(1, t),
             places=places,
             vector_rows=vector_rows,
-            pages=pages.view(-1, t).t(),
+            pages=self.small[self._n_fixed :].view(-1, t).t(),
             lengths=lengths,
             rows=self._rows,
             segments=SegmentArrays(slots, starts, ends, count, SEGMENT_ROWS),
-            table=self.small[t : 4 * t].view(3, t).t(),
+            table=fields[1:].t(),
         )
 
     def fill(self, rows: Sequence[DecodeRow]) -> int:
@@ -131,32 +139,51 @@ class StaticBuffers:
             [row.place for row in rows] + [self._padding_place] * padding,
             [row.slot + 1 for row in rows] + [0] * padding,
         ]
-        self._host_wide.copy_(torch.tensor(wide))
+        self._host_wide[:, :t] = torch.tensor(wide)
         pieces = cut_segments(segments_of(rows), SEGMENT_ROWS)
         spare = [BASE_SLOT] * (t - len(pieces))
-        fixed = [
-            *([row.length for row in rows] + [0] * padding),
-            *([piece.slot for piece in pieces] + spare),
-            *([piece.start for piece in pieces] + spare),
-            *([piece.end for piece in pieces] + spare),
-            len(pieces),
+        fields = [
+            [row.length for row in rows] + [0] * padding,
+            [piece.slot for piece in pieces] + spare,
+            [piece.start for piece in pieces] + spare,
+            [piece.end for piece in pieces] + spare,
         ]
-        self._host_small[: self._n_fixed] = torch.tensor(fixed, dtype=torch.int32)
-        n_used = self._n_fixed + t * self._fill_pages(rows)
+        fixed = self._host_small[: 4 * self._stride].view(4, -1)
+        fixed[:, :t] = torch.tensor(fields, dtype=torch.int32)
+        self._host_small[4 * self._stride] = len(pieces)
+        n_pages = self._tables.write(self._host_pages, [row.pages for row in rows])
+        n_used = self._n_fixed + t * n_pages
         self.wide.copy_(self._host_wide, non_blocking=True)
         self.small[:n_used].copy_(self._host_small[:n_used], non_blocking=True)
         if self._copied is not None:
             self._copied.record()
         return self.wide.nbytes + 4 * n_used
 
-    def _fill_pages(self, rows: Sequence[DecodeRow]) -> int:
-        """Write the page tables; returns how many pages of each row may differ from before."""
-        longest = max((len(row.pages) for row in rows), default=0)
+
+class PageTables:
+    """What is written in the page tables ``[P, T]`` of a bucket, so that a step writes the new
+    pages only: of long sequences they are few beside all. Places past a sequence's pages are 0.
+    """
+
+    def __init__(self, rows: int, max_pages: int) -> None:
+        self._written: list[tuple[Sequence[int], int]] = [((), 0)] * rows
+        self._width = max_pages  # rows of the tables that are not 0, at most
+
+    def write(self, tables: Tensor, rows: Sequence[Sequence[int]]) -> int:
+        """Bring ``tables int32 [P, T]`` up to date; returns how many of its rows may differ from
+        before. A list that was written before has grown at its end only.
+        """
+        array = tables.numpy()
+        longest = max(map(len, rows), default=0)
+        for i, (before, n_before) in enumerate(self._written):
+            pages: Sequence[int] = rows[i] if i < len(rows) else ()
+            first = n_before if pages is before else 0
+            if len(pages) > first:
+                array[first : len(pages), i] = pages[first:]
+            if n_before > len(pages):
+                array[len(pages) : n_before, i] = 0
+            self._written[i] = pages, len(pages)
         changed = max(longest, self._width)
-        self._host_pages[:changed] = 0
-        if rows:
-            lists = [list(row.pages) + [0] * (longest - len(row.pages)) for row in rows]
-            self._host_pages[:longest, : len(rows)] = torch.tensor(lists, dtype=torch.int32).t()
         self._width = longest
         return changed
 
@@ -194,12 +221,16 @@ class StaticStep:
                 f"{max_rows} decode rows per step are more than the largest graph's "
                 f"{BUCKETS[-1]}; lower --max-num-seqs or use --enforce-eager"
             )
-        self._forward, self._device = forward, device
+        self._forward = forward
         wanted = [bucket for bucket in BUCKETS if bucket < max_rows]
         sizes = [*wanted, BUCKETS[len(wanted)]]
         self._buffers = {t: StaticBuffers(t, max_pages, device, padding_place) for t in sizes}
-        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._graphs: dict[GraphKey, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._warm: set[GraphKey] = set()  # whose kernels are compiled
+        self._given_up: set[GraphKey] = set()
         self._pool: Any = None
+        # One for all captures: cuBLAS keeps a workspace for every stream it has seen.
+        self._side = torch.cuda.Stream() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self.forget()
 
     @property
@@ -218,45 +249,77 @@ class StaticStep:
         memory. Call once the slot arrays and caches have their addresses. Does nothing on a CPU.
         """
         self.forget()
-        if self._device.type != "cuda":
+        if self._side is None:
             return
         for bucket in reversed(self.buckets):
             for flag in with_deltas:
-                self._capture(bucket, flag)
+                self._capture((bucket, flag))
 
-    def forget(self) -> None:
-        """Some array has moved: capture anew, each graph when it is first needed."""
-        self._graphs.clear()
-        self._pool = torch.cuda.graph_pool_handle() if self._device.type == "cuda" else None
+    def forget(self, *, with_deltas_only: bool = False, new_kernels: bool = True) -> None:
+        """Some array has moved: capture anew, each graph when it is first needed.
 
-    def _capture(self, bucket: int, with_deltas: bool) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        with_deltas_only  it was one that steps of the base alone do not read
+        new_kernels       there are arrays of another kind, whose kernels may not be compiled yet
+        """
+        self._graphs = {k: g for k, g in self._graphs.items() if with_deltas_only and not k[1]}
+        self._given_up.clear()
+        if new_kernels:
+            self._warm.clear()
+        if not self._graphs:
+            self._pool = torch.cuda.graph_pool_handle() if self._side is not None else None
+
+    def _capture(self, key: GraphKey) -> None:
+        assert self._side is not None
+        (bucket, with_deltas), side = key, self._side
         buffers = self._buffers[bucket]
         buffers.fill([])
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):  # compiles kernels and sets up cuBLAS outside the capture
-                self._forward(buffers.batch, with_deltas)
-        torch.cuda.current_stream().wait_stream(side)
+        current = torch.cuda.current_stream()
+        side.wait_stream(current)
+        if key not in self._warm:
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UPS):  # compiles kernels and sets up cuBLAS before the capture
+                    self._forward(buffers.batch, with_deltas)
+            current.wait_stream(side)
+            self._warm.add(key)
         graph = torch.cuda.CUDAGraph()
-        # thread_local: a loader's thread may allocate and wait meanwhile, on its own stream.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        # thread_local: a loader's thread may allocate and wait meanwhile, on its own stream. The
+        # outer context gives this thread its stream back if the capture cannot be ended.
+        with (
+            torch.cuda.stream(current),
+            torch.cuda.graph(
+                graph, pool=self._pool, stream=side, capture_error_mode="thread_local"
+            ),
+        ):
             logits = self._forward(buffers.batch, with_deltas)
-        self._graphs[bucket, with_deltas] = graph, logits
-        return graph, logits
+        self._graphs[key] = graph, logits
+
+    def _captured(self, key: GraphKey) -> tuple[torch.cuda.CUDAGraph, Tensor] | None:
+        """The graph, captured if need be; None on a CPU, and where capturing failed."""
+        if self._side is None or key in self._given_up:
+            return None
+        if key not in self._graphs:
+            try:
+                self._capture(key)
+            except RuntimeError:  # memory; if the device is broken, the step itself will fail too
+                log.exception("no graph of %d rows: such steps run eagerly, slower", key[0])
+                self._given_up.add(key)
+        return self._graphs.get(key)
+
+    def runs_eagerly(self, n_rows: int, with_deltas: bool) -> bool:
+        """Whether steps like the last of these are not captured although they should be."""
+        return (self._bucket(n_rows), with_deltas) in self._given_up
+
+    def _bucket(self, n_rows: int) -> int:
+        return next(t for t in self.buckets if t >= n_rows)
 
     @torch.inference_mode()
     def run(self, rows: Sequence[DecodeRow]) -> Tensor:
         """Logits ``[n, V]`` of n rows sorted by slot; valid until the next call."""
-        bucket = next(t for t in self.buckets if t >= len(rows))
-        buffers = self._buffers[bucket]
-        with_deltas = any(row.slot != BASE_SLOT for row in rows)
-        captured = self._graphs.get((bucket, with_deltas))
-        if captured is None and self._device.type == "cuda":
-            captured = self._capture(bucket, with_deltas)
+        key = self._bucket(len(rows)), any(row.slot != BASE_SLOT for row in rows)
+        captured, buffers = self._captured(key), self._buffers[key[0]]
         buffers.fill(rows)
         if captured is None:
-            return self._forward(buffers.batch, with_deltas)[: len(rows)]
+            return self._forward(buffers.batch, key[1])[: len(rows)]
         graph, logits = captured
         graph.replay()
         return logits[: len(rows)]

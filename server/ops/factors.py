@@ -127,7 +127,7 @@ def lowrank_rows(ids: Tensor, places: Tensor, term: LowRankFactors) -> Tensor:
     """
     left = term.b[places, :, ids]  # [t, r]
     if len(places) == 1:
-        return left @ term.a[places[0]]
+        return left @ term.a[places].squeeze(0)  # `places[0]` as an index would wait for its value
     return torch.bmm(left.unsqueeze(1), term.a[places]).squeeze(1)
 
 

@@ -7,7 +7,7 @@ compiled ones. `choose_kernels` says which a device gets; Triton's are checked o
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Literal, Protocol
 
@@ -38,6 +38,10 @@ class Kernels(AttentionKernels, Protocol):
 
     def takes_data(self, device: torch.device) -> bool:
         """Whether a step can run on `StaticRows`: nothing here asks the device for its rows."""
+        ...
+
+    def on_compiled(self, call: Callable[[], None]) -> None:
+        """Have `call` called after every kernel that is compiled while serving."""
         ...
 
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp: ...
@@ -84,6 +88,8 @@ class TorchKernels:
 
     def takes_data(self, device: torch.device) -> bool:
         return device.type == "cpu"  # on a GPU it would have to wait for the segments
+
+    def on_compiled(self, call: Callable[[], None]) -> None: ...
 
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp:
         return TorchBlockDiag(blocks)

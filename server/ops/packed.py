@@ -90,17 +90,19 @@ class PackedBlocks:
         return list(enumerate(self.block_rows()))
 
 
-def octaves(device: torch.device | None = None) -> Tensor:
+def octaves() -> Tensor:
     """[256] float32: what one-byte scales stand for."""
-    table = ((torch.arange(256, dtype=torch.float64) - 255) / SCALE_STEPS).exp2().float()
-    table[0] = 0
-    return table.to(device)
+    return scale_values(torch.arange(256, dtype=torch.uint8))
 
 
 def scale_values(scales: Tensor) -> Tensor:
-    """Stored scales -> float32, still in units of the term's unit."""
+    """Stored scales -> float32, still in units of the term's unit.
+
+    Bytes are computed, not looked up: a table would have to be copied to the device.
+    """
     if scales.dtype is torch.uint8:
-        return octaves(scales.device)[scales.long()]
+        values = ((scales.double() - 255) / SCALE_STEPS).exp2().float()
+        return values.masked_fill_(scales == 0, 0.0)
     return scales.float()
 
 

@@ -35,6 +35,11 @@ class QuantizedWeight:
         return (self.values.float() * self.scales.unsqueeze(1)).to(dtype)
 
 
+def has_float8(device: torch.device) -> bool:
+    """Whether kernels there can read float8_e4m3fn: from compute capability 8.9 on."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def quantize(weight: Tensor, kind: BaseQuant) -> QuantizedWeight:
     """`weight [m, n]` in 8 bits of either kind."""
     return quantize_int8(weight) if kind == "int8" else quantize_float8(weight)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ class NumbaKernels:
 
     def takes_data(self, device: torch.device) -> bool:
         return False
+
+    def on_compiled(self, call: Callable[[], None]) -> None: ...  # all are, by `__init__`
 
     def __init__(self) -> None:
         self.parallel = Parallel()

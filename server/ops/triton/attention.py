@@ -24,9 +24,9 @@ import triton.language as tl
 from torch import Tensor
 
 from server.ops.attention import HeadNorm
-from server.ops.triton.compat import UPCAST, launch, mac, next_power_of_two
+from server.ops.triton.compat import UPCAST, is_wide, launch, mac, next_power_of_two
 
-TILE_KEYS = 64
+TILE_KEYS = 64  # read at once; fewer where they would not fit, see `keys_of`
 MIN_ROWS = 16  # of a tensor-core operand
 
 
@@ -47,6 +47,11 @@ class NewTokens:
     sin: Tensor
     places: Tensor
     norms: tuple[HeadNorm, HeadNorm] | None = None
+
+
+def keys_of(dtype: torch.dtype, dim: int) -> int:
+    """Keys of a tile: of heads of 256, 64 take more shared memory than a processor of sm_89 has."""
+    return 16 if is_wide(dtype) else TILE_KEYS // 2 if dim > 128 else TILE_KEYS
 
 
 def splits_for(batch: int) -> int:
@@ -112,7 +117,7 @@ def paged_decode(
         SOFTCAP=softcap is not None,
         TILE_G=max(MIN_ROWS, next_power_of_two(group)),
         TILE_D=max(MIN_ROWS, next_power_of_two(dim)),
-        TILE_L=TILE_KEYS,
+        TILE_L=keys_of(q.dtype, dim),
         UPCAST=UPCAST,
         num_warps=4,
         num_stages=3,

@@ -287,6 +287,8 @@ def _blockdiag_tile(
     accs = ()
     for _ in tl.static_range(WORD):
         accs = accs + (tl.zeros((TILE_T, TILE_P), tl.float32),)  # type: ignore[assignment]
+    # Whether `_as_values` adds to the centred level, which the sum of x then takes off again.
+    SMALL: tl.constexpr = x.dtype.element_ty != tl.float32 and BITS < 8
     x_sum = tl.zeros((TILE_T,), tl.float32)
     for j in range(0, walked, TILE_K):
         row = j + tl.arange(0, TILE_K)
@@ -305,7 +307,8 @@ def _blockdiag_tile(
             column = tl.multiple_of(f * walked, INPUT_ALIGN) + row
             x_mask = row_mask[:, None] & ((row < walked) & (column < columns))[None, :]
             xs = tl.load(x_rows + column[None, :], mask=x_mask, other=0.0)
-            x_sum += tl.sum(xs.to(tl.float32), axis=1)
+            if SMALL:
+                x_sum += tl.sum(xs.to(tl.float32), axis=1)
             source = odd if BITS == 3 and f % 2 else low
             new = ()
             for h in tl.static_range(WORD):
@@ -320,8 +323,7 @@ def _blockdiag_tile(
                 new = new + (mac(accs[h], xs, w, UPCAST),)  # type: ignore[assignment]
             accs = new
 
-    # What `_as_values` added to the centred level; padding of x is 0 and adds nothing.
-    SMALL: tl.constexpr = x.dtype.element_ty != tl.float32 and BITS < 8
+    # Padding of x is 0 and adds nothing.
     OFFSET: tl.constexpr = 16 + ((1 << BITS) - 1) * 0.5 if SMALL else 0
     y += block * (m // s) + tl.minimum(block, m % s)
     y_rows = y + token[:, None].to(tl.int64) * y_stride

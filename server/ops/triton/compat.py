@@ -78,6 +78,13 @@ def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def is_wide(dtype: torch.dtype) -> bool:
+    """Whether dots run on the ordinary cores, each thread holding whole rows of both operands:
+    tiles of 16 bits' size would then spill tens of kilobytes a thread.
+    """
+    return dtype.itemsize > 2
+
+
 def tile_of(size: int) -> int:
     """Rows or columns of a tile: what covers `size`, within a tensor-core operand's 16 and 64."""
     return max(16, min(64, next_power_of_two(size)))

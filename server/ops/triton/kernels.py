@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+import triton
 from torch import Tensor
 
 from server.ops.attention import AttentionCall, DecodeBatch, HeadNorm
@@ -31,7 +32,7 @@ from server.ops.triton.linear import linear_
 from server.ops.triton.lowrank import lowrank_add_
 from server.ops.triton.norm import add_rms_norm, rms_norm, silu_mul
 from server.ops.triton.packed_lowrank import packed_lowrank_add_
-from server.ops.triton.prefill import PrefillTiles, paged_prefill_, prefill_tiles
+from server.ops.triton.prefill import PrefillTiles, paged_prefill_, prefill_tiles, tokens_of
 from server.ops.triton.rope import rope_and_write_
 
 
@@ -108,6 +109,9 @@ class TritonKernels(TorchKernels):
     def takes_data(self, device: torch.device) -> bool:
         return True
 
+    def on_compiled(self, call: Callable[[], None]) -> None:
+        triton.knobs.runtime.jit_post_compile_hook = lambda **_: call()
+
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp:
         return TritonBlockDiag(blocks)
 
@@ -151,7 +155,8 @@ class TritonKernels(TorchKernels):
         norms = None
         if call.norms is not None:
             q_norm, k_norm = (self._indexed(norm, len(call.q)) for norm in call.norms)
-            if q_norm.form != k_norm.form:
+            form = q_norm.form
+            if form != k_norm.form or form.casts_first != (form.offset == 0.0):
                 return False
             norms = q_norm, k_norm
         angles = call.rotary.cos, call.rotary.sin
@@ -165,11 +170,12 @@ class TritonKernels(TorchKernels):
         )
 
     def prefill_(self, out: Tensor, call: AttentionCall) -> None:
-        plan, device = call.plan, call.q.device
+        plan, dtype = call.plan, call.q.dtype
         if "tile_table" not in plan.made:
-            made = prefill_tiles(plan.prefill, device)
+            made = prefill_tiles(plan.prefill, call.q.device, dtype)
             plan.made["tile_table"], plan.made["tile_pages"] = made.table, made.pages
-        tiles = PrefillTiles(plan.made["tile_table"], plan.made["tile_pages"])
+        tables = plan.made["tile_table"], plan.made["tile_pages"]
+        tiles = PrefillTiles(*tables, tokens_of(dtype))
         options = {"scale": call.scale, "window": call.window, "softcap": call.softcap}
         caches = (call.k_cache, call.v_cache)
         paged_prefill_(out, call.q, *caches, tiles, **options)  # type: ignore[arg-type]

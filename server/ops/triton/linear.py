@@ -16,10 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from server.ops.quantize import QuantizedWeight
-from server.ops.triton.compat import UPCAST, launch, mac
+from server.ops.triton.compat import UPCAST, is_wide, launch, mac
 
 TILE_OUTPUTS = 64
-TILE_INPUTS = 128
+TILE_INPUTS, WIDE_INPUTS = 128, 32  # of x in 16 and in 32 bits
 SMALL_ROWS, LARGE_ROWS = 16, 64
 
 
@@ -27,14 +27,15 @@ def linear_(y: Tensor, x: Tensor, weight: QuantizedWeight) -> Tensor:
     """``y = x @ W^T``: y [T, m], x [T, n] of one dtype, rows contiguous. Returns y."""
     rows = len(x)
     m, n = weight.values.shape
-    tile_rows = SMALL_ROWS if rows <= SMALL_ROWS else LARGE_ROWS
+    small = rows <= SMALL_ROWS or is_wide(x.dtype)
+    tile_rows = SMALL_ROWS if small else LARGE_ROWS
     launch(
         _linear_kernel,
         (triton.cdiv(m, TILE_OUTPUTS), triton.cdiv(rows, tile_rows)),
         *(y, x, weight.values, weight.scales, rows, m, n, y.stride(0), x.stride(0)),
         TILE_T=tile_rows,
         TILE_M=TILE_OUTPUTS,
-        TILE_K=TILE_INPUTS,
+        TILE_K=WIDE_INPUTS if is_wide(x.dtype) else TILE_INPUTS,
         UPCAST=UPCAST,
         num_warps=4,
         num_stages=4,
@@ -58,7 +59,7 @@ def _linear_kernel(
         k = j + tl.arange(0, TILE_K)
         inside = k < n
         xs = tl.load(x_rows + k[None, :], mask=row_mask[:, None] & inside[None, :], other=0.0)
-        w = tl.load(w_rows + k[:, None], mask=inside[:, None] & out_mask[None, :], other=0)
+        w = tl.load(w_rows + k[:, None], mask=inside[:, None] & out_mask[None, :], other=0.0)
         acc = mac(acc, xs, w.to(xs.dtype), UPCAST)
     scale = tl.load(scales + out, mask=out_mask, other=0.0)
     mask = row_mask[:, None] & out_mask[None, :]

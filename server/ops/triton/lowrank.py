@@ -26,6 +26,7 @@ from server.ops.factors import LowRankFactors
 from server.ops.triton.compat import (
     UPCAST,
     first_item,
+    is_wide,
     launch,
     mac,
     n_pieces,
@@ -37,7 +38,7 @@ from server.ops.triton.layout import SegmentArrays, place_of, rows_of, where_of
 
 CHUNK_INPUTS = 512
 TILE_INPUTS = 64
-TILE_OUTPUTS = 128
+TILE_OUTPUTS, WIDE_OUTPUTS = 128, 32  # in 16 and in 32 bits
 
 
 def lowrank_add_(
@@ -99,7 +100,7 @@ def expand_(
         *hidden.shape[1:],
         TILE_T=segments.tile_rows,
         TILE_R=tile_of(max(rank for rank, _ in shapes)),
-        TILE_M=TILE_OUTPUTS,
+        TILE_M=WIDE_OUTPUTS if is_wide(outputs[0].dtype) else TILE_OUTPUTS,
         BITS=bits,
         UPCAST=UPCAST,
         num_warps=warps,
@@ -145,17 +146,18 @@ def byte_rows(n, BITS: tl.constexpr):
 def unpacked(columns, k, n, stride, mask, BITS: tl.constexpr, dtype: tl.constexpr):
     """Levels ``[inputs k, columns]`` of codes packed along n inputs, byte rows `stride` apart.
 
-    A byte is loaded once for each of its inputs. What is masked is finite, not 0.
+    A byte is loaded once for each of its inputs. What is masked is finite, not 0: inputs past n
+    take the last field, a shift by more bits than there are being undefined.
     """
     LOW: tl.constexpr = 2 if BITS == 3 else BITS
     low_rows = tl.cdiv(n, 8 // LOW)
     low = tl.load(columns + (k % low_rows)[:, None] * stride, mask=mask, other=0).to(tl.int32)
-    code = (low >> (k // low_rows * LOW)[:, None]) & ((1 << LOW) - 1)
+    code = (low >> tl.minimum(k // low_rows * LOW, 8 - LOW)[:, None]) & ((1 << LOW) - 1)
     if BITS == 3:
         high_rows = tl.cdiv(n, 8)
         high_row = low_rows + k % high_rows
         high = tl.load(columns + high_row[:, None] * stride, mask=mask, other=0).to(tl.int32)
-        code |= ((high >> (k // high_rows)[:, None]) & 1) << 2
+        code |= ((high >> tl.minimum(k // high_rows, 7)[:, None]) & 1) << 2
     return levels_of(code, BITS, dtype)
 
 

@@ -27,6 +27,7 @@ from server.ops.triton import lowrank
 from server.ops.triton.compat import (
     UPCAST,
     first_item,
+    is_wide,
     launch,
     mac,
     n_pieces,
@@ -37,7 +38,7 @@ from server.ops.triton.compat import (
 from server.ops.triton.layout import SegmentArrays, gathers, place_of, rows_of, where_of
 from server.ops.triton.lowrank import expand_, levels_of, unpacked
 
-TILE_INPUTS = 128
+TILE_INPUTS, WIDE_INPUTS = 128, 32  # of x in 16 and in 32 bits
 MOST_RANKS = 32  # of a tile: 64 spill
 
 
@@ -71,7 +72,7 @@ def packed_lowrank_add_(
         ALIGNED=not gathers(terms[0].down),
         TILE_T=segments.tile_rows,
         TILE_R=min(MOST_RANKS, tile_of(max(ranks))),
-        TILE_K=TILE_INPUTS // fields,
+        TILE_K=max(16, (WIDE_INPUTS if is_wide(x.dtype) else TILE_INPUTS) // fields),
         CHUNK=chunk,
         UPCAST=UPCAST,
         num_warps=segments.tile_rows // 16,  # each warp of a program unpacks all its codes

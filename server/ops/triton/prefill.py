@@ -22,10 +22,10 @@ import triton.language as tl
 from torch import Tensor
 
 from server.ops.attention import PrefillChunk
-from server.ops.triton.attention import MIN_ROWS, TILE_KEYS, visit
-from server.ops.triton.compat import UPCAST, launch, next_power_of_two
+from server.ops.triton.attention import MIN_ROWS, keys_of, visit
+from server.ops.triton.compat import UPCAST, is_wide, launch, next_power_of_two
 
-TILE_TOKENS = 64  # of a chunk
+TILE_TOKENS, WIDE_TOKENS = 64, 16  # of a chunk, in a tile; of 32 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,22 +35,33 @@ class PrefillTiles:
     table  int32 [n_tiles, 4]: first row, end of the chunk's rows, position of the first row, where
            in `pages` the chunk's own begin
     pages  integer: page ids, chunk after chunk
+    tokens of a tile at most
     """
 
     table: Tensor
     pages: Tensor
+    tokens: int
 
 
-def prefill_tiles(chunks: Sequence[PrefillChunk], device: torch.device) -> PrefillTiles:
-    """Cut a step's chunks into tiles of tokens; one host-to-device copy, once a step."""
-    table, first_page = [], 0
+def tokens_of(dtype: torch.dtype) -> int:
+    """Tokens of a tile, by the dtype of q."""
+    return WIDE_TOKENS if is_wide(dtype) else TILE_TOKENS
+
+
+def prefill_tiles(
+    chunks: Sequence[PrefillChunk], device: torch.device, dtype: torch.dtype
+) -> PrefillTiles:
+    """Cut a step's chunks into tiles of tokens of this dtype; one host-to-device copy, once a
+    step.
+    """
+    table, first_page, tokens = [], 0, tokens_of(dtype)
     for chunk in chunks:
-        for start in range(chunk.start, chunk.end, TILE_TOKENS):
+        for start in range(chunk.start, chunk.end, tokens):
             position = chunk.context + start - chunk.start
             table.append((start, chunk.end, position, first_page))
         first_page += len(chunk.pages)
     pages = torch.cat([chunk.pages for chunk in chunks])
-    return PrefillTiles(torch.tensor(table, dtype=torch.int32).to(device), pages)
+    return PrefillTiles(torch.tensor(table, dtype=torch.int32).to(device), pages, tokens)
 
 
 def paged_prefill_(
@@ -70,6 +81,7 @@ def paged_prefill_(
     [n_pages, page, Hkv, D] contiguous, hold the new tokens already.
     """
     _, heads, dim = q.shape
+    assert tiles.tokens <= tokens_of(q.dtype), "tiles made for another dtype"
     page, kv_heads = k_cache.shape[1:3]
     launch(
         _prefill_kernel,
@@ -80,9 +92,9 @@ def paged_prefill_(
         *(q.stride(0), q.stride(1), out.stride(0), out.stride(1)),
         WINDOW=window is not None,
         SOFTCAP=softcap is not None,
-        TILE_Q=TILE_TOKENS,
+        TILE_Q=tiles.tokens,
         TILE_D=max(MIN_ROWS, next_power_of_two(dim)),
-        TILE_L=TILE_KEYS,
+        TILE_L=keys_of(q.dtype, dim),
         UPCAST=UPCAST,
         num_warps=4 if dim <= 128 else 8,
         num_stages=2,

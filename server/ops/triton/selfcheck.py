@@ -24,6 +24,7 @@ from server.ops.kernels import Kernels, TorchKernels
 from server.ops.lowrank import HeldLowRank, PackedLowRank
 from server.ops.norm import RmsForm
 from server.ops.packed import PackedBlocks, packed_rows
+from server.ops.quantize import has_float8, quantize
 from server.ops.rows import Places, RowPlan, Segment, SlotSegments
 
 _SIZES = ((0, 40), (1, 24))
@@ -63,6 +64,7 @@ def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
     yield from _norms(random, device)
     gate, up = random(3, 48), random(3, 48)
     yield "silu_mul", lambda kernels: kernels.silu_mul(gate, up)
+    yield from _linears(random, device, dtype)
     yield from _attention(random, device)
 
 
@@ -90,6 +92,18 @@ def _blockdiag(
         return y
 
     return run
+
+
+def _linears(
+    random: Callable[..., Tensor], device: torch.device, dtype: torch.dtype
+) -> Iterator[Case]:
+    """Of an 8-bit base, with few rows and with many."""
+    weight = random(40, 48)
+    for kind in ("int8", "float8") if has_float8(device) else ("int8",):
+        held = quantize(weight, kind)
+        for rows in (3, 40):
+            x = random(rows, 48)
+            yield f"{kind} linear", lambda k, w=held, x=x: k.quantized_linear(w, dtype)(x)  # type: ignore[misc]
 
 
 def _factors(

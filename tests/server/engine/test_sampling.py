@@ -97,6 +97,25 @@ def test_max_tokens_zero_scores_the_prompt_only(pair: Served, harness: Make) -> 
     engine.assert_idle()
 
 
+def test_prompt_logprobs_beside_a_variant_with_more_vocabulary(
+    served: Callable[..., Served], harness: Make
+) -> None:
+    pair = served("llama", PAIR, extra_vocab=3)
+    engine = harness(pair)
+    warm = engine.submit("impart", "x", max_tokens=1)
+    engine.run(warm)
+    sent = [
+        engine.submit(name, PROMPT, max_tokens=2, logprobs=2, prompt_logprobs=True, ignore_eos=True)
+        for name in ("base", "impart")
+    ]
+    engine.run(*sent)
+    one = sent[0]
+    assert one.error is None
+    prompt = one.request.prompt_ids
+    rows = hf_logits(pair, "base", prompt)[:-1]
+    assert_logprobs(list(outputs(one)[0].prompt_logprobs[1:]), prompt[1:], rows, 2)
+
+
 # -- penalties and biases ----------------------------------------------------------------------
 
 

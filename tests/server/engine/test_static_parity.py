@@ -121,7 +121,7 @@ def test_loading_a_variant_makes_earlier_graphs_stale(served, harness) -> None:
     step = engine.core._runner._static
     assert step is not None
     forgotten = []
-    step.forget = lambda: forgotten.append(True)  # type: ignore[method-assign]
+    step.forget = lambda **_: forgotten.append(True)  # type: ignore[method-assign]
     for _ in range(2):
         request = engine.submit("blockdiag", PROMPTS[0], max_tokens=3)
         engine.run(request)

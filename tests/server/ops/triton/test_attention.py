@@ -12,7 +12,6 @@ pytest.importorskip("triton")
 
 from server.ops.attention import AttentionCall, AttentionPlan, HeadNorm, PrefillChunk, prefill_
 from server.ops.norm import RmsForm
-from server.ops.triton import prefill
 from server.ops.triton.attention import NewTokens, paged_decode, paged_decode_reference
 from server.ops.triton.norm import rms_norm_reference
 from server.ops.triton.prefill import paged_prefill_, prefill_tiles
@@ -184,10 +183,7 @@ def test_prefill_chunks_equal_softmax_over_own_tokens(
     dim: int,
     window: int | None,
     softcap: float | None,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(prefill, "TILE_TOKENS", 16)
-    monkeypatch.setattr(prefill, "TILE_KEYS", 16)
     lengths, contexts = [21, 3, 40], [0, 2, 33]  # two whole prompts' ends and a later chunk
     k_cache, v_cache, pages, loose = scattered(lengths, kv_heads, dim)
     chunks, row = [], 2  # rows 0 and 1 decode
@@ -198,7 +194,7 @@ def test_prefill_chunks_equal_softmax_over_own_tokens(
     q = torch.randn(row, heads, dim, generator=generator(2))
     scale = dim**-0.5
     got = torch.full_like(q, 7.0)
-    tiles = prefill_tiles(chunks, CPU)
+    tiles = prefill_tiles(chunks, CPU, q.dtype)
     options = {"scale": scale, "window": window, "softcap": softcap}
     paged_prefill_(got, q, k_cache, v_cache, tiles, **options)
     assert bool((got[:2] == 7).all()), "decode rows are not its own"

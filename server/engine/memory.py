@@ -1,0 +1,46 @@
+"""What a device's memory is for: base, deltas, KV cache, and a rest for activations and graphs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import torch
+
+from server.errors import ConfigError
+from server.settings import GIB, Settings
+
+log = logging.getLogger(__name__)
+CPU_KV_CACHE_BYTES = 1 * GIB
+ARRAY_SLACK = 1.25  # slot arrays grow by a quarter at a time (`server.deltas.places`)
+
+
+def with_kv_cache(settings: Settings, device: torch.device) -> Settings:
+    """The settings with `kv_cache_bytes` decided. Call when the base is in device memory.
+
+    On a GPU the cache takes, unless told how much, what base and deltas leave of
+    `gpu_memory_utilization`. Raises ConfigError where that is nothing, or less than was asked for:
+    running out later would fail requests.
+    """
+    if device.type != "cuda":
+        return replace(settings, kv_cache_bytes=settings.kv_cache_bytes or CPU_KV_CACHE_BYTES)
+    torch.cuda.empty_cache()  # what loading and quantising the base left behind
+    free, total = torch.cuda.mem_get_info(device)
+    kept = round((1 - settings.gpu_memory_utilization) * total)
+    deltas = round(settings.delta_budget_bytes * ARRAY_SLACK) + settings.reconstruct_budget_bytes
+    room = free - kept - deltas
+    wanted = room if settings.kv_cache_bytes is None else settings.kv_cache_bytes
+    if room <= 0 or wanted > room:
+        asked = "" if settings.kv_cache_bytes is None else f", {_gib(wanted)} are asked for"
+        raise ConfigError(
+            f"beside the base {_gib(free)} of the GPU's {_gib(total)} are free; {_gib(kept)} stay "
+            f"unused (gpu_memory_utilization), {_gib(deltas)} are for deltas: that leaves "
+            f"{_gib(max(room, 0))} for the KV cache{asked}; lower delta_budget_bytes or "
+            "kv_cache_bytes, raise gpu_memory_utilization, or use base_quant int8"
+        )
+    log.info("KV cache: %s, deltas: %s", _gib(wanted), _gib(deltas))
+    return replace(settings, kv_cache_bytes=wanted)
+
+
+def _gib(n_bytes: int) -> str:
+    return f"{n_bytes / GIB:.2f} GiB"
