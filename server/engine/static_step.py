@@ -30,7 +30,6 @@ from server.ops.triton.layout import SegmentArrays, cut_segments
 log = logging.getLogger(__name__)
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 SEGMENT_ROWS = 16  # `blockdiag.DECODE_ROWS`, without importing triton
-WARM_UPS = 2
 ALIGNED = 4  # int32 are 16 bytes
 
 
@@ -276,9 +275,8 @@ class StaticStep:
         current = torch.cuda.current_stream()
         side.wait_stream(current)
         if key not in self._warm:
-            with torch.cuda.stream(side):
-                for _ in range(WARM_UPS):  # compiles kernels and sets up cuBLAS before the capture
-                    self._forward(buffers.batch, with_deltas)
+            with torch.cuda.stream(side):  # compiles kernels and sets up cuBLAS before the capture
+                self._forward(buffers.batch, with_deltas)
             current.wait_stream(side)
             self._warm.add(key)
         graph = torch.cuda.CUDAGraph()

@@ -28,7 +28,7 @@ from tests.simulated_cuda.graphs import Graph, Recorder
 from tests.simulated_cuda.streams import Event, SimulationError, Stream
 
 __all__ = ["Device", "SimulationError", "simulated_cuda"]
-N_BYTES = 1 << 30
+N_BYTES = 16 << 30
 
 
 @contextmanager
@@ -110,6 +110,7 @@ def _cuda_functions(gpu: Device) -> dict[str, Any]:
         "current_stream": lambda device=None: gpu.current(),
         "default_stream": lambda device=None: gpu.default,
         "graph_pool_handle": object,
+        "is_current_stream_capturing": lambda: gpu.graph is not None,
         "CUDAGraph": lambda: Graph(gpu),
         "graph": graph,
     }

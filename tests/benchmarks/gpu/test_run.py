@@ -13,15 +13,25 @@ import pytest
 
 pytest.importorskip("triton")
 
+from benchmarks.gpu import load_section
 from benchmarks.gpu.__main__ import run_apart
+from benchmarks.gpu.engine import Engine, make_engine
 from benchmarks.gpu.engine_section import serve
+from benchmarks.gpu.load_section import Load
 from benchmarks.gpu.plan import SMALL
-from benchmarks.gpu.report import Report
+from benchmarks.gpu.random_model import write_random_delta
+from benchmarks.gpu.report import Report, facts
 from benchmarks.gpu.shapes import Codec
+from compressor.artifact import read_artifact
+from server.deltas.upload import SlotUploader
+from server.engine.request import Request
 
 ROOT = Path(__file__).resolve().parents[3]
 # What a machine with a GPU need not have.
-ABSENT = ("fastapi", "numba", "pydantic", "prometheus_client", "uvicorn", "rich", "typer", "openai")
+ABSENT = (
+    *("fastapi", "numba", "pydantic", "prometheus_client", "uvicorn", "rich", "typer", "openai"),
+    "zstandard",
+)
 
 
 def test_engine_section_times_steps_and_loads_of_the_servers_engine(tmp_path: Path) -> None:
@@ -29,30 +39,70 @@ def test_engine_section_times_steps_and_loads_of_the_servers_engine(tmp_path: Pa
     assert serve(plan, Report(tmp_path / "out.md"), Codec(4, 2), loads=True)
     text = (tmp_path / "out.md").read_text()
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]
-    decode = [row for row in rows if len(row) == 6 and row[0].strip().isdigit()]
+    decode = [row for row in rows if len(row) == 8 and row[0].strip().isdigit()]
     assert [(int(row[1]), int(row[0])) for row in decode] == plan.mixes
-    loads = [row for row in rows if len(row) == 11 and row[0].strip().isdigit()]
+    loads = [row for row in rows if len(row) == 13 and row[0].strip().isdigit()]
     assert len(loads) == plan.n_loads
     for row in loads:
-        read, shown, first = (float(cell) for cell in row[1:4])
+        read, shown, first = (float(row[i]) for i in (1, 2, 4))
         assert read <= shown <= first
+    # Both places were taken, and arrays this small grow by one.
+    assert [row[5].strip() for row in loads] == ["yes", "yes"]
+    assert "file system is" in text
 
 
-@pytest.mark.slow
-def test_tiny_run_writes_every_section_and_finds_the_kernels_right(tmp_path: Path) -> None:
-    out = tmp_path / "results.md"
+def test_rows_that_end_during_a_load_are_flagged_and_not_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, cold_load = tmp_path / "out.md", load_section.cold_load
+
+    def ended(engine: Engine, key: str, artifact: Path, others: list[Request]) -> Load:
+        engine.end(others[:1])
+        return cold_load(engine, key, artifact, others)
+
+    monkeypatch.setattr(load_section, "cold_load", ended)
+    assert not serve(SMALL, Report(out), Codec(4, 2), loads=True)
+    assert "ROWS ENDED BEFORE THE LOAD" in out.read_text()
+    assert not facts(out, "load")
+
+
+def test_variant_that_does_not_load_ends_filling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SlotUploader, "copy", lambda *_, **__: 1 / 0)
+    write_random_delta(SMALL.shape, Codec(4, 2), tmp_path / "delta")
+    engine = make_engine(SMALL)
+    with pytest.raises(RuntimeError, match="variant a of b did not load: the delta of `a`"):
+        engine.fill(read_artifact(tmp_path / "delta"), ["a", "b"])
+    engine.core.stop()
+
+
+def test_engine_section_needs_none_of_the_absent_packages(tmp_path: Path) -> None:
+    done = run_without_packages(tmp_path, "--section", "engine")
+    assert done.returncode == 0, done.stderr
+    assert "### Cold load" in done.stdout
+
+
+def run_without_packages(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python -m benchmarks.gpu --tiny` where nothing in ABSENT can be imported."""
     blocked = f"import sys; sys.modules.update(dict.fromkeys({ABSENT}))"
-    (tmp_path / "sitecustomize.py").write_text(blocked)
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--minutes", "60", "--out", str(out)],
+    (folder / "sitecustomize.py").write_text(blocked)
+    out = str(folder / "results.md")
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--out", out, *arguments],
         cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(tmp_path)},
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(folder)},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+@pytest.mark.slow
+def test_tiny_run_writes_every_section_and_finds_the_kernels_right(tmp_path: Path) -> None:
+    done = run_without_packages(tmp_path, "--minutes", "60")
     assert done.returncode == 0, done.stderr
-    text = out.read_text()
+    text = (tmp_path / "results.md").read_text()
     for part in (
         "copy bandwidth",
         "start-up check of every kernel: passed",
@@ -64,9 +114,11 @@ def test_tiny_run_writes_every_section_and_finds_the_kernels_right(tmp_path: Pat
         "### Kernels' decoder",
         "### Prefill of 40 tokens",
         "Every section went right",
+        "### Targets",
     ):
         assert part in text, part
         assert part in done.stdout, part
+    assert "not measured" not in text
 
 
 def test_section_that_fails_or_has_no_time_left_is_named(

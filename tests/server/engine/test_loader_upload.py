@@ -48,6 +48,8 @@ class SlowUploader:
         self.marks.append(Ready())
         return self.marks[-1]
 
+    def abandon(self) -> None: ...
+
     def copy(self, transfers: Sequence[Transfer], after: Ready | None = None) -> Upload:
         self.awaited.append(after)
         for target, source in transfers[::2]:

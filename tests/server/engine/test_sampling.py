@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from server.engine.request import Request
-from server.engine.sampler import Sampler
+from server.engine.sampler import Sampler, draw
 from server.engine.text import TextAssets
 from server.engine.types import OutputDelta, SamplingParams, TokenLogprob
 from server.engine.variant import Variant
@@ -245,6 +245,33 @@ def test_seeded_text_is_the_same_alone_and_in_any_batch(
     mixed.run(*second, *others, different)
     assert [r.output_ids for r in second] == [r.output_ids for r in first]
     assert different.output_ids != second[0].output_ids
+
+
+def test_draw_is_the_first_id_past_the_numbers_share() -> None:
+    probs = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
+    top = 1 - 2.0**-53  # the largest number there is
+    numbers = [0.0, 0.2499, 0.25, 0.7499, 0.75, top]
+    drawn = [int(draw(probs, torch.tensor([u], dtype=torch.float64))) for u in numbers]
+    assert drawn == [1, 1, 3, 3, 4, 4]
+    doubled = draw(2 * probs.repeat(6, 1), torch.tensor(numbers, dtype=torch.float64))
+    assert doubled.tolist() == drawn
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_draw_equals_a_literal_loop(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    probs = (3 * torch.randn(20, 50, generator=generator)).softmax(-1)
+    probs[:, ::7] = 0
+    numbers = torch.rand(20, dtype=torch.float64, generator=generator)
+    want = []
+    for row, number in zip(probs.tolist(), numbers.tolist(), strict=True):
+        left = number * math.fsum(row)
+        for token, p in enumerate(row):
+            left -= p
+            if left < 0:
+                want.append(token)
+                break
+    assert draw(probs, numbers).tolist() == want
 
 
 N_DRAWS = 3000

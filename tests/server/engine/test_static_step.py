@@ -6,6 +6,9 @@ themselves go through the same buffers in `tests/benchmarks/gpu/test_decoder.py`
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +17,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton")  # the references live beside the kernels
 
 from server.engine.static_step import (
+    BUCKETS,
     DecodeRow,
     StaticBatch,
     StaticBuffers,
@@ -26,6 +30,7 @@ from server.ops.triton.attention import paged_decode_reference
 from server.ops.triton.blockdiag import blockdiag_add_reference_
 from server.ops.triton.norm import rms_norm_reference
 from tests.server.ops.triton.helpers import CPU, generator, pack, random_term
+from tests.simulated_cuda import simulated_cuda
 
 PAGE, DIM, VOCAB = 4, 8, 20
 SLOTS = (0, 2)  # slot 1 holds garbage and NaN
@@ -104,6 +109,107 @@ def test_a_step_copies_as_many_pages_as_its_longest_sequence_has() -> None:
     assert shorter > 4 * 4 * 890, "once more, to clear what the long one left"
     assert buffers.fill([row(1, 0, 7, -1)]) == few
     assert int(buffers.batch.pages.sum()) == 7
+
+
+def test_page_tables_hold_what_their_rows_hold_whoever_was_there_before() -> None:
+    """Rows come, go, change places and grow; every table is compared with one written at once."""
+    chosen = random.Random(0)
+    buffers = StaticBuffers(8, 40, CPU, -1)
+    alive = [[page] for page in range(1, 6)]
+    for turn in range(200):
+        for pages in alive:
+            if len(pages) < 40 and chosen.random() < 0.7:
+                pages.append(chosen.randrange(1, 1000))
+        if chosen.random() < 0.4:
+            alive.pop(chosen.randrange(len(alive)))
+            alive += [[chosen.randrange(1, 1000)] for _ in range(chosen.randrange(8 - len(alive)))]
+        if not alive or turn % 7 == 0:
+            alive.append([turn + 1])
+        alive = alive[:8]
+        chosen.shuffle(alive)
+        buffers.fill([DecodeRow(0, 0, 0, pages, 1) for pages in alive])
+        want = torch.zeros(8, 40, dtype=torch.int32)
+        for i, pages in enumerate(alive):
+            want[i, : len(pages)] = torch.tensor(pages)
+        assert torch.equal(buffers.batch.pages, want), turn
+
+
+@pytest.mark.parametrize("rows", BUCKETS)
+def test_every_field_begins_at_16_bytes_in_every_bucket(rows: int) -> None:
+    """Or Triton compiles its kernels once more for this bucket, while streams wait."""
+    batch = StaticBuffers(rows, 3, CPU, -1).batch
+    parts = batch.segments
+    fields = [batch.input_ids, batch.position_ids, batch.places, batch.vector_rows, batch.pages]
+    fields += [batch.lengths, batch.rows, parts.slots, parts.starts, parts.ends, parts.count]
+    assert [field.data_ptr() % 16 for field in fields] == [0] * len(fields)
+    assert torch.equal(batch.table, torch.stack([parts.slots, parts.starts, parts.ends], 1))
+
+
+class Adder:
+    """Logits are tokens plus what lies in two device arrays, one of them read with deltas only."""
+
+    def __init__(self) -> None:
+        self.base = torch.tensor([100.0], device="cuda")
+        self.deltas = torch.tensor([1000.0], device="cuda")
+        self.n_calls = 0
+        self.fails = False
+
+    def __call__(self, batch: StaticBatch, with_deltas: bool) -> Tensor:
+        self.n_calls += 1
+        if self.fails and torch.cuda.is_current_stream_capturing():
+            raise torch.OutOfMemoryError("no room for a graph")
+        out = batch.input_ids[0].unsqueeze(1) + self.base
+        return out + self.deltas if with_deltas else out
+
+
+@pytest.fixture
+def adder() -> Iterator[Adder]:
+    with simulated_cuda():
+        yield Adder()
+
+
+def on_gpu(adder: Adder) -> StaticStep:
+    return StaticStep(adder, max_rows=4, max_pages=3, device=torch.device("cuda"))
+
+
+def test_graphs_are_captured_once_and_replayed(adder: Adder) -> None:
+    step = on_gpu(adder)
+    assert step.run([row(1, 0, 0, -1), row(2, 0, 1, -1)]).flatten().tolist() == [101, 102]
+    assert adder.n_calls == 2, "one to compile, one to capture"
+    assert step.run([row(7, 0, 0, -1), row(8, 0, 1, -1)]).flatten().tolist() == [107, 108]
+    assert adder.n_calls == 2
+    assert step.run([row(7, 0, 0, -1), row(8, 0, 1, 3)]).flatten().tolist() == [1107, 1108]
+
+
+def test_moved_delta_arrays_leave_the_graphs_of_the_base(adder: Adder) -> None:
+    step = on_gpu(adder)
+    base, mixed = [row(1, 0, 0, -1)], [row(1, 0, 0, 0)]
+    assert (step.run(base).item(), step.run(mixed).item()) == (101, 1101)
+    adder.deltas = torch.tensor([2000.0], device="cuda")
+    assert step.run(mixed).item() == 1101, "a graph reads what it was captured with"
+    step.forget(with_deltas_only=True, new_kernels=False)
+    n_calls = adder.n_calls
+    assert (step.run(base).item(), step.run(mixed).item()) == (101, 2101)
+    assert adder.n_calls == n_calls + 1, "captured again without a warm-up; the base's is kept"
+    adder.base = torch.tensor([200.0], device="cuda")
+    step.forget()
+    assert (step.run(base).item(), step.run(mixed).item()) == (201, 2201)
+
+
+def test_a_graph_that_cannot_be_captured_runs_eagerly_and_is_tried_again(
+    adder: Adder, caplog: pytest.LogCaptureFixture
+) -> None:
+    step, stream = on_gpu(adder), torch.cuda.current_stream()
+    adder.fails = True
+    for token in (1, 2):
+        assert step.run([row(token, 0, 0, -1)]).item() == 100 + token
+    assert step.runs_eagerly(1, False)
+    assert caplog.text.count("run eagerly, slower") == 1
+    assert torch.cuda.current_stream() is stream
+    adder.fails = False
+    step.forget(with_deltas_only=True)
+    assert step.run([row(3, 0, 0, -1)]).item() == 103
+    assert not step.runs_eagerly(1, False)
 
 
 def test_addresses_never_change() -> None:

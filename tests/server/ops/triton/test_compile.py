@@ -37,6 +37,59 @@ def compile_all(cache: Path, *options: str) -> list[tuple[int, int, str]]:
     return [(int(row[3]), int(row[4]), row[1]) for row in found]
 
 
+START_UP = """
+import sys
+import torch
+from benchmarks.gpu.offline import compiling
+from server.ops.triton.kernels import TritonKernels
+from server.ops.triton.selfcheck import _cases
+
+cpu, kernels = torch.device("cpu"), TritonKernels(torch.device("cpu"))
+arch, dtype, *wanted = sys.argv[1:]
+with compiling(int(arch)) as found, torch.inference_mode():
+    for name, run in _cases(cpu, getattr(torch, dtype)):
+        if "float8" in name and int(arch) < 89 or wanted and name not in wanted:
+            continue
+        seen = len(found)
+        run(kernels)
+        for kernel in found[seen:]:
+            print(name, kernel.name, kernel.spilled_bytes, kernel.shared_bytes, sep=",")
+"""
+SHARED_BYTES = {80: 166_912, 89: 101_376, 90: 232_448}  # a program's, at most
+SPILLED_BYTES = 1024  # a thread's: reserved for all threads of the device, not for those that run
+
+
+def compile_start_up(cache: Path, arch: int, dtype: str, *cases: str) -> list[str]:
+    """What the server's check at start launches; every line is in bounds. Returns the lines."""
+    done = subprocess.run(
+        [sys.executable, "-c", START_UP, str(arch), dtype, *cases],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    for line in lines:
+        *_, spilled, shared = line.split(",")
+        assert int(spilled) <= SPILLED_BYTES, line
+        assert int(shared) <= SHARED_BYTES[arch], line
+    return lines
+
+
+def test_float8_base_and_float32_deltas_compile(tmp_path: Path) -> None:
+    assert compile_start_up(tmp_path, 90, "bfloat16", "float8 linear")
+    assert compile_start_up(tmp_path, 90, "float32", "blockdiag 4 bit", "float8 linear")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("arch", [80, 89, 90])
+def test_start_up_check_compiles_in_every_dtype(tmp_path: Path, arch: int, dtype: str) -> None:
+    assert len(compile_start_up(tmp_path, arch, dtype)) > 30
+
+
 def test_kernels_compile_for_hopper_without_spills(tmp_path: Path) -> None:
     found = compile_all(tmp_path, "--few")
     assert {name for _, _, name in found} == KERNELS
