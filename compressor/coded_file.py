@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import torch
-import zstandard
 
-from compressor.errors import Corrupt, TooLarge, UnsupportedVersion
+from compressor.errors import Corrupt, InputError, TooLarge, UnsupportedVersion
 from compressor.tensor_file import (
     MAX_HEADER_BYTES,
     VERSION,
@@ -31,6 +31,21 @@ INDEX = "index"
 FRAME_BYTES = 1 << 20
 MAX_EXPANSION = 64  # of the whole file; what compresses better is stored as it is
 _WINDOW_BYTES = 1 << 20
+
+
+def coder() -> Any:
+    """Return the module `zstandard`. It is imported when something coded is first read or written:
+    artifacts that are stored as they are need no coder, nor do machines that only know those.
+
+    Raises InputError if it is not installed.
+    """
+    try:
+        import zstandard
+    except ImportError as error:
+        raise InputError(
+            "entropy coded artifacts need zstandard; install it: pip install zstandard"
+        ) from error
+    return zstandard
 
 
 def decode_frames(
@@ -83,6 +98,7 @@ def _frames(tensors: Mapping[str, Stored], what: str) -> dict[str, Stored]:
 
 def _raw_bytes(key: str, frame: memoryview, what: str) -> int:
     """The size a frame declares, within the limit for its kind."""
+    zstandard = coder()
     try:
         size: int = zstandard.frame_content_size(frame)
     except zstandard.ZstdError as error:
@@ -96,6 +112,7 @@ def _raw_bytes(key: str, frame: memoryview, what: str) -> int:
 
 
 def _expand(key: str, frame: memoryview, size: int, what: str) -> bytes:
+    zstandard = coder()
     try:
         raw: bytes = zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES).decompress(
             frame, allow_extra_data=False

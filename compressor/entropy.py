@@ -17,10 +17,9 @@ from itertools import chain, groupby
 from pathlib import Path
 
 import torch
-import zstandard
 
 from compressor.atomic import write_new
-from compressor.coded_file import FRAME_BYTES, INDEX, MAX_EXPANSION
+from compressor.coded_file import FRAME_BYTES, INDEX, MAX_EXPANSION, coder
 from compressor.tensor_file import (
     CODED_METADATA,
     METADATA,
@@ -121,7 +120,8 @@ def coded_frames(runs: Iterable[tuple[str, Iterable[Chunk]]], tally: Tally) -> I
 
 
 def compress(raw: bytes | bytearray) -> bytes:
-    """Return one frame that declares its size."""
+    """Return one frame that declares its size. Raises InputError if the coder is not installed."""
+    zstandard = coder()
     parameters = zstandard.ZstdCompressionParameters.from_level(
         _LEVEL, window_log=_WINDOW_LOG, write_content_size=True, write_checksum=False
     )

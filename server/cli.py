@@ -27,6 +27,7 @@ HELP = {
     "kernels": "numba (CPU), triton (CUDA) or plain torch; auto: what fits the device.",
     "base_quant": "Keep the base's linears in 8 bits (lm_head and embeddings stay).",
     "enforce_eager": "Run every step eagerly: no CUDA graphs.",
+    "async_scheduling": "With CUDA graphs: launch a step before the last one's tokens are read.",
     "mode": "How variants are served: deltas applied beside the base, or merged weights.",
     "mode_overrides": "VARIANT=MODE for a variant that differs from --mode; may be repeated.",
     "reconstruct_budget_bytes": "Device memory for merged weights of hot variants; 0: none.",

@@ -29,6 +29,7 @@ class Settings:
     kernels: Literal["auto", "torch", "numba", "triton"] = "auto"  # auto: see choose_kernels
     base_quant: Literal["none", "int8", "float8"] = "none"  # linears in 8 bits, a scale per output
     enforce_eager: bool = False  # no CUDA graphs for decode steps
+    async_scheduling: bool = True  # launch a graph's next step before the last's tokens are read
     mode: Literal["apply", "reconstruct"] = "apply"
     mode_overrides: dict[str, Literal["apply", "reconstruct"]] = field(default_factory=dict)
     # Device memory for merged weights of variants that have whole steps to themselves; 0: none.

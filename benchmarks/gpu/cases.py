@@ -53,6 +53,7 @@ class Spec:
     n_launches  kernels it takes
     n_flops     multiplications and additions, where they rather than bytes bind (prefill)
     bound       what the error may be: roundings of the dtypes involved
+    variants    distinct ones whose deltas it applies in a decode step; 0: it does something else
     """
 
     name: str
@@ -62,6 +63,7 @@ class Spec:
     n_launches: int = 1
     n_flops: int = 0
     bound: float = 0.02
+    variants: int = 0
 
 
 def relative(got: Tensor, want: Tensor) -> float:

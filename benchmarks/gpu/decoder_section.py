@@ -7,6 +7,7 @@ import torch
 from benchmarks.gpu.cases import PAGE, even_segments
 from benchmarks.gpu.decoder import random_decoder
 from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.predict import step_expected_ms
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.shapes import Codec
 from benchmarks.gpu.timing import copy_bandwidth, percentile, seconds_of, timed
@@ -44,7 +45,7 @@ def steps(plan: Plan, report: Report, codec: Codec) -> bool:
     step = StaticStep(decoder, max_rows=most, max_pages=pages_per_row(plan), device=plan.device)
     report.table(
         f"Kernels' decoder, bf16 base, {codec.name}, {plan.context} tokens of context",
-        *("variants", "rows", "step ms", "/ floor", "base only / this"),
+        *("variants", "rows", "step ms", "expected ms", "/ floor", "base only / this"),
     )
     base: dict[int, float] = {}
     for rows, k in plan.mixes:
@@ -56,8 +57,9 @@ def steps(plan: Plan, report: Report, codec: Codec) -> bool:
         needed = plan.shape.base_bytes() + k * plan.shape.delta_bytes(codec)
         floor = (needed + plan.shape.kv_bytes(rows * plan.context)) / bandwidth
         report.row(
-            *(k, rows, f"{seconds * 1e3:.2f}", f"{seconds / floor:.2f}"),
-            f"{base[rows] / seconds:.2f}",
+            *(k, rows, f"{seconds * 1e3:.2f}"),
+            f"{step_expected_ms(plan.shape, codec, rows, k):.2f}",
+            *(f"{seconds / floor:.2f}", f"{base[rows] / seconds:.2f}"),
         )
     prefill(plan, report, codec)
     return True

@@ -17,7 +17,7 @@ from benchmarks.gpu.cases import (
     random_blocks,
     relative,
 )
-from benchmarks.gpu.shapes import Codec, Group, ModelShape
+from benchmarks.gpu.shapes import Codec, Group
 from server.ops.factors import ImpartFactors, LowRankFactors, rank_lists
 from server.ops.kernels import TorchKernels
 from server.ops.lowrank import PackedLowRank
@@ -74,6 +74,7 @@ def blockdiag_spec(group: Group, codec: Codec, rows: int, slots: int) -> Spec:
         SHARES[codec.bits],
         make,
         n_flops=2 * rows * group.n * width // codec.n_blocks if prefill else 0,
+        variants=0 if prefill else distinct,
     )
 
 
@@ -108,7 +109,7 @@ def lowrank_spec(group: Group, rank: int, rows: int, slots: int) -> Spec:
     distinct = min(rows, slots)
     n_bytes = distinct * 2 * rank * (len(group.sizes) * group.n + width)
     name = f"lowrank {group.name} (rank {rank}, k = {distinct}, {rows} rows)"
-    return Spec(name, n_bytes, LOWRANK_SHARE, make, n_launches=2)
+    return Spec(name, n_bytes, LOWRANK_SHARE, make, n_launches=2, variants=distinct)
 
 
 def head_spec(group: Group, rank: int, bits: int, rows: int, slots: int) -> Spec:
@@ -137,7 +138,7 @@ def head_spec(group: Group, rank: int, bits: int, rows: int, slots: int) -> Spec
     ]
     name = f"packed head {group.name} (rank {rank}, {bits} bit, k = {distinct}, {rows} rows)"
     share = HEAD_SHARE_PER_BIT * bits
-    return Spec(name, distinct * sum(each), share, make, n_launches=2)
+    return Spec(name, distinct * sum(each), share, make, n_launches=2, variants=distinct)
 
 
 def _random_head(m: int, n: int, rank: int, bits: int, slots: int, place: Place) -> PackedLowRank:
@@ -224,23 +225,24 @@ def impart_spec(group: Group, ratio: int, rows: int, slots: int) -> Spec:
         return Case(lambda: impart_add_(parts, x, where, terms), error)
 
     distinct = min(rows, slots)
+    n_bytes = distinct * impart_bytes(group, ratio)
     name = f"impart {group.name} (ratio {ratio}, k = {distinct}, {rows} rows)"
-    return Spec(name, distinct * impart_bytes(group, ratio), IMPART_SHARE, make, n_launches=3)
+    return Spec(name, n_bytes, IMPART_SHARE, make, n_launches=3, variants=distinct)
 
 
-def delta_specs(
-    shape: ModelShape, codecs: tuple[Codec, ...], sizes: Sizes, groups: tuple[Group, ...]
-) -> Iterator[Spec]:
-    """blockdiag for each codec, group and number of variants; the others once a group."""
-    for codec in codecs:
-        for k in sizes.variants:
-            for group in groups:
-                yield blockdiag_spec(group, codec, max(sizes.rows, k), k)
+def block_specs(codec: Codec, sizes: Sizes, groups: tuple[Group, ...]) -> Iterator[Spec]:
+    """blockdiag of one setting, for each group and number of variants."""
+    for k in sizes.variants:
         for group in groups:
-            yield blockdiag_spec(group, codec, sizes.prefill_rows, 2)
-    most = max(sizes.variants)
-    rows = max(sizes.rows, most)
+            yield blockdiag_spec(group, codec, max(sizes.rows, k), k)
     for group in groups:
-        yield lowrank_spec(group, RANK, rows, most)
-        yield head_spec(group, RANK, 4, rows, most)
-        yield impart_spec(group, 32, rows, most)
+        yield blockdiag_spec(group, codec, sizes.prefill_rows, 2)
+
+
+def factor_specs(sizes: Sizes, groups: tuple[Group, ...]) -> Iterator[Spec]:
+    """The other codecs once a group: every row another variant, or as many as there are."""
+    k = min(sizes.rows, max(sizes.variants))
+    for group in groups:
+        yield lowrank_spec(group, RANK, sizes.rows, k)
+        yield head_spec(group, RANK, 4, sizes.rows, k)
+        yield impart_spec(group, 32, sizes.rows, k)

@@ -13,6 +13,7 @@ import transformers
 import triton
 
 from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.predict import BANDWIDTH
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.timing import copy_bandwidth
 from server.ops.triton.kernels import TritonKernels
@@ -37,7 +38,9 @@ def device(plan: Plan, report: Report) -> bool:
         f"{triton.__version__}, transformers {transformers.__version__}, numpy "
         f"{numpy.__version__}, commit {commit()}"
     )
-    report.line(f"\ncopy bandwidth: {copy_bandwidth(plan) / 1e9:.0f} GB/s")
+    report.line(
+        f"\ncopy bandwidth: {copy_bandwidth(plan) / 1e9:.0f} GB/s ({BANDWIDTH / 1e9:.0f} expected)"
+    )
     start = time.perf_counter()
     try:
         check_kernels(TritonKernels(plan.device), plan.device, plan.dtype)
@@ -45,5 +48,5 @@ def device(plan: Plan, report: Report) -> bool:
         report.line(f"\nSTART-UP CHECK FAILED: {error}")
         return False
     seconds = time.perf_counter() - start
-    report.line(f"\nstart-up check of every kernel: passed, {seconds:.0f} s with compiling")
+    report.line(f"\nstart-up check of every kernel: passed, {seconds:.0f} s")
     return True

@@ -24,6 +24,7 @@ from server.engine.runner import Runner
 from server.engine.text import TextAssets
 from server.engine.types import SamplingParams
 from server.engine.variant import BASE_KEY, Variant
+from server.ops.kernels import Kernels
 from server.ops.quantize import BaseQuant
 from server.settings import Settings
 
@@ -73,12 +74,16 @@ class Engine:
             self.core.turn()
         return time.perf_counter() - start
 
-    def start(self, rows: int, keys: Sequence[str]) -> tuple[list[Request], float]:
-        """`rows` requests shared evenly by `keys`, all decoding, and the seconds of prefill."""
+    def start(
+        self, rows: int, keys: Sequence[str], n_prompt: int | None = None
+    ) -> tuple[list[Request], float]:
+        """`rows` requests shared evenly by `keys`, all decoding, and the seconds of prefill.
+
+        n_prompt  tokens of each, default the plan's context
+        """
         keys = keys or [BASE_KEY]
-        requests = [
-            self.submit(keys[i * len(keys) // rows], self.plan.context) for i in range(rows)
-        ]
+        length = self.plan.context if n_prompt is None else n_prompt
+        requests = [self.submit(keys[i * len(keys) // rows], length) for i in range(rows)]
         seconds = self.until(lambda: all(r.request_id in self.first_tokens for r in requests))
         return requests, seconds
 
@@ -89,18 +94,26 @@ class Engine:
 
     def fill(self, artifact: Artifact, keys: Sequence[str]) -> None:
         """Make variants resident that share one artifact's values, not its memory: decoded once,
-        then each through the loader's own way into a slot.
+        then each through the loader's own way into a slot. Raises RuntimeError if one has failed.
         """
         base = self.runner.base
         job = LoadJob(keys[0], keys[0], "apply", lambda: artifact)
         parameters = stage_variant(artifact, base.parameters, "apply")
         n_bytes = sum(p.n_bytes for p in parameters)
         staged = Staged(job, parameters, n_bytes, time.monotonic())
+        errors = self.core.loader.errors
         for key in keys:
             own = LoadJob(key, key, "apply", job.read)
             self.core.loader.handle(replace(staged, job=own))
             self.core.step()  # gives it a slot; a turn would first wait for something to do
-            self.until(lambda key=key: self.is_ready(key))  # type: ignore[misc]
+            self.until(lambda key=key: self.is_ready(key) or key in errors)  # type: ignore[misc]
+            if key in errors:
+                raise RuntimeError(f"variant {key} of {keys[-1]} did not load: {errors[key]}")
+
+    @property
+    def version(self) -> int:
+        """Rises whenever slot arrays have grown: see `Residency`."""
+        return self.runner.base.residency.version
 
     def is_ready(self, key: str) -> bool:
         slot = self.core.slots.get(key)
@@ -115,9 +128,11 @@ class Engine:
         return LoadJob(variant.key, variant.name, "apply", self.readers[variant.key])
 
 
-def make_engine(plan: Plan, base_quant: BaseQuant | None = None) -> Engine:
+def make_engine(
+    plan: Plan, base_quant: BaseQuant | None = None, kernels: Kernels | None = None
+) -> Engine:
     """With room for every mix of the plan and its loads; graphs are captured as steps need them."""
-    base = random_base(plan, base_quant)
+    base = random_base(plan, base_quant, kernels)
     n_rows = max(rows for rows, _ in plan.mixes) + 1  # a row that asks for a cold variant
     longest = plan.context + 2 * plan.n_steps + SPARE_STEPS
     cache = n_rows * longest * base.store.bytes_per_token()
@@ -128,6 +143,7 @@ def make_engine(plan: Plan, base_quant: BaseQuant | None = None) -> Engine:
         max_resident_variants=max(plan.variants) + plan.n_loads,
         max_variants_per_step=max(plan.variants) + 1,
         max_num_seqs=n_rows,
+        max_batch_tokens=plan.prefill_rows,
         max_model_len=longest,
         max_prefill_slowdown=0.0,
         prefix_cache=False,

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from benchmarks.gpu.disk import folder_on_disk
 from benchmarks.gpu.engine import Engine, make_engine
+from benchmarks.gpu.load_section import MIXED, NEW_PROMPT, cold_loads
 from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.predict import step_expected_ms
 from benchmarks.gpu.random_model import write_random_delta
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.shapes import Codec
@@ -21,8 +20,7 @@ from server.engine.request import Request
 from server.engine.rotary import RotaryAttention
 from server.ops.quantize import BaseQuant
 
-NEW_PROMPT = 16  # tokens of the request that asks for a variant that is not resident
-MIXED = 8  # resident variants that decode during a load
+SHORT_PROMPT = 64  # tokens; of warm-ups that are about decode steps
 
 
 def serve(
@@ -34,20 +32,25 @@ def serve(
     loads: bool = False,
 ) -> bool:
     """Tables of decode and prefill with 0 .. k variants, and of cold loads if wanted."""
-    with tempfile.TemporaryDirectory() as folder:
-        artifact = Path(folder) / "delta"
+    with folder_on_disk() as folder:
+        artifact = folder / "delta"
         write_random_delta(plan.shape, codec, artifact)
         bandwidth = copy_bandwidth(plan)
         engine = make_engine(plan, base_quant)
-        keys = [f"v{i}" for i in range(max(plan.variants))]
-        engine.fill(read_artifact(artifact), keys)
+        keys = make_ready(engine, artifact)
         describe(engine, report)
-        warm_up(engine, keys)
         decode(engine, report, codec, bandwidth, keys)
-        if loads:
-            cold_loads(engine, report, codec, artifact, keys)
+        whole = cold_loads(engine, report, codec, artifact, keys) if loads else True
         engine.core.stop()
-    return True
+    return whole
+
+
+def make_ready(engine: Engine, artifact: Path) -> list[str]:
+    """Fill the slots and warm up; keys of the resident variants."""
+    keys = [f"v{i}" for i in range(max(engine.plan.variants))]
+    engine.fill(read_artifact(artifact), keys)
+    warm_up(engine, keys)
+    return keys
 
 
 def describe(engine: Engine, report: Report) -> None:
@@ -61,10 +64,23 @@ def describe(engine: Engine, report: Report) -> None:
 
 
 def warm_up(engine: Engine, keys: list[str]) -> None:
-    """Compile what prefill and decode need, so that no table counts it."""
-    requests, _ = engine.start(engine.plan.batch, keys[: engine.plan.batch // 2])
+    """Compile and capture what prefill and decode need, so that no table counts it: one prefill of
+    full length, a step or two of every mix, and a short prompt of one more variant among decoding
+    rows, as a load brings it.
+    """
+    plan = engine.plan
+    requests, _ = engine.start(plan.batch, keys[: plan.batch // 2])
     engine.core.turn()
     engine.end(requests)
+    for rows, k in plan.mixes:
+        requests, _ = engine.start(rows, keys[:k], min(SHORT_PROMPT, plan.context))
+        engine.core.turn()
+        engine.end(requests)
+    requests, _ = engine.start(plan.batch, keys[:MIXED])
+    late = engine.submit(keys[-1], NEW_PROMPT)
+    engine.until(lambda: late.request_id in engine.first_tokens)
+    engine.core.turn()
+    engine.end([*requests, late])
 
 
 def decode(engine: Engine, report: Report, codec: Codec, bandwidth: float, keys: list[str]) -> None:
@@ -73,7 +89,8 @@ def decode(engine: Engine, report: Report, codec: Codec, bandwidth: float, keys:
     quant = engine.runner.base.residency.base_quant
     report.table(
         f"Engine, {quant or 'bf16'} base, {codec.name}, {plan.context} tokens of context",
-        *("variants", "rows", "prefill tokens/s", "step ms", "/ floor", "base only / this"),
+        *("variants", "rows", "prefill tokens/s", "step ms", "expected ms", "/ floor"),
+        *("base only / this", "expected"),
     )
     base: dict[int, float] = {}
     for rows, k in plan.mixes:
@@ -85,9 +102,19 @@ def decode(engine: Engine, report: Report, codec: Codec, bandwidth: float, keys:
         engine.end(requests)
         base.setdefault(rows, seconds)
         floor = floor_bytes(plan, codec, quant, k, tokens) / bandwidth
+        expected_ms, alone_ms = (
+            step_expected_ms(plan.shape, codec, rows, n, int8_base=quant is not None)
+            for n in (k, 0)
+        )
         report.row(
             *(k, rows, f"{rows * plan.context / prefill_s:.0f}", f"{seconds * 1e3:.2f}"),
-            *(f"{seconds / floor:.2f}", f"{base[rows] / seconds:.2f}"),
+            *(f"{expected_ms:.2f}", f"{seconds / floor:.2f}", f"{base[rows] / seconds:.2f}"),
+            f"{alone_ms / expected_ms:.2f}",
+        )
+        report.fact(
+            "step",
+            **{"ratio": codec.ratio, "quant": quant, "rows": rows, "variants": k},
+            **{"per_floor": seconds / floor, "of_base": base[rows] / seconds},
         )
 
 
@@ -102,76 +129,3 @@ def floor_bytes(
     shape = plan.shape
     base = shape.base_bytes() if quant is None else shape.base_bytes_8bit()
     return base + variants * shape.delta_bytes(codec) + shape.kv_bytes(tokens)
-
-
-@dataclass
-class Load:
-    """One cold load. Seconds since it was asked for; those between the others' tokens."""
-
-    read_s: float
-    shown_s: float
-    first_token_s: float
-    intervals: list[float]
-
-
-def cold_loads(
-    engine: Engine, report: Report, codec: Codec, artifact: Path, keys: list[str]
-) -> None:
-    """A variant from the disk to its first token, by the server's loader, beside running rows."""
-    plan = engine.plan
-    size = sum(file.stat().st_size for file in artifact.iterdir()) / 1e6
-    report.table(
-        f"Cold load of {size:.0f} MB ({codec.name}) while {plan.batch} rows decode; "
-        "ms between their tokens without it and meanwhile",
-        *("load", "read and verified s", "shown s", "first token s", "steps meanwhile"),
-        *("p50 without", "p99 without", "p50", "p99", "longest", "p99 / p99 without"),
-    )
-    for number in range(plan.n_loads):
-        requests, _ = engine.start(plan.batch, keys[: min(MIXED, len(keys))])
-        engine.core.turn()
-        quiet = seconds_of(engine.core.turn, 2 * plan.n_steps)
-        load = cold_load(engine, f"new{number}", artifact)
-        engine.end(requests)
-        before = [percentile(quiet, share) for share in (0.5, 0.99)]
-        during = [percentile(load.intervals, share) for share in (0.5, 0.99, 1.0)]
-        report.row(
-            *(number, f"{load.read_s:.2f}", f"{load.shown_s:.2f}", f"{load.first_token_s:.2f}"),
-            *(len(load.intervals), *(f"{seconds * 1e3:.2f}" for seconds in before + during)),
-            f"{during[1] / before[1]:.2f}",
-        )
-
-
-def cold_load(engine: Engine, key: str, artifact: Path) -> Load:
-    for file in artifact.iterdir():
-        forget(file)
-    engine.read_from(key, artifact)
-    read = engine.readers[key]
-    done: list[float] = []
-
-    def timed_read() -> object:
-        found = read()
-        done.append(time.perf_counter())
-        return found
-
-    engine.readers[key] = timed_read  # type: ignore[assignment]
-    start = last = time.perf_counter()
-    request = engine.submit(key, NEW_PROMPT)
-    intervals = []
-    while not engine.is_ready(key):
-        engine.core.turn()
-        now = time.perf_counter()
-        intervals.append(now - last)
-        last = now
-    shown = last - start
-    engine.until(lambda: request.request_id in engine.first_tokens)
-    first = engine.first_tokens[request.request_id] - start
-    engine.core.abort(request)
-    engine.core.turn()
-    return Load(done[0] - start, shown, first, intervals)
-
-
-def forget(file: Path) -> None:
-    """Drop a file from the page cache, so that reading it reads the disk."""
-    with file.open("rb") as stream:
-        os.fsync(stream.fileno())
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

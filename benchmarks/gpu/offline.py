@@ -11,7 +11,7 @@ import argparse
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,14 +60,11 @@ class OfflineDriver:
 
 
 @contextmanager
-def compiling(arch: int) -> Iterator[list[Compiled]]:
-    """Within, launches are compiled for ``sm_<arch>`` and collected, not run."""
+def without_device(arch: int, after: Callable[[Any], None]) -> Iterator[None]:
+    """Within, launches end where a kernel for ``sm_<arch>`` is ready to run. `after` gets it."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError("unset TRITON_INTERPRET: the interpreter compiles nothing")
-    found: dict[str, Compiled] = {}
-    result: list[Compiled] = []
     original, driver = JITFunction.run, triton.runtime.driver._active
-
     fresh: set[Any] = set()
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
@@ -75,18 +72,33 @@ def compiling(arch: int) -> Iterator[list[Compiled]]:
             fresh.add(self)
             self.device_caches.clear()
         kernel = original(self, *args, grid=grid, warmup=True, **kwargs)
-        if kernel.hash not in found:
-            found[kernel.hash] = describe(kernel)
-            result.append(found[kernel.hash])
+        after(kernel)
         return kernel
 
     triton.runtime.driver.set_active(OfflineDriver(arch))
     JITFunction.run = run
     try:
-        yield result
+        yield
     finally:
         JITFunction.run = original
         triton.runtime.driver.set_active(driver)
+        for function in fresh:
+            function.device_caches.clear()
+
+
+@contextmanager
+def compiling(arch: int) -> Iterator[list[Compiled]]:
+    """Within, launches are compiled for ``sm_<arch>`` and collected, not run."""
+    found: dict[str, Compiled] = {}
+    result: list[Compiled] = []
+
+    def take(kernel: Any) -> None:
+        if kernel.hash not in found:
+            found[kernel.hash] = describe(kernel)
+            result.append(found[kernel.hash])
+
+    with without_device(arch, take):
+        yield result
 
 
 def describe(kernel: Any) -> Compiled:

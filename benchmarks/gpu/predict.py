@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from benchmarks.gpu.cases import Sizes, Spec
 from benchmarks.gpu.delta_cases import blockdiag_spec
-from benchmarks.gpu.layer_cases import add_norm_spec, decode_spec, silu_spec
+from benchmarks.gpu.layer_cases import add_norm_spec, decode_spec, linear_spec, silu_spec
 from benchmarks.gpu.plan import FULL
 from benchmarks.gpu.shapes import LLAMA_8B, Codec, ModelShape
 from benchmarks.gpu.specs import all_specs
@@ -19,6 +19,7 @@ BANDWIDTH = 4.3e12  # H200, bytes a second that a copy reaches
 FLOPS = 0.5 * 989e12  # half of its bfloat16 peak, for what multiplications bind
 LAUNCH_S = 2.5e-6
 GEMM_SHARE = 0.85  # of the bandwidth, cuBLAS at 32 rows
+LOAD_S = {32: 0.9, 128: 0.25}  # by ratio, from the request to the delta's being shown (README)
 SERVED = {32: Codec(4, 8), 64: Codec(4, 16), 128: Codec(4, 32), 256: Codec(4, 64)}
 
 
@@ -34,14 +35,19 @@ def step_floor_ms(shape: ModelShape, codec: Codec, rows: int, variants: int) -> 
     return (n_bytes + shape.kv_bytes(rows * FULL.context)) / BANDWIDTH * 1e3
 
 
-def step_expected_ms(shape: ModelShape, codec: Codec, rows: int, variants: int) -> float:
+def step_expected_ms(
+    shape: ModelShape, codec: Codec, rows: int, variants: int, *, int8_base: bool = False
+) -> float:
     """Every launch of a step at its expected speed, one after the other; the host hidden."""
     per_layer = [decode_spec(shape, rows, FULL.context), silu_spec(shape, rows)]
     per_layer += 2 * [add_norm_spec(shape, rows)]
     if variants:
         per_layer += [blockdiag_spec(g, codec, rows, variants) for g in shape.groups()]
+    if int8_base:
+        per_layer += [linear_spec(g, rows) for g in shape.groups()]
     layer = sum(kernel_seconds(spec) for spec in per_layer)
-    layer += sum(LAUNCH_S + g.base_bytes / (GEMM_SHARE * BANDWIDTH) for g in shape.groups())
+    if not int8_base:
+        layer += sum(LAUNCH_S + g.base_bytes / (GEMM_SHARE * BANDWIDTH) for g in shape.groups())
     head = LAUNCH_S + shape.vocabulary().base_bytes / (GEMM_SHARE * BANDWIDTH)
     return (shape.layers * layer + head) * 1e3
 

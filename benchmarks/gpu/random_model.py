@@ -21,7 +21,7 @@ from compressor.codecs.blockdiag import BlockDiagTerm
 from compressor.codecs.partition import kept_values
 from server.engine.attention import ATTENTION_NAME, register_attention
 from server.engine.model import BaseModel, prepare_base_model
-from server.ops.kernels import TorchKernels
+from server.ops.kernels import Kernels, TorchKernels
 from server.ops.quantize import BaseQuant
 from server.ops.triton.kernels import TritonKernels
 
@@ -36,8 +36,12 @@ MEMBERS = {
 }
 
 
-def random_base(plan: Plan, base_quant: BaseQuant | None = None) -> BaseModel:
-    """The engine's base model; on a CPU with torch's kernels, the interpreter being too slow."""
+def random_base(
+    plan: Plan, base_quant: BaseQuant | None = None, kernels: Kernels | None = None
+) -> BaseModel:
+    """The engine's base model; by default on a CPU with torch's kernels, the interpreter being too
+    slow.
+    """
     shape = plan.shape
     config = LlamaConfig(
         vocab_size=shape.vocab,
@@ -56,7 +60,8 @@ def random_base(plan: Plan, base_quant: BaseQuant | None = None) -> BaseModel:
             config, dtype=plan.dtype, attn_implementation=ATTENTION_NAME
         )
     model = model.eval().requires_grad_(False)
-    kernels = TritonKernels(plan.device) if plan.device.type == "cuda" else TorchKernels()
+    if kernels is None:
+        kernels = TritonKernels(plan.device) if plan.device.type == "cuda" else TorchKernels()
     return prepare_base_model(model, kernels, base_quant)
 
 

@@ -41,6 +41,10 @@ class Codec:
     def name(self) -> str:
         return f"{self.bits} bit, s = {self.n_blocks}"
 
+    @property
+    def ratio(self) -> int:
+        return 16 * self.n_blocks // self.bits
+
 
 @dataclass(frozen=True)
 class ModelShape:

@@ -7,18 +7,17 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch
-import triton
 
+from benchmarks.gpu.graph_timing import device_seconds
 from benchmarks.gpu.plan import Plan
-
-DEVICE_MS = 50  # of repeated launches of one case
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one run: median on the device with a cold L2 cache, one run on a CPU."""
+    """Seconds of one run: on a GPU the device's own with a cold L2 cache (`graph_timing`), on a CPU
+    one run by the clock.
+    """
     if device.type == "cuda":
-        milliseconds = triton.testing.do_bench(run, warmup=20, rep=DEVICE_MS, return_mode="median")
-        return float(milliseconds) / 1e3
+        return device_seconds(run)
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

@@ -139,6 +139,10 @@ class DeltaLoader:
         waiting = {staged.job.key for staged in self._waiting_for_room}
         return key in waiting or (bool(waiting) and key not in self._loading)
 
+    def wants_room(self) -> bool:
+        """Whether `place_waiting` may have something to do."""
+        return bool(self._waiting_for_room) and not self._storing
+
     def request(self, job: LoadJob) -> None:
         """Begin to load unless that is under way already or `MAX_LOADS` are; ask again then."""
         if job.key not in self._loading and len(self._loading) < MAX_LOADS:

@@ -9,10 +9,9 @@ through `publish`, once per step.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +21,8 @@ from server.deltas.merged import MergeableWeights
 from server.deltas.slots import Slot, SlotTable
 from server.engine.admission import Admission
 from server.engine.batch import Batch, LogitRows, default_batch_tokens
+from server.engine.inbox import Inbox
+from server.engine.lookahead import InFlight, Lookahead
 from server.engine.observer import CoreStats, Observer
 from server.engine.pacing import PrefillPacer
 from server.engine.pages import PagePool
@@ -29,7 +30,7 @@ from server.engine.postprocess import Postprocessor, as_serve_error
 from server.engine.reconstructor import Merged, Reconstructor, only_variant
 from server.engine.request import Event, Request, Status
 from server.engine.runner import DecodeStep, Runner
-from server.engine.sampler import Sampled, Sampler, pick_rows
+from server.engine.sampler import Sampled, Sampler
 from server.engine.scheduler import Missing, Scheduled, Scheduler, load_of
 from server.engine.variant import BASE_KEY, Variant
 from server.errors import (
@@ -68,7 +69,7 @@ class EngineCore:
         self._publish = publish
         self._observer = observer
         self._max_len = settings.max_model_len or runner.base.max_len
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._inbox = Inbox()
         self.slots = SlotTable(settings.max_resident_variants, settings.delta_budget_bytes)
         runner.base.residency.n_slots = settings.max_resident_variants
         self.loader = DeltaLoader(runner.base.parameters, self.slots, self._post_load)
@@ -93,6 +94,10 @@ class EngineCore:
         self._post = Postprocessor()
         self._events: Events = []
         self._busy = False  # the last turn ran a batch
+        self._lookahead = Lookahead(
+            *(runner, self._sampler, self.scheduler, self.loader, self._max_len),
+            enabled=settings.async_scheduling and runner.is_static and not budget,
+        )
         self._failed_steps = 0
         self._admission = Admission(settings.max_queued_requests, settings.max_num_seqs)
         self._stop = False
@@ -176,15 +181,8 @@ class EngineCore:
     def _take_commands(self) -> None:
         """Run queued commands; wait for one if there is nothing to compute."""
         self._beat()
-        block = not self._busy
-        wait_s = LOAD_WAIT_S if self.scheduler.waiting else IDLE_WAIT_S
-        while True:
-            try:
-                command = self._inbox.get(block=block, timeout=wait_s)
-            except queue.Empty:
-                return
-            command()
-            block = False
+        idle_s = LOAD_WAIT_S if self.scheduler.waiting else IDLE_WAIT_S
+        self._inbox.run(None if self._busy else idle_s)
 
     def _beat(self, *_: object) -> None:
         self.heartbeat = time.monotonic()
@@ -192,12 +190,15 @@ class EngineCore:
     def step(self) -> None:
         """One engine step: schedule, run, sample, publish."""
         self._expire()
-        scheduled = self.scheduler.schedule()
-        self.loader.place_waiting()
-        self.reconstructor.tend()
-        self._busy = bool(scheduled)
-        if scheduled:
-            self._run_batch(scheduled)
+        if self._lookahead.in_flight is not None:
+            self._go_on(self._lookahead.in_flight)
+        if self._lookahead.in_flight is None:
+            scheduled = self.scheduler.schedule()
+            self.loader.place_waiting()
+            self.reconstructor.tend()
+            self._busy = bool(scheduled)
+            if scheduled:
+                self._run_batch(scheduled)
         if self._events:
             events, self._events = self._events, []
             self._publish(events)
@@ -206,43 +207,61 @@ class EngineCore:
         load, alone, started = load_of(scheduled), only_variant(scheduled), time.perf_counter()
         try:
             batch = self._runner.plan(scheduled, self.reconstructor.merged_slot(alone))
+            if self._lookahead.take(batch):
+                return  # read when the next is under way
             logits = self._runner.forward(batch)
-            sampled = self._sample(batch, logits)
+            sampled = self._sampler.sample_chunks(batch.scheduled, batch.outputs, logits)
         except Exception as error:
             self._step_failed(scheduled, error)
             return
+        self._account(batch, logits, sampled)
+        seconds = time.perf_counter() - started
+        self._pacer.ran(load, seconds)
+        self.reconstructor.ran(alone, seconds)
+
+    def _go_on(self, last: InFlight) -> None:
+        """Read the step in flight; the one after it may be under way by then."""
+        try:
+            sampled = self._lookahead.advance(last)
+        except Exception as error:
+            self._drop_in_flight()
+            self._step_failed(last.step.scheduled, error)
+            return
+        self._account(last.step, None, sampled)
+        self._pacer.ran(last.load, self._lookahead.seconds(last))
+        for request in self._lookahead.settled(last, sampled):
+            self._release(request)
+
+    def _drop_in_flight(self) -> None:
+        for request in self._lookahead.drop():
+            self._release(request)
+
+    def _account(
+        self, batch: Batch | DecodeStep, logits: Tensor | None, sampled: dict[Request, Sampled]
+    ) -> None:
+        """Take a step's outcomes."""
         self._failed_steps = 0
         n_generated = 0
         for item, rows in zip(batch.scheduled, batch.outputs, strict=True):
             n_generated += self._finish_chunk(item, rows, logits, sampled)
-        seconds = time.perf_counter() - started
-        self._pacer.ran(load, seconds)
-        self.reconstructor.ran(alone, seconds)
         if self._observer is not None:
             n_tokens = sum(s.n_tokens for s in batch.scheduled)
             self._observer.on_step(n_tokens - n_generated, n_generated)
 
-    def _sample(self, batch: Batch | DecodeStep, logits: Tensor) -> dict[Request, Sampled]:
-        pairs = [
-            (item.request, rows.first + rows.n - 1)
-            for item, rows in zip(batch.scheduled, batch.outputs, strict=True)
-            if rows.samples
-        ]
-        if not pairs:
-            return {}
-        requests = [request for request, _ in pairs]
-        chosen = pick_rows(logits, [row for _, row in pairs])
-        return dict(zip(requests, self._sampler.sample(requests, chosen), strict=True))
-
     def _finish_chunk(
-        self, item: Scheduled, rows: LogitRows, logits: Tensor, sampled: dict[Request, Sampled]
+        self,
+        item: Scheduled,
+        rows: LogitRows,
+        logits: Tensor | None,
+        sampled: dict[Request, Sampled],
     ) -> int:
         """Account for one chunk; a failure here fails this request only."""
         request = item.request
         if request.status is not Status.RUNNING:
             return 0
         try:
-            self._post.collect_prompt_scores(request, rows, logits)
+            if logits is not None:
+                self._post.collect_prompt_scores(request, rows, logits)
             request.n_computed += item.n_tokens
             request.unproven = True
             if request not in sampled:
@@ -291,7 +310,12 @@ class EngineCore:
             self._close(request)
 
     def _close(self, request: Request) -> None:
-        """End a request: pages, slot and generator go back."""
+        """End a request; what it holds goes back once no step in flight has a row of it."""
+        if not self._lookahead.keeps(request):
+            self._release(request)
+
+    def _release(self, request: Request) -> None:
+        """Pages, slot and generator go back."""
         self.scheduler.remove(request)
         self._sampler.forget(request)
         if request.slot is not None:
@@ -349,7 +373,7 @@ class EngineCore:
 
     # -- the end -------------------------------------------------------------------------------
 
-    def _step_failed(self, scheduled: list[Scheduled], error: Exception) -> None:
+    def _step_failed(self, scheduled: Sequence[Scheduled], error: Exception) -> None:
         log.exception("an engine step failed", exc_info=error)
         self._failed_steps += 1
         broken = "CUDA" in str(error) and not isinstance(error, torch.OutOfMemoryError)
@@ -361,19 +385,15 @@ class EngineCore:
             self._fail(item.request, GenerationFailed(message))
 
     def _halt(self) -> None:
+        self._drop_in_flight()
         for request in self._open_requests():
             self._fail(request, Draining("the server is shutting down", retry_after_s=5))
         self._stop = True
 
     def _die(self) -> None:
         self._admission.die()
-        while True:  # requests still in the inbox must hear of it too
-            try:
-                self._inbox.get_nowait()()
-            except queue.Empty:
-                break
-            except Exception:
-                log.exception("a command failed while the engine was dying")
+        self._drop_in_flight()
+        self._inbox.run_last()  # requests still in it must hear of it too
         for request in self._open_requests():
             self._emit(request, EngineDead("the engine has stopped; the server is restarting"))
         self._publish(self._events)

@@ -23,11 +23,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class DecodeStep:
-    """A step in which every sequence has one new token: for `StaticStep`, sorted by slot."""
+    """A step in which every sequence has one new token: for `StaticStep`, sorted by slot.
+
+    last_tokens  the step before's, on the device, if the host does not know them yet
+    """
 
     scheduled: tuple[Scheduled, ...]
     rows: tuple[DecodeRow, ...]
     outputs: tuple[LogitRows, ...]
+    last_tokens: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -125,7 +129,7 @@ class Runner:
         Valid until the next call.
         """
         if isinstance(step, DecodeStep):
-            return self._run_static(step.rows)
+            return self._run_static(step.rows, step.last_tokens)
         return self._model(
             step.input_ids,
             step.position_ids,
@@ -136,7 +140,27 @@ class Runner:
             step.merged_slot,
         )
 
-    def _run_static(self, rows: Sequence[DecodeRow]) -> Tensor:
+    def plan_after(
+        self, last_tokens: Tensor, sources: Sequence[int], scheduled: tuple[Scheduled, ...]
+    ) -> DecodeStep:
+        """A step of `scheduled`, whose last tokens are being computed: see `DecodeStep`. They are
+        sorted by slot, and have pages for one token more than they know.
+        """
+        page_tokens, rows = self.base.store.page_tokens, []
+        for source, item in zip(sources, scheduled, strict=True):
+            rows.append(_decode_row(item, page_tokens, item.request.n_computed + 1, source))
+        return DecodeStep(scheduled, tuple(rows), _one_each(len(rows)), last_tokens)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether decode steps run over static buffers."""
+        return self._static is not None
+
+    def is_current(self) -> bool:
+        """Whether no array has moved since the last static step: its graph stays."""
+        return self._seen.version == self.base.residency.version
+
+    def _run_static(self, rows: Sequence[DecodeRow], last_tokens: Tensor | None) -> Tensor:
         assert self._static is not None
         now, seen = self.base.residency, self._seen
         if now.version != seen.version:
@@ -144,7 +168,7 @@ class Runner:
                 with_deltas_only=now.vectors == seen.vectors, new_kernels=now.kinds != seen.kinds
             )
             self._seen = replace(now)
-        logits = self._static.run(rows)
+        logits = self._static.run(rows, last_tokens)
         if self._static.runs_eagerly(len(rows), rows[-1].slot != BASE_SLOT):
             self.counts.eager += 1
         else:
@@ -198,11 +222,18 @@ def _decodes(item: Scheduled) -> bool:
 
 def _decode_step(scheduled: Sequence[Scheduled], page_tokens: int) -> DecodeStep:
     ordered = tuple(sorted(scheduled, key=lambda s: s.request.slot_index))
-    rows = []
-    for item in ordered:
-        request, at = item.request, item.request.n_computed
-        place = request.pages[at // page_tokens] * page_tokens + at % page_tokens
-        pages, slot = request.pages, request.slot_index
-        rows.append(DecodeRow(request.tokens[at], at, place, pages, at + 1, slot))
-    outputs = tuple(LogitRows(i, 1, True) for i in range(len(rows)))
-    return DecodeStep(ordered, tuple(rows), outputs)
+    rows = tuple(_decode_row(item, page_tokens, item.request.n_computed) for item in ordered)
+    return DecodeStep(ordered, rows, _one_each(len(rows)))
+
+
+def _decode_row(item: Scheduled, page_tokens: int, at: int, source: int = 0) -> DecodeRow:
+    """The request's token at position `at`, which may not be known yet."""
+    request = item.request
+    pages, tokens = request.pages, request.tokens
+    place = pages[at // page_tokens] * page_tokens + at % page_tokens
+    token = tokens[at] if at < len(tokens) else 0
+    return DecodeRow(token, at, place, pages, at + 1, request.slot_index, source)
+
+
+def _one_each(n_rows: int) -> tuple[LogitRows, ...]:
+    return tuple(LogitRows(i, 1, True) for i in range(n_rows))

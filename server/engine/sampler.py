@@ -8,7 +8,7 @@ shares the batch.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -23,7 +23,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from server.engine.batch import LogitRows
 from server.engine.request import Request, TokenScore
+from server.engine.scheduler import Scheduled
 from server.engine.types import SamplingParams
 from server.errors import GenerationFailed
 
@@ -47,6 +49,21 @@ class Sampler:
 
     def forget(self, request: Request) -> None:
         self._generators.pop(request.request_id, None)
+
+    def sample_chunks(
+        self, scheduled: Sequence[Scheduled], outputs: Sequence[LogitRows], logits: Tensor
+    ) -> dict[Request, Sampled]:
+        """`sample` for the chunks of a step whose last row chooses a token."""
+        pairs = [
+            (item.request, rows.first + rows.n - 1)
+            for item, rows in zip(scheduled, outputs, strict=True)
+            if rows.samples
+        ]
+        if not pairs:
+            return {}
+        requests = [request for request, _ in pairs]
+        chosen = pick_rows(logits, [row for _, row in pairs])
+        return dict(zip(requests, self.sample(requests, chosen), strict=True))
 
     def sample(self, requests: list[Request], logits: Tensor) -> list[Sampled]:
         """Choose one token per row: logits [R, V] any float, unchanged -> R outcomes.
@@ -86,32 +103,86 @@ class Sampler:
             for outcome, score in zip(scored, found, strict=True):
                 outcome.score = score
 
+    def choose(self, requests: list[Request], logits: Tensor) -> Tensor:
+        """As `sample` for requests that are all `is_plain`, waiting for nothing: int64 [2, R] on
+        the device of ``logits [R, V]``, each row's token and whether it was finite.
+        """
+        logits = logits.to(torch.float32, copy=True)
+        mask_foreign_ids_(logits, [r.variant.vocab_size for r in requests])
+        finite = logits.amax(-1).isfinite()
+        tokens = logits.argmax(-1)
+        for rows in _by_filters(requests, range(len(requests))):
+            if len(rows) == len(requests):
+                tokens = self._drawn(requests, logits)
+            else:
+                index = _sent(rows, torch.int64, logits.device)
+                chosen = [requests[row] for row in rows]
+                drawn = self._drawn(chosen, logits.index_select(0, index))
+                tokens = tokens.index_copy(0, index, drawn)
+        return torch.stack([tokens, finite.long()])
+
+    def outcomes(self, requests: list[Request], chosen: Tensor) -> list[Sampled]:
+        """What `choose` chose, once it is on the host."""
+        tokens, finite = chosen.tolist()
+        return [
+            Sampled(token) if is_finite else Sampled(token, error=_not_finite(request))
+            for request, token, is_finite in zip(requests, tokens, finite, strict=True)
+        ]
+
     def _draw(self, logits: Tensor, requests: list[Request], outcomes: list[Sampled]) -> None:
         """Replace the best token of rows with a temperature by a random one."""
-        groups: dict[tuple[float, int, float, float], list[int]] = defaultdict(list)
-        for row, request in enumerate(requests):
-            p = request.params
-            if p.temperature >= GREEDY_BELOW and outcomes[row].error is None:
-                groups[(p.temperature, p.top_k, p.top_p, p.min_p)].append(row)
-        for rows in groups.values():
+        fine = [row for row, outcome in enumerate(outcomes) if outcome.error is None]
+        for rows in _by_filters(requests, fine):
             with _failing(*(outcomes[row] for row in rows)):
                 chosen = logits if len(rows) == len(requests) else logits[rows]
-                scores = _warpers(requests[rows[0]].params)(None, chosen)
-                probs = torch.softmax(scores, -1)
-                numbers = torch.cat([self._uniform(requests[row]) for row in rows])
-                drawn = draw(probs, numbers.to(probs.device)).tolist()
+                drawn = self._drawn([requests[row] for row in rows], chosen).tolist()
                 for row, token in zip(rows, drawn, strict=True):
                     outcomes[row].token_id = token
 
-    def _uniform(self, request: Request) -> Tensor:
-        """[1] float64 in [0, 1), on the host: generators are the same on every device."""
+    def _drawn(self, requests: list[Request], logits: Tensor) -> Tensor:
+        """A random token for each row, int64 [R]; all have the same filters."""
+        scores = _warpers(requests[0].params)(None, logits)
+        numbers = [self._uniform(request) for request in requests]
+        return draw(torch.softmax(scores, -1), _sent(numbers, torch.float64, logits.device))
+
+    def _uniform(self, request: Request) -> float:
+        """In [0, 1), made on the host: generators are the same for every device."""
         generator = None
         if request.params.seed is not None:
             if request.request_id not in self._generators:
                 generator = torch.Generator().manual_seed(request.params.seed)
                 self._generators[request.request_id] = generator
             generator = self._generators[request.request_id]
-        return torch.rand(1, dtype=torch.float64, generator=generator)
+        return torch.rand(1, dtype=torch.float64, generator=generator).item()
+
+
+def is_plain(request: Request) -> bool:
+    """Whether choosing its next token takes the logits and its filters, and nothing of what it has
+    said so far; and nothing but the token is wanted.
+    """
+    p = request.params
+    return (
+        p.logprobs is None
+        and p.repetition_penalty == 1.0
+        and not (p.presence_penalty or p.frequency_penalty or p.logit_bias)
+        and request.n_output >= p.min_tokens
+    )
+
+
+def _by_filters(requests: list[Request], rows: Iterable[int]) -> list[list[int]]:
+    """Those of `rows` that draw, together where they have the same filters."""
+    groups: dict[tuple[float, int, float, float], list[int]] = defaultdict(list)
+    for row in rows:
+        p = requests[row].params
+        if p.temperature >= GREEDY_BELOW:
+            groups[p.temperature, p.top_k, p.top_p, p.min_p].append(row)
+    return list(groups.values())
+
+
+def _sent(values: list[int] | list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on the device, which the host does not wait for."""
+    made = torch.tensor(values, dtype=dtype)
+    return made if device.type == "cpu" else made.pin_memory().to(device, non_blocking=True)
 
 
 def pick_rows(logits: Tensor, rows: list[int]) -> Tensor:
@@ -125,13 +196,14 @@ def pick_rows(logits: Tensor, rows: list[int]) -> Tensor:
 def draw(probs: Tensor, numbers: Tensor) -> Tensor:
     """Inverse transform: ``probs [R, V]`` float32 (any sum), ``numbers [R]`` float64 in [0, 1) ->
     int64 [R], each the first id whose cumulative probability exceeds the number's share of the
-    row's sum, in float64. An id of probability 0 is never drawn.
+    row's sum, in float64. An id of probability 0 is never drawn; of a row that is not finite, any.
     """
     cumulative = probs.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1]
     below = total.nextafter(torch.zeros_like(total))  # a product with a number near 1 may round up
     wanted = torch.minimum(numbers * total, below)
-    return torch.searchsorted(cumulative, wanted.unsqueeze(1), right=True).squeeze(1)
+    found = torch.searchsorted(cumulative, wanted.unsqueeze(1), right=True).squeeze(1)
+    return found.clamp_(max=probs.shape[1] - 1)
 
 
 def _best(logits: Tensor, finite: Tensor) -> tuple[list[int], list[bool]]:

@@ -69,7 +69,7 @@ class Scheduler:
         self.pages = pages
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
-        self._max_num_seqs = max_num_seqs
+        self.max_num_seqs = max_num_seqs
         self._max_batch_tokens = max_batch_tokens
         self._max_variants = max_variants
         self._long_prefill_tokens = long_prefill_tokens
@@ -91,7 +91,7 @@ class Scheduler:
         allowance = self._pacer.allowance(
             (s.request.n_computed for s in batch),
             self._max_batch_tokens - len(batch),
-            min(len(prefills) + len(self.waiting), self._max_num_seqs - len(batch)),
+            min(len(prefills) + len(self.waiting), self.max_num_seqs - len(batch)),
         )
         long = [r for r in prefills if self._is_long(_remaining(r))]
         if long and (len(prefills) > len(long) or self.waiting):
@@ -146,7 +146,7 @@ class Scheduler:
         now = time.monotonic()
         may_hold = True
         for request in list(self.waiting):
-            if len(self.running) >= self._max_num_seqs:
+            if len(self.running) >= self.max_num_seqs:
                 return
             overdue = now - request.arrived > MAX_OVERTAKEN_S
             missing = self._hold_slot(request, may_hold)

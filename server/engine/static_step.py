@@ -41,6 +41,7 @@ class DecodeRow:
     pages   the sequence's pages, the new token's included: one list all its life, which grows
     length  positions to attend to, the new token included
     slot    of its variant, -1 for the base
+    source  place among the last step's tokens of this row's; `token` is not known then
     """
 
     token: int
@@ -49,6 +50,7 @@ class DecodeRow:
     pages: Sequence[int]
     length: int
     slot: int = BASE_SLOT
+    source: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +82,7 @@ GraphKey = tuple[int, bool]  # rows, with deltas
 
 
 class StaticBuffers:
-    """Host and device memory of one bucket: int64 ``[4, W]``, int32 ``[4 W + 4]`` and ``[P, T]``.
+    """Host and device memory of one bucket: int64 ``[5, W]``, int32 ``[4 W + 4]`` and ``[P, T]``.
 
     The last two are one array, the page tables at its end, so that one copy takes both. W is T
     rounded up so that every field begins at a multiple of 16 bytes: Triton compiles kernels anew
@@ -95,7 +97,7 @@ class StaticBuffers:
         self._tables = PageTables(rows, max_pages)
         pinned = device.type == "cuda"
         n_small = self._n_fixed + rows * max_pages
-        self._host_wide = torch.zeros((4, self._stride), dtype=torch.int64, pin_memory=pinned)
+        self._host_wide = torch.zeros((5, self._stride), dtype=torch.int64, pin_memory=pinned)
         self._host_small = torch.zeros(n_small, dtype=torch.int32, pin_memory=pinned)
         self.wide = self._host_wide.to(device, copy=True)
         self.small = self._host_small.to(device, copy=True)
@@ -107,7 +109,7 @@ class StaticBuffers:
 
     def _views(self) -> StaticBatch:
         t = self.rows
-        ids, positions, places, vector_rows = self.wide[:, :t]
+        ids, positions, places, vector_rows, _ = self.wide[:, :t]
         fields = self.small[: 4 * self._stride].view(4, -1)[:, :t]
         lengths, slots, starts, ends = fields
         count = self.small[4 * self._stride : 4 * self._stride + 1]
@@ -123,8 +125,10 @@ class StaticBuffers:
             table=fields[1:].t(),
         )
 
-    def fill(self, rows: Sequence[DecodeRow]) -> int:
+    def fill(self, rows: Sequence[DecodeRow], last_tokens: Tensor | None = None) -> int:
         """Write a step, sorted by slot, and padding after it; start the copies to the device.
+
+        last_tokens  int64 on the device: where the rows' tokens are taken from, by their `source`
 
         Returns the bytes copied.
         """
@@ -137,6 +141,7 @@ class StaticBuffers:
             [row.position for row in rows] + [0] * padding,
             [row.place for row in rows] + [self._padding_place] * padding,
             [row.slot + 1 for row in rows] + [0] * padding,
+            [row.source for row in rows] + [0] * padding,
         ]
         self._host_wide[:, :t] = torch.tensor(wide)
         pieces = cut_segments(segments_of(rows), SEGMENT_ROWS)
@@ -156,6 +161,8 @@ class StaticBuffers:
         self.small[:n_used].copy_(self._host_small[:n_used], non_blocking=True)
         if self._copied is not None:
             self._copied.record()
+        if last_tokens is not None:
+            torch.index_select(last_tokens, 0, self.wide[4, :n], out=self.wide[0, :n])
         return self.wide.nbytes + 4 * n_used
 
 
@@ -174,6 +181,7 @@ class PageTables:
         """
         array = tables.numpy()
         longest = max(map(len, rows), default=0)
+        assert longest <= len(array), "a sequence longer than the tables"
         for i, (before, n_before) in enumerate(self._written):
             pages: Sequence[int] = rows[i] if i < len(rows) else ()
             first = n_before if pages is before else 0
@@ -311,11 +319,13 @@ class StaticStep:
         return next(t for t in self.buckets if t >= n_rows)
 
     @torch.inference_mode()
-    def run(self, rows: Sequence[DecodeRow]) -> Tensor:
-        """Logits ``[n, V]`` of n rows sorted by slot; valid until the next call."""
+    def run(self, rows: Sequence[DecodeRow], last_tokens: Tensor | None = None) -> Tensor:
+        """Logits ``[n, V]`` of n rows sorted by slot; valid until the next call. `last_tokens`: see
+        `StaticBuffers.fill`.
+        """
         key = self._bucket(len(rows)), any(row.slot != BASE_SLOT for row in rows)
         captured, buffers = self._captured(key), self._buffers[key[0]]
-        buffers.fill(rows)
+        buffers.fill(rows, last_tokens)
         if captured is None:
             return self._forward(buffers.batch, key[1])[: len(rows)]
         graph, logits = captured

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from compressor.artifact_writer import ArtifactWriter
 from compressor.codecs import DenseRows, TensorDelta
 from compressor.coded_file import FRAME_BYTES, MAX_EXPANSION, decode_frames
 from compressor.entropy import Tally, coded_frames, compress
-from compressor.errors import ArtifactError, Corrupt, TooLarge, UnsupportedVersion
+from compressor.errors import ArtifactError, Corrupt, InputError, TooLarge, UnsupportedVersion
 from compressor.tensor_file import METADATA, header_text, parse_tensor_file
 from tests.compressor.artifact_mutations import read_frames, write_frames
 from tests.compressor.artifacts import (
@@ -55,6 +56,17 @@ def test_read_artifact_of_a_coded_one_returns_what_was_written(pristine_coded: P
     assert artifact.aux == AUX
     assert json.loads((pristine_coded / "delta_config.json").read_bytes())["format_version"] == 2
     assert read_config(pristine_coded) == artifact.config
+
+
+def test_without_the_coder_only_coded_artifacts_are_refused(
+    pristine: Path, pristine_coded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "zstandard", None)
+    assert read_artifact(pristine).tensors
+    with pytest.raises(InputError, match="pip install zstandard"):
+        read_artifact(pristine_coded)
+    with pytest.raises(InputError, match="pip install zstandard"):
+        compress(b"")
 
 
 def test_coded_tensor_file_is_safetensors_of_frames_that_zstd_alone_decodes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -191,6 +192,11 @@ class Device(Streams):
             return target
         if here or there:
             self.current().run_pending()
+        if there and isinstance(target, self.Pinned) and non_blocking:
+            plain, values = _plain(target), _plain(source).clone()
+            plain.fill_(torch.iinfo(plain.dtype).min if not plain.is_floating_point() else math.nan)
+            self.copy_to_pinned(lambda: plain.copy_(values))
+            return target
         if here != there and source.dim() > 0:
             self.host_waits("a copy between host and device")
             self.current().host_waited()

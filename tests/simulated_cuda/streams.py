@@ -25,12 +25,14 @@ class Stream:
     issued   how many there were
     pending  (number, copy) of those that have not run
     reading  (number, pinned memory) of those that nobody on the host has waited for
+    arriving  (number, copy) of those to the host that nobody there has waited for
     """
 
     device: object = None
     issued: int = 0
     pending: list[tuple[int, Callable[[], object]]] = field(default_factory=list)
     reading: list[tuple[int, Tensor]] = field(default_factory=list)
+    arriving: list[tuple[int, Callable[[], object]]] = field(default_factory=list)
 
     def run_pending(self, last: int | None = None) -> None:
         """What the stream's next operation, or an event after copy `last`, finds done."""
@@ -41,6 +43,8 @@ class Stream:
         """The host knows that copies up to `last` are done."""
         self.run_pending(last)
         self.reading = [] if last is None else [r for r in self.reading if r[0] > last]
+        while self.arriving and (last is None or self.arriving[0][0] <= last):
+            self.arriving.pop(0)[1]()
 
     synchronize = host_waited
 
@@ -112,6 +116,12 @@ class Streams:
         stream.issued += 1
         stream.reading.append((stream.issued, source))
         stream.pending.append((stream.issued, copy))
+
+    def copy_to_pinned(self, copy: Callable[[], object]) -> None:
+        """Likewise to the host, where nothing has arrived until it waits for it."""
+        stream = self.current()
+        stream.issued += 1
+        stream.arriving.append((stream.issued, copy))
 
     def check_unread(self, pinned: Tensor) -> None:
         """Raises SimulationError if a copy that nobody has waited for may still read this."""

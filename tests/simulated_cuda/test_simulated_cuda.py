@@ -40,7 +40,7 @@ def test_results_are_on_the_device_and_right(gpu: Device) -> None:
     assert x.topk(2).indices.is_cuda
     assert not x.cpu().is_cuda
     assert torch.zeros_like(x).is_cuda
-    assert float(x[0, 0] + torch.tensor(1.0)) == float(host[0, 0]) + 1, "scalars may be mixed"
+    assert float(x[0, 0] + torch.tensor(1.0)) == float(host[0, 0] + 1), "scalars may be mixed"
     moved = nn.Linear(8, 2).to(CUDA)
     assert moved(x).is_cuda
     assert isinstance(moved.weight, nn.Parameter)
@@ -147,6 +147,17 @@ def test_a_copy_on_another_stream_has_not_arrived_until_waited_for(gpu: Device) 
     assert not event.query()
     assert event.query()
     assert x.tolist() == [1, 1]
+
+
+def test_a_copy_to_the_host_has_not_arrived_until_waited_for(gpu: Device) -> None:
+    pinned, event = torch.zeros(2, dtype=torch.int64, pin_memory=True), torch.cuda.Event()
+    x = torch.tensor([3, 4], device=CUDA)
+    pinned.copy_(x, non_blocking=True)
+    event.record()
+    x.fill_(9)
+    assert pinned.tolist() != [3, 4]
+    event.synchronize()
+    assert pinned.tolist() == [3, 4]
 
 
 def test_outside_nothing_has_changed() -> None:

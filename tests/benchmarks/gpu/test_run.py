@@ -57,7 +57,7 @@ def test_rows_that_end_during_a_load_are_flagged_and_not_counted(
     out, cold_load = tmp_path / "out.md", load_section.cold_load
 
     def ended(engine: Engine, key: str, artifact: Path, others: list[Request]) -> Load:
-        engine.end(others[:1])
+        engine.core.abort(others[0])
         return cold_load(engine, key, artifact, others)
 
     monkeypatch.setattr(load_section, "cold_load", ended)

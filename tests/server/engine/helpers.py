@@ -24,7 +24,7 @@ from server.engine.types import OutputDelta, SamplingParams
 from server.settings import Settings
 
 STEP_TIMEOUT_S = 60.0
-STATIC_LEN = 256  # tokens a sequence may have in static steps
+STATIC_LEN = 512  # tokens a sequence may have in static steps
 
 
 @dataclass(eq=False)
@@ -139,6 +139,8 @@ class CoreHarness:
     def assert_idle(self) -> None:
         """No page, slot reference or request is left behind."""
         if not self.core._inbox.empty():  # aborts after stop strings
+            self.core.turn()
+        while self.core._lookahead.in_flight is not None:
             self.core.turn()
         stats = self.core.stats()
         assert stats.n_free_pages == self.n_free_at_start

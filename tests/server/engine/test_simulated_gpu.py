@@ -195,4 +195,4 @@ def test_start_up_check_runs_on_the_device() -> None:
     device = torch.device("cuda")
     with simulated_cuda() as gpu:
         check_kernels(TritonKernels(device), device, torch.float32)
-    assert gpu.n_launches > 50
+    assert gpu.n_launches > 40
