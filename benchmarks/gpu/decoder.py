@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from benchmarks.gpu.cases import PAGE, random_blocks
 from benchmarks.gpu.shapes import Codec, ModelShape
-from server.engine.static_step import StaticBatch
+from server.engine.static_buffers import StaticBatch
 from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight, quantize_int8
 from server.ops.triton.attention import NewTokens, paged_decode

@@ -12,7 +12,8 @@ from torch import Tensor
 from server.engine.batch import Batch, LogitRows, build_batch
 from server.engine.model import BaseModel, weight_bytes
 from server.engine.scheduler import Scheduled
-from server.engine.static_step import SEGMENT_ROWS, DecodeRow, StaticBatch, StaticStep
+from server.engine.static_buffers import SEGMENT_ROWS, DecodeRow, StaticBatch
+from server.engine.static_step import StaticStep
 from server.errors import ConfigError
 from server.ops.attention import AttentionPlan, DecodeBatch
 from server.ops.rows import BASE_SLOT, RowPlan

@@ -109,8 +109,7 @@ class Sampler:
         """
         logits = logits.to(torch.float32, copy=True)
         mask_foreign_ids_(logits, [r.variant.vocab_size for r in requests])
-        finite = logits.amax(-1).isfinite()
-        tokens = logits.argmax(-1)
+        largest, tokens = logits.max(-1)
         for rows in _by_filters(requests, range(len(requests))):
             if len(rows) == len(requests):
                 tokens = self._drawn(requests, logits)
@@ -119,7 +118,7 @@ class Sampler:
                 chosen = [requests[row] for row in rows]
                 drawn = self._drawn(chosen, logits.index_select(0, index))
                 tokens = tokens.index_copy(0, index, drawn)
-        return torch.stack([tokens, finite.long()])
+        return torch.stack([tokens, largest.isfinite().long()])
 
     def outcomes(self, requests: list[Request], chosen: Tensor) -> list[Sampled]:
         """What `choose` chose, once it is on the host."""

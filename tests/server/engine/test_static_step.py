@@ -16,14 +16,8 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")  # the references live beside the kernels
 
-from server.engine.static_step import (
-    BUCKETS,
-    DecodeRow,
-    StaticBatch,
-    StaticBuffers,
-    StaticStep,
-    segments_of,
-)
+from server.engine.static_buffers import DecodeRow, StaticBatch, StaticBuffers, segments_of
+from server.engine.static_step import BUCKETS, StaticStep
 from server.errors import ConfigError
 from server.ops.rows import Segment
 from server.ops.triton.attention import paged_decode_reference
