@@ -103,8 +103,11 @@ class Workload:
 class LoadClient:
     """Sends jobs to ``/v1/completions`` and measures them."""
 
-    def __init__(self, url: str, *, max_tokens: int, stream: bool, timeout_s: float) -> None:
+    def __init__(
+        self, url: str, *, max_tokens: int, stream: bool, timeout_s: float, temperature: float = 0.0
+    ) -> None:
         self.max_tokens = max_tokens
+        self.temperature = temperature
         self.stream = stream
         self.http = HttpClient(url, timeout_s)
 
@@ -160,7 +163,7 @@ class LoadClient:
             "model": job.model,
             "prompt": job.prompt,
             "max_tokens": self.max_tokens,
-            "temperature": 0,
+            "temperature": self.temperature,
             "ignore_eos": True,
             "stream": self.stream,
         }

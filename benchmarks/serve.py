@@ -37,6 +37,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--concurrency", type=int, default=32, help="requests in flight")
     add("--prompt-tokens", type=int, default=64)
     add("--max-tokens", type=int, default=64, help="exactly so many are made (ignore_eos)")
+    add("--temperature", type=float, default=0.0, help="0: greedy")
     add("--prompt-kind", choices=("ids", "text"), default="ids")
     add("--id-range", default="1000:10000", help="token ids of random prompts, low:high")
     amount = parser.add_mutually_exclusive_group()
@@ -59,6 +60,7 @@ async def measure(args: argparse.Namespace) -> dict[str, Any]:
         args.url,
         max_tokens=args.max_tokens,
         stream=not args.no_stream,
+        temperature=args.temperature,
         timeout_s=args.timeout_s,
     )
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -21,6 +22,14 @@ from tests.server.engine.helpers import CoreHarness, Recorded
 
 PROMPT = "The quick brown fox jumps over the lazy dog and opens a new account"
 Make = Callable[..., CoreHarness]
+
+
+@pytest.fixture(params=["every step read", "one ahead"])
+def harness(request: pytest.FixtureRequest, harness: Make) -> Make:
+    """Both ways of stepping; see `server.engine.lookahead`."""
+    if request.param == "every step read":
+        return harness
+    return partial(harness, static=True, kernels="torch")
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +23,14 @@ from tests.server.engine.test_core import assert_true_text
 PROMPT = "The quick brown fox"
 Make = Callable[..., CoreHarness]
 FIVE = list(ALL_CODECS)
+
+
+@pytest.fixture(params=["every step read", "one ahead"])
+def harness(request: pytest.FixtureRequest, harness: Make) -> Make:
+    """Both ways of stepping; see `server.engine.lookahead`."""
+    if request.param == "every step read":
+        return harness
+    return partial(harness, static=True, kernels="torch")
 
 
 @pytest.fixture
