@@ -31,6 +31,7 @@ from server.deltas.registry import DeltaRegistry
 from server.engine.catalog import VariantCatalog
 from server.engine.core import EngineCore, Events
 from server.engine.llm_engine import allocate_pages
+from server.engine.memory import with_kv_cache
 from server.engine.model import load_base_model
 from server.engine.request import Request
 from server.engine.runner import Runner
@@ -217,6 +218,7 @@ def make_bench(settings: Settings, clock: Clock) -> Bench:
     registry.rescan()
     text = load_base_text(settings.base)
     catalog = VariantCatalog(settings, registry, "base", identity, text, base.vocab_size)
+    settings = with_kv_cache(settings, base.device)
     pages = allocate_pages(base, settings)
     core = EngineCore(Runner(base), settings, pages, catalog.job_for, _deliver_all)
     for module in base.model.modules():
@@ -246,7 +248,7 @@ def timed_engine(bench: Bench, clock: Clock) -> ExitStack:
         (core._runner, "plan", "scheduling and batch building"),
         (core._runner, "forward", "model: the rest"),
         (core._post, "token", "events"),
-        (core, "_sample", "sampling"),
+        (type(core._sampler), "sample_chunks", "sampling"),
     ):
         stack.enter_context(mock.patch.object(owner, name, clock.wrap(part, getattr(owner, name))))
     return stack

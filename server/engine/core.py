@@ -392,7 +392,6 @@ class EngineCore:
 
     def _die(self) -> None:
         self._admission.die()
-        self._drop_in_flight()
         self._inbox.run_last()  # requests still in it must hear of it too
         for request in self._open_requests():
             self._emit(request, EngineDead("the engine has stopped; the server is restarting"))
