@@ -60,6 +60,8 @@ def _linear_kernel(
         inside = k < n
         xs = tl.load(x_rows + k[None, :], mask=row_mask[:, None] & inside[None, :], other=0.0)
         w = tl.load(w_rows + k[:, None], mask=inside[:, None] & out_mask[None, :], other=0.0)
+        if values.dtype.element_ty == tl.float8e4nv:
+            w = w.to(tl.float32)  # Triton 3.6 cannot make bfloat16 of it on sm_89
         acc = mac(acc, xs, w.to(xs.dtype), UPCAST)
     scale = tl.load(scales + out, mask=out_mask, other=0.0)
     mask = row_mask[:, None] & out_mask[None, :]

@@ -70,7 +70,8 @@ class CoreHarness:
         kernels = self.settings.kernels
         quant = None if self.settings.base_quant == "none" else self.settings.base_quant
         dtype = getattr(torch, self.settings.dtype)
-        model = load_base_model(base, torch.device("cpu"), dtype, kernels, quant)
+        device = torch.device(self.settings.device)
+        model = load_base_model(base, device, dtype, kernels, quant)
         identity = base_identity(base)
         registry = DeltaRegistry(deltas, identity, frozenset({"base"}))
         registry.rescan()

@@ -158,7 +158,9 @@ def test_what_runs_without_graphs(served, settings: dict[str, Any], extra_vocab:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [{"base_quant": "int8"}, {"dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "changes", [{"base_quant": "int8"}, {"base_quant": "float8"}, {"dtype": "bfloat16"}]
+)
 def test_what_changes_the_numbers_answers(served, changes: dict[str, str]) -> None:
     pair = made(served, "llama", "blockdiag", "head")
     with on_gpu():
