@@ -113,6 +113,8 @@ def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
         "envvar": f"IMPART_{field.name.upper()}",
     }
     default: Any = field.default
+    if default is True:
+        flag += f"/--no-{_dashed(field.name)}"
     if field.name.endswith("_bytes"):
         options |= {"parser": parse_size, "metavar": "SIZE"}
         default = None if default is None else size_text(default)

@@ -206,6 +206,7 @@ class DeltaLoader:
                 parameter.parameter.reserve(slot.index, parameter, room)
             made = self._uploader.ready()
         except Exception as error:  # out of memory: this load fails, serving goes on
+            self._hide(slot)  # now: the step to come must not meet arrays that were never made
             self._post(_failed(staged.job, error, slot))
             return
         self._pool.submit(self._store, staged, slot, made)
@@ -214,9 +215,12 @@ class DeltaLoader:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _clear(self, slot: Slot) -> None:
+        self._hide(slot)
+        self._slots.evict(slot)
+
+    def _hide(self, slot: Slot) -> None:
         for parameter in set(self._parameters.values()):
             parameter.hide(slot.index)
-        self._slots.evict(slot)
 
     def _fail(self, job: LoadJob, message: str) -> LoadFailed:
         return self._end(LoadFailed(job.key, job.name, message))

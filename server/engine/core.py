@@ -49,6 +49,7 @@ IDLE_WAIT_S = 0.5
 LOAD_WAIT_S = 0.05
 MAX_FAILED_STEPS = 3  # in a row; then the engine is considered broken
 Events = list[tuple[Request, Event]]
+Outcomes = dict[Request, Sampled]
 
 
 class EngineCore:
@@ -214,6 +215,7 @@ class EngineCore:
         except Exception as error:
             self._step_failed(scheduled, error)
             return
+        self._failed_steps = 0
         self._account(batch, logits, sampled)
         seconds = time.perf_counter() - started
         self._pacer.ran(load, seconds)
@@ -231,16 +233,17 @@ class EngineCore:
         self._pacer.ran(last.load, self._lookahead.seconds(last))
         for request in self._lookahead.settled(last, sampled):
             self._release(request)
+        if self._lookahead.failed is None:
+            self._failed_steps = 0
+        else:  # who has not ended was to go on in it
+            self._step_failed(last.step.scheduled, self._lookahead.failed)
 
     def _drop_in_flight(self) -> None:
         for request in self._lookahead.drop():
             self._release(request)
 
-    def _account(
-        self, batch: Batch | DecodeStep, logits: Tensor | None, sampled: dict[Request, Sampled]
-    ) -> None:
+    def _account(self, batch: Batch | DecodeStep, logits: Tensor | None, sampled: Outcomes) -> None:
         """Take a step's outcomes."""
-        self._failed_steps = 0
         n_generated = 0
         for item, rows in zip(batch.scheduled, batch.outputs, strict=True):
             n_generated += self._finish_chunk(item, rows, logits, sampled)
@@ -249,11 +252,7 @@ class EngineCore:
             self._observer.on_step(n_tokens - n_generated, n_generated)
 
     def _finish_chunk(
-        self,
-        item: Scheduled,
-        rows: LogitRows,
-        logits: Tensor | None,
-        sampled: dict[Request, Sampled],
+        self, item: Scheduled, rows: LogitRows, logits: Tensor | None, sampled: Outcomes
     ) -> int:
         """Account for one chunk; a failure here fails this request only."""
         request = item.request
@@ -264,15 +263,13 @@ class EngineCore:
                 self._post.collect_prompt_scores(request, rows, logits)
             request.n_computed += item.n_tokens
             request.unproven = True
-            if request not in sampled:
+            outcome = sampled.get(request)
+            if outcome is None:
                 return 0
-            outcome = sampled[request]
             if outcome.error is not None:
                 raise outcome.error
             self.scheduler.computed(request)
             event = self._post.token(request, outcome, self._max_len)
-            if request.first_token is None:
-                request.first_token = time.monotonic()
             self._emit(request, event)
             if event.finish_reason is not None:
                 request.finish_reason = event.finish_reason
@@ -351,6 +348,7 @@ class EngineCore:
         self._inbox.put(lambda: self._on_load(message))
 
     def _on_load(self, message: LoaderMessage) -> None:
+        self.scheduler.changed()
         ended = self.loader.handle(message)
         if isinstance(ended, Stored):
             staged: Staged = ended.staged

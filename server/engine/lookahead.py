@@ -55,6 +55,7 @@ class Lookahead:
     is its until it has been read. Engine thread only.
 
     enabled  whether steps are left in flight at all
+    failed   why the step after the last could not be launched
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Lookahead:
         self._cuda = runner.base.device.type == "cuda"
         self.enabled = enabled
         self.in_flight: InFlight | None = None
+        self.failed: Exception | None = None
         self._leaving: list[Request] = []
         self._last_read = 0.0
 
@@ -86,8 +88,14 @@ class Lookahead:
         return True
 
     def advance(self, last: InFlight) -> dict[Request, Sampled]:
-        """Launch the step after the one in flight, if nothing speaks against it; read that one."""
-        self.in_flight = self._follow(last)
+        """Launch the step after the one in flight, if nothing speaks against it; read that one. If
+        the launch fails that one is read all the same, and `failed` says so.
+        """
+        self.in_flight, self.failed = None, None
+        try:
+            self.in_flight = self._follow(last)
+        except Exception as error:
+            self.failed = error
         if last.done is not None:
             last.done.synchronize()
         sampled = self._sampler.outcomes(last.requests, last.copied)
@@ -157,9 +165,11 @@ class Lookahead:
 
     def _somebody_comes(self, last: InFlight) -> bool:
         """Whether a request could join the next step, which is then no longer that of these."""
+        scheduler = self._scheduler
+        if not scheduler.may_admit:
+            return False
         if self._loader.wants_room():
             return True
-        scheduler = self._scheduler
         n_free = scheduler.max_num_seqs - len(scheduler.running) + len(self._leaving)
         if n_free == 0 and not any(map(self._ends, last.requests)):
             return False

@@ -6,6 +6,7 @@ Text and stop strings are not the engine thread's business; see `server.engine.o
 from __future__ import annotations
 
 import logging
+import time
 
 import torch
 from torch import Tensor
@@ -61,6 +62,8 @@ class Postprocessor:
             return StepOutput(None, prompt_scores=prompt_scores, finish_reason="length")
         token = sampled.token_id
         request.tokens.append(token)
+        if request.first_token is None:
+            request.first_token = time.monotonic()
         may_stop = request.n_output > params.min_tokens
         reason, stop_token = self._token_stop(request, token) if may_stop else (None, None)
         if reason is None and (

@@ -77,13 +77,26 @@ class Scheduler:
         self._acquire = acquire
         self._wipe = wipe
         self.n_preemptions = 0
+        self._nobody_fits = False
 
     def add(self, request: Request) -> None:
         self.waiting.append(request)
+        self.changed()
+
+    def changed(self) -> None:
+        """Something has come or gone that may let a waiting request in."""
+        self._nobody_fits = False
+
+    @property
+    def may_admit(self) -> bool:
+        """Whether a request that waits could join the next step, as far as is known: not if none
+        could when it was last tried, and nothing has changed.
+        """
+        return bool(self.waiting) and not self._nobody_fits
 
     def schedule(self) -> list[Scheduled]:
         """Choose the next step's chunks and make sure their pages exist."""
-        n_preemptions = self.n_preemptions
+        n_preemptions, n_waiting = self.n_preemptions, len(self.waiting)
         batch: list[Scheduled] = []
         # Decodes are single tokens and must not wait behind prompts.
         self._extend(batch, [r for r in self.running if _remaining(r) == 1], None)
@@ -101,6 +114,7 @@ class Scheduler:
             self._admit(batch, allowance, bool(long))
         allowance.give_back()
         self._extend(batch, long, allowance)
+        self._nobody_fits = len(self.waiting) == n_waiting and all(map(_is_decode, batch))
         return batch
 
     def _is_long(self, n_tokens: int) -> bool:
@@ -220,6 +234,7 @@ class Scheduler:
             self.waiting.remove(request)
         self._release(request)
         request.status = Status.FINISHED
+        self.changed()
 
     def _release(self, request: Request) -> None:
         """Give the pages back; nobody may find a NaN in them (padding is read, and 0 * NaN)."""
@@ -227,6 +242,7 @@ class Scheduler:
             self._wipe(self.pages.private(request.pages))
             request.unproven = False
         self.pages.release(request.pages)
+        request.pages = []  # never used again: page tables know a list by its identity
         request.n_computed = request.n_settled_pages = 0
 
 

@@ -246,6 +246,11 @@ def test_cli_reads_flags_of_every_kind():
     assert (found.max_model_len, found.drain_timeout_s) == (128, 1.5)
 
 
+def test_cli_switches_off_what_is_on():
+    found = settings_from("--base", "b", "--no-prefix-cache", "--no-async-scheduling")
+    assert (found.prefix_cache, found.async_scheduling) == (False, False)
+
+
 def test_cli_reads_the_environment_and_flags_win():
     env = {
         "IMPART_BASE": "b",

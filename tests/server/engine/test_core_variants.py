@@ -13,6 +13,7 @@ from compressor.artifact import Artifact
 from compressor.errors import Corrupt
 from server.deltas.loader import LoadJob
 from server.deltas.parameter import DeltaParameter
+from server.deltas.pool import TermPool
 from server.deltas.upload import SlotUploader, Upload
 from server.engine.variant import Variant
 from server.errors import DeltaUnusable, NoSlot
@@ -296,4 +297,32 @@ def test_out_of_memory_in_a_load_fails_that_load_only(
     again = [engine.submit(name, PROMPT) for name in ("blockdiag", "lowrank", "base")]
     engine.run(*again)
     assert_true_text(many, running, *again)
+    engine.assert_idle()
+
+
+@pytest.mark.parametrize("name", ["impart", "lowrank"])
+def test_out_of_memory_in_the_arrays_of_a_new_layout_fails_that_load_only(
+    many: Served, harness: Make, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Some pools are there without arrays then, and a step is about to run."""
+    engine = harness(many)
+    running = engine.submit("blockdiag", PROMPT, ignore_eos=True)
+    engine.until(lambda: running.request.n_output > 0)
+    inner, calls = TermPool._grow, [0]
+
+    def out_of_memory(self: TermPool, *args: object) -> None:
+        calls[0] += self.capacity == 0
+        if calls[0] == 4:
+            raise torch.OutOfMemoryError("no memory")
+        inner(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(TermPool, "_grow", out_of_memory)
+    failed = engine.submit(name, PROMPT)
+    engine.run(failed, running)
+    assert isinstance(failed.error, DeltaUnusable)
+    assert running.error is None
+    monkeypatch.undo()
+    again = engine.submit(name, PROMPT)
+    engine.run(again)
+    assert_true_text(many, again)
     engine.assert_idle()

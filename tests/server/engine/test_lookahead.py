@@ -152,6 +152,65 @@ def test_launch_that_fails_ends_its_requests_and_serving_goes_on(
     engine.assert_idle()
 
 
+def test_launch_that_fails_leaves_the_step_before_its_tokens(
+    pair: Served, harness: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = static(harness, pair)
+    ends = engine.submit("base", PROMPT, max_tokens=6, ignore_eos=True)
+    goes_on = engine.submit("base", PROMPT, max_tokens=12, ignore_eos=True)
+    engine.until(lambda: ends.request.n_output == 5)
+    monkeypatch.setattr(Lookahead, "_follow", lambda self, last: 1 / 0)
+    engine.core.turn()
+    assert ends.error is None
+    assert ends.output_ids == pair.truth("base", ends.request.prompt_ids)[:6]
+    assert goes_on.error is not None
+
+
+def test_who_waits_without_hope_does_not_hold_steps_up(
+    pair: Served, harness: Make, log: LOG
+) -> None:
+    engine = static(harness, pair, max_variants_per_step=1)
+    load_all(engine, *PAIR)
+    runs = engine.submit("blockdiag", PROMPT, max_tokens=12, ignore_eos=True)
+    engine.until(lambda: runs.request.n_output >= 2)
+    waits = engine.submit("impart", PROMPT, max_tokens=3, ignore_eos=True)
+    engine.core.turn()  # finds that it cannot be admitted
+    log.clear()
+    for _ in range(4):
+        engine.core.turn()
+    assert waits.request.n_output == 0
+    assert log == [("launch", 1), ("read", 1)] * 4
+    engine.run(runs, waits)
+    assert waits.output_ids == pair.truth("impart", waits.request.prompt_ids)[:3]
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_request_put_back_and_admitted_anew_reads_its_new_pages(
+    pair: Served, harness: Make, ahead: bool
+) -> None:
+    """With prompt log probabilities, which take no known prefix; and in the row it had before."""
+
+    def texts(n_pages: int) -> tuple[list[list[int]], int]:
+        page_bytes = harness(pair).core._runner.base.store.bytes_per_token() * 4
+        few = {"kv_block_tokens": 4, "kv_cache_bytes": page_bytes * n_pages, "prefix_cache": False}
+        engine = static(harness, pair, async_scheduling=ahead, max_num_seqs=4, **few)
+        load_all(engine, "blockdiag")
+        first = engine.submit("base", list(range(5, 11)), max_tokens=26, ignore_eos=True)
+        engine.until(lambda: first.request.n_output >= 2)
+        params = {"logprobs": 0, "prompt_logprobs": True, "max_tokens": 24, "ignore_eos": True}
+        back = engine.submit("blockdiag", list(range(20, 29)), **params)
+        engine.run(first)
+        last = engine.submit("base", list(range(30, 35)), max_tokens=26, ignore_eos=True)
+        engine.run(back, last)
+        engine.assert_idle()
+        found = [one.output_ids for one in (first, back, last)]
+        return found, engine.core.stats().n_preemptions
+
+    few, n_preemptions = texts(11)
+    assert n_preemptions > 0
+    assert few == texts(400)[0]
+
+
 def workload(chosen: random.Random, n: int) -> list[dict[str, Any]]:
     """Requests of all kinds: greedy and drawn, plain and not, ending by length, stop and EOS."""
     kinds: list[dict[str, Any]] = [
@@ -204,7 +263,9 @@ def test_any_mix_has_the_texts_of_an_engine_that_reads_every_step(
     pair: Served, harness: Make, log: LOG, seed: int
 ) -> None:
     jobs = workload(random.Random(seed), 24)
-    limits = {"max_num_seqs": 5, "kv_block_tokens": 4, "prefix_cache": False}
+    limits: dict[str, Any] = {"max_num_seqs": 5, "kv_block_tokens": 4, "prefix_cache": False}
+    if seed % 2:  # variants come and go
+        limits |= {"max_resident_variants": 1, "max_variants_per_step": 1}
     ahead = served_texts(static(harness, pair, **limits), jobs)
     assert log
     assert ahead == served_texts(static(harness, pair, **limits, async_scheduling=False), jobs)
