@@ -5,11 +5,12 @@
 # make clean   remove caches and the downloaded demo model, keep .venv
 #
 # Every target makes .venv on first use. PYTHON chooses the interpreter (>= 3.11), TORCH the build
-# of torch: another index for a GPU goes in there, see README.
+# of torch: another index for a GPU goes in there, see README. WORKERS=0 tests in one process.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO_ONCE ?=
+WORKERS ?= auto
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -21,8 +22,9 @@ DEMO_DELTAS := deploy/demo/deltas
 .PHONY: demo test check bench clean
 .DELETE_ON_ERROR:
 
+# Threads that wait for each other must not keep the other workers' cores busy.
 test: $(INSTALLED)
-	$(PY) -m pytest
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile
 
 check: $(INSTALLED)
 	$(PY) -m ruff format --check .
