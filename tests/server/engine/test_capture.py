@@ -22,12 +22,8 @@ from server.ops.packed import PackedBlocks
 from server.ops.rows import RowPlan, SlotSegments
 from tests.server.engine.test_parity import PROMPTS
 from tests.server.engine.test_static_parity import HELD
+from tests.simulated_cuda.graphs import check_capturable
 
-WAITS = {  # for a value, or for a size
-    *("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal"),
-    *("aten::nonzero", "aten::masked_select", "aten::unique_dim", "aten::_unique2"),
-    "aten::repeat_interleave.Tensor",
-}
 COPIES = {"aten::lift_fresh"}  # torch.tensor(...): a copy from pageable memory
 
 
@@ -37,13 +33,9 @@ class CaptureRules(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        schema = function._schema
-        name = schema.name + (f".{schema.overload_name}" if schema.overload_name else "")
-        if schema.name in WAITS | COPIES or name in WAITS:
-            raise AssertionError(f"{name} cannot be captured")
-        by_mask = schema.name in ("aten::index", "aten::index_put", "aten::index_put_")
-        if by_mask and any(t is not None and t.dtype is torch.bool for t in args[1]):
-            raise AssertionError(f"{name} with a mask cannot be captured")
+        check_capturable(function, args)
+        if function._schema.name in COPIES:
+            raise AssertionError(f"{function._schema.name} cannot be captured")
         return function(*args, **(kwargs or {}))
 
 
