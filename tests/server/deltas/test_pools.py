@@ -18,7 +18,7 @@ from server.deltas.pool import FactorPool, Staged, TermPool
 from server.deltas.pools import layout_of, make_pool
 from server.deltas.upload import SlotUploader
 from server.ops.kernels import Kernels, TorchKernels, choose_kernels
-from server.ops.rows import BASE_SLOT, RowPlan
+from server.ops.rows import BASE_SLOT, RowPlan, Segment
 from server.ops.static_rows import StaticRows
 from tests.server.ops.test_rows import plan_of
 
@@ -92,6 +92,28 @@ def fill(term_index: int, variants: list[tuple[Term, ...]], kernels: Kernels) ->
         put(pool, slot, staged)
         pool.show(slot)
     return pool
+
+
+def test_array_that_finds_no_memory_to_grow_leaves_the_pool_as_it_was() -> None:
+    codec, options, shape = next(case for case in CASES if case[0] == "blockdiag")
+    variants = encode_all(codec, options, shape)
+    pool = fill(0, variants[:1], TorchKernels())
+    x = random_delta(9, (2, shape[1]))
+    rows = RowPlan([Segment(0, 0, 2)], CPU)
+    before, arrays = torch.zeros(2, shape[0]), pool.arrays
+    pool.add_(before, x, rows)
+
+    def out_of_memory(blocks: object) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    pool.kernels.blockdiag = out_of_memory
+    with pytest.raises(torch.OutOfMemoryError):
+        pool.reserve(1, pool.stage(variants[1][0]))
+    assert pool.arrays is arrays
+    assert pool.capacity == 1
+    after = torch.zeros(2, shape[0])
+    pool.add_(after, x, rows)
+    assert torch.equal(before, after)
 
 
 def expected(x: Tensor, slots: list[int], dense: list[Tensor], m: int) -> Tensor:

@@ -35,3 +35,24 @@ def test_copy_into_a_slot_slice_leaves_its_neighbours() -> None:
 def test_copy_other_dtype_is_a_bug() -> None:
     with pytest.raises(AssertionError):
         SlotUploader(CPU).copy([(torch.zeros(3), torch.zeros(3, dtype=torch.float16))])
+
+
+def test_upload_on_a_gpu_arrives_when_done_through_buffers_nobody_still_reads() -> None:
+    pytest.importorskip("triton")  # of the simulated device
+    from tests.simulated_cuda import simulated_cuda
+
+    source = torch.arange(50, dtype=torch.float32)
+    with simulated_cuda():
+        device = torch.device("cuda")
+        targets = [torch.zeros(50, device=device) for _ in range(3)]
+        uploader = SlotUploader(device, chunk_bytes=64, ring=2)
+        upload = uploader.copy([(target, source) for target in targets], after=uploader.ready())
+        assert targets[2].tolist() != source.tolist()
+        assert not upload.done()
+        upload.wait()
+        assert upload.done()
+        assert all(target.tolist() == source.tolist() for target in targets)
+        late = torch.zeros(50, device=device)
+        uploader.copy([(late, source)])
+        uploader.abandon()
+        assert late.tolist() == source.tolist(), "nothing is under way any more"

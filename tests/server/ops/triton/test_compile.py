@@ -60,9 +60,16 @@ SPILLED_BYTES = 1024  # a thread's: reserved for all threads of the device, not 
 
 
 def compile_start_up(cache: Path, arch: int, dtype: str, *cases: str) -> list[str]:
-    """What the server's check at start launches; every line is in bounds. Returns the lines."""
+    """What the server's check at start launches."""
+    return in_bounds(cache, arch, START_UP, dtype, *cases)
+
+
+def in_bounds(cache: Path, arch: int, script: str, *arguments: str) -> list[str]:
+    """What a script compiles, a line a kernel, each with no more spills and shared memory than
+    there may be.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", START_UP, str(arch), dtype, *cases],
+        [sys.executable, "-c", script, str(arch), *arguments],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
@@ -76,6 +83,36 @@ def compile_start_up(cache: Path, arch: int, dtype: str, *cases: str) -> list[st
         assert int(spilled) <= SPILLED_BYTES, line
         assert int(shared) <= SHARED_BYTES[arch], line
     return lines
+
+
+LARGE_HEADS = """
+import sys
+import torch
+from benchmarks.gpu.offline import compiling
+from server.ops.attention import PrefillChunk
+from server.ops.triton.attention import paged_decode
+from server.ops.triton.prefill import paged_prefill_, prefill_tiles
+
+arch, dim, dtype = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
+q = torch.zeros(100, 8, dim, dtype=dtype)
+caches = torch.zeros(2, 8, 16, 4, dim, dtype=dtype)
+pages = torch.zeros(8, dtype=torch.int64)
+tiles = prefill_tiles([PrefillChunk(0, 100, 0, pages)], torch.device("cpu"), dtype)
+options = {"scale": 0.1, "window": 4096, "softcap": 50.0}
+with compiling(arch) as found:
+    paged_prefill_(torch.empty_like(q), q, caches[0], caches[1], tiles, **options)
+    table = torch.zeros(4, 8, dtype=torch.int32)
+    paged_decode(q[:4], caches[0], caches[1], table, torch.zeros(4, dtype=torch.int32), **options)
+for kernel in found:
+    print(kernel.name, kernel.name, kernel.spilled_bytes, kernel.shared_bytes, sep=",")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arch", "dim", "dtype"), [(89, 256, "bfloat16"), (90, 128, "float32"), (90, 256, "float32")]
+)
+def test_attention_of_large_heads_fits(tmp_path: Path, arch: int, dim: int, dtype: str) -> None:
+    assert len(in_bounds(tmp_path, arch, LARGE_HEADS, str(dim), dtype)) >= 2
 
 
 def test_float8_base_and_float32_deltas_compile(tmp_path: Path) -> None:

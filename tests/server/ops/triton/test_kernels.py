@@ -11,6 +11,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+import triton
+
 from server.ops.attention import (
     AttentionCall,
     AttentionPlan,
@@ -81,6 +83,16 @@ def test_rotate_and_decode_norms_of_two_forms_are_left_to_others() -> None:
         call = AttentionCall(x, x, x, cache, cache.clone(), plan, 1.0, rotary=rotary, norms=chosen)
         assert TritonKernels(CPU).rotate_and_decode_(torch.zeros(1, 2, 16), call) == done
         assert bool(cache.any()) == done
+
+
+def test_on_compiled_is_told_of_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[None] = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", None)
+    TritonKernels(CPU).on_compiled(lambda: told.append(None))
+    hook = triton.knobs.runtime.jit_post_compile_hook
+    assert hook is not None
+    hook(key="k", repr="r", fn=None, compile={}, is_manual_warmup=False, already_compiled=False)
+    assert told == [None]
 
 
 def test_self_check_passes_for_these_kernels() -> None:
