@@ -97,7 +97,9 @@ def test_static_step_does_nothing_that_a_graph_cannot_hold(
     step._forward = guarded
     alone = [[name] for name in pair.checkpoints]  # in the bucket of one row
     for names in (*alone, list(pair.checkpoints)):
-        engine.run(*(engine.submit(name, PROMPTS[2], max_tokens=4) for name in names))
+        sent = [engine.submit(name, PROMPTS[2], max_tokens=4) for name in names]
+        engine.run(*sent)
+        assert [one.error for one in sent] == [None] * len(sent), "see the log"
     assert set(seen) == {False, True}
 
 
