@@ -27,6 +27,7 @@ from torch import Tensor
 
 from benchmarks.gpu.engine import Engine, make_engine
 from benchmarks.gpu.plan import SMALL
+from benchmarks.gpu.timing import seconds_of
 from server.engine.core import EngineCore
 from server.engine.llm_engine import LLMEngine
 from server.engine.request import Request
@@ -113,13 +114,6 @@ def decoding(n_rows: int, step_s: float, *, ahead: bool) -> Engine:
     return engine
 
 
-def mean_step_s(engine: Engine) -> float:
-    start = time.perf_counter()
-    for _ in range(STEPS):
-        engine.core.turn()
-    return (time.perf_counter() - start) / STEPS
-
-
 def compare(rows: Sequence[int], step_s: float) -> None:
     """Print a table: medians of rounds, on and off in turn."""
     print(f"device {1e3 * step_s:g} ms a step; median of {ROUNDS} x {STEPS} steps, in turn\n")
@@ -129,7 +123,7 @@ def compare(rows: Sequence[int], step_s: float) -> None:
         found: dict[bool, list[float]] = {True: [], False: []}
         for _ in range(ROUNDS):
             for ahead, engine in engines.items():
-                found[ahead].append(mean_step_s(engine))
+                found[ahead].append(statistics.fmean(seconds_of(engine.core.turn, STEPS)))
         for ahead, seconds in found.items():
             step = statistics.median(seconds)
             figures = f"{1e3 * step:.2f} | {step / step_s:.2f}"

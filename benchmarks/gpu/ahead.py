@@ -1,6 +1,6 @@
 """Compile on all cores what the other sections are going to launch, into triton's own cache.
 
-One after the other their some three hundred kernels take minutes of a run that has ten. The
+One after the other some 170 kernels take minutes of a run that has ten. The
 sections are walked through on the CPU with launches noted instead of run (`launches`, in several
 processes), and what was noted is compiled by others (`compiled`). What triton's cache goes by -
 source, signature, what arguments are divisible by, options, architecture - is the same there as on

@@ -126,11 +126,12 @@ def to_octaves(scales: Tensor, unit: float) -> Tensor:
 
 
 def from_octaves(stored: Tensor, unit: float) -> Tensor:
-    """Return float32 ``[m]``, the inverse of `to_octaves`."""
-    exponents = (torch.arange(256, dtype=torch.float64) - 255) / SCALE_STEPS
-    table = (exponents.exp2() * unit).float()
-    table[0] = 0.0
-    return table[stored.long()]
+    """Return float32, the inverse of `to_octaves`, of any shape and on any device.
+
+    Computed, not looked up: a table would have to be copied to the device.
+    """
+    values = (((stored.double() - 255) / SCALE_STEPS).exp2() * unit).float()
+    return values.masked_fill_(stored == 0, 0.0)
 
 
 def octave_unit(scales: Tensor) -> float:

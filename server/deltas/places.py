@@ -36,9 +36,14 @@ class PlaceTable:
         self._places.pop(slot, None)
 
 
-def grown(capacity: int, place: int, device: torch.device) -> int:
-    """Room to make for `place`: a sixteenth more at a time, so that arrays are not copied often and
-    unused places cost little. On a GPU a quarter: what a captured graph reads has moved then, and
-    it is captured again.
+def slack(device: torch.device) -> float:
+    """What part of arrays may be room that nobody has taken: a quarter or a sixteenth more at a
+    time. More costs memory; less copies arrays often, and on a GPU what a captured graph reads has
+    moved then, and it is captured again.
     """
-    return max(place + 1, capacity + capacity // (4 if device.type == "cuda" else 16))
+    return 1 / 4 if device.type == "cuda" else 1 / 16
+
+
+def grown(capacity: int, place: int, device: torch.device) -> int:
+    """Room to make for `place`."""
+    return max(place + 1, capacity + int(capacity * slack(device)))

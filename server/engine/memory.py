@@ -7,12 +7,12 @@ from dataclasses import replace
 
 import torch
 
+from server.deltas.places import slack
 from server.errors import ConfigError
 from server.settings import GIB, Settings
 
 log = logging.getLogger(__name__)
 CPU_KV_CACHE_BYTES = 1 * GIB
-ARRAY_SLACK = 1.25  # slot arrays grow by a quarter at a time (`server.deltas.places`)
 
 
 def with_kv_cache(settings: Settings, device: torch.device) -> Settings:
@@ -27,7 +27,8 @@ def with_kv_cache(settings: Settings, device: torch.device) -> Settings:
     torch.cuda.empty_cache()  # what loading and quantising the base left behind
     free, total = torch.cuda.mem_get_info(device)
     kept = round((1 - settings.gpu_memory_utilization) * total)
-    deltas = round(settings.delta_budget_bytes * ARRAY_SLACK) + settings.reconstruct_budget_bytes
+    deltas = round(settings.delta_budget_bytes * (1 + slack(device)))
+    deltas += settings.reconstruct_budget_bytes
     room = free - kept - deltas
     wanted = room if settings.kv_cache_bytes is None else settings.kv_cache_bytes
     if room <= 0 or wanted > room:

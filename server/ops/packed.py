@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compressor.codecs.quantize import SCALE_STEPS
+from compressor.codecs.quantize import from_octaves
 
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # bits of each plane, the lowest first
 
@@ -96,14 +96,8 @@ def octaves() -> Tensor:
 
 
 def scale_values(scales: Tensor) -> Tensor:
-    """Stored scales -> float32, still in units of the term's unit.
-
-    Bytes are computed, not looked up: a table would have to be copied to the device.
-    """
-    if scales.dtype is torch.uint8:
-        values = ((scales.double() - 255) / SCALE_STEPS).exp2().float()
-        return values.masked_fill_(scales == 0, 0.0)
-    return scales.float()
+    """Stored scales -> float32, still in units of the term's unit."""
+    return from_octaves(scales, 1.0) if scales.dtype is torch.uint8 else scales.float()
 
 
 def packed_rows(n_inputs: int, bits: int) -> int:

@@ -22,10 +22,10 @@ KERNELS = {
 }
 
 
-def compile_all(cache: Path, *options: str) -> list[tuple[int, int, str]]:
-    """Registers, spilled bytes and name of every kernel compiled."""
+def python(cache: Path, *arguments: str) -> list[str]:
+    """Lines that Python prints with the compiler instead of the interpreter; it succeeds."""
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu.offline", *options],
+        [sys.executable, *arguments],
         cwd=ROOT,
         env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
@@ -33,7 +33,13 @@ def compile_all(cache: Path, *options: str) -> list[tuple[int, int, str]]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = [line.split(",") for line in done.stdout.splitlines() if line.startswith("sm_")]
+    return done.stdout.splitlines()
+
+
+def compile_all(cache: Path, *options: str) -> list[tuple[int, int, str]]:
+    """Registers, spilled bytes and name of every kernel compiled."""
+    lines = python(cache, "-m", "benchmarks.gpu.offline", *options)
+    found = [line.split(",") for line in lines if line.startswith("sm_")]
     return [(int(row[3]), int(row[4]), row[1]) for row in found]
 
 
@@ -68,16 +74,7 @@ def in_bounds(cache: Path, arch: int, script: str, *arguments: str) -> list[str]
     """What a script compiles, a line a kernel, each with no more spills and shared memory than
     there may be.
     """
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(arch), *arguments],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    lines = python(cache, "-c", script, str(arch), *arguments)
     for line in lines:
         *_, spilled, shared = line.split(",")
         assert int(spilled) <= SPILLED_BYTES, line
