@@ -32,7 +32,7 @@ MAY_IMPORT = {
 }
 WEB = {"fastapi", "starlette", "pydantic", "uvicorn"}
 TENSOR = {"torch", "transformers", "safetensors", "numpy", "triton", "numba", "llvmlite"}
-OPS_ONLY = {"torch", "numpy", "numba", "triton", "llvmlite"}
+OPS_ONLY = {"torch", "numpy", "numba", "triton", "llvmlite", "filelock"}
 FORMAT = (
     "compressor.artifact",
     "compressor.identity",

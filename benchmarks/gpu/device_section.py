@@ -17,7 +17,7 @@ from benchmarks.gpu.predict import BANDWIDTH
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.timing import copy_bandwidth
 from server.ops.triton.kernels import TritonKernels
-from server.ops.triton.selfcheck import check_kernels
+from server.ops.selfcheck import check_kernels
 
 
 def commit() -> str:

@@ -137,7 +137,7 @@ def _soften_code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             builder.store(builder.select(higher, score, builder.load(top)), top)
         highest = builder.load(top)
         store_floats(builder, highest, largest_at)
-        shrunk = exp2(builder, builder.fsub(before, highest))
+        shrunk = exp2(context, builder, builder.fsub(before, highest))
         store_floats(builder, shrunk, factors_at)
         total = cgutils.alloca_once_value(
             builder, builder.fmul(load_floats(builder, totals_at), shrunk)
@@ -147,9 +147,14 @@ def _soften_code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             line = builder.add(scores_at, builder.mul(loop.index, I64(2 * ROW_BYTES)))
             low, high = (
                 exp2(
+                    context,
                     builder,
                     multiply_add(
-                        builder, load_floats(builder, plus(builder, line, o)), factor, minus
+                        context,
+                        builder,
+                        load_floats(builder, plus(builder, line, o)),
+                        factor,
+                        minus,
                     ),
                 )
                 for o in (0, ROW_BYTES)
