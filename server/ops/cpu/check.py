@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -46,8 +46,13 @@ def wanted_kernels(target: Target) -> tuple[str, ...]:
     return tuple(name for name in NAMES if name != "linear" or LinearKernel.pays_on(target))
 
 
-def usable_kernels(timeout_s: float = TIMEOUT_S) -> frozenset[str]:
-    """The kernels that passed their trial on this machine, now or before. Warns of the others."""
+def usable_kernels(
+    *, child: Sequence[str] = CHILD, environment: Mapping[str, str] | None = None
+) -> frozenset[str]:
+    """The kernels that passed their trial on this machine, now or before. Warns of the others.
+
+    child, environment: see `try_kernels`.
+    """
     target, folder = host_target(), cache_folder()
     names = wanted_kernels(target)
     path = None if folder is None else folder / VERDICTS
@@ -58,7 +63,7 @@ def usable_kernels(timeout_s: float = TIMEOUT_S) -> frozenset[str]:
             missing = [name for name in names if name not in verdicts]
             if missing:
                 log.info("compiling %d CPU kernels for %s, once", len(missing), target)
-                verdicts |= try_kernels(missing, folder, timeout_s)
+                verdicts |= try_kernels(missing, folder, child=child, environment=environment)
                 _write(path, verdicts)
     for name in names:
         problem = verdicts.get(name)
@@ -74,33 +79,44 @@ def usable_kernels(timeout_s: float = TIMEOUT_S) -> frozenset[str]:
 
 
 def try_kernels(
-    names: Sequence[str], folder: Path | None = None, timeout_s: float = TIMEOUT_S
+    names: Sequence[str],
+    folder: Path | None = None,
+    *,
+    timeout_s: float = TIMEOUT_S,
+    child: Sequence[str] = CHILD,
+    environment: Mapping[str, str] | None = None,
 ) -> Verdicts:
     """Compile and compare these kernels in child processes, one after the other.
 
-    A child goes on with the next kernel until one ends it; the rest get a new one. Compiled code
-    goes to `folder`, a `cache_folder`.
+    A child goes on with the next kernel until one ends it; the rest get a new one.
+
+    folder       where compiled code goes, a `cache_folder`; default: the child's own
+    timeout_s    for one kernel
+    child        Python's arguments before the kernels' names
+    environment  of the child; default: this process's
     """
+    settings = dict(os.environ if environment is None else environment)
+    # The child finds this package where this process found it, however it was started.
+    found = [str(PACKAGES), *filter(None, [settings.get("PYTHONPATH")])]
+    settings["PYTHONPATH"] = os.pathsep.join(found)
+    if folder is not None:
+        settings["NUMBA_CACHE_DIR"] = str(cache_root_of(folder))
     verdicts: Verdicts = {}
     left = list(names)
     while left:
-        verdicts |= _run_child(left, folder, timeout_s)
+        verdicts |= _run_child(left, child, settings, timeout_s)
         left = [name for name in left if name not in verdicts]
     return verdicts
 
 
-def _run_child(names: Sequence[str], folder: Path | None, timeout_s: float) -> Verdicts:
+def _run_child(
+    names: Sequence[str], child: Sequence[str], environment: Mapping[str, str], timeout_s: float
+) -> Verdicts:
     """The verdicts of one child: of all kernels, or up to the one that ended it."""
-    environment = dict(os.environ)
-    # The child finds this package where this process found it, however it was started.
-    found = [str(PACKAGES), *filter(None, [environment.get("PYTHONPATH")])]
-    environment["PYTHONPATH"] = os.pathsep.join(found)
-    if folder is not None:
-        environment["NUMBA_CACHE_DIR"] = str(cache_root_of(folder))
     with tempfile.TemporaryFile() as errors:
         try:
-            child = subprocess.Popen(
-                [sys.executable, *CHILD, *names],
+            process = subprocess.Popen(
+                [sys.executable, *child, *names],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
@@ -109,13 +125,13 @@ def _run_child(names: Sequence[str], folder: Path | None, timeout_s: float) -> V
             )
         except OSError as error:
             return dict.fromkeys(names, f"could not be tried ({error})")
-        with child:
-            verdicts, hangs = _listen(child, timeout_s)
-            child.kill()
+        with process:
+            verdicts, hangs = _listen(process, timeout_s)
+            process.kill()
         if len(verdicts) < len(names):
             failed = next(name for name in names if name not in verdicts)
-            how = f"did not finish within {timeout_s:g} s" if hangs else _how_it_ended(child)
-            verdicts[failed] = how + _last_words(errors)
+            how = f"did not finish within {timeout_s:g} s" if hangs else _how_it_ended(process)
+            verdicts[failed] = how + ("" if hangs else _last_words(errors))
     return verdicts
 
 
@@ -186,7 +202,8 @@ def _read(path: Path | None) -> Verdicts:
         found = json.loads(path.read_text()) if path is not None else {}
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    sound = isinstance(found, dict) and all(it is None or type(it) is str for it in found.values())
+    return found if sound else {}
 
 
 def _write(path: Path | None, verdicts: Verdicts) -> None:

@@ -74,16 +74,16 @@ def _cases(dtype: torch.dtype, values_of: torch.dtype) -> Iterator[Case]:
     random, generator = randoms(CPU, dtype, values_of)
     for bits in (2, 3, 4, 8, 16):
         for octaves in (False, True):
-            blocks = _blocks(bits, octaves, generator)
-            yield f"embedding {bits} bit", _look_up(blocks, random)
+            yield f"embedding {bits} bit", _look_up(_blocks(37, bits, octaves, generator), random)
             if bits in (2, 3, 4):
+                blocks = _blocks(38, bits, octaves, generator)
                 for rows in (1, 11):
                     yield f"linear {bits} bit, {rows} rows", _product(blocks, rows, random)
 
 
-def _blocks(bits: int, octaves: bool, generator: torch.Generator) -> PackedBlocks:
-    """Two slots' blocks of a matrix [70, 37], of uneven parts."""
-    s, n, m = 3, 37, 70
+def _blocks(n: int, bits: int, octaves: bool, generator: torch.Generator) -> PackedBlocks:
+    """Two slots' blocks of a matrix [70, n], of uneven parts."""
+    s, m = 3, 70
     nb, mb = -(-n // s), -(-m // s)
     if bits == 16:
         codes = torch.randn((2, s, nb, mb), generator=generator).half()
@@ -114,8 +114,8 @@ def _product(
     blocks: PackedBlocks, n_rows: int, random: Callable[..., Tensor]
 ) -> Callable[[Kernels], Tensor]:
     """A base's product with two slots' blocks in it, and one with a bias."""
-    m, n = blocks.sizes[0], blocks.n + 1
-    weight, x, bias = random(m, n), random(n_rows, n), random(m)
+    m = blocks.sizes[0]
+    weight, x, bias = random(m, blocks.n), random(n_rows, blocks.n), random(m)
     rows = RowPlan([Segment(1, 0, 1), Segment(0, 1, n_rows)][: min(n_rows, 2)], CPU)
     present = frozenset({(0, 1), (1, 0)})
 

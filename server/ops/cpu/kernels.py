@@ -48,6 +48,7 @@ class NumbaKernels:
         def made(name: str, make: Callable[[Parallel], T]) -> T | None:
             return make(self.parallel) if name in names else None
 
+        self.in_use = frozenset(names)
         self.parallel = Parallel()
         self._torch = TorchKernels()
         self._blockdiag = made("blockdiag", BlockDiagKernel)

@@ -19,8 +19,8 @@ pytest.importorskip("triton")
 
 from server.engine.observer import CoreStats
 from server.engine.types import SamplingParams
-from server.ops.triton.kernels import TritonKernels
 from server.ops.selfcheck import check_kernels
+from server.ops.triton.kernels import TritonKernels
 from tests.server.engine.conftest import Served
 from tests.server.engine.test_llm_engine import running, stream
 from tests.server.engine.test_static_parity import HELD
