@@ -31,6 +31,7 @@ from compressor.commands.common import (
     reporting,
     silence_libraries,
 )
+from compressor.usable_cpus import set_thread_defaults
 
 app = typer.Typer(
     name="impart",
@@ -44,6 +45,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the console script."""
+    set_thread_defaults()  # the commands import torch
     try:
         app(prog_name="impart")
     except KeyboardInterrupt:

@@ -51,7 +51,8 @@ HELP = {
     "max_body_bytes": "Largest request body.",
     "template_timeout_s": "Seconds that a chat template may take.",
     "heartbeat_timeout_s": "Seconds without a finished layer until the engine counts as hung.",
-    "torch_threads": "CPU threads for torch.  [default: torch's own choice]",
+    "torch_threads": "CPU threads for products.  [default: OMP_NUM_THREADS, or the physical cores "
+    "that CPU affinity and the cgroup's limit leave]",
     "log_level": "debug, info, warning, error or critical.",
     "log_format": "Log lines for people or for machines.",
 }

@@ -57,7 +57,7 @@ class Settings:
     max_body_bytes: int = 4 << 20
     template_timeout_s: float = 5.0
     heartbeat_timeout_s: float = 10.0  # no layer finished for so long: the engine hangs
-    torch_threads: int | None = None  # default: torch's own choice
+    torch_threads: int | None = None  # default: see compressor.usable_cpus
     log_level: str = "info"
     log_format: Literal["plain", "json"] = "plain"
 
@@ -75,6 +75,7 @@ class Settings:
             "request_timeout_s",
             "max_body_bytes",
             "template_timeout_s",
+            "torch_threads",
         )
         for name in positive:
             value = getattr(self, name)

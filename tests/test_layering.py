@@ -1,7 +1,8 @@
 """The layers of the design, checked on the source: who may import whom, and what nobody may do.
 
     server.api -> server.engine -> server.deltas -> server.ops        (each may use those after it)
-    server     -> compressor.{artifact, identity, errors, codecs}     (the format, nothing else)
+    server     -> compressor.{artifact, identity, errors, codecs}     (the format)
+                  and compressor.usable_cpus                          (threads; nothing else)
     compressor -> never server
 
 Every check is a function from a parsed file to complaints, and is itself tested on a bad line.
@@ -39,6 +40,7 @@ FORMAT = (
     "compressor.errors",
     "compressor.codecs",
 )
+OPEN = (*FORMAT, "compressor.usable_cpus")
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {("torch", "load"), ("yaml", "load"), ("yaml", "unsafe_load")}
 MUTABLE_CALLS = {"list", "dict", "set", "defaultdict", "deque", "Counter", "OrderedDict"}
@@ -119,8 +121,9 @@ def check_libraries(source: Source) -> Iterator[str]:
             or top in sys.stdlib_module_names
             or within(name, "server.ops")
             or within(name, "compressor.codecs")
+            or within(name, "compressor.usable_cpus")
         ):
-            yield f"server.ops imports {name}: tensor libraries, compilers and codecs only"
+            yield f"server.ops imports {name}: tensor libraries, compilers, codecs and CPUs only"
 
 
 def check_packages(source: Source) -> Iterator[str]:
@@ -130,14 +133,16 @@ def check_packages(source: Source) -> Iterator[str]:
         if (
             within(source.module, "server")
             and within(name, "compressor")
-            and not any(within(name, allowed) for allowed in FORMAT)
+            and not any(within(name, allowed) for allowed in OPEN)
         ):
-            yield f"the server imports {name}; of the compressor it may use {', '.join(FORMAT)}"
+            yield f"the server imports {name}; of the compressor it may use {', '.join(OPEN)}"
 
 
 def check_leaves(source: Source) -> Iterator[str]:
     allowed = {
         "compressor.errors": set[str](),
+        "compressor.cgroup_quota": set[str](),
+        "compressor.usable_cpus": {"compressor.cgroup_quota"},
         "server.errors": set[str](),
         "server.settings": {"server.errors"},
     }
@@ -253,6 +258,8 @@ def test_source_keeps_the_rules(check: Callable[[Source], Iterator[str]]) -> Non
         (check_libraries, "compressor.cli", "import pydantic"),
         (check_packages, "server.engine.loop", "from compressor.pipeline import compress"),
         (check_packages, "server.engine.loop", "from compressor import pipeline"),
+        (check_packages, "server.engine.loop", "from compressor.cgroup_quota import cpu_quota"),
+        (check_leaves, "compressor.usable_cpus", "from compressor.artifact import read_artifact"),
         (check_packages, "compressor.cli", "from server.errors import ServeError"),
         (check_leaves, "server.errors", "from server.settings import Settings"),
         (check_leaves, "server.settings", "from server.engine.types import ModelInfo"),
@@ -281,6 +288,7 @@ def test_check_finds_the_bad_line(
         ("server.api.app", "from server.engine.types import ModelInfo\nimport fastapi"),
         ("server.ops.delta", "import torch\nfrom compressor.codecs.term import Term"),
         ("server.deltas.store", "from compressor.artifact import read_artifact"),
+        ("server.ops.cpu.features", "from compressor.usable_cpus import product_threads"),
         ("server.settings", "from server.errors import ConfigError\nGIB = 1 << 30"),
         ("server.engine.loop", "TABLE = {'a': 1}\n__all__ = ['x']"),
         ("tests.x", "yaml.safe_load('x')\nf(trust_remote_code=False)"),

@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 import torch
 
 from compressor.identity import base_identity
+from compressor.usable_cpus import product_threads
 from server.deltas.loader import decode_threads
 from server.deltas.registry import DeltaRegistry, RegisteredDelta
 from server.deltas.slots import Slot
@@ -84,8 +85,10 @@ class LLMEngine:
             raise ConfigError("the base is not a directory; give a Hugging Face model directory")
         if settings.deltas is not None and not settings.deltas.is_dir():
             raise ConfigError("the deltas path is not a directory")
-        if settings.torch_threads is not None:
-            torch.set_num_threads(settings.torch_threads)
+        threads = product_threads(settings.torch_threads)
+        if torch.get_num_threads() != threads.count:  # setting it starts a pool nobody uses
+            torch.set_num_threads(threads.count)
+        log.info("CPU: %s", threads)
         base = load_base_model(
             settings.base,
             _device(settings),
