@@ -4,7 +4,7 @@ The host's number says little: a container with a limit of 2 CPUs on 64 cores ru
 times slower each, and those that wait for each other slower still. What counts:
 
     CPU affinity      taskset, cpusets, Kubernetes' static policy
-    cgroup limit      docker run --cpus, Kubernetes' limits (`cgroup_quota`)
+    cgroup limit      docker run --cpus, Kubernetes' limits (`cgroups`)
     physical cores    for products: siblings of a core share its units, so a second one adds waiting
     PYTHON_CPU_COUNT  Python 3.13's own limit (also -X cpu_count), meant for containers. It is read
                       the same way under every Python. A limit like the others: it only narrows
@@ -24,7 +24,7 @@ from collections.abc import Collection, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from compressor.cgroup_quota import cpu_quota
+from compressor.cgroups import cpu_quota
 
 # Threads of products; torch's own number is that of its OpenMP.
 PRODUCT_VARIABLES = (

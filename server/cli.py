@@ -23,7 +23,9 @@ HELP = {
     "host": "Address to listen on.",
     "port": "Port to listen on.",
     "device": "Where the model runs.",
-    "dtype": "Number format of weights; auto: as stored.",
+    "dtype": "Number format of weights; auto: as stored, on CPUs without units for that float32.",
+    "widened_weights_bytes": "With --dtype auto: the most that weights may take in float32.  "
+    "[default: half of the memory]",
     "kernels": "numba (CPU), triton (CUDA) or plain torch; auto: what fits the device.",
     "base_quant": "Keep the base's linears in 8 bits (lm_head and embeddings stay).",
     "enforce_eager": "Run every step eagerly: no CUDA graphs.",

@@ -25,7 +25,10 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as stored
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: see below
+    # The most that weights may take in float32 where they are widened: with dtype auto, on a CPU
+    # that multiplies the stored format slowly. Default: half of the memory this process may use.
+    widened_weights_bytes: int | None = None
     kernels: Literal["auto", "torch", "numba", "triton"] = "auto"  # auto: see choose_kernels
     base_quant: Literal["none", "int8", "float8"] = "none"  # linears in 8 bits, a scale per output
     enforce_eager: bool = False  # no CUDA graphs for decode steps
@@ -66,6 +69,7 @@ class Settings:
             "delta_budget_bytes",
             "max_resident_variants",
             "max_variants_per_step",
+            "widened_weights_bytes",
             "kv_cache_bytes",
             "kv_block_tokens",
             "max_num_seqs",

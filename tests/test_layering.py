@@ -2,7 +2,7 @@
 
     server.api -> server.engine -> server.deltas -> server.ops        (each may use those after it)
     server     -> compressor.{artifact, identity, errors, codecs}     (the format)
-                  and compressor.usable_cpus                          (threads; nothing else)
+                  and compressor.usable_cpus, usable_memory           (nothing else)
     compressor -> never server
 
 Every check is a function from a parsed file to complaints, and is itself tested on a bad line.
@@ -40,7 +40,7 @@ FORMAT = (
     "compressor.errors",
     "compressor.codecs",
 )
-OPEN = (*FORMAT, "compressor.usable_cpus")
+OPEN = (*FORMAT, "compressor.usable_cpus", "compressor.usable_memory")
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {("torch", "load"), ("yaml", "load"), ("yaml", "unsafe_load")}
 MUTABLE_CALLS = {"list", "dict", "set", "defaultdict", "deque", "Counter", "OrderedDict"}
@@ -141,8 +141,9 @@ def check_packages(source: Source) -> Iterator[str]:
 def check_leaves(source: Source) -> Iterator[str]:
     allowed = {
         "compressor.errors": set[str](),
-        "compressor.cgroup_quota": set[str](),
-        "compressor.usable_cpus": {"compressor.cgroup_quota"},
+        "compressor.cgroups": set[str](),
+        "compressor.usable_cpus": {"compressor.cgroups"},
+        "compressor.usable_memory": {"compressor.cgroups"},
         "server.errors": set[str](),
         "server.settings": {"server.errors"},
     }
@@ -258,7 +259,7 @@ def test_source_keeps_the_rules(check: Callable[[Source], Iterator[str]]) -> Non
         (check_libraries, "compressor.cli", "import pydantic"),
         (check_packages, "server.engine.loop", "from compressor.pipeline import compress"),
         (check_packages, "server.engine.loop", "from compressor import pipeline"),
-        (check_packages, "server.engine.loop", "from compressor.cgroup_quota import cpu_quota"),
+        (check_packages, "server.engine.loop", "from compressor.cgroups import cpu_quota"),
         (check_leaves, "compressor.usable_cpus", "from compressor.artifact import read_artifact"),
         (check_packages, "compressor.cli", "from server.errors import ServeError"),
         (check_leaves, "server.errors", "from server.settings import Settings"),

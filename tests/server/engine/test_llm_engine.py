@@ -27,6 +27,7 @@ from server.errors import (
     InvalidRequest,
     ModelNotFound,
 )
+from server.ops.precision import host_cpu
 from server.settings import Settings
 from tests.compressor.artifacts import seal
 from tests.server.engine.conftest import PAIR, Served
@@ -362,7 +363,8 @@ def test_start_sets_torchs_threads_and_says_why(
     settings = Settings(base=pair.base, device="cpu", kv_cache_bytes=8 << 20, torch_threads=given)
     with caplog.at_level(logging.INFO, "server"):
         LLMEngine.from_settings(settings)
-    assert f"CPU: {text}" in caplog.messages
+    (line,) = (line for line in caplog.messages if line.startswith("CPU: "))
+    assert line == f"CPU: {host_cpu().description}; products in float32; {text}"
     assert torch.get_num_threads() == int(text[0])
 
 

@@ -1,7 +1,9 @@
-"""The CPU time that cgroups leave this process, as a number of CPUs.
+"""What cgroups leave this process: a number of CPUs, and memory.
 
     v2  cpu.max                                  "quota period", or "max" without a limit
+        memory.max, memory.current               bytes, or "max"
     v1  cpu.cfs_quota_us, cpu.cfs_period_us      -1 without a limit
+        memory.limit_in_bytes, .usage_in_bytes   bytes; without a limit more than any machine has
 
 A limit binds everything below it, so the smallest on the way from the process's own cgroup up to
 the root of the mount counts. Where that cgroup lies is said by two files together: its path in the
@@ -35,37 +37,48 @@ def cpu_quota(root: Path) -> int | None:
     Rounded up, because of 1.5 CPUs a single thread leaves a third unused, while two use all of it
     and are stopped for a quarter of the time. So less than one CPU is one.
     """
-    paths = _own_paths(_lines(root / "proc/self/cgroup"))
-    quotas = [
-        quota
-        for mount in _mounts(_lines(root / "proc/self/mountinfo"))
-        for folder in _way_up(mount, paths.get(mount.is_v2, PurePosixPath("/")))
-        if (quota := _quota(root / folder.relative_to("/"), mount.is_v2)) is not None
-    ]
-    return min(quotas, default=None)
+    quotas = (_quota(folder, is_v2) for folder, is_v2 in _folders(root, "cpu"))
+    return min((quota for quota in quotas if quota is not None), default=None)
 
 
-def _own_paths(lines: list[str]) -> dict[bool, PurePosixPath]:
-    """The process's cgroup in the v2 hierarchy (True) and in v1's of the CPU time (False)."""
+def memory_left(root: Path) -> int | None:
+    """Bytes until the nearest limit, 0 at least, or None without one.
+
+    What caches take counts as used, though the kernel would give it back: a cautious number.
+    """
+    found = (_memory_left(folder, is_v2) for folder, is_v2 in _folders(root, "memory"))
+    return min((left for left in found if left is not None), default=None)
+
+
+def _folders(root: Path, controller: str) -> Iterator[tuple[Path, bool]]:
+    """The folders of the process's cgroup and of those above it, and whether they are v2's."""
+    paths = _own_paths(_lines(root / "proc/self/cgroup"), controller)
+    for mount in _mounts(_lines(root / "proc/self/mountinfo"), controller):
+        for folder in _way_up(mount, paths.get(mount.is_v2, PurePosixPath("/"))):
+            yield root / folder.relative_to("/"), mount.is_v2
+
+
+def _own_paths(lines: list[str], controller: str) -> dict[bool, PurePosixPath]:
+    """The process's cgroup in the v2 hierarchy (True) and in v1's of this controller (False)."""
     paths = {}
     for line in lines:
         hierarchy, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if hierarchy == "0" and not controllers:
             paths[True] = PurePosixPath(path)
-        elif "cpu" in controllers.split(","):
+        elif controller in controllers.split(","):
             paths[False] = PurePosixPath(path)
     return paths
 
 
-def _mounts(lines: list[str]) -> Iterator[_Mount]:
+def _mounts(lines: list[str], controller: str) -> Iterator[_Mount]:
     for line in lines:
         left, _, right = line.partition(" - ")
         where, what = left.split(), right.split()
         if len(where) < 5 or len(what) < 3:
             continue
         is_v2 = what[0] == "cgroup2"
-        if is_v2 or (what[0] == "cgroup" and "cpu" in what[2].split(",")):
+        if is_v2 or (what[0] == "cgroup" and controller in what[2].split(",")):
             mount_root, point = (PurePosixPath(_unescaped(text)) for text in where[3:5])
             if point.is_absolute():
                 yield _Mount(is_v2, mount_root, point)
@@ -90,6 +103,17 @@ def _quota(folder: Path, is_v2: bool) -> int | None:
     except ValueError:  # "max", or no such files
         return None
     return -(-quota // period) if quota > 0 and period > 0 else None
+
+
+def _memory_left(folder: Path, is_v2: bool) -> int | None:
+    limit, used = "memory.max", "memory.current"
+    if not is_v2:
+        limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+    try:
+        most, taken = (int("".join(_lines(folder / name))) for name in (limit, used))
+    except ValueError:  # "max", or no such files
+        return None
+    return max(most - taken, 0)
 
 
 def _unescaped(text: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from compressor.cgroup_quota import cpu_quota
+from compressor.cgroups import cpu_quota
 
 V2 = "0::"
 V1 = "4:cpu,cpuacct:"
