@@ -43,6 +43,8 @@ def main(names: list[str]) -> None:
 
 def find_problem(name: str) -> str | None:
     """Compile one kernel; None if all its cases come out as in torch, else what is wrong."""
+    if name not in OF_KERNEL:
+        return "is unknown"
     try:
         kernels = NumbaKernels(usable={name})
     except Exception as error:  # the compiler's, whatever its type

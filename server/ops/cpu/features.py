@@ -22,6 +22,7 @@ _UNITS = (
     ("AVX2", "avx2"),
     ("AVX", "avx"),
     ("SSE4.2", "sse4.2"),
+    ("SSE2", "sse2"),
     ("SVE", "sve"),
     ("NEON", "neon"),
 )

@@ -17,7 +17,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from server.ops.cpu.pairs import add_pair_products, floats, splat_word, words
+from server.ops.cpu.pairs import WORDS, add_pair_products, floats, splat_word, words
 from server.ops.cpu.tile_product import CHAINS, I8, TILE, make_plane
 from server.ops.cpu.vectors import F32, I32, I64, LANES, at, sum_of_lanes
 
@@ -28,14 +28,11 @@ U = np.uint64
 
 
 def _plane(bits: int) -> Any:
-    def product(lanes: int, rows: int) -> Any:
-        return _vector_product(bits, lanes, rows)
-
-    return make_plane(product, 1)
+    return make_plane(lambda rows: _vector_product(bits, rows), 1)
 
 
-def _vector_product(bits: int, lanes: int, rows: int) -> Any:
-    """An intrinsic for `lanes` columns and `rows` rows of x.
+def _vector_product(bits: int, rows: int) -> Any:
+    """An intrinsic for 16 columns and `rows` rows of x.
 
     Arguments, all int64: address of codes, their row stride in elements, code rows, address of x,
     x's row stride in elements, address of the sums, their row stride in elements.
@@ -45,52 +42,47 @@ def _vector_product(bits: int, lanes: int, rows: int) -> Any:
     def product(typingctx, codes, mb, code_rows, x, stride, sums, tile):
         i64 = types.int64
         signature = types.void(i64, i64, i64, i64, i64, i64, i64)
-        return signature, _codegen(bits, lanes, rows)
+        return signature, _codegen(bits, rows)
 
     return product
 
 
-def _codegen(bits: int, lanes: int, rows: int) -> Callable[..., Any]:
-    vector, wide = ir.VectorType(F32, lanes), ir.VectorType(I32, lanes)
-
-    def constant(value: int) -> Any:
-        return ir.Constant(wide, [value] * lanes)
-
+def _codegen(bits: int, rows: int) -> Callable[..., Any]:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         codes, mb, code_rows, x, stride, sums, tile = args
-        zeros = ir.Constant(vector, [0.0] * lanes)
+        zeros = floats(0.0)
         totals = [
             [cgutils.alloca_once_value(builder, zeros) for _ in range(CHAINS)] for _ in range(rows)
         ]
 
         def bytes_of(row: Any) -> Any:
-            place = at(builder, codes, I8, builder.mul(row, mb), lanes)
-            return builder.zext(builder.load(place, align=1), wide)
+            place = at(builder, codes, I8, builder.mul(row, mb), LANES)
+            return builder.zext(builder.load(place, align=1), WORDS)
 
         def multiply(row: Any, packed: Any, present: int) -> None:
             """Both code rows in `packed`, of which the bits `present` count, with all of x."""
-            mask, bias = (constant(value & present) for value in (_twice(bits), BIAS_TWICE))
+            mask, bias = (words(value & present) for value in (_twice(bits), BIAS_TWICE))
             for field in range(8 // bits):
-                moved = builder.lshr(packed, constant(field * bits)) if field else packed
+                moved = builder.lshr(packed, words(field * bits)) if field else packed
                 weights = builder.or_(builder.and_(moved, mask), bias)
                 first = builder.add(row, builder.mul(code_rows, I64(field)))
                 for r, chains in enumerate(totals):
                     index = builder.add(first, builder.mul(stride, I64(r)))
-                    word = splat_word(builder, builder.add(x, builder.mul(index, I64(2))), lanes)
+                    word = splat_word(builder, builder.add(x, builder.mul(index, I64(2))))
                     total = chains[field % CHAINS]
                     added = add_pair_products(context, builder, builder.load(total), weights, word)
                     builder.store(added, total)
 
         with cgutils.for_range(builder, builder.udiv(code_rows, I64(2))) as loop:
             row = builder.mul(loop.index, I64(2))
-            later = builder.shl(bytes_of(builder.add(row, I64(1))), constant(16))
+            later = builder.shl(bytes_of(builder.add(row, I64(1))), words(16))
             multiply(row, builder.or_(bytes_of(row), later), -1)
         with builder.if_then(builder.trunc(code_rows, ir.IntType(1))):
             last = builder.sub(code_rows, I64(1))
             multiply(last, bytes_of(last), 0xFFFF)
         for r, chains in enumerate(totals):
             index = builder.mul(tile, I64(r))
-            place = at(builder, sums, F32, index, lanes)
+            place = at(builder, sums, F32, index, LANES)
             total = builder.load(place, align=4)
             for chain in chains:
                 total = builder.fadd(total, builder.load(chain))

@@ -38,8 +38,7 @@ def floats(value: float) -> Any:
 
 def add_pair_products(context: Any, builder: Any, total: Any, a: Any, b: Any) -> Any:
     """``total[i] + a[i].low * b[i].low + a[i].high * b[i].high``; total float32, a, b words."""
-    forms = PAIR_PRODUCTS if a.type == WORDS else PAIR_PRODUCTS[-1:]
-    return chosen(context, forms)(context, builder, total, a, b)
+    return chosen(context, PAIR_PRODUCTS)(context, builder, total, a, b)
 
 
 def _by_dot_product(context: Any, builder: Any, total: Any, a: Any, b: Any) -> Any:
@@ -51,10 +50,8 @@ def _by_dot_product(context: Any, builder: Any, total: Any, a: Any, b: Any) -> A
 
 
 def _by_float_products(context: Any, builder: Any, total: Any, a: Any, b: Any) -> Any:
-    by_half = ir.Constant(a.type, [16] * a.type.count)
-    mask = ir.Constant(a.type, [HIGH_HALF] * a.type.count)
-    low = [builder.bitcast(builder.shl(x, by_half), total.type) for x in (a, b)]
-    high = [builder.bitcast(builder.and_(x, mask), total.type) for x in (a, b)]
+    low = [builder.bitcast(builder.shl(x, words(16)), VECTOR) for x in (a, b)]
+    high = [builder.bitcast(builder.and_(x, words(HIGH_HALF)), VECTOR) for x in (a, b)]
     lower = multiply_add(context, builder, low[0], low[1], total)
     return multiply_add(context, builder, high[0], high[1], lower)
 
@@ -62,13 +59,12 @@ def _by_float_products(context: Any, builder: Any, total: Any, a: Any, b: Any) -
 PAIR_PRODUCTS = (Form(_by_dot_product, ("avx512f", "avx512bf16")), Form(_by_float_products))
 
 
-def splat_word(builder: Any, address: Any, lanes: int = LANES) -> Any:
+def splat_word(builder: Any, address: Any) -> Any:
     """The 32-bit word at this address in every lane."""
     word = builder.load(builder.inttoptr(address, I32.as_pointer()), align=2)
-    kind = ir.VectorType(I32, lanes)
-    none = ir.Constant(kind, ir.Undefined)
+    none = ir.Constant(WORDS, ir.Undefined)
     one = builder.insert_element(none, word, I32(0))
-    return builder.shuffle_vector(one, none, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
+    return builder.shuffle_vector(one, none, words(0))
 
 
 def load_floats(builder: Any, address: Any) -> Any:

@@ -16,12 +16,23 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from server.ops.cpu.vectors import F32, I16, I32, at, multiply_add, splat, widen_halves
+from server.ops.cpu.intrinsics import u8_at
+from server.ops.cpu.vectors import (
+    F32,
+    I16,
+    I32,
+    LANES,
+    VECTOR,
+    at,
+    multiply_add,
+    splat,
+    widen_halves,
+)
 
 ROW_GROUP = 8  # rows that share one unpacking
 TILE = 128  # outputs of one tile: the row stride of the sums
 # Sums of a tile, and as much again for 16 columns that overlap it.
-SUMS = ROW_GROUP * (TILE + 16)
+SUMS = ROW_GROUP * (TILE + LANES)
 CHAINS = 2  # sums of one output that do not wait for each other
 U = np.uint64
 I8 = ir.IntType(8)
@@ -35,42 +46,53 @@ def rows_at_once(rows):
     return 4 if rows >= 4 else 1
 
 
-def make_plane(product: Callable[[int, int], Any], item: int) -> Any:
+def make_plane(product: Callable[[int], Any], item: int) -> Any:
     """All columns of one plane, 16 at a time; `item` is the bytes of a code.
 
-    product: makes an intrinsic for (lanes, rows), see `_vector_product`. What is left over at the
-    end is computed together with the columns before it and taken from there; tiles of fewer than
-    16 columns go one at a time.
+    product: makes an intrinsic for a number of rows, see `_vector_product`. What is left over at
+    the end is computed together with the columns before it and taken from there; the codes of a
+    tile of fewer than 16 columns are copied, with zeros beside them.
     """
-    sixteen, one = (_any_rows(product, lanes) for lanes in (16, 1))
+    any_rows = _any_rows(product)
 
     @njit
     def columns(codes, mb, code_rows, x, stride, sums, width, n_rows):
         place, first = sums.ctypes.data, 0
-        while first + 16 <= width:
-            sixteen(codes + item * first, mb, code_rows, x, stride, place + 4 * first, TILE, n_rows)
-            first += 16
+        while first + LANES <= width:
+            any_rows(
+                codes + item * first, mb, code_rows, x, stride, place + 4 * first, TILE, n_rows
+            )
+            first += LANES
         left = width - first
-        if left > 0 and width > 16:
-            spare = U(ROW_GROUP * TILE)
-            for i in range(U(16 * n_rows)):
-                sums[spare + i] = np.float32(0)
-            start = codes + item * (width - 16)
-            sixteen(start, mb, code_rows, x, stride, place + 4 * ROW_GROUP * TILE, 16, n_rows)
-            for r in range(U(n_rows)):
-                found = spare + r * U(16) + U(16 - left)
-                for i in range(U(left)):
-                    sums[r * U(TILE) + U(first) + i] += sums[found + i]
+        if left <= 0:
             return
-        while first < width:
-            one(codes + item * first, mb, code_rows, x, stride, place + 4 * first, TILE, n_rows)
-            first += 1
+        spare = U(ROW_GROUP * TILE)
+        for i in range(U(LANES * n_rows)):
+            sums[spare + i] = np.float32(0)
+        start, step, skipped = codes + item * (width - LANES), mb, U(LANES - left)
+        room = np.zeros(code_rows * LANES * item if width < LANES else 0, np.uint8)
+        if width < LANES:
+            _copy_columns(codes, mb * item, code_rows, width * item, room, LANES * item)
+            start, step, skipped = room.ctypes.data, np.int64(LANES), U(0)
+        any_rows(start, step, code_rows, x, stride, place + 4 * ROW_GROUP * TILE, LANES, n_rows)
+        for r in range(U(n_rows)):
+            found = spare + r * U(LANES) + skipped
+            for i in range(U(left)):
+                sums[r * U(TILE) + U(first) + i] += sums[found + i]
 
     return columns
 
 
-def _any_rows(make: Callable[[int, int], Any], lanes: int) -> Any:
-    eight, four, one = (make(lanes, n) for n in (ROW_GROUP, 4, 1))
+@njit
+def _copy_columns(codes, row_bytes, code_rows, n_bytes, room, room_bytes):
+    for j in range(code_rows):
+        source = u8_at(codes + j * row_bytes)
+        for i in range(U(n_bytes)):
+            room[U(j * room_bytes) + i] = source[i]
+
+
+def _any_rows(make: Callable[[int], Any]) -> Any:
+    eight, four, one = (make(n) for n in (ROW_GROUP, 4, 1))
 
     @njit
     def product(codes, mb, code_rows, x, stride, sums, tile, n_rows):
@@ -85,14 +107,11 @@ def _any_rows(make: Callable[[int, int], Any], lanes: int) -> Any:
 
 
 def _plane(bits: int, centre: float) -> Any:
-    def product(lanes: int, rows: int) -> Any:
-        return _vector_product(bits, lanes, rows, centre)
-
-    return make_plane(product, 2 if bits == 16 else 1)
+    return make_plane(lambda rows: _vector_product(bits, rows, centre), 2 if bits == 16 else 1)
 
 
-def _vector_product(bits: int, lanes: int, rows: int, centre: float) -> Any:
-    """An intrinsic for `lanes` columns and `rows` rows of x.
+def _vector_product(bits: int, rows: int, centre: float) -> Any:
+    """An intrinsic for 16 columns and `rows` rows of x.
 
     Arguments, all int64: address of codes, their row stride in elements, code rows, address of x,
     x's row stride in elements, address of the sums, their row stride in elements.
@@ -102,13 +121,12 @@ def _vector_product(bits: int, lanes: int, rows: int, centre: float) -> Any:
     def product(typingctx, codes, mb, code_rows, x, stride, sums, tile):
         i64 = types.int64
         signature = types.void(i64, i64, i64, i64, i64, i64, i64)
-        return signature, _codegen(bits, lanes, rows, centre)
+        return signature, _codegen(bits, rows, centre)
 
     return product
 
 
-def _codegen(bits: int, lanes: int, rows: int, centre: float) -> Callable[..., Any]:
-    vector = ir.VectorType(F32, lanes)
+def _codegen(bits: int, rows: int, centre: float) -> Callable[..., Any]:
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         codes, mb, code_rows, x, stride, sums, tile = args
@@ -117,18 +135,18 @@ def _codegen(bits: int, lanes: int, rows: int, centre: float) -> Callable[..., A
                 builder.gep(
                     builder.inttoptr(sums, F32.as_pointer()), [builder.mul(tile, tile.type(r))]
                 ),
-                vector.as_pointer(),
+                VECTOR.as_pointer(),
             )
             for r in range(rows)
         ]
-        zeros = ir.Constant(vector, [0.0] * lanes)
+        zeros = ir.Constant(VECTOR, [0.0] * LANES)
         # Fields take turns, so that one row's products do not wait for each other.
         totals = [
             [cgutils.alloca_once_value(builder, zeros) for _ in range(CHAINS)] for _ in range(rows)
         ]
         with cgutils.for_range(builder, code_rows) as loop:
             for field, weights in enumerate(
-                _fields(context, builder, codes, mb, loop.index, bits, lanes, centre)
+                _fields(context, builder, codes, mb, loop.index, bits, centre)
             ):
                 input_index = builder.add(loop.index, builder.mul(code_rows, code_rows.type(field)))
                 for r, chains in enumerate(totals):
@@ -137,7 +155,7 @@ def _codegen(bits: int, lanes: int, rows: int, centre: float) -> Callable[..., A
                     value = builder.load(
                         builder.gep(builder.inttoptr(x, F32.as_pointer()), [index])
                     )
-                    factor = splat(builder, value, lanes)
+                    factor = splat(builder, value, LANES)
                     added = multiply_add(context, builder, weights, factor, builder.load(total))
                     builder.store(added, total)
         for chains, place in zip(totals, sums_at, strict=True):
@@ -151,23 +169,23 @@ def _codegen(bits: int, lanes: int, rows: int, centre: float) -> Callable[..., A
 
 
 def _fields(
-    context: Any, builder: Any, codes: Any, mb: Any, row: Any, bits: int, lanes: int, centre: float
+    context: Any, builder: Any, codes: Any, mb: Any, row: Any, bits: int, centre: float
 ) -> list[Any]:
     """The fields of one code row as float vectors, less `centre`."""
     offset = builder.mul(row, mb)
-    vector, wide = ir.VectorType(F32, lanes), ir.VectorType(I32, lanes)
+    wide = ir.VectorType(I32, LANES)
     if bits == 16:
-        loaded = builder.load(at(builder, codes, I16, offset, lanes), align=2)
+        loaded = builder.load(at(builder, codes, I16, offset, LANES), align=2)
         return [widen_halves(context, builder, loaded)]
-    loaded = builder.load(at(builder, codes, I8, offset, lanes), align=1)
+    loaded = builder.load(at(builder, codes, I8, offset, LANES), align=1)
     raw = builder.zext(loaded, wide)
-    mask = ir.Constant(wide, [(1 << bits) - 1] * lanes)
+    mask = ir.Constant(wide, [(1 << bits) - 1] * LANES)
     found = []
     for shift in range(0, 8, bits):
-        moved = builder.lshr(raw, ir.Constant(wide, [shift] * lanes)) if shift else raw
+        moved = builder.lshr(raw, ir.Constant(wide, [shift] * LANES)) if shift else raw
         last = shift + bits == 8
-        code = builder.sitofp(moved if last else builder.and_(moved, mask), vector)
-        found.append(builder.fsub(code, ir.Constant(vector, [centre] * lanes)) if centre else code)
+        code = builder.sitofp(moved if last else builder.and_(moved, mask), VECTOR)
+        found.append(builder.fsub(code, ir.Constant(VECTOR, [centre] * LANES)) if centre else code)
     return found
 
 
