@@ -18,7 +18,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["compressor"]):
-    from compressor.artifact import read_artifact
+    from compressor.artifact.reader import read_artifact
     from compressor.errors import ArtifactError
 
 from tests.compressor.artifact_mutations import CONFIG, TENSORS, read_files, sealed, write_files

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from compressor.artifact import read_artifact, read_config, read_digest
-from compressor.artifact_config import dump_config, parse_config
+from compressor.artifact.config import dump_config, parse_config
+from compressor.artifact.reader import read_artifact, read_config, read_digest
 from compressor.errors import (
     Corrupt,
     NotADelta,

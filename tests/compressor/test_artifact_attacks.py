@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from compressor.artifact import read_artifact, read_config
+from compressor.artifact.reader import read_artifact, read_config
 from compressor.errors import (
     ArtifactError,
     Corrupt,

@@ -18,10 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from compressor.artifact import Artifact, read_artifact, read_config, read_digest
-from compressor.artifact_writer import ArtifactWriter
-from compressor.cli import app
-from compressor.codecs import TensorDelta, make_encoder
+from compressor.artifact.reader import Artifact, read_artifact, read_config, read_digest
+from compressor.artifact.writer import ArtifactWriter
+from compressor.cli.app import app
+from compressor.codecs import TensorDelta
+from compressor.encoders.codec import make_encoder
 from compressor.errors import ArtifactError, Corrupt, WrongShape
 from compressor.printable import printable
 from tests.compressor.artifact_mutations import (

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressor.artifact import read_artifact, read_digest
-from compressor.artifact_writer import ArtifactWriter
+from compressor.artifact.reader import read_artifact, read_digest
+from compressor.artifact.writer import ArtifactWriter
 from compressor.codecs import DenseRows, TensorDelta
 from compressor.errors import OutputError
 from tests.compressor.artifacts import AUX, CONFIG, deltas, same_delta, write_artifact

@@ -6,23 +6,24 @@ from pathlib import Path
 
 import pytest
 
-import compressor.auto as auto
-import compressor.auto_bench as auto_bench
-import compressor.auto_shrink as auto_shrink
-import compressor.auto_texts as auto_texts
-from compressor.artifact import read_artifact
-from compressor.artifact_config import DeltaConfig
-from compressor.auto import PLAIN
-from compressor.auto_allocate import HeadCosts
-from compressor.auto_job import Goal
-from compressor.auto_self import SELF
-from compressor.auto_texts import BUILT_IN, OWN, spread
+import compressor.auto.bench as auto_bench
+import compressor.auto.search as auto
+import compressor.auto.shrink as auto_shrink
+import compressor.auto.texts as auto_texts
+from compressor.artifact.config import DeltaConfig
+from compressor.artifact.reader import read_artifact
+from compressor.auto.allocate import HeadCosts
+from compressor.auto.goal import Goal
+from compressor.auto.search import PLAIN
+from compressor.auto.self_written import SELF
+from compressor.auto.texts import BUILT_IN, OWN, spread
 from compressor.codecs import BlockDiagTerm, RowsTerm
-from compressor.codecs.blockdiag_encoder import BlockDiagCodec
-from compressor.comparison import n_predicted
+from compressor.compress.options import Options, Summary
+from compressor.compress.pipeline import compress
+from compressor.encoders.blockdiag import BlockDiagCodec
 from compressor.errors import BudgetError, InputError
-from compressor.evaluate_samples import Sample
-from compressor.pipeline import Options, Summary, compress
+from compressor.measure.comparison import n_predicted
+from compressor.measure.samples import Sample
 
 Pair = tuple[Path, Path]
 
@@ -74,7 +75,7 @@ def test_auto_ratio_is_met_and_the_best_of_what_was_tried_is_stored(
 def test_auto_record_is_what_an_evaluation_of_the_artifact_finds(
     pair: Pair, own: Path, tmp_path: Path
 ) -> None:
-    from compressor.checkpoint import Checkpoint
+    from compressor.checkpoint.files import Checkpoint
 
     _, config = run(pair, tmp_path / "out", ratio=10.0, calibration=own)
     with Checkpoint(pair[0]) as base, Checkpoint(pair[1]) as tuned:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor.auto_allocate import (
+from compressor.auto.allocate import (
     GAUSSIAN_ERROR,
     ROW_SHARE,
     HeadCosts,
@@ -17,9 +17,9 @@ from compressor.auto_allocate import (
     byte_shares,
     possible_ranks,
 )
-from compressor.codecs import make_encoder
-from compressor.codecs.blockdiag_encoder import BlockDiagCodec
 from compressor.codecs.rows import rows_size
+from compressor.encoders.blockdiag import BlockDiagCodec
+from compressor.encoders.codec import make_encoder
 from tests.compressor.codec_oracles import encode, payload, random_matrix
 
 CODEC = BlockDiagCodec(bits=2)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import compressor.auto_self as auto_self
-from compressor.auto_self import self_written
+import compressor.auto.self_written as auto_self
+from compressor.auto.self_written import self_written
 
 
 @pytest.fixture

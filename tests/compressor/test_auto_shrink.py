@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import compressor.auto as auto
-import compressor.auto_bench as auto_bench
-import compressor.auto_texts as auto_texts
-from compressor.artifact import read_artifact
-from compressor.auto_kept import Measured
-from compressor.auto_shrink import shrink, with_rescale
-from compressor.codecs import BlockDiagTerm, TensorDelta, make_encoder
-from compressor.pipeline import Options, compress
+import compressor.auto.bench as auto_bench
+import compressor.auto.search as auto
+import compressor.auto.texts as auto_texts
+from compressor.artifact.reader import read_artifact
+from compressor.auto.kept import Measured
+from compressor.auto.shrink import shrink, with_rescale
+from compressor.codecs import BlockDiagTerm, TensorDelta
+from compressor.compress.options import Options
+from compressor.compress.pipeline import compress
+from compressor.encoders.codec import make_encoder
 from tests.compressor.codec_oracles import encode, random_matrix
 
 LARGE, SMALL = (64, 32), (8, 8)

@@ -6,18 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compressor.auto_survey import (
-    add_scaled,
-    head_costs,
-    rests_of,
-    survey,
-    weighted_energy,
-)
+from compressor.auto.survey import add_scaled, head_costs, rests_of, survey, weighted_energy
 from compressor.codecs.lowrank import lowrank_from_factors
-from compressor.codecs.sources import TensorSource
-from compressor.codecs.svd import factors
-from compressor.comparison import kl_per_token
-from compressor.evaluate_samples import Sample
+from compressor.encoders.sources import TensorSource
+from compressor.encoders.svd import factors
+from compressor.measure.comparison import kl_per_token
+from compressor.measure.samples import Sample
 from tests.compressor.codec_oracles import random_matrix
 
 
@@ -26,7 +20,7 @@ def test_head_costs_are_the_weighted_squares_of_what_the_head_leaves(
 ) -> None:
     matrix = random_matrix((60, 3), 1) @ random_matrix((3, 42), 2) + 0.1 * random_matrix((60, 42))
     weights = random_matrix((60, 42), 3).abs()
-    monkeypatch.setattr("compressor.codecs.svd._STRIP", 500)  # several strips
+    monkeypatch.setattr("compressor.encoders.svd._STRIP", 500)  # several strips
     found = head_costs("w", TensorSource(matrix), weights, 4)
     assert found.ranks == (0, 1, 2, 3, 4, 6)
     a, b = factors("w", TensorSource(matrix), 6)

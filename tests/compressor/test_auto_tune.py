@@ -7,18 +7,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import compressor.auto_bench as auto_bench
-import compressor.auto_texts as auto_texts
-import compressor.auto_tune as auto_tune
-from compressor.artifact import read_artifact
-from compressor.auto_kept import Kept, Measured, digest, is_better
-from compressor.auto_texts import BUILT_IN, OWN, calibration_sets
-from compressor.auto_tune import Tuned, Tuner
-from compressor.checkpoint import Checkpoint
-from compressor.evaluate_model import SwappedModel
-from compressor.evaluate_samples import Sample, load_tokenizer
-from compressor.fidelity import merge_into
-from compressor.pipeline import Options, compress
+import compressor.auto.bench as auto_bench
+import compressor.auto.texts as auto_texts
+import compressor.auto.tune as auto_tune
+from compressor.artifact.reader import read_artifact
+from compressor.auto.kept import Kept, Measured, digest, is_better
+from compressor.auto.texts import BUILT_IN, OWN, calibration_sets
+from compressor.auto.tune import Tuned, Tuner
+from compressor.checkpoint.files import Checkpoint
+from compressor.compress.options import Options
+from compressor.compress.pipeline import compress
+from compressor.measure.fidelity import merge_into
+from compressor.measure.samples import Sample, load_tokenizer
+from compressor.measure.swapped_model import SwappedModel
 
 Pair = tuple[Path, Path]
 

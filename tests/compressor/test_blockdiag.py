@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compressor.codecs import BlockDiagTerm, LowRankTerm, make_encoder
+from compressor.codecs import BlockDiagTerm, LowRankTerm
 from compressor.codecs.blockdiag import BLOCKDIAG_BITS, SCALE_BITS, load_scales
 from compressor.codecs.partition import partition
-from compressor.codecs.sources import TensorSource
+from compressor.encoders.codec import make_encoder
+from compressor.encoders.sources import TensorSource
 from compressor.errors import Corrupt, NonFinite, UnsupportedTensor, UnsupportedVersion, WrongShape
 from tests.compressor.codec_oracles import (
     SHAPES,

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compressor.artifact import read_artifact
-from compressor.calibration import InputMoments, hessians, load_texts, texts_digest
+from compressor.artifact.reader import read_artifact
+from compressor.compress.options import Options
+from compressor.compress.pipeline import compress
 from compressor.errors import CheckpointError, InputError
-from compressor.fidelity import encode_texts, load_model
-from compressor.pipeline import Options, compress
+from compressor.measure.fidelity import encode_texts, load_model
+from compressor.measure.moments import InputMoments, hessians
+from compressor.measure.texts import load_texts, texts_digest
 from tests.tiny import CORPUS, make_tiny, perturb
 
 TEXTS = list(CORPUS)

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from huggingface_hub import EvalResult, ModelCard
 
-from compressor.artifact import read_artifact
-from compressor.card import model_card, own_facts
-from compressor.pipeline import Options, compress
+from compressor.artifact.card import model_card, own_facts
+from compressor.artifact.reader import read_artifact
+from compressor.compress.options import Options
+from compressor.compress.pipeline import compress
 from tests.compressor.artifacts import CONFIG
 from tests.tiny import CORPUS, perturb
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor.checkpoint import Checkpoint
+from compressor.checkpoint.files import Checkpoint
 from compressor.errors import CheckpointError
 from tests.tiny import make_tiny
 

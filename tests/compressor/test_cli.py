@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from compressor.artifact import read_artifact
-from compressor.cli import app
+from compressor.artifact.reader import read_artifact
+from compressor.cli.app import app
 
 
 def impart(*arguments: object) -> tuple[int, str, str]:

@@ -16,9 +16,9 @@ from compressor.codecs import (
     RowsTerm,
     TensorDelta,
     Term,
-    make_encoder,
     term_class,
 )
+from compressor.encoders.codec import make_encoder
 from compressor.errors import InputError, UnsupportedVersion, WrongShape
 from tests.compressor.codec_oracles import encode, payload, random_matrix
 

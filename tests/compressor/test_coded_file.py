@@ -13,13 +13,13 @@ import torch
 import zstandard
 from safetensors import safe_open
 
-from compressor.artifact import read_artifact, read_config
-from compressor.artifact_writer import ArtifactWriter
+from compressor.artifact.coded_file import FRAME_BYTES, MAX_EXPANSION, decode_frames
+from compressor.artifact.entropy import Tally, coded_frames, compress
+from compressor.artifact.reader import read_artifact, read_config
+from compressor.artifact.tensor_file import METADATA, header_text, parse_tensor_file
+from compressor.artifact.writer import ArtifactWriter
 from compressor.codecs import DenseRows, TensorDelta
-from compressor.coded_file import FRAME_BYTES, MAX_EXPANSION, decode_frames
-from compressor.entropy import Tally, coded_frames, compress
 from compressor.errors import ArtifactError, Corrupt, InputError, TooLarge, UnsupportedVersion
-from compressor.tensor_file import METADATA, header_text, parse_tensor_file
 from tests.compressor.artifact_mutations import read_frames, write_frames
 from tests.compressor.artifacts import (
     AUX,

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import compressor.coding_plan as coding_plan
-from compressor.artifact import Artifact, read_artifact
-from compressor.artifact_writer import ArtifactWriter
-from compressor.cli import app
-from compressor.draft import CodingGain
+import compressor.plan.coding as coding_plan
+from compressor.artifact.reader import Artifact, read_artifact
+from compressor.artifact.writer import ArtifactWriter
+from compressor.cli.app import app
+from compressor.compress.options import Options
+from compressor.compress.pipeline import compress
 from compressor.errors import InputError
-from compressor.pipeline import Options, compress
+from compressor.plan.jobs import CodingGain
 from tests.tiny import make_tiny, perturb
 
 RATIO = 24.0

@@ -14,14 +14,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from compressor.artifact import Artifact, read_artifact
-from compressor.checkpoint import Checkpoint
-from compressor.cli import app
+from compressor.artifact.reader import Artifact, read_artifact
+from compressor.checkpoint.files import Checkpoint
+from compressor.cli.app import app
+from compressor.compress.options import Options
+from compressor.compress.pipeline import compress
 from compressor.errors import WrongShape
-from compressor.evaluate import Evaluation, Evaluator, layer_of
-from compressor.evaluate_samples import Sample, load_tokenizer, read_samples
-from compressor.pipeline import Options, compress
-from compressor.reconstruct import reconstruct
+from compressor.export.reconstruct import reconstruct
+from compressor.measure.evaluation import Evaluation, Evaluator, layer_of
+from compressor.measure.samples import Sample, load_tokenizer, read_samples
 from tests.tiny import CORPUS, make_tiny, perturb
 
 

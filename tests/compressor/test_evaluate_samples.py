@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from compressor.errors import CheckpointError, InputError
-from compressor.evaluate_samples import load_tokenizer, read_samples
+from compressor.measure.samples import load_tokenizer, read_samples
 from tests.tiny import CORPUS, EOS
 
 

@@ -10,15 +10,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from compressor.artifact import read_artifact
-from compressor.checkpoint import Checkpoint
+from compressor.artifact.reader import read_artifact
+from compressor.checkpoint.files import Checkpoint
+from compressor.checkpoint.layout import read_layout
+from compressor.checkpoint.pairing import pair_tensors
+from compressor.compress.options import Options
+from compressor.compress.pipeline import compress
 from compressor.errors import CheckpointError, UnsupportedTensor
-from compressor.layout import read_layout
-from compressor.merge import merge
-from compressor.merge_config import MergeConfig, MergeModel, constant
-from compressor.pairing import pair_tensors
-from compressor.pipeline import Options, compress
-from compressor.reconstruct import reconstruct
+from compressor.export.reconstruct import reconstruct
+from compressor.merge.config import MergeConfig, MergeModel, constant
+from compressor.merge.merge import merge
 from tests.tiny import make_tokenizer
 
 FIELDS = {

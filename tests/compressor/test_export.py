@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compressor.artifact import read_artifact
+from compressor.artifact.reader import read_artifact
+from compressor.compress.options import Options
+from compressor.compress.pipeline import compress
 from compressor.errors import InputError, OutputError, UnsupportedTensor, WrongBase
-from compressor.export import export_mergekit
-from compressor.export_peft import export_peft
-from compressor.merge import merge
-from compressor.merge_config import read_merge_config
-from compressor.pipeline import Options, compress
+from compressor.export.mergekit import export_mergekit
+from compressor.merge.config import read_merge_config
+from compressor.merge.merge import merge
+from compressor.peft.export import export_peft
 from tests.compressor.test_cli import impart, one_line_error
 from tests.compressor.test_experts import make as make_experts
 from tests.tiny import perturb

@@ -10,12 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from compressor.artifact import read_artifact
+from compressor.artifact.reader import read_artifact
+from compressor.compress.options import Options
+from compressor.compress.pipeline import compress
 from compressor.errors import InputError
-from compressor.fidelity import compare, load_model
-from compressor.pipeline import Options, compress
-from compressor.reconstruct import reconstruct
-from compressor.texts import read_texts
+from compressor.export.reconstruct import reconstruct
+from compressor.measure.fidelity import compare, load_model
+from compressor.measure.texts import read_texts
 from tests.tiny import CORPUS
 
 

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.codecs import ImpartQtTerm, gptq, make_encoder
-from compressor.codecs.sources import TensorSource, WithInputs
+from compressor.codecs import ImpartQtTerm
+from compressor.encoders import gptq
+from compressor.encoders.codec import make_encoder
+from compressor.encoders.sources import TensorSource, WithInputs
 from tests.compressor.codec_oracles import check_term, payload, random_matrix
 
 BITS = (8, 3, 2)

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressor.artifact import read_artifact, read_config
-from compressor.checkpoint import Checkpoint, resolve
+from compressor.artifact.reader import read_artifact, read_config
+from compressor.checkpoint.files import Checkpoint, resolve
+from compressor.checkpoint.hub import cached_ref, parse_ref, with_revision
+from compressor.compress.options import Options
+from compressor.compress.pipeline import compress
 from compressor.errors import CheckpointError, InputError
-from compressor.hub import cached_ref, parse_ref, with_revision
-from compressor.pipeline import Options, compress
-from compressor.reconstruct import reconstruct
+from compressor.export.reconstruct import reconstruct
 from tests.hub import FakeHub, serving
 from tests.tiny import make_tiny
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from compressor.artifact import base_identity
+from compressor.artifact.reader import base_identity
 from compressor.errors import CheckpointError
 from tests.tiny import make_tiny
 

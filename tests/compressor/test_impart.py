@@ -10,14 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compressor.codecs import ImpartTerm, make_encoder
+from compressor.codecs import ImpartTerm
 from compressor.codecs.impart_sampling import (
     FIXED_POINT,
     allocate_sparsity,
     sample_blocks,
     solve_allocation,
 )
-from compressor.codecs.sources import TensorSource
+from compressor.encoders.codec import make_encoder
+from compressor.encoders.sources import TensorSource
 from compressor.errors import Corrupt, NonFinite, WrongShape
 from tests.compressor.codec_oracles import SHAPES, check_term, encode, payload, random_matrix
 

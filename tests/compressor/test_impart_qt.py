@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compressor.codecs import ImpartQtTerm, make_encoder
+from compressor.codecs import ImpartQtTerm
 from compressor.codecs.impart_qt_sampling import (
     class_sizes,
     codes_size,
@@ -21,7 +21,8 @@ from compressor.codecs.impart_qt_sampling import (
 )
 from compressor.codecs.impart_sampling import allocate_sparsity
 from compressor.codecs.quantize_groups import code_levels, fit_steps, nearest_codes
-from compressor.codecs.sources import TensorSource
+from compressor.encoders.codec import make_encoder
+from compressor.encoders.sources import TensorSource
 from compressor.errors import Corrupt, NonFinite, WrongShape
 from tests.compressor.codec_oracles import SHAPES, check_term, encode, payload, random_matrix
 

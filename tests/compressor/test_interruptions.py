@@ -19,14 +19,15 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from compressor import entropy
-from compressor.artifact_writer import ArtifactWriter
+from compressor.artifact import entropy
+from compressor.artifact.writer import ArtifactWriter
 from compressor.atomic import RunLock
-from compressor.cli import app
+from compressor.cli.app import app
+from compressor.compress.options import Options
+from compressor.compress.pipeline import compress
 from compressor.errors import ImpartError, OutputError
-from compressor.merge import merge, merge_to_delta
-from compressor.merge_config import MergeConfig, MergeModel
-from compressor.pipeline import Options, compress
+from compressor.merge.config import MergeConfig, MergeModel
+from compressor.merge.merge import merge, merge_to_delta
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {"codec": "blockdiag", "ratio": 10.0}

@@ -5,10 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor.codecs import LowRankTerm, lowrank_from_factors, make_encoder
+from compressor.codecs import LowRankTerm, lowrank_from_factors
 from compressor.codecs.lowrank import LOWRANK_BITS
-from compressor.codecs.sources import Residual, TensorSource, Transposed
-from compressor.codecs.svd import factors, spectrum
+from compressor.encoders.codec import make_encoder
+from compressor.encoders.sources import Residual, TensorSource, Transposed
+from compressor.encoders.svd import factors, spectrum
 from compressor.errors import (
     Corrupt,
     InputError,
@@ -52,7 +53,7 @@ def test_factors_equal_truncated_svd(shape, rank: int) -> None:
 
 
 def test_spectrum_streamed_strips_equal_torch_svd(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compressor.codecs.svd._STRIP", 100)
+    monkeypatch.setattr("compressor.encoders.svd._STRIP", 100)
     matrix = random_matrix((203, 17))
     sigma, right = spectrum("w", TensorSource(matrix))
     torch.testing.assert_close(sigma, torch.linalg.svdvals(matrix.double()), rtol=1e-9, atol=0)

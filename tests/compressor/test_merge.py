@@ -11,14 +11,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from compressor.artifact import read_artifact, read_config
-from compressor.codecs import make_encoder
-from compressor.codecs.sources import TensorSource
+from compressor.artifact.reader import read_artifact, read_config
+from compressor.compress.options import Options
+from compressor.compress.pipeline import compress
+from compressor.encoders.codec import make_encoder
+from compressor.encoders.sources import TensorSource
 from compressor.errors import InputError, OutputError, UnsupportedTensor, WrongBase
-from compressor.merge import merge, merge_to_delta
-from compressor.merge_config import MergeConfig, MergeModel, constant
-from compressor.merge_rules import dare_mask
-from compressor.pipeline import Options, compress
+from compressor.merge.config import MergeConfig, MergeModel, constant
+from compressor.merge.merge import merge, merge_to_delta
+from compressor.merge.rules import dare_mask
 from tests.compressor.test_cli import impart, one_line_error
 from tests.compressor.test_merge_rules import ties_element_by_element
 from tests.compressor.test_peft import Q, adapter, lora
@@ -61,7 +62,7 @@ def trio(request: pytest.FixtureRequest) -> tuple[Path, Path, Path]:
 def test_merge_task_arithmetic_equals_the_formula(
     trio: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compressor.merge.CHUNK_ELEMENTS", 1000)  # several pieces a tensor
+    monkeypatch.setattr("compressor.merge.merge.CHUNK_ELEMENTS", 1000)  # several pieces a tensor
     base, one, other = trio
     config = MergeConfig(
         str(base),

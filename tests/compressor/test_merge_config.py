@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from compressor.errors import InputError
-from compressor.merge_config import MergeConfig, MergeModel, constant, read_merge_config
+from compressor.merge.config import MergeConfig, MergeModel, constant, read_merge_config
 
 MERGEKIT = """
 models:

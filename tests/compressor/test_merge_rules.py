@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compressor.merge_rules import dare_mask, elect_and_merge, kth_magnitude, trim, weighted_sum
+from compressor.merge.rules import dare_mask, elect_and_merge, kth_magnitude, trim, weighted_sum
 
 # Few values, so that ties, zeros and exact cancellation occur.
 values = st.sampled_from([-2.0, -1.5, -1.0, -0.5, 0.0, 0.25, 0.5, 1.0, 1.5, 3.0])

@@ -12,11 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from compressor.checkpoint import Checkpoint
+from compressor.checkpoint.difference import DeltaSource
+from compressor.checkpoint.files import Checkpoint
+from compressor.checkpoint.layout import Parameter, read_layout
+from compressor.checkpoint.pairing import (
+    Pairing,
+    TensorPair,
+    check_encodable,
+    is_unchanged,
+    pair_tensors,
+)
 from compressor.errors import CheckpointError, UnsupportedTensor
-from compressor.layout import Parameter, read_layout
-from compressor.pairing import Pairing, TensorPair, check_encodable, is_unchanged, pair_tensors
-from compressor.source import DeltaSource
 from tests.tiny import KINDS, Kind, make_tiny, perturb
 
 Edit = Callable[[dict[str, torch.Tensor]], None]
@@ -204,7 +210,7 @@ def test_check_encodable_changed_convolution_raises() -> None:
 def test_source_block_is_the_difference_turned_round(
     tiny_gpt2: Path, tiny_gpt2_ft: Path, monkeypatch: pytest.MonkeyPatch, kept: bool
 ) -> None:
-    monkeypatch.setattr("compressor.source._KEPT_BYTES", (64 << 20) * kept)
+    monkeypatch.setattr("compressor.checkpoint.difference._KEPT_BYTES", (64 << 20) * kept)
     name = "transformer.h.0.attn.c_attn.weight"
     expected = (
         load_file(tiny_gpt2_ft / "model.safetensors")[name]

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor.checkpoint import Checkpoint
+from compressor.checkpoint.files import Checkpoint
 from compressor.codecs import TensorDelta
 from compressor.errors import CheckpointError, UnsupportedTensor
-from compressor.peft import Adapter
-from compressor.peft_config import is_adapter
+from compressor.peft.adapter import Adapter
+from compressor.peft.config import is_adapter
 
 Q = "model.layers.0.self_attn.q_proj"
 DOWN = "model.layers.1.mlp.down_proj"

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from compressor.artifact import read_artifact
+from compressor.artifact.reader import read_artifact
 from compressor.errors import UnsupportedTensor
-from compressor.merge import merge
-from compressor.merge_config import MergeConfig, MergeModel
-from compressor.reconstruct import reconstruct
+from compressor.export.reconstruct import reconstruct
+from compressor.merge.config import MergeConfig, MergeModel
+from compressor.merge.merge import merge
 from tests.compressor.test_cli import impart, one_line_error
 
 LINEAR = ["q_proj", "v_proj", "o_proj", "up_proj", "down_proj"]

@@ -9,13 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor.artifact import TensorEntry, read_artifact
-from compressor.artifact_writer import ArtifactWriter
-from compressor.checkpoint import Checkpoint
-from compressor.codecs import TensorDelta, make_encoder
-from compressor.codecs.sources import TensorSource
+from compressor.artifact.reader import TensorEntry, read_artifact
+from compressor.artifact.writer import ArtifactWriter
+from compressor.checkpoint.files import Checkpoint
+from compressor.codecs import TensorDelta
+from compressor.compress.options import Options
+from compressor.compress.pipeline import compress, relative_error
+from compressor.encoders.codec import make_encoder
+from compressor.encoders.sources import TensorSource
 from compressor.errors import BudgetError, CheckpointError, InputError, OutputError
-from compressor.pipeline import Options, compress, relative_error
 from tests.tiny import make_tiny, perturb
 
 CODECS = [
@@ -198,7 +200,7 @@ def test_relative_error_in_strips_equals_all_at_once(monkeypatch: pytest.MonkeyP
     source = TensorSource(matrix)
     terms = codec.encode("w", source, codec.plan((70, 40), 300), 0)
     whole = relative_error(terms, source)
-    monkeypatch.setattr("compressor.pipeline.CHUNK_ELEMENTS", 400)
+    monkeypatch.setattr("compressor.compress.pipeline.CHUNK_ELEMENTS", 400)
     assert relative_error(terms, source) == pytest.approx(whole, rel=1e-6)
     exact = float((terms[0].to_dense() - matrix).norm() / matrix.norm())
     assert whole == pytest.approx(exact, rel=1e-5)

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor.codecs import make_encoder
+from compressor.encoders.codec import make_encoder
 from compressor.errors import BudgetError
-from compressor.plan import Site, check_ratio, share_out
+from compressor.plan.budget import Site, check_ratio, share_out
 
 LLAMA = [(4096, 512)] + 12 * [
     (512, 512),

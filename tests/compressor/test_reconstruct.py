@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from compressor.artifact import read_artifact
+from compressor.artifact.reader import read_artifact
+from compressor.compress.options import Options
+from compressor.compress.pipeline import compress
 from compressor.errors import InputError, OutputError, WrongBase
-from compressor.pipeline import Options, compress
-from compressor.reconstruct import reconstruct
+from compressor.export.reconstruct import reconstruct
 from tests.tiny import Kind, make_tiny, perturb
 
 
@@ -137,7 +138,7 @@ def test_reconstruct_failing_write_leaves_nothing(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("compressor.reconstruct.copy_companions", full)
+    monkeypatch.setattr("compressor.export.reconstruct.copy_companions", full)
     with pytest.raises(OutputError, match="No space left"):
         reconstruct(tiny_llama, tmp_path / "delta", tmp_path / "out")
     assert [f.name for f in tmp_path.iterdir()] == ["delta"]

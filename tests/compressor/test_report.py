@@ -13,11 +13,12 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from compressor.artifact import read_artifact
-from compressor.cli import app
-from compressor.pipeline import Options, compress
-from compressor.report import Report, log_spaced, make_report
-from compressor.report_html import render
+from compressor.artifact.reader import read_artifact
+from compressor.cli.app import app
+from compressor.compress.options import Options
+from compressor.compress.pipeline import compress
+from compressor.report.data import Report, log_spaced, make_report
+from compressor.report.html import render
 from tests.compressor.artifacts import edit_config
 from tests.tiny import CORPUS
 

@@ -7,10 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compressor.codecs import LowRankTerm, RowsTerm, make_encoder
-from compressor.codecs.blockdiag_encoder import ROW_BITS, BlockDiagCodec
-from compressor.codecs.rows import encode_largest_rows, most_rows, rows_size
-from compressor.codecs.sources import TensorSource
+from compressor.codecs import LowRankTerm, RowsTerm
+from compressor.codecs.rows import most_rows, rows_size
+from compressor.encoders.blockdiag import ROW_BITS, BlockDiagCodec
+from compressor.encoders.codec import make_encoder
+from compressor.encoders.rows import encode_largest_rows
+from compressor.encoders.sources import TensorSource
 from compressor.errors import Corrupt, NonFinite, UnsupportedTensor, UnsupportedVersion, WrongShape
 from tests.compressor.codec_oracles import SHAPES, check_term, encode, payload, random_matrix
 
@@ -29,7 +31,7 @@ def test_encode_any_shape_agrees_with_the_element_loop_and_its_size(
 
 
 def test_encode_keeps_the_rows_of_the_largest_norm(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("compressor.codecs.svd._STRIP", 60)  # several strips
+    monkeypatch.setattr("compressor.encoders.svd._STRIP", 60)  # several strips
     matrix = random_matrix((40, 12))
     matrix[[3, 17, 18, 39]] *= 20
     term = encode_largest_rows("w", TensorSource(matrix), 4, 8)

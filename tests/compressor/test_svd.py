@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.codecs.sources import TensorSource
-from compressor.codecs.svd import factors, is_thin, row_strips, spectrum
+from compressor.encoders.sources import TensorSource
+from compressor.encoders.svd import factors, is_thin, row_strips, spectrum
 from compressor.errors import UnsupportedTensor
 
 DECAYS = {

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from compressor.pipeline import Options, compress
+from compressor.compress.options import Options
+from compressor.compress.pipeline import compress
 from server.engine.llm_engine import LLMEngine
-from server.metrics import Metrics
+from server.metrics.series import Metrics
 from server.settings import Settings
 from tests.server.api.conftest import Live, serve
 from tests.server.api.test_openai_client import *  # noqa: F403

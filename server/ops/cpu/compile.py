@@ -11,7 +11,7 @@ from typing import Any
 import numba
 from numba import cfunc, types
 
-from server.ops.cpu.intrinsics import FAST
+from server.ops.cpu.codegen.intrinsics import FAST
 from server.ops.cpu.parallel import Kernel
 
 

@@ -9,22 +9,22 @@ from torch import Tensor
 
 from server.ops import factors
 from server.ops.attention import AttentionCall, prefill_
+from server.ops.blockdiag import BlockDiagOp
 from server.ops.cpu.attention import AttentionKernel
 from server.ops.cpu.blockdiag import BlockDiagKernel, NumbaBlockDiag
-from server.ops.cpu.embedding import EmbeddingKernel
+from server.ops.cpu.blockdiag_rows import EmbeddingKernel
 from server.ops.cpu.linear import LinearKernel, PanelLinear
+from server.ops.cpu.norm import RowKernels
 from server.ops.cpu.parallel import Parallel
 from server.ops.cpu.prefill import PrefillKernel
-from server.ops.cpu.rotary import RotaryKernel
-from server.ops.cpu.rows import RowKernels
-from server.ops.delta import BlockDiagOp
+from server.ops.cpu.rope import RotaryKernel
 from server.ops.factors import ImpartFactors, LowRankFactors
 from server.ops.linear import LinearOp, OneDnnLinear, TorchLinear, onednn_linear_works
 from server.ops.lowrank import HeldLowRank, packed_lowrank_add_
 from server.ops.norm import RmsForm
 from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight, TorchQuantizedLinear
-from server.ops.rows import RowPlan
+from server.ops.row_plan import RowPlan
 
 
 class NumbaKernels:

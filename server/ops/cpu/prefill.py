@@ -20,9 +20,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from server.ops.attention import AttentionCall, AttentionPlan
-from server.ops.cpu.compile import compile_kernel
-from server.ops.cpu.intrinsics import FAST, f32_at, f64_at, i64_at, next_task, u16_at, u32_at
-from server.ops.cpu.pairs import (
+from server.ops.cpu.codegen.bf16_pairs import (
     HIGH_HALF,
     ROW_BYTES,
     STEP,
@@ -41,9 +39,19 @@ from server.ops.cpu.pairs import (
     transpose_words,
     words,
 )
+from server.ops.cpu.codegen.intrinsics import (
+    FAST,
+    f32_at,
+    f64_at,
+    i64_at,
+    next_task,
+    u16_at,
+    u32_at,
+)
+from server.ops.cpu.codegen.vectors import F32, I32, I64, LANES, multiply_add, splat
+from server.ops.cpu.compile import compile_kernel
 from server.ops.cpu.parallel import Parallel
-from server.ops.cpu.rotary import check_rows
-from server.ops.cpu.vectors import F32, I32, I64, LANES, multiply_add, splat
+from server.ops.cpu.rope import check_rows
 
 U = np.uint64
 KEYS = 64  # whose scores are in memory at a time

@@ -13,7 +13,7 @@ from server.api.sampling import output_budget, sampling_params
 from server.api.schemas import CompletionRequest
 from server.engine.types import SamplingParams
 from server.errors import InvalidRequest
-from server.metrics import OTHER, Metrics
+from server.metrics.series import OTHER, Metrics
 from tests.server.api.conftest import make_settings
 from tests.server.api.fake import BASE, FakeEngine
 
@@ -78,7 +78,9 @@ def test_api_imports_no_torch():
 
 
 def test_metrics_import_no_fastapi_and_no_torch():
-    code = "import sys, server.metrics; sys.exit(bool({'torch', 'fastapi'} & set(sys.modules)))"
+    code = (
+        "import sys, server.metrics.series; sys.exit(bool({'torch', 'fastapi'} & set(sys.modules)))"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

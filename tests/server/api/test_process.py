@@ -26,9 +26,9 @@ from tests.server.api.fake import BASE, FakeEngine
 
 PROGRAM = """
 import asyncio, os, signal, sys
-from server import logs
-from server.metrics import Metrics
-from server.run import run, run_in_loop
+from server.metrics.series import Metrics
+from server.process import logs
+from server.process.run import run, run_in_loop
 from tests.server.api.conftest import make_settings
 from tests.server.api.fake import FakeEngine
 
@@ -176,7 +176,7 @@ def raw_exchange(url: str, data: bytes) -> bytes:
 
 
 def test_slow_or_giant_headers_are_cut_and_others_are_served(monkeypatch):
-    monkeypatch.setattr("server.protocol.BoundedProtocol.header_timeout_s", 0.1)
+    monkeypatch.setattr("server.process.protocol.BoundedProtocol.header_timeout_s", 0.1)
     with serve(FakeEngine(), make_settings()) as url:
         assert raw_exchange(url, b"") == b""
         assert raw_exchange(url, b"GET /health HTTP/1.1\r\nHost: x\r\nX-Slow:") == b""

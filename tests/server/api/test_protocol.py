@@ -11,8 +11,8 @@ from uvicorn.server import ServerState
 
 from server.api.app import create_app
 from server.api.middleware import MAX_HEADER_BYTES
-from server.protocol import BoundedProtocol
-from server.run import uvicorn_config
+from server.process.protocol import BoundedProtocol
+from server.process.run import uvicorn_config
 from tests.server.api.conftest import make_settings
 from tests.server.api.fake import BASE, FakeEngine
 

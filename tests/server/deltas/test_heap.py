@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from compressor.artifact import Artifact
+from compressor.artifact.reader import Artifact
 from server.deltas import loader
-from server.deltas.heap import trim_heap
+from server.deltas.host_memory import trim_heap
 from server.deltas.loader import DeltaLoader, LoadJob, Staged, Stored
 from server.deltas.slots import SlotTable
 

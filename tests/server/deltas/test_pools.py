@@ -8,18 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.codecs.encoder import make_encoder
 from compressor.codecs.lowrank import lowrank_from_factors
-from compressor.codecs.rows import encode_largest_rows
-from compressor.codecs.sources import TensorSource
 from compressor.codecs.term import Term
-from server.deltas.blockdiag_pools import BlockDiagPool, SharedBlocks
-from server.deltas.pool import FactorPool, Staged, TermPool
-from server.deltas.pools import layout_of, make_pool
+from compressor.encoders.codec import make_encoder
+from compressor.encoders.rows import encode_largest_rows
+from compressor.encoders.sources import TensorSource
+from server.deltas.pools.base import FactorPool, Staged, TermPool
+from server.deltas.pools.blockdiag import BlockDiagPool, SharedBlocks
+from server.deltas.pools.layouts import layout_of, make_pool
 from server.deltas.upload import SlotUploader
-from server.ops.kernels import Kernels, TorchKernels, choose_kernels
-from server.ops.rows import BASE_SLOT, RowPlan, Segment
-from server.ops.static_rows import StaticRows
+from server.ops.choose import choose_kernels
+from server.ops.kernels import Kernels, TorchKernels
+from server.ops.row_plan import BASE_SLOT, RowPlan, Segment
+from server.ops.static_row_plan import StaticRows
 from tests.server.ops.test_rows import plan_of
 
 CPU = torch.device("cpu")

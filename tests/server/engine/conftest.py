@@ -11,12 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from compressor.artifact import read_artifact
-from compressor.artifact_writer import ArtifactWriter
-from compressor.codecs.blockdiag_encoder import BlockDiagCodec
-from compressor.codecs.sources import TensorSource
-from compressor.pipeline import NO_CODER, Options, compress
-from compressor.reconstruct import reconstruct
+from compressor.artifact.reader import read_artifact
+from compressor.artifact.writer import ArtifactWriter
+from compressor.compress.options import NO_CODER, Options
+from compressor.compress.pipeline import compress
+from compressor.encoders.blockdiag import BlockDiagCodec
+from compressor.encoders.sources import TensorSource
+from compressor.export.reconstruct import reconstruct
 from tests.server.engine.helpers import CoreHarness
 from tests.tiny import Kind, make_tiny, perturb
 

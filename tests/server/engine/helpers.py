@@ -10,17 +10,17 @@ from typing import Any
 
 import torch
 
-from compressor.identity import base_identity
+from compressor.artifact.identity import base_identity
 from server.deltas.registry import DeltaRegistry
 from server.engine.catalog import VariantCatalog
 from server.engine.core import EngineCore, Events
 from server.engine.llm_engine import allocate_pages
-from server.engine.model import load_base_model
 from server.engine.output import RequestOutput, TextOutput
 from server.engine.request import Event, Request
-from server.engine.runner import Runner
+from server.engine.step.runner import Runner
 from server.engine.text import load_base_text
 from server.engine.types import OutputDelta, SamplingParams
+from server.model.base import load_base_model
 from server.settings import Settings
 
 STEP_TIMEOUT_S = 60.0

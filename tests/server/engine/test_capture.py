@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from server.ops.attention import AttentionCall
 from server.ops.kernels import TorchKernels
 from server.ops.packed import PackedBlocks
-from server.ops.rows import RowPlan, SlotSegments
+from server.ops.row_plan import RowPlan, SlotSegments
 from tests.server.engine.test_parity import PROMPTS
 from tests.server.engine.test_static_parity import HELD
 from tests.simulated_cuda.graphs import check_capturable

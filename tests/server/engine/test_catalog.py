@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compressor.pipeline import compress
-from compressor.reconstruct import reconstruct
+from compressor.compress.pipeline import compress
+from compressor.export.reconstruct import reconstruct
 from server.errors import DeltaUnusable, InvalidRequest, ModelNotFound
 from tests.compressor.artifacts import seal
 from tests.server.engine.conftest import PAIR, Served

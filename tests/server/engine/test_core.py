@@ -26,7 +26,7 @@ Make = Callable[..., CoreHarness]
 
 @pytest.fixture(params=["every step read", "one ahead"])
 def harness(request: pytest.FixtureRequest, harness: Make) -> Make:
-    """Both ways of stepping; see `server.engine.lookahead`."""
+    """Both ways of stepping; see `server.engine.step.lookahead`."""
     if request.param == "every step read":
         return harness
     return partial(harness, static=True, kernels="torch")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.hot import (
+from server.engine.reconstruct.policy import (
     DEMOTE,
     GAIN,
     HORIZON_S,

@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from compressor.artifact import read_artifact
+from compressor.artifact.reader import read_artifact
 from compressor.errors import UnsupportedTensor
 from server.deltas.loader import stage_variant
 from server.deltas.upload import Ready, Transfer, Upload
-from server.engine.model import load_base_model
+from server.model.base import load_base_model
 from tests.server.engine.conftest import ALL_CODECS, Served
 from tests.server.engine.helpers import CoreHarness
 

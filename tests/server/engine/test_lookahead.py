@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from server.engine.lookahead import InFlight, Lookahead
+from server.engine.step.lookahead import InFlight, Lookahead
 from tests.server.engine.conftest import PAIR, Served
 from tests.server.engine.helpers import CoreHarness, Recorded
 

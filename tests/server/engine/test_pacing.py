@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.pacing import (
+from server.engine.schedule.pacing import (
     MIN_CHUNK_TOKENS,
     MIN_PREFILL_TOKENS,
     Allowance,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.engine.pages import PagePool
+from server.engine.schedule.pages import PagePool
 
 PAGE = 4
 

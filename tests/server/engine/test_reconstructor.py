@@ -9,9 +9,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from server.engine.batch import Batch
-from server.engine.hot import Decision
-from server.metrics import Metrics
+from server.engine.reconstruct.policy import Decision
+from server.engine.step.batch import Batch
+from server.metrics.series import Metrics
 from tests.server.engine.conftest import ALL_CODECS, PAIR, Served
 from tests.server.engine.helpers import CoreHarness, Recorded
 from tests.server.engine.test_core import assert_true_text
@@ -225,8 +225,8 @@ def test_promotions_and_demotions_are_counted(pair: Served, harness: Make) -> No
 def test_traffic_of_one_variant_promotes_it_without_orders(
     pair: Served, harness: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.engine.hot.WINDOW_S", 0.2)
-    monkeypatch.setattr("server.engine.reconstructor.DECIDE_S", 0.0)
+    monkeypatch.setattr("server.engine.reconstruct.policy.WINDOW_S", 0.2)
+    monkeypatch.setattr("server.engine.reconstruct.reconstructor.DECIDE_S", 0.0)
     engine = harness(pair, max_num_seqs=4, **BUDGET)
     sent = [engine.submit("impart", PROMPT)]
 

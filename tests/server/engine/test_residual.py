@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from server.deltas.norms import DeltaNorm
-from server.deltas.residual import ResidualLayer
-from server.engine.attention import ATTENTION_NAME, KVStore, register_attention
-from server.engine.model import BaseModel, prepare_base_model
+from server.model.attention import ATTENTION_NAME, KVStore, register_attention
+from server.model.base import BaseModel, prepare_base_model
+from server.model.fused_layer import ResidualLayer
+from server.model.norm import DeltaNorm
 from server.ops.kernels import Kernels, TorchKernels
 from server.ops.norm import RmsForm
 from tests.server.engine.conftest import PAIR, Served
@@ -162,7 +162,7 @@ def test_fused_layers_give_the_bits_of_the_unfused(
     logits = []
     for fuse in (True, False):
         if not fuse:
-            monkeypatch.setattr("server.engine.model.fuse_residuals", lambda _, run: run() or 0)
+            monkeypatch.setattr("server.model.base.fuse_residuals", lambda _, run: run() or 0)
         engine = harness(pair, kernels=kernels, dtype=dtype, static=static)
         runner = engine.core._runner
         assert bool(fused_layers(runner.base.model)) == fuse
@@ -226,7 +226,7 @@ def test_fused_layer_takes_two_launches_less(monkeypatch: pytest.MonkeyPatch, fu
     """Each layer's two additions and two norms are two calls; the first norm has no addition."""
     kernels = Counting()
     if not fuse:
-        monkeypatch.setattr("server.engine.model.fuse_residuals", lambda _, run: run() or 0)
+        monkeypatch.setattr("server.model.base.fuse_residuals", lambda _, run: run() or 0)
     base = prepared("llama", kernels)
     monkeypatch.setattr(KVStore, "attend", lambda _store, _module, qkv, *_: qkv[0])
     kernels.calls.clear()

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from server.engine.attention import ATTENTION_NAME, register_attention
-from server.engine.model import load_base_model, prepare_base_model
-from server.engine.rotary import RotaryAttention
+from server.model.attention import ATTENTION_NAME, register_attention
+from server.model.base import load_base_model, prepare_base_model
+from server.model.fused_attention import RotaryAttention
 from server.ops.attention import AttentionCall, HeadNorm
 from server.ops.kernels import TorchKernels
 from server.ops.norm import RmsForm

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from server.engine.request import Request
-from server.engine.sampler import Sampler, draw
+from server.engine.step.sampler import Sampler, draw
 from server.engine.text import TextAssets
 from server.engine.types import OutputDelta, SamplingParams, TokenLogprob
 from server.engine.variant import Variant

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compressor.pipeline import Options
+from compressor.compress.options import Options
 from server.errors import ConfigError
 from tests.server.engine.conftest import ALL_CODECS, N_TRUTH, PAIR, Served
 from tests.server.engine.helpers import CoreHarness

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from server.engine.varying_rope import VaryingRope, varying_rope
+from server.model.varying_rope import VaryingRope, varying_rope
 from tests.server.engine.conftest import PAIR
 from tests.server.engine.test_parity import assert_parity
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from server.deltas.norms import find_form
+from server.model.norm import find_form
 from server.ops.attention import (
     AttentionCall,
     AttentionPlan,

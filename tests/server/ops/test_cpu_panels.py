@@ -14,7 +14,7 @@ from server.ops.cpu.linear import LinearKernel, PanelLinear
 from server.ops.cpu.parallel import Parallel
 from server.ops.linear import BlockShare, LinearOp
 from server.ops.packed import PackedBlocks
-from server.ops.rows import RowPlan, Segment
+from server.ops.row_plan import RowPlan, Segment
 from tests.server.ops.test_blockdiag import dense, make
 
 CPU = torch.device("cpu")

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from server.ops.choose import choose_kernels
 from server.ops.cpu import parallel
+from server.ops.cpu.codegen.intrinsics import i64_at, next_task
 from server.ops.cpu.compile import cache_folder, compile_kernel
-from server.ops.cpu.intrinsics import i64_at, next_task
 from server.ops.cpu.parallel import Kernel, Parallel
-from server.ops.kernels import TorchKernels, choose_kernels
+from server.ops.kernels import TorchKernels
 
 CPU = torch.device("cpu")
 
@@ -83,7 +84,7 @@ def test_choose_kernels_half_precision_on_the_cpu_is_plain_torch() -> None:
 def test_choose_kernels_numba_missing_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("server.ops.kernels.find_spec", lambda name: None)
+    monkeypatch.setattr("server.ops.choose.find_spec", lambda name: None)
     assert isinstance(choose_kernels("auto", CPU, torch.float32), TorchKernels)
     assert "pip install numba" in caplog.text
     with pytest.raises(ValueError, match="pip install numba"):

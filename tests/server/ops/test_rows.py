@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.ops.rows import Places, RowPlan, Segment, add_rows_, pad_rows
+from server.ops.row_plan import Places, RowPlan, Segment, add_rows_, pad_rows
 
 CPU = torch.device("cpu")
 
