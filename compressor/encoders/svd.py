@@ -86,7 +86,7 @@ def factors(name: str, source: MatrixSource, rank: int) -> tuple[Tensor, Tensor]
 
     float32; the root of each singular value is in both. k = rank, at most min(m, n). Randomised
     where `is_thin`, with a fixed seed: what it misses of the best rank-k approximation's energy
-    is below 1 % even for flat spectra (tests/compressor/test_svd.py).
+    is below 1 % even for flat spectra (tests/compressor/encoders/test_svd.py).
     """
     source_tall, flipped = tall(source)
     thin = is_thin(source.shape, rank)

@@ -17,8 +17,8 @@ from server.errors import (
     GenerationFailed,
     QueueFull,
 )
-from tests.server.engine.conftest import PAIR, Served
-from tests.server.engine.helpers import CoreHarness, Recorded
+from tests.server.conftest import PAIR, Served
+from tests.server.helpers import CoreHarness, Recorded
 
 PROMPT = "The quick brown fox jumps over the lazy dog and opens a new account"
 Make = Callable[..., CoreHarness]

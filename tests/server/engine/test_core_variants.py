@@ -17,9 +17,9 @@ from server.deltas.pools.base import TermPool
 from server.deltas.upload import SlotUploader, Upload
 from server.engine.variant import Variant
 from server.errors import DeltaUnusable, NoSlot
-from tests.server.engine.conftest import ALL_CODECS, Served
-from tests.server.engine.helpers import CoreHarness
+from tests.server.conftest import ALL_CODECS, Served
 from tests.server.engine.test_core import assert_true_text
+from tests.server.helpers import CoreHarness
 
 PROMPT = "The quick brown fox"
 Make = Callable[..., CoreHarness]
