@@ -69,7 +69,7 @@ BELOW_HTTP = {f"server.{name}" for name in ("metrics", "engine", "model", "delta
 ABOVE_TENSORS = {"server.process", "server.api", "server.metrics"}
 WEB = {"fastapi", "starlette", "pydantic", "uvicorn"}
 TENSOR = {"torch", "transformers", "safetensors", "numpy", "triton", "numba", "llvmlite"}
-OPS_ONLY = {"torch", "numpy", "numba", "triton", "llvmlite"}
+OPS_ONLY = {"torch", "numpy", "numba", "triton", "llvmlite", "filelock"}
 FORMAT = ("compressor.artifact", "compressor.codecs", "compressor.errors")
 # What the server has loaded beyond that: the base's identity is read off the base's checkpoint.
 FOR_IDENTITY = {"compressor.checkpoint", "compressor.checkpoint.files", "compressor.checkpoint.hub"}

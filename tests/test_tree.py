@@ -128,6 +128,9 @@ ELSEWHERE = {
     "server.ops.cpu.attention": "tests/server/ops/cpu/test_kernels.py",
     "server.ops.cpu.blockdiag": "tests/server/ops/test_blockdiag.py",
     "server.ops.cpu.blockdiag_rows": "tests/server/ops/test_blockdiag.py",
+    "server.ops.cpu.check_child": (
+        "tests/server/ops/cpu/test_check.py, tests/server/ops/cpu/test_kinds.py"
+    ),
     "server.ops.cpu.codegen.bf16_pairs": "tests/server/ops/cpu/test_linear.py",
     "server.ops.cpu.codegen.bfloat": "tests/server/ops/cpu/test_linear.py",
     "server.ops.cpu.codegen.intrinsics": "tests/server/ops/cpu/test_parallel.py",
@@ -148,7 +151,7 @@ ELSEWHERE = {
     "server.ops.triton.compat": "tests/server/ops/triton/test_compile.py",
     "server.ops.triton.prefill": "tests/server/ops/triton/test_attention.py",
     "server.ops.triton.segments": "tests/server/ops/triton/test_blockdiag.py",
-    "server.ops.triton.selfcheck": "tests/server/ops/triton/test_kernels.py",
+    "server.ops.selfcheck": "tests/server/ops/triton/test_kernels.py",
     "server.process.logs": "tests/server/process/test_run.py",
     "server.settings": "tests/server/test_cli.py",
 }

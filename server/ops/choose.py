@@ -45,8 +45,8 @@ def _triton_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
         raise ValueError("triton kernels run on CUDA devices only")
     if find_spec("triton") is None:
         raise ValueError("triton is not installed; `pip install 'impart-serve[gpu]'`")
+    from server.ops.selfcheck import check_kernels
     from server.ops.triton.kernels import TritonKernels
-    from server.ops.triton.selfcheck import check_kernels
 
     kernels = TritonKernels(device)
     check_kernels(kernels, device, dtype)

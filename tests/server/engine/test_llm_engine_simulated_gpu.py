@@ -19,8 +19,8 @@ pytest.importorskip("triton")
 
 from server.engine.observer import CoreStats
 from server.engine.types import SamplingParams
+from server.ops.selfcheck import check_kernels
 from server.ops.triton.kernels import TritonKernels
-from server.ops.triton.selfcheck import check_kernels
 from tests.server.conftest import Served
 from tests.server.engine.step.test_static_step_parity import HELD
 from tests.server.engine.test_llm_engine import running, stream
@@ -36,7 +36,7 @@ def on_gpu() -> Iterator[Device]:
     """Without the start-up check, which has its own test."""
     with (
         simulated_cuda() as device,
-        mock.patch("server.ops.triton.selfcheck.check_kernels"),
+        mock.patch("server.ops.selfcheck.check_kernels"),
     ):
         yield device
 

@@ -14,8 +14,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from server.ops.cpu.codegen.bfloat import BFloat, bits_of_bf16, has_bf16_units
+from server.ops.cpu.codegen.bfloat import BFloat, bits_of_bf16
 from server.ops.cpu.codegen.vectors import F32, I32, I64, LANES, VECTOR, at, multiply_add
+from server.ops.cpu.features import Form, chosen
 
 WORDS = ir.VectorType(I32, LANES)
 VECTORS = 4  # of lanes that share what is loaded for them
@@ -37,20 +38,28 @@ def floats(value: float) -> Any:
 
 def add_pair_products(context: Any, builder: Any, total: Any, a: Any, b: Any) -> Any:
     """``total[i] + a[i].low * b[i].low + a[i].high * b[i].high``; total float32, a, b words."""
-    if has_bf16_units(context) and a.type == WORDS:
-        halves = ir.VectorType(BFloat(), 2 * LANES)
-        kind = ir.FunctionType(VECTOR, [VECTOR, halves, halves])
-        name = "llvm.x86.avx512bf16.dpbf16ps.512"
-        function = cgutils.get_or_insert_function(builder.module, kind, name)
-        return builder.call(
-            function, [total, builder.bitcast(a, halves), builder.bitcast(b, halves)]
-        )
+    forms = PAIR_PRODUCTS if a.type == WORDS else PAIR_PRODUCTS[-1:]
+    return chosen(context, forms)(context, builder, total, a, b)
+
+
+def _by_dot_product(context: Any, builder: Any, total: Any, a: Any, b: Any) -> Any:
+    halves = ir.VectorType(BFloat(), 2 * LANES)
+    kind = ir.FunctionType(VECTOR, [VECTOR, halves, halves])
+    name = "llvm.x86.avx512bf16.dpbf16ps.512"
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, [total, builder.bitcast(a, halves), builder.bitcast(b, halves)])
+
+
+def _by_float_products(context: Any, builder: Any, total: Any, a: Any, b: Any) -> Any:
     by_half = ir.Constant(a.type, [16] * a.type.count)
     mask = ir.Constant(a.type, [HIGH_HALF] * a.type.count)
     low = [builder.bitcast(builder.shl(x, by_half), total.type) for x in (a, b)]
     high = [builder.bitcast(builder.and_(x, mask), total.type) for x in (a, b)]
-    lower = multiply_add(builder, low[0], low[1], total)
-    return multiply_add(builder, high[0], high[1], lower)
+    lower = multiply_add(context, builder, low[0], low[1], total)
+    return multiply_add(context, builder, high[0], high[1], lower)
+
+
+PAIR_PRODUCTS = (Form(_by_dot_product, ("avx512f", "avx512bf16")), Form(_by_float_products))
 
 
 def splat_word(builder: Any, address: Any, lanes: int = LANES) -> Any:
@@ -87,7 +96,7 @@ def plus(builder: Any, address: Any, offset: int) -> Any:
     return builder.add(address, I64(offset)) if offset else address
 
 
-def exp2(builder: Any, x: Any) -> Any:
+def exp2(context: Any, builder: Any, x: Any) -> Any:
     """``2^x`` for x <= 0, relative error below 3e-6; below -126 it is ``2^-126``. NaN stays NaN.
 
     x is split into its nearest integer, added to the exponent, and the rest, by Taylor's series.
@@ -99,7 +108,7 @@ def exp2(builder: Any, x: Any) -> Any:
     rest = builder.fsub(x, builder.fsub(shifted, magic))
     power = floats(1.3333558e-3)
     for coefficient in (9.6181291e-3, 5.5504109e-2, 2.4022651e-1, 6.9314718e-1, 1.0):
-        power = multiply_add(builder, power, rest, floats(coefficient))
+        power = multiply_add(context, builder, power, rest, floats(coefficient))
     exponent = builder.shl(builder.bitcast(shifted, WORDS), words(23))
     return builder.bitcast(builder.add(builder.bitcast(power, WORDS), exponent), VECTOR)
 

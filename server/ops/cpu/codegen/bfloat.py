@@ -6,6 +6,8 @@ from typing import Any
 
 from llvmlite import ir
 
+from server.ops.cpu.features import Form, chosen
+
 
 class BFloat(ir.Type):  # type: ignore[misc]
     """LLVM's ``bfloat``, which llvmlite has no name for."""
@@ -20,31 +22,38 @@ class BFloat(ir.Type):  # type: ignore[misc]
         return hash(BFloat)
 
 
-def has_bf16_units(context: Any) -> bool:
-    """Whether the CPU that code is made for multiplies and rounds to bfloat16 (`avx512bf16`)."""
-    features: str = context.codegen().magic_tuple()[2]
-    return "+avx512bf16" in features.split(",")
-
-
 def bits_of_bf16(context: Any, builder: Any, values: Any) -> Any:
     """Float32, one or a vector -> bits of the nearest bfloat16, ties to even; NaN stays NaN.
 
     Subnormal numbers may become 0.
     """
-    n = values.type.count if isinstance(values.type, ir.VectorType) else 0
+    return chosen(context, ROUNDINGS)(builder, values)
 
-    def of(element: Any) -> Any:
-        return ir.VectorType(element, n) if n else element
+
+def _like(values: Any, element: Any) -> Any:
+    """The type of `values` with other elements."""
+    vector = isinstance(values.type, ir.VectorType)
+    return ir.VectorType(element, values.type.count) if vector else element
+
+
+def _by_instruction(builder: Any, values: Any) -> Any:
+    rounded = builder.fptrunc(values, _like(values, BFloat()))
+    return builder.bitcast(rounded, _like(values, ir.IntType(16)))
+
+
+def _by_integers(builder: Any, values: Any) -> Any:
+    wide = _like(values, ir.IntType(32))
 
     def constant(value: int) -> Any:
-        return ir.Constant(of(ir.IntType(32)), [value] * n if n else value)
+        n = getattr(wide, "count", 0)
+        return ir.Constant(wide, [value] * n if n else value)
 
-    half = of(ir.IntType(16))
-    if has_bf16_units(context):
-        return builder.bitcast(builder.fptrunc(values, of(BFloat())), half)
-    bits = builder.bitcast(values, of(ir.IntType(32)))
+    bits = builder.bitcast(values, wide)
     odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
     rounded = builder.add(bits, builder.add(odd, constant(0x7FFF)))
     nan = builder.or_(bits, constant(0x400000))
-    chosen = builder.select(builder.fcmp_unordered("uno", values, values), nan, rounded)
-    return builder.trunc(builder.lshr(chosen, constant(16)), half)
+    either = builder.select(builder.fcmp_unordered("uno", values, values), nan, rounded)
+    return builder.trunc(builder.lshr(either, constant(16)), _like(values, ir.IntType(16)))
+
+
+ROUNDINGS = (Form(_by_instruction, ("avx512bf16", "avx512vl")), Form(_by_integers))

@@ -76,14 +76,6 @@ def _float_of_bits(typingctx: Any, bits: Any) -> Codegen:
     return types.float32(types.uint32), codegen
 
 
-@intrinsic
-def _bits_of_float(typingctx: Any, value: Any) -> Codegen:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], ir.IntType(32))
-
-    return types.uint32(types.float32), codegen
-
-
 @njit(inline="always")
 def i64_at(address):
     """View int64 values from this address on."""

@@ -2,7 +2,7 @@
 
 Two byte rows make 16 words, in whose halves one field after the other is looked up in a table: it
 becomes its code less the centre, as bfloat16. Sums are float32, scaled once and added to what is
-there. `avx512bf16` and `avx512bw` only.
+there.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from server.ops.cpu.codegen.bf16_pairs import (
+    HIGH_HALF,
     WORDS,
     add_pair_products,
     floats,
@@ -36,7 +37,9 @@ from server.ops.cpu.codegen.vectors import (
     multiply_add,
     prefetch,
     splat,
+    widen_halves,
 )
+from server.ops.cpu.features import Form, chosen
 
 MOST_SUMS = 16  # vectors of them that stay in registers beside codes and inputs
 I8 = ir.IntType(8)
@@ -83,13 +86,13 @@ def _codegen(bits: int, vectors: int, rows: int) -> Callable[..., Any]:
             codes = builder.add(codes, builder.mul(code_rows, mb))
         units = splat(builder, unit, LANES)
         for v, mask in enumerate(masks):
-            factors = builder.fmul(_scales(builder, scales, v, mask, halves), units)
+            factors = builder.fmul(_scales(context, builder, scales, v, mask, halves), units)
             for r in range(rows):
                 row = builder.add(sums, builder.mul(sums_step, I64(r)))
                 place = at(builder, plus(builder, row, 4 * LANES * v), F32, I64(0), LANES)
                 found = builder.load(totals[r, v])
                 old = builder.load(place, align=4)
-                added = multiply_add(builder, found, factors, old)
+                added = multiply_add(context, builder, found, factors, old)
                 # A masked store takes several times as long on some CPUs.
                 added = added if mask is None else builder.select(mask, added, old)
                 builder.store(added, place, align=4)
@@ -115,11 +118,7 @@ def _add_plane(
 ) -> None:
     codes, mb, code_rows, ahead = geometry
     field_bits, values = plane
-    # Bits above a field are other fields: the table repeats itself.
-    table = ir.Constant(HALVES, [_bf16_bits(values[i % len(values)]) for i in range(2 * LANES)])
-    kind = ir.FunctionType(HALVES, [HALVES, HALVES])
-    name = "llvm.x86.avx512.permvar.hi.512"
-    look_up = cgutils.get_or_insert_function(builder.module, kind, name)
+    look_up = chosen(context, LOOK_UPS)
 
     def bytes_of(row: Any) -> list[Any]:
         first = builder.add(codes, builder.mul(row, mb))
@@ -136,8 +135,7 @@ def _add_plane(
             weights = []
             for word in packed:
                 moved = builder.lshr(word, words(field * field_bits)) if field else word
-                pair = builder.call(look_up, [table, builder.bitcast(moved, HALVES)])
-                pair = builder.bitcast(pair, WORDS)
+                pair = look_up(builder, moved, field_bits, values)
                 weights.append(pair if present == -1 else builder.and_(pair, words(present)))
             step = builder.shl(builder.add(row, builder.mul(code_rows, I64(field))), I64(1))
             for r, x in enumerate(x_rows):
@@ -160,39 +158,87 @@ def _add_plane(
         multiply(last, bytes_of(last), 0xFFFF)
 
 
+def _look_up_by_permutation(builder: Any, words_: Any, bits: int, values: list[float]) -> Any:
+    # Bits above a field are other fields: the table repeats itself.
+    table = ir.Constant(HALVES, [_bf16_bits(values[i % len(values)]) for i in range(2 * LANES)])
+    kind = ir.FunctionType(HALVES, [HALVES, HALVES])
+    name = "llvm.x86.avx512.permvar.hi.512"
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.bitcast(builder.call(function, [table, builder.bitcast(words_, HALVES)]), WORDS)
+
+
+def _look_up_by_arithmetic(builder: Any, words_: Any, bits: int, values: list[float]) -> Any:
+    """The values are evenly spaced: the first, and so many steps as the code says."""
+    step, mask = floats(values[1] - values[0]), words((1 << bits) - 1)
+
+    def bits_of(code: Any) -> Any:
+        number = builder.sitofp(builder.and_(code, mask), VECTOR)
+        value = builder.fadd(builder.fmul(number, step), floats(values[0]))
+        return builder.bitcast(value, WORDS)
+
+    low = builder.lshr(bits_of(words_), words(16))
+    high = bits_of(builder.lshr(words_, words(16)))
+    return builder.or_(low, builder.and_(high, words(HIGH_HALF)))
+
+
+# (builder, words, bits of a field, its values) -> words: the value of the lowest field of each
+# half, as bfloat16.
+LOOK_UPS = (
+    Form(_look_up_by_permutation, ("avx512f", "avx512bw")),
+    Form(_look_up_by_arithmetic),
+)
+
+
 def _bf16_bits(value: float) -> int:
     (bits,) = np.array([value], np.float32).view(np.uint32)
     return int(bits) >> 16
 
 
-def _scales(builder: Any, scales: Any, vector: int, mask: Any, halves: Any) -> Any:
+def _scales(context: Any, builder: Any, scales: Any, vector: int, mask: Any, halves: Any) -> Any:
     """What the 16 scales of a vector stand for, one byte each or float16 (`halves` not 0)."""
     found = cgutils.alloca_once_value(builder, floats(0.0))
     first = I64(LANES * vector)
     with builder.if_else(builder.icmp_unsigned("==", halves, I64(0))) as (is_octave, is_half):
         with is_octave:
             raw = _load(builder, at(builder, scales, I8, first, LANES), mask, I8)
-            builder.store(_octaves(builder, builder.zext(raw, WORDS)), found)
+            builder.store(_octaves(context, builder, builder.zext(raw, WORDS)), found)
         with is_half:
             raw = _load(builder, at(builder, scales, I16, first, LANES), mask, I16)
-            values = builder.bitcast(raw, ir.VectorType(ir.HalfType(), LANES))
-            builder.store(builder.fpext(values, VECTOR), found)
+            builder.store(widen_halves(context, builder, raw), found)
     return builder.load(found)
 
 
-def _octaves(builder: Any, code: Any) -> Any:
+def _octaves(context: Any, builder: Any, code: Any) -> Any:
     """``2^((code - 255) / 16)``, as the table `server.ops.packed.octaves` has it; 0 for 0."""
     sixteenths = [float(np.float32(2.0 ** (i / 16))) for i in range(LANES)]
-    kind = ir.FunctionType(VECTOR, [VECTOR, WORDS])
-    name = "llvm.x86.avx512.permvar.sf.512"
-    look_up = cgutils.get_or_insert_function(builder.module, kind, name)
     steps = builder.add(code, words(1))  # -255 is one more than a multiple of 16
     within = builder.and_(steps, words(15))
-    mantissa = builder.call(look_up, [ir.Constant(VECTOR, sixteenths), within])
+    mantissa = chosen(context, SIXTEEN)(builder, sixteenths, within)
     octave = builder.sub(builder.lshr(steps, words(4)), words(16))
     bits = builder.add(builder.bitcast(mantissa, WORDS), builder.shl(octave, words(23)))
     zero = builder.icmp_unsigned("==", code, words(0))
     return builder.select(zero, floats(0.0), builder.bitcast(bits, VECTOR))
+
+
+def _sixteen_by_permutation(builder: Any, values: list[float], index: Any) -> Any:
+    kind = ir.FunctionType(VECTOR, [VECTOR, WORDS])
+    name = "llvm.x86.avx512.permvar.sf.512"
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.call(function, [ir.Constant(VECTOR, values), index])
+
+
+def _sixteen_by_selection(builder: Any, values: list[float], index: Any) -> Any:
+    """Halve the values that are left by one bit of the index after the other, the lowest first."""
+    left, bit = [floats(value) for value in values], 1
+    while len(left) > 1:
+        unset = builder.icmp_unsigned("==", builder.and_(index, words(bit)), words(0))
+        pairs = zip(left[::2], left[1::2], strict=True)
+        left, bit = [builder.select(unset, even, odd) for even, odd in pairs], 2 * bit
+    return left[0]
+
+
+# (builder, 16 values, words) -> floats: the value that each word below 16 stands for.
+SIXTEEN = (Form(_sixteen_by_permutation, ("avx512f",)), Form(_sixteen_by_selection))
 
 
 def _any_rows(bits: int, vectors: int) -> Any:

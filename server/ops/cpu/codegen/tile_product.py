@@ -16,7 +16,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from server.ops.cpu.codegen.vectors import F32, I32, at, multiply_add, splat
+from server.ops.cpu.codegen.vectors import F32, I16, I32, at, multiply_add, splat, widen_halves
 
 ROW_GROUP = 8  # rows that share one unpacking
 TILE = 128  # outputs of one tile: the row stride of the sums
@@ -24,7 +24,7 @@ TILE = 128  # outputs of one tile: the row stride of the sums
 SUMS = ROW_GROUP * (TILE + 16)
 CHAINS = 2  # sums of one output that do not wait for each other
 U = np.uint64
-I8, F16 = ir.IntType(8), ir.HalfType()
+I8 = ir.IntType(8)
 
 
 @njit(inline="always")
@@ -128,7 +128,7 @@ def _codegen(bits: int, lanes: int, rows: int, centre: float) -> Callable[..., A
         ]
         with cgutils.for_range(builder, code_rows) as loop:
             for field, weights in enumerate(
-                _fields(builder, codes, mb, loop.index, bits, lanes, centre)
+                _fields(context, builder, codes, mb, loop.index, bits, lanes, centre)
             ):
                 input_index = builder.add(loop.index, builder.mul(code_rows, code_rows.type(field)))
                 for r, chains in enumerate(totals):
@@ -138,7 +138,7 @@ def _codegen(bits: int, lanes: int, rows: int, centre: float) -> Callable[..., A
                         builder.gep(builder.inttoptr(x, F32.as_pointer()), [index])
                     )
                     factor = splat(builder, value, lanes)
-                    added = multiply_add(builder, weights, factor, builder.load(total))
+                    added = multiply_add(context, builder, weights, factor, builder.load(total))
                     builder.store(added, total)
         for chains, place in zip(totals, sums_at, strict=True):
             total = builder.load(place, align=4)
@@ -151,14 +151,14 @@ def _codegen(bits: int, lanes: int, rows: int, centre: float) -> Callable[..., A
 
 
 def _fields(
-    builder: Any, codes: Any, mb: Any, row: Any, bits: int, lanes: int, centre: float
+    context: Any, builder: Any, codes: Any, mb: Any, row: Any, bits: int, lanes: int, centre: float
 ) -> list[Any]:
     """The fields of one code row as float vectors, less `centre`."""
     offset = builder.mul(row, mb)
     vector, wide = ir.VectorType(F32, lanes), ir.VectorType(I32, lanes)
     if bits == 16:
-        loaded = builder.load(at(builder, codes, F16, offset, lanes), align=2)
-        return [builder.fpext(loaded, vector)]
+        loaded = builder.load(at(builder, codes, I16, offset, lanes), align=2)
+        return [widen_halves(context, builder, loaded)]
     loaded = builder.load(at(builder, codes, I8, offset, lanes), align=1)
     raw = builder.zext(loaded, wide)
     mask = ir.Constant(wide, [(1 << bits) - 1] * lanes)

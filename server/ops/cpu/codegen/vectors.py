@@ -11,6 +11,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from server.ops.cpu.codegen.bfloat import bits_of_bf16
+from server.ops.cpu.features import Form, chosen
 
 LANES = 16
 F32, I32, I16, I64 = ir.FloatType(), ir.IntType(32), ir.IntType(16), ir.IntType(64)
@@ -23,11 +24,56 @@ def at(builder: Any, address: Any, element: Any, index: Any, lanes: int) -> Any:
     return builder.bitcast(pointer, ir.VectorType(element, lanes).as_pointer())
 
 
-def multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    """``a * b + c`` of float vectors, rounded once."""
+def multiply_add(context: Any, builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """``a * b + c`` of float vectors, rounded once; twice where no instruction does both."""
+    return chosen(context, MULTIPLY_ADDS)(builder, a, b, c)
+
+
+def _fused(builder: Any, a: Any, b: Any, c: Any) -> Any:
     kind = ir.FunctionType(a.type, [a.type] * 3)
     function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{a.type.count}f32")
     return builder.call(function, [a, b, c])
+
+
+def _multiply_then_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return builder.fadd(builder.fmul(a, b), c)
+
+
+# Where there is no such instruction LLVM would call a function for every lane.
+MULTIPLY_ADDS = (Form(_fused, ("fma",)), Form(_fused, ("neon",)), Form(_multiply_then_add))
+
+
+def widen_halves(context: Any, builder: Any, bits: Any) -> Any:
+    """Bits of finite float16, a vector of 16-bit words -> float32, exactly (subnormals too)."""
+    return chosen(context, HALVES)(builder, bits)
+
+
+def _halves_by_instruction(builder: Any, bits: Any) -> Any:
+    n = bits.type.count
+    halves = builder.bitcast(bits, ir.VectorType(ir.HalfType(), n))
+    return builder.fpext(halves, ir.VectorType(F32, n))
+
+
+def _halves_by_integers(builder: Any, bits: Any) -> Any:
+    wide = ir.VectorType(I32, bits.type.count)
+
+    def constant(value: int) -> Any:
+        return ir.Constant(wide, [value] * wide.count)
+
+    word = builder.zext(bits, wide)
+    sign = builder.shl(builder.and_(word, constant(0x8000)), constant(16))
+    magnitude = builder.shl(builder.and_(word, constant(0x7FFF)), constant(13))
+    scaled = builder.bitcast(builder.or_(sign, magnitude), ir.VectorType(F32, wide.count))
+    bias = ir.Constant(scaled.type, [2.0**112] * wide.count)  # float32's exponent bias over half's
+    return builder.fmul(scaled, bias)
+
+
+# Elsewhere LLVM would call a library function that nothing links.
+HALVES = (
+    Form(_halves_by_instruction, ("f16c",)),
+    Form(_halves_by_instruction, ("fullfp16",)),
+    Form(_halves_by_integers),
+)
 
 
 def prefetch(builder: Any, address: Any) -> None:
@@ -78,7 +124,7 @@ def _dot_code(is_bf16: bool) -> Callable[..., Any]:
             first = builder.mul(loop.index, I64(LANES))
             a = _load(builder, query, first, False)
             b = _load(builder, row, first, is_bf16)
-            builder.store(multiply_add(builder, a, b, builder.load(total)), total)
+            builder.store(multiply_add(context, builder, a, b, builder.load(total)), total)
         return sum_of_lanes(builder, builder.load(total))
 
     return codegen
@@ -102,7 +148,7 @@ def _add_scaled_code(is_bf16: bool) -> Callable[..., Any]:
             first = builder.mul(loop.index, I64(LANES))
             values = _load(builder, row, first, is_bf16)
             place = at(builder, sums, F32, first, LANES)
-            added = multiply_add(builder, values, factors, builder.load(place, align=4))
+            added = multiply_add(context, builder, values, factors, builder.load(place, align=4))
             builder.store(added, place, align=4)
         return context.get_dummy_value()
 

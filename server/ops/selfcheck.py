@@ -1,6 +1,8 @@
 """A tiny random case of every kernel on the device against plain torch, before anything is served.
 
 Compilers, drivers and devices differ; an answer from a wrong kernel would look like any other.
+CPU kernels are tried in a process of their own (`server.ops.cpu.check`): there a compiler's failure
+may be the end of the process.
 """
 
 from __future__ import annotations
@@ -29,21 +31,18 @@ from server.ops.row_plan import Places, RowPlan, Segment, SlotSegments
 
 _SIZES = ((0, 40), (1, 24))
 BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}  # of the largest value
-Case = tuple[str, Callable[[Kernels], Tensor]]
+Case = tuple[str, Callable[[Kernels], Tensor]]  # what is tried, and its result
 
 
 def check_kernels(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> None:
     """ValueError naming every kernel that deviates from torch by more than rounding."""
-    reference, wrong = TorchKernels(), []
+    reference = TorchKernels()
+    wrong = []
     with torch.inference_mode():
-        for name, run in _cases(device, dtype):
-            try:
-                got, want = run(kernels).double(), run(reference).double()
-                bound = BOUND[dtype] * float(want.abs().max())
-                if not torch.allclose(got, want, rtol=0, atol=bound):
-                    wrong.append(name)
-            except Exception as error:  # a compiler's or driver's, whatever its type
-                wrong.append(f"{name} ({type(error).__name__}: {str(error)[:200]})")
+        for name, run in cases(device, dtype):
+            problem = deviation(run, kernels, lambda run=run: run(reference), dtype)  # type: ignore[misc]
+            if problem is not None:
+                wrong.append(name + problem)
     if wrong:
         raise ValueError(
             f"on this device the {kernels.name} kernels are wrong or do not run: "
@@ -51,12 +50,42 @@ def check_kernels(kernels: Kernels, device: torch.device, dtype: torch.dtype) ->
         )
 
 
-def _cases(device: torch.device, dtype: torch.dtype) -> Iterator[Case]:
+def deviation(
+    run: Callable[[Kernels], Tensor],
+    kernels: Kernels,
+    wanted: Callable[[], Tensor],
+    dtype: torch.dtype,
+) -> str | None:
+    """None where the result in `dtype` is what is wanted but for rounding; else what is wrong."""
+    try:
+        got, want = run(kernels).double(), wanted().double()
+        bound = BOUND[dtype] * float(want.abs().max())
+        return None if torch.allclose(got, want, rtol=0, atol=bound) else ""
+    except Exception as error:  # a compiler's or driver's, whatever its type
+        return f" ({type(error).__name__}: {str(error)[:200]})"
+
+
+def randoms(
+    device: torch.device, dtype: torch.dtype, values_of: torch.dtype | None = None
+) -> tuple[Callable[..., Tensor], torch.Generator]:
+    """What makes normal numbers of a shape in `dtype`, the same at every call of this function.
+
+    values_of: round them to this dtype first, so that a wider one gets the same values.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        made = torch.randn(shape, generator=generator)
+        return made.to(values_of or dtype).to(device, dtype)
 
+    return random, generator
+
+
+def cases(
+    device: torch.device, dtype: torch.dtype, values_of: torch.dtype | None = None
+) -> Iterator[Case]:
+    """Every operation that has a kernel on some device; see `randoms` for the arguments."""
+    random, generator = randoms(device, dtype, values_of)
     for bits in (2, 3, 4, 8):
         yield f"blockdiag {bits} bit", _blockdiag(bits, 3, random, generator, device)
     yield "blockdiag 4 bit, many rows", _blockdiag(4, 40, random, generator, device)
@@ -88,7 +117,7 @@ def _blockdiag(
 
     def run(kernels: Kernels) -> Tensor:
         y = start.clone()
-        kernels.blockdiag(blocks).add_(y.split(sizes, 1), x, segments)
+        kernels.blockdiag(blocks).add_(y.split_with_sizes(sizes, 1), x, segments)
         return y
 
     return run
@@ -121,7 +150,7 @@ def _factors(
 
     def added(add: Callable[..., None], terms: object) -> Tensor:
         y = start.clone()
-        add(y.split([m for _, m in _SIZES], 1), x, rows, terms)
+        add(y.split_with_sizes([m for _, m in _SIZES], 1), x, rows, terms)
         return y
 
     yield "lowrank", lambda kernels: added(kernels.lowrank_add_, low)
