@@ -140,6 +140,7 @@ def serve(base: Path, port: int, n_rows: int, step_s: float, *, ahead: bool) -> 
         max_num_seqs=n_rows,
         async_scheduling=ahead,
         max_prefill_slowdown=0.0,
+        torch_threads=1,
     )
 
     def over_static_buffers(engine: LLMEngine, runner: Runner) -> None:

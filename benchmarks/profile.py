@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from compressor.artifact.identity import base_identity
+from compressor.usable_cpus import product_threads
 from server.deltas.registry import DeltaRegistry
 from server.engine.catalog import VariantCatalog
 from server.engine.core import EngineCore, Events
@@ -285,7 +286,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-tokens", type=int, default=64)
     add("--repeats", type=int, default=1, help="runs without timers")
     add("--in-turn", action="store_true", help="each of them after one of the base alone")
-    add("--threads", type=int, help="default: torch's own choice")
+    add("--threads", type=int, help="CPU threads; default: as the server's")
     add("--cpu-time", action="store_true", help="of this thread: for one thread on a busy machine")
     return parser.parse_args(argv)
 
@@ -299,8 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print output tokens per second and the table."""
     logging.basicConfig(level=logging.WARNING)
     args = parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(product_threads(args.threads).count)
     settings = Settings(
         base=args.base,
         deltas=args.deltas,

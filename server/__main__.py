@@ -10,6 +10,7 @@ from typing import cast
 import typer
 from prometheus_client import disable_created_metrics
 
+from compressor.usable_cpus import set_thread_defaults
 from server.cli import command
 from server.errors import ConfigError
 from server.metrics.series import Metrics
@@ -34,6 +35,7 @@ def serve(settings: Settings) -> None:
 
 
 def _serve(settings: Settings) -> int:
+    set_thread_defaults(settings.torch_threads)
     # Here, because they import torch: `--help` and wrong flags should answer at once.
     from server.engine.llm_engine import LLMEngine
     from server.process.run import RunnableEngine, run, run_in_loop

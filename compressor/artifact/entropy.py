@@ -8,7 +8,6 @@ the fine-tune never met. One level, one thread a frame: same tensors, same bytes
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +26,7 @@ from compressor.artifact.tensor_file import (
     header_text,
 )
 from compressor.atomic import write_new
+from compressor.usable_cpus import usable_cpus
 
 # Measured on artifacts of all codecs (benchmarks/RESULTS.md): 17 bits find what larger windows do.
 _LEVEL, _WINDOW_LOG = 19, 17
@@ -100,7 +100,7 @@ def code_tensors(
 
 def coded_frames(runs: Iterable[tuple[str, Iterable[Chunk]]], tally: Tally) -> Iterator[bytes]:
     """Yield the frames of runs of data, each with its group, and count them in `tally`."""
-    n_threads = min(_MAX_THREADS, os.cpu_count() or 1)
+    n_threads = min(_MAX_THREADS, usable_cpus().cpus)
     pending: deque[tuple[str, int, Future[bytes]]] = deque()
     with ThreadPoolExecutor(n_threads, thread_name_prefix="zstd") as pool:
 

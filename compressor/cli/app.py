@@ -20,6 +20,7 @@ from compressor.cli.inspect import inspect, verify
 from compressor.cli.merge import merge
 from compressor.cli.reconstruct import reconstruct
 from compressor.cli.report import report
+from compressor.usable_cpus import set_thread_defaults
 
 app = typer.Typer(
     name="impart",
@@ -33,6 +34,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the console script."""
+    set_thread_defaults()  # the commands import torch
     try:
         app(prog_name="impart")
     except KeyboardInterrupt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from server.model.norm import DeltaNorm
 from server.model.varying_rope import VaryingRope, varying_rope
 from server.ops.choose import KernelChoice, choose_kernels
 from server.ops.kernels import Kernels
+from server.ops.precision import cpu_precision, gigabytes, host_cpu, name_of
 from server.ops.quantize import BaseQuant, has_float8
 
 log = logging.getLogger(__name__)
@@ -66,10 +68,16 @@ def load_base_model(
     dtype: torch.dtype | None,
     kernels: KernelChoice | Kernels = "auto",
     base_quant: BaseQuant | None = None,
+    *,
+    widened_budget_bytes: int | None = None,
 ) -> BaseModel:
     """Load, check that the engine can run this architecture, and replace its layers.
 
-    kernels: by name, or ready ones. Raises ConfigError naming what is not supported.
+    dtype    None: as stored, or float32 on a CPU where that is faster (`cpu_precision`)
+    kernels  by name, or ready ones
+    widened_budget_bytes  the most that weights may take which are widened so; None: any
+
+    Raises ConfigError naming what is not supported.
     """
     _check_config(path)
     transformers_logging.disable_progress_bar()  # it would write into the server's log
@@ -82,6 +90,8 @@ def load_base_model(
         use_safetensors=True,
     )
     model = model.eval().requires_grad_(False).to(device)
+    if dtype is None and device.type == "cpu":
+        _widen_if_faster(model, widened_budget_bytes)
     if base_quant == "float8" and not has_float8(device):
         raise ConfigError("this GPU has no float8 (compute capability 8.9); use --base-quant int8")
     chosen = _kernels(kernels, device, model.dtype) if isinstance(kernels, str) else kernels
@@ -121,6 +131,28 @@ def prepare_base_model(
     log.info("%d of %d attention layers fused", n_fused, len(store.probed))
     log.info("residual additions of %d layers fused with the norms after them", n_residual)
     return base
+
+
+def _widen_if_faster(model: PreTrainedModel, budget_bytes: int | None) -> None:
+    """Let products run in what this CPU is fast in, and say so."""
+    stored = model.dtype
+    n_weights = sum(weight.numel() for weight in model.parameters())
+    budget_bytes = sys.maxsize if budget_bytes is None else budget_bytes
+    found = cpu_precision(stored, n_weights, budget_bytes, host_cpu())
+    if found.warning is not None:
+        log.warning("%s", found.warning)
+    if found.dtype is stored:
+        return
+    model.to(found.dtype)
+    log.info(
+        "the weights take %s in %s instead of %s in %s: this CPU multiplies them several times as "
+        "fast so; --dtype %s keeps them small",
+        gigabytes(n_weights * found.dtype.itemsize),
+        name_of(found.dtype),
+        gigabytes(n_weights * stored.itemsize),
+        name_of(stored),
+        name_of(stored),
+    )
 
 
 def _kernels(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> Kernels:

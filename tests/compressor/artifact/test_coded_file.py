@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import zstandard
 from safetensors import safe_open
 
+from compressor.artifact import entropy
 from compressor.artifact.coded_file import FRAME_BYTES, MAX_EXPANSION, decode_frames
 from compressor.artifact.entropy import Tally, coded_frames, compress
 from compressor.artifact.reader import read_artifact, read_config
@@ -277,3 +279,17 @@ def test_frame_that_asks_for_a_window_of_gigabytes_costs_nothing(coded: Path) ->
     with limited_memory(64 << 20):
         artifact = read_artifact(coded)
     assert len(artifact.tensors) == len(deltas())
+
+
+def test_coder_has_no_more_threads_than_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, n_threads: int, **options: str) -> None:
+            made.append(n_threads)
+            super().__init__(n_threads, **options)
+
+    monkeypatch.setattr(entropy, "ThreadPoolExecutor", Pool)
+    monkeypatch.setenv("PYTHON_CPU_COUNT", "1")
+    assert list(coded_frames([("x", [b"abc"])], Tally())) == [compress(b"abc")]
+    assert made == [1]

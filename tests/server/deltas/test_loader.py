@@ -10,7 +10,7 @@ import torch
 
 from compressor.artifact.reader import read_artifact
 from compressor.errors import UnsupportedTensor
-from server.deltas.loader import stage_variant
+from server.deltas.loader import decode_threads, stage_variant
 from server.deltas.upload import Ready, Transfer, Upload
 from server.model.base import load_base_model
 from tests.server.conftest import ALL_CODECS, Served
@@ -130,3 +130,10 @@ def test_stage_by_several_threads_names_what_does_not_fit(served: Callable[..., 
     artifact = read_artifact(served("llama", ALL_CODECS).deltas / "blockdiag")
     with pytest.raises(UnsupportedTensor, match="no such linear"):
         stage_variant(artifact, {}, "apply", 3)
+
+
+def test_decoder_has_no_more_threads_than_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decode_threads(torch.device("cuda")) >= 1
+    monkeypatch.setenv("PYTHON_CPU_COUNT", "1")
+    assert decode_threads(torch.device("cuda")) == 1
+    assert decode_threads(torch.device("cpu")) == 1
