@@ -33,7 +33,7 @@ test: $(INSTALLED)
 
 test-avx2: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(AVX2) $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile \
-	    tests/server/ops --ignore tests/server/ops/triton --ignore tests/server/ops/test_cpu_kinds.py
+	    tests/server/ops --ignore tests/server/ops/triton --ignore tests/server/ops/cpu/test_kinds.py
 
 check: $(INSTALLED)
 	$(PY) -m ruff format --check .

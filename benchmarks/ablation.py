@@ -24,10 +24,10 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.evaluate import Reference, Score, task_samples, text_samples
 from benchmarks.tasks import TASKS, load_items
-from compressor.calibration import load_texts
-from compressor.checkpoint import Checkpoint
+from compressor.checkpoint.difference import DeltaSource
+from compressor.checkpoint.files import Checkpoint
+from compressor.checkpoint.pairing import TensorPair, is_unchanged, pair_tensors
 from compressor.codecs import MatrixSource, Term
-from compressor.codecs.impart_encoder import ImpartCodec, encode_drawn
 from compressor.codecs.impart_sampling import (
     FIXED_POINT,
     Allocation,
@@ -36,9 +36,9 @@ from compressor.codecs.impart_sampling import (
     solve_allocation,
     to_fixed_point,
 )
-from compressor.codecs.svd import spectrum, tall
-from compressor.pairing import TensorPair, is_unchanged, pair_tensors
-from compressor.source import DeltaSource
+from compressor.encoders.impart import ImpartCodec, encode_drawn
+from compressor.encoders.svd import spectrum, tall
+from compressor.measure.texts import load_texts
 from compressor.usable_cpus import product_threads
 
 

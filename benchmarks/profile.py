@@ -26,20 +26,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressor.identity import base_identity
+from compressor.artifact.identity import base_identity
 from compressor.usable_cpus import product_threads
 from server.deltas.registry import DeltaRegistry
 from server.engine.catalog import VariantCatalog
 from server.engine.core import EngineCore, Events
 from server.engine.llm_engine import allocate_pages
 from server.engine.memory import with_kv_cache
-from server.engine.model import load_base_model
 from server.engine.request import Request
-from server.engine.runner import Runner
+from server.engine.step.runner import Runner
 from server.engine.text import load_base_text
 from server.engine.types import SamplingParams
-from server.ops.delta import BlockDiagOp
-from server.ops.kernels import Kernels, choose_kernels
+from server.model.base import load_base_model
+from server.ops.blockdiag import BlockDiagOp
+from server.ops.choose import choose_kernels
+from server.ops.kernels import Kernels
 from server.ops.linear import BlockShare, LinearOp
 from server.ops.packed import PackedBlocks
 from server.settings import Settings

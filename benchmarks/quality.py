@@ -30,11 +30,12 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.baselines import BASELINES
 from benchmarks.evaluate import Reference, Score, task_samples, text_samples
 from benchmarks.methods import PRESETS, Method, Pair, Variant, make_method
-from benchmarks.quality_report import Row, RowFile, write_report
+from benchmarks.quality_report import write_report
+from benchmarks.quality_rows import Row, RowFile
 from benchmarks.svd_cache import cached_spectra
 from benchmarks.tasks import TASKS, load_items, reference_paragraphs, write_calibration
 from compressor.errors import BudgetError, ImpartError
-from compressor.texts import read_texts
+from compressor.measure.texts import read_texts
 from compressor.usable_cpus import product_threads
 
 RATIOS = (32.0, 128.0, 64.0, 256.0, 16.0, 512.0)  # the most telling first

@@ -20,11 +20,11 @@ from dataclasses import dataclass
 
 import torch
 
-from compressor.artifact import Artifact
+from compressor.artifact.reader import Artifact
 from compressor.codecs.term import TensorDelta
 from compressor.errors import ArtifactError, UnsupportedTensor
 from compressor.usable_cpus import usable_cpus
-from server.deltas.heap import trim_heap
+from server.deltas.host_memory import trim_heap
 from server.deltas.parameter import DeltaParameter, Mode, StagedParameter
 from server.deltas.registry import safe_reason
 from server.deltas.slots import Slot, SlotTable

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 
-from compressor.identity import base_identity
+from compressor.artifact.identity import base_identity
 from compressor.usable_cpus import product_threads
 from compressor.usable_memory import usable_memory_bytes
 from server.deltas.loader import decode_threads
@@ -21,17 +21,17 @@ from server.deltas.slots import Slot
 from server.engine.catalog import VariantCatalog
 from server.engine.core import EngineCore, Events
 from server.engine.memory import with_kv_cache
-from server.engine.model import BaseModel, load_base_model
 from server.engine.observer import CoreStats, Observer
 from server.engine.output import RequestOutput, TextOutput
-from server.engine.pages import PagePool
 from server.engine.request import Request
-from server.engine.runner import Runner
-from server.engine.static_step import BUCKETS
+from server.engine.schedule.pages import PagePool
+from server.engine.step.runner import Runner
+from server.engine.step.static_step import BUCKETS
 from server.engine.text import load_base_text
 from server.engine.types import Generation, ModelInfo, SamplingParams, VariantState
 from server.engine.variant import Variant
 from server.errors import ConfigError, Draining, InvalidRequest
+from server.model.base import BaseModel, load_base_model
 from server.ops.precision import host_cpu, name_of
 from server.settings import Settings
 

@@ -27,7 +27,7 @@ from server.ops.lowrank import HeldLowRank, PackedLowRank
 from server.ops.norm import RmsForm
 from server.ops.packed import PackedBlocks, packed_rows
 from server.ops.quantize import has_float8, quantize
-from server.ops.rows import Places, RowPlan, Segment, SlotSegments
+from server.ops.row_plan import Places, RowPlan, Segment, SlotSegments
 
 _SIZES = ((0, 40), (1, 24))
 BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}  # of the largest value

@@ -18,7 +18,7 @@ from server.ops.cpu.kernels import NumbaKernels
 from server.ops.kernels import Kernels, TorchKernels
 from server.ops.linear import BlockShare
 from server.ops.packed import PackedBlocks, packed_rows
-from server.ops.rows import RowPlan, Segment
+from server.ops.row_plan import RowPlan, Segment
 from server.ops.selfcheck import Case, cases, deviation, randoms
 
 CPU = torch.device("cpu")

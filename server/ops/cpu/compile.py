@@ -22,8 +22,8 @@ import llvmlite
 import numba
 from numba import cfunc, types
 
+from server.ops.cpu.codegen.intrinsics import FAST
 from server.ops.cpu.features import Target, host_target
-from server.ops.cpu.intrinsics import FAST
 from server.ops.cpu.parallel import Kernel
 
 SOURCES = Path(__file__).parent

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from server.ops.attention import AttentionCall
+from server.ops.blockdiag import BlockDiagOp
 from server.ops.cpu.attention import AttentionKernel
 from server.ops.cpu.blockdiag import BlockDiagKernel, NumbaBlockDiag
+from server.ops.cpu.blockdiag_rows import EmbeddingKernel
 from server.ops.cpu.check import usable_kernels
-from server.ops.cpu.embedding import EmbeddingKernel
 from server.ops.cpu.linear import LinearKernel, PanelLinear
+from server.ops.cpu.norm import RowKernels
 from server.ops.cpu.parallel import Parallel
 from server.ops.cpu.prefill import PrefillKernel
-from server.ops.cpu.rotary import RotaryKernel
-from server.ops.cpu.rows import RowKernels
-from server.ops.delta import BlockDiagOp
+from server.ops.cpu.rope import RotaryKernel
 from server.ops.factors import ImpartFactors, LowRankFactors
 from server.ops.kernels import TorchKernels
 from server.ops.linear import LinearOp, OneDnnLinear, onednn_linear_works
@@ -26,7 +26,7 @@ from server.ops.lowrank import HeldLowRank
 from server.ops.norm import RmsForm
 from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight
-from server.ops.rows import RowPlan
+from server.ops.row_plan import RowPlan
 
 T = TypeVar("T")
 

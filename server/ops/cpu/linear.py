@@ -21,10 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from server.ops.cpu.blockdiag import NumbaBlockDiag
-from server.ops.cpu.compile import compile_kernel
-from server.ops.cpu.features import Target
-from server.ops.cpu.intrinsics import FAST, from_bf16, i64_at, next_task, to_bf16, u16_at
-from server.ops.cpu.pairs import (
+from server.ops.cpu.codegen.bf16_pairs import (
     add_pair_products,
     floats,
     load_words,
@@ -32,6 +29,10 @@ from server.ops.cpu.pairs import (
     splat_word,
     store_floats,
 )
+from server.ops.cpu.codegen.intrinsics import FAST, from_bf16, i64_at, next_task, to_bf16, u16_at
+from server.ops.cpu.codegen.vectors import I64, LANES, prefetch
+from server.ops.cpu.compile import compile_kernel
+from server.ops.cpu.features import Target
 from server.ops.cpu.panel_blocks import (
     BITS,
     PADDED_ROWS,
@@ -41,7 +42,6 @@ from server.ops.cpu.panel_blocks import (
     find_pieces,
 )
 from server.ops.cpu.parallel import Parallel
-from server.ops.cpu.vectors import I64, LANES, prefetch
 from server.ops.linear import BlockShare, LinearOp
 from server.ops.packed import PackedBlocks
 

@@ -30,7 +30,7 @@ from server.errors import (
 from server.ops.precision import host_cpu
 from server.settings import Settings
 from tests.compressor.artifacts import seal
-from tests.server.engine.conftest import PAIR, Served
+from tests.server.conftest import PAIR, Served
 
 PROMPT = "The quick brown fox"
 LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
