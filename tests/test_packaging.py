@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("pyproject.toml", "README.md", "LICENSE", "compressor", "server")
@@ -127,3 +128,11 @@ def test_folder_with_a_server_package_of_its_own_keeps_it_and_the_script_is_ours
     assert installed.run(tmp_path, "python", "-m", "server").stdout == "theirs\n"
     assert "--deltas" in installed.run(tmp_path, "python", "-P", "-m", "server", "--help").stdout
     assert "--deltas" in installed.run(tmp_path, "impart-serve", "--help").stdout
+
+
+def test_hooks_fetch_nothing_and_run_in_the_projects_environment() -> None:
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    assert {repository["repo"] for repository in config["repos"]} == {"local"}
+    for hook in config["repos"][0]["hooks"]:
+        assert hook["language"] == "system"
+        assert hook["entry"].startswith(".venv/bin/python -m ")

@@ -1,4 +1,4 @@
-"""Entropy, merging and speed: what the scripts count, on artifacts and pairs of a few kilobytes."""
+"""Merging and speed: what the scripts count, on artifacts and pairs of a few kilobytes."""
 
 from __future__ import annotations
 
