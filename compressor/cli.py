@@ -6,6 +6,7 @@ error of ours, 130 interrupted.
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -44,6 +45,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the console script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what the locale cannot print is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="impart")
     except KeyboardInterrupt:
