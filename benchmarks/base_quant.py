@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from benchmarks.tasks import load_items
-from compressor.artifact import read_artifact
-from compressor.checkpoint import Checkpoint
-from compressor.fidelity import Fidelity, compare, encode_texts, load_model, merge_into
+from compressor.artifact.reader import read_artifact
+from compressor.checkpoint.files import Checkpoint
+from compressor.measure.fidelity import Fidelity, compare, encode_texts, load_model, merge_into
 from server.ops.quantize import quantize_float8, quantize_int8
 
 METHODS = {"int8": quantize_int8, "float8": quantize_float8}

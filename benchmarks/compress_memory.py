@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from compressor.weights import Outgoing, write_weights
+from compressor.checkpoint.writer import Outgoing, write_weights
 
 CODECS = ("blockdiag", "blockdiag+head", "impart", "impart-qt", "lowrank")
 SHARD_BYTES = 600_000_000
@@ -79,8 +79,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def child(codec: str, base: str, tuned: str, out: str, ratio: str) -> None:
     """Compress once and print what it took; runs in a process of its own."""
-    from compressor.layout import read_layout
-    from compressor.pipeline import Options, compress
+    from compressor.checkpoint.layout import read_layout
+    from compressor.compress.options import Options
+    from compressor.compress.pipeline import compress
 
     read_layout(Path(base))  # imports the architecture, as every run must
     imports = peak_rss_bytes()

@@ -89,11 +89,11 @@ def show(
 
 def child(codec: str, name: str, base: str, tuned: str, ratio: float, threads: int) -> None:
     """Encode one matrix and print what it took, above what the imports take."""
-    from compressor.checkpoint import Checkpoint
-    from compressor.codecs import make_encoder
-    from compressor.pairing import pair_tensors
-    from compressor.pipeline import relative_error
-    from compressor.source import DeltaSource
+    from compressor.checkpoint.difference import DeltaSource
+    from compressor.checkpoint.files import Checkpoint
+    from compressor.checkpoint.pairing import pair_tensors
+    from compressor.compress.pipeline import relative_error
+    from compressor.encoders.codec import make_encoder
 
     torch.set_num_threads(threads)
     kind, codec_options = CODECS[codec]

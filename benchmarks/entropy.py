@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from compressor.artifact import read_artifact
+from compressor.artifact.reader import read_artifact
 from compressor.codecs import Term
 from compressor.codecs.blockdiag import BlockDiagTerm
 from compressor.codecs.impart_qt import ImpartQtTerm

@@ -1,8 +1,8 @@
 """How far a model in memory is from its fine-tune, measured fast for one variant after another.
 
-The measures are `compressor.comparison`'s. The fine-tune runs over the samples once, in float32;
-its distribution at every position that counts is kept, so that each variant costs one pass of its
-own. What all samples begin with runs once a model.
+The measures are `compressor.measure.comparison`'s. The fine-tune runs over the samples once, in
+float32; its distribution at every position that counts is kept, so that each variant costs one
+pass of its own. What all samples begin with runs once a model.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.tasks import Item
-from compressor.comparison import Batch, Comparer, LogProbs, padded
-from compressor.evaluate_samples import Sample, completion_sample
+from compressor.measure.comparison import Batch, Comparer, LogProbs, padded
+from compressor.measure.samples import Sample, completion_sample
 
 _CHUNK = 64  # predictions whose logits are computed at once: they stay near the processor
 

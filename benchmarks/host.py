@@ -31,10 +31,10 @@ from benchmarks.gpu.timing import seconds_of
 from server.engine.core import EngineCore
 from server.engine.llm_engine import LLMEngine
 from server.engine.request import Request
-from server.engine.runner import DecodeStep, Runner
-from server.engine.sampler import Sampled, Sampler
-from server.metrics import Metrics
-from server.run import run, run_in_loop
+from server.engine.step.runner import DecodeStep, Runner
+from server.engine.step.sampler import Sampled, Sampler
+from server.metrics.series import Metrics
+from server.process.run import run, run_in_loop
 from server.settings import Settings
 
 VOCAB = 64  # of the logits: a GPU finds the largest of 128000 in no time
@@ -140,6 +140,7 @@ def serve(base: Path, port: int, n_rows: int, step_s: float, *, ahead: bool) -> 
         max_num_seqs=n_rows,
         async_scheduling=ahead,
         max_prefill_slowdown=0.0,
+        torch_threads=1,
     )
 
     def over_static_buffers(engine: LLMEngine, runner: Runner) -> None:

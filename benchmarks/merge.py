@@ -27,8 +27,8 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.evaluate import Reference, Score, task_samples
 from benchmarks.svd_cache import cached_spectra
 from benchmarks.tasks import TASKS, load_items
-from compressor.merge import merge
-from compressor.merge_config import MergeConfig, MergeModel, constant
+from compressor.merge.config import MergeConfig, MergeModel, constant
+from compressor.merge.merge import merge
 
 METHODS = ("ta", "ties")
 MASKS = ("none", "dare", "impart")

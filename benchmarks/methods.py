@@ -14,15 +14,18 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.baselines import BASELINES, Baseline, Matrix
-from compressor.artifact import Artifact, read_artifact
-from compressor.artifact_config import CODER
-from compressor.checkpoint import Checkpoint
-from compressor.codecs import DenseRows, TensorDelta, make_encoder
-from compressor.draft import Job, group_of, make_job
+from compressor.artifact.config import CODER
+from compressor.artifact.reader import Artifact, read_artifact
+from compressor.checkpoint.difference import DeltaSource
+from compressor.checkpoint.files import Checkpoint
+from compressor.checkpoint.groups import group_of
+from compressor.checkpoint.pairing import is_unchanged, pair_tensors
+from compressor.codecs import DenseRows, TensorDelta
+from compressor.compress.options import NO_CODER, Options
+from compressor.compress.pipeline import compress
+from compressor.encoders.codec import make_encoder
 from compressor.errors import InputError
-from compressor.pairing import is_unchanged, pair_tensors
-from compressor.pipeline import NO_CODER, Options, compress
-from compressor.source import DeltaSource
+from compressor.plan.jobs import Job, make_job
 
 # Short names of the codecs' settings; any other is written ``codec:option=value,option=value``.
 PRESETS = {

@@ -26,19 +26,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressor.identity import base_identity
+from compressor.artifact.identity import base_identity
+from compressor.usable_cpus import product_threads
 from server.deltas.registry import DeltaRegistry
 from server.engine.catalog import VariantCatalog
 from server.engine.core import EngineCore, Events
 from server.engine.llm_engine import allocate_pages
 from server.engine.memory import with_kv_cache
-from server.engine.model import load_base_model
 from server.engine.request import Request
-from server.engine.runner import Runner
+from server.engine.step.runner import Runner
 from server.engine.text import load_base_text
 from server.engine.types import SamplingParams
-from server.ops.delta import BlockDiagOp
-from server.ops.kernels import Kernels, choose_kernels
+from server.model.base import load_base_model
+from server.ops.blockdiag import BlockDiagOp
+from server.ops.choose import choose_kernels
+from server.ops.kernels import Kernels
 from server.ops.linear import BlockShare, LinearOp
 from server.ops.packed import PackedBlocks
 from server.settings import Settings
@@ -284,7 +286,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-tokens", type=int, default=64)
     add("--repeats", type=int, default=1, help="runs without timers")
     add("--in-turn", action="store_true", help="each of them after one of the base alone")
-    add("--threads", type=int, help="default: torch's own choice")
+    add("--threads", type=int, help="CPU threads; default: as the server's")
     add("--cpu-time", action="store_true", help="of this thread: for one thread on a busy machine")
     return parser.parse_args(argv)
 
@@ -298,8 +300,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print output tokens per second and the table."""
     logging.basicConfig(level=logging.WARNING)
     args = parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(product_threads(args.threads).count)
     settings = Settings(
         base=args.base,
         deltas=args.deltas,

@@ -30,11 +30,13 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.baselines import BASELINES
 from benchmarks.evaluate import Reference, Score, task_samples, text_samples
 from benchmarks.methods import PRESETS, Method, Pair, Variant, make_method
-from benchmarks.quality_report import Row, RowFile, write_report
+from benchmarks.quality_report import write_report
+from benchmarks.quality_rows import Row, RowFile
 from benchmarks.svd_cache import cached_spectra
 from benchmarks.tasks import TASKS, load_items, reference_paragraphs, write_calibration
 from compressor.errors import BudgetError, ImpartError
-from compressor.texts import read_texts
+from compressor.measure.texts import read_texts
+from compressor.usable_cpus import product_threads
 
 RATIOS = (32.0, 128.0, 64.0, 256.0, 16.0, 512.0)  # the most telling first
 _SHOWN_ITEMS = 200
@@ -159,7 +161,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--train", type=Path, help="training file of the task: what auto-task is shown")
     add("--seeds", type=int, default=3, help="seeds 0 ... n - 1 of methods that draw")
     add("--dtype", choices=("float32", "bfloat16"), default="bfloat16", help="of the variants")
-    add("--threads", type=int, help="CPU threads; default: torch's choice")
+    add("--threads", type=int, help="CPU threads; default: as the server's")
     add("--svd-cache", type=Path, help="folder that keeps decompositions from run to run")
     add("--out", type=Path, required=True, help="writes OUT.csv, OUT.md and OUT.svg")
     return parser.parse_args(argv)
@@ -169,8 +171,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Rows are written as they come: an interrupted run keeps what it measured."""
     args = parse_args(argv)
     transformers_logging.disable_progress_bar()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(product_threads(args.threads).count)
     try:
         with ExitStack() as stack:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="quality-")))

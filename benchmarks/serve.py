@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import contextlib
 import json
-import os
 import platform
 import resource
 import shlex
@@ -23,6 +22,7 @@ from typing import Any
 
 from benchmarks.child import ChildError, PeakRss, ServerChild
 from benchmarks.load import LoadClient, Outcome, Workload, summarise
+from compressor.usable_cpus import usable_cpus
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -137,7 +137,7 @@ def environment() -> dict[str, Any]:
         "commit": commit or None,
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "cpus": usable_cpus().cpus,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

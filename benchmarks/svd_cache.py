@@ -12,8 +12,8 @@ from unittest import mock
 
 from safetensors.torch import load_file, save_file
 
-from compressor.codecs import svd
 from compressor.codecs.term import MatrixSource
+from compressor.encoders import svd
 
 
 @contextmanager

@@ -35,7 +35,7 @@ def load_items(task: str, path: Path, n: int | None, seed: int = 0) -> list[Item
 
 
 def write_calibration(items: Sequence[Item], path: Path) -> Path:
-    """Write prompts and answers as `compressor.evaluate_samples` reads them; return `path`."""
+    """Write prompts and answers as `compressor.measure.samples` reads them; return `path`."""
     lines = (json.dumps({"prompt": item.prompt, "completion": item.answer}) for item in items)
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     return path

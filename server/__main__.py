@@ -11,10 +11,11 @@ from typing import cast
 import typer
 from prometheus_client import disable_created_metrics
 
-from server import logs
+from compressor.usable_cpus import set_thread_defaults
 from server.cli import command
 from server.errors import ConfigError
-from server.metrics import Metrics
+from server.metrics.series import Metrics
+from server.process import logs
 from server.settings import Settings
 
 CONFIG_EXIT_CODE = 2
@@ -35,9 +36,10 @@ def serve(settings: Settings) -> None:
 
 
 def _serve(settings: Settings) -> int:
+    set_thread_defaults(settings.torch_threads)
     # Here, because they import torch: `--help` and wrong flags should answer at once.
     from server.engine.llm_engine import LLMEngine
-    from server.run import RunnableEngine, run, run_in_loop
+    from server.process.run import RunnableEngine, run, run_in_loop
 
     # A second series for each counter and histogram that nobody reads; the call has no types.
     disable_created_metrics()  # type: ignore[no-untyped-call]

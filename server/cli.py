@@ -23,7 +23,9 @@ HELP = {
     "host": "Address to listen on.",
     "port": "Port to listen on.",
     "device": "Where the model runs.",
-    "dtype": "Number format of weights; auto: as stored.",
+    "dtype": "Number format of weights; auto: as stored, on CPUs without units for that float32.",
+    "widened_weights_bytes": "With --dtype auto: the most that weights may take in float32.  "
+    "[default: half of the memory]",
     "kernels": "numba (CPU), triton (CUDA) or plain torch; auto: what fits the device.",
     "base_quant": "Keep the base's linears in 8 bits (lm_head and embeddings stay).",
     "enforce_eager": "Run every step eagerly: no CUDA graphs.",
@@ -51,7 +53,8 @@ HELP = {
     "max_body_bytes": "Largest request body.",
     "template_timeout_s": "Seconds that a chat template may take.",
     "heartbeat_timeout_s": "Seconds without a finished layer until the engine counts as hung.",
-    "torch_threads": "CPU threads for torch.  [default: torch's own choice]",
+    "torch_threads": "CPU threads for products.  [default: OMP_NUM_THREADS, or the physical cores "
+    "that CPU affinity and the cgroup's limit leave]",
     "log_level": "debug, info, warning, error or critical.",
     "log_format": "Log lines for people or for machines.",
 }

@@ -25,7 +25,10 @@ class Settings:
     host: str = "127.0.0.1"
     port: int = 8000
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: as stored
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: see below
+    # The most that weights may take in float32 where they are widened: with dtype auto, on a CPU
+    # that multiplies the stored format slowly. Default: half of the memory this process may use.
+    widened_weights_bytes: int | None = None
     kernels: Literal["auto", "torch", "numba", "triton"] = "auto"  # auto: see choose_kernels
     base_quant: Literal["none", "int8", "float8"] = "none"  # linears in 8 bits, a scale per output
     enforce_eager: bool = False  # no CUDA graphs for decode steps
@@ -57,7 +60,7 @@ class Settings:
     max_body_bytes: int = 4 << 20
     template_timeout_s: float = 5.0
     heartbeat_timeout_s: float = 10.0  # no layer finished for so long: the engine hangs
-    torch_threads: int | None = None  # default: torch's own choice
+    torch_threads: int | None = None  # default: see compressor.usable_cpus
     log_level: str = "info"
     log_format: Literal["plain", "json"] = "plain"
 
@@ -66,6 +69,7 @@ class Settings:
             "delta_budget_bytes",
             "max_resident_variants",
             "max_variants_per_step",
+            "widened_weights_bytes",
             "kv_cache_bytes",
             "kv_block_tokens",
             "max_num_seqs",
@@ -75,6 +79,7 @@ class Settings:
             "request_timeout_s",
             "max_body_bytes",
             "template_timeout_s",
+            "torch_threads",
         )
         for name in positive:
             value = getattr(self, name)

@@ -19,12 +19,12 @@ import torch
 from safetensors.torch import save_file
 
 from compressor import atomic
-from compressor.checkpoint import Checkpoint
+from compressor.checkpoint.files import Checkpoint
 from compressor.errors import OutputError
-from server import run
-from server.deltas.heap import trim_heap
-from server.engine import reconstructor
+from server.deltas.host_memory import trim_heap
+from server.engine.reconstruct import reconstructor
 from server.ops.cpu import parallel
+from server.process import run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -177,7 +177,7 @@ def ascii_only(**more: str) -> dict[str, Any]:
 
 def test_command_in_a_locale_without_the_letters_prints_escapes() -> None:
     code = (
-        "import sys; from compressor import cli; "
+        "import sys; from compressor.cli import app as cli; "
         "cli.app = lambda prog_name: print('\\u00e9 \\u2192 \\U0001f600'); cli.main()"
     )
     done = subprocess.run(

@@ -12,8 +12,8 @@ from torch import Tensor
 from benchmarks.baselines.base import Encoded, Matrix, too_small
 from compressor.codecs import Params, Shape, lowrank_from_factors
 from compressor.codecs.lowrank import lowrank_size
-from compressor.codecs.sources import TensorSource
-from compressor.codecs.svd import factors
+from compressor.encoders.sources import TensorSource
+from compressor.encoders.svd import factors
 
 _UNIT_BYTES = 4
 _NEVER = 1 << 30

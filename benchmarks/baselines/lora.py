@@ -8,8 +8,8 @@ from torch import Tensor
 
 from benchmarks.baselines.base import Encoded, Matrix, too_small
 from compressor.codecs import Params
-from compressor.codecs.sources import TensorSource
-from compressor.codecs.svd import factors
+from compressor.encoders.sources import TensorSource
+from compressor.encoders.svd import factors
 
 
 class ExtractedLora:

@@ -37,8 +37,8 @@ from benchmarks.gpu.report import Report
 from benchmarks.gpu.shapes import Codec
 from benchmarks.gpu.specs import spec_parts
 from server.ops.kernels import TorchKernels
+from server.ops.selfcheck import check_kernels
 from server.ops.triton.kernels import TritonKernels
-from server.ops.triton.selfcheck import check_kernels
 
 CPU = torch.device("cpu")
 LARGE = 1 << 16  # values; what is smaller is computed as usual, indices above all

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -15,6 +14,7 @@ import torch
 from benchmarks.gpu.ahead import Job, compiled, launches, walks
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.report import Report
+from compressor.usable_cpus import usable_cpus
 from server.ops.triton.compat import INTERPRET
 
 COMPILE_S = 80.0  # then what is left is the sections' own to compile
@@ -36,7 +36,7 @@ def compile_ahead(plan: Plan, report: Report) -> bool:
         return True
     start = time.monotonic()
     major, minor = torch.cuda.get_device_capability(plan.device)
-    n_processes = os.cpu_count() or 1
+    n_processes = usable_cpus().cpus
     done = compile_all(plan, 10 * major + minor, n_processes, COMPILE_S)
     for failure in done.failures:
         report.line(f"\nFAILED to compile {failure}")

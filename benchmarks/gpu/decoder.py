@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from benchmarks.gpu.cases import PAGE, random_blocks
 from benchmarks.gpu.shapes import Codec, ModelShape
-from server.engine.static_buffers import StaticBatch
+from server.engine.step.static_buffers import StaticBatch
 from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight, quantize_int8
 from server.ops.triton.attention import NewTokens, paged_decode
@@ -25,9 +25,9 @@ from server.ops.triton.blockdiag import (
     blockdiag_add_,
     plan_kernel,
 )
-from server.ops.triton.layout import SegmentArrays
 from server.ops.triton.linear import linear_
 from server.ops.triton.norm import add_rms_norm, rms_norm, silu_mul
+from server.ops.triton.segments import SegmentArrays
 
 Weight = Tensor | QuantizedWeight
 

@@ -11,10 +11,10 @@ from benchmarks.gpu.predict import step_expected_ms
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.shapes import Codec
 from benchmarks.gpu.timing import copy_bandwidth, percentile, seconds_of, timed
-from server.engine.static_buffers import DecodeRow
-from server.engine.static_step import StaticStep
+from server.engine.step.static_buffers import DecodeRow
+from server.engine.step.static_step import StaticStep
 from server.ops.triton.blockdiag import PREFILL_ROWS
-from server.ops.triton.layout import segment_arrays
+from server.ops.triton.segments import segment_arrays
 
 
 def pages_per_row(plan: Plan) -> int:

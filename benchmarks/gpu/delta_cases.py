@@ -30,9 +30,9 @@ from server.ops.triton.blockdiag import (
     plan_kernel,
 )
 from server.ops.triton.impart import impart_add_, impart_add_reference_
-from server.ops.triton.layout import segment_arrays
 from server.ops.triton.lowrank import lowrank_add_, lowrank_add_reference_
 from server.ops.triton.packed_lowrank import packed_lowrank_add_, packed_lowrank_add_reference_
+from server.ops.triton.segments import segment_arrays
 
 # From the inner loops' machine code: 2 and 3 bit are bound by instructions (README).
 SHARES = {2: 0.55, 3: 0.45, 4: 0.75, 8: 0.8, 16: 0.8}

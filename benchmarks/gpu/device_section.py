@@ -16,8 +16,8 @@ from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.predict import BANDWIDTH
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.timing import copy_bandwidth
+from server.ops.selfcheck import check_kernels
 from server.ops.triton.kernels import TritonKernels
-from server.ops.triton.selfcheck import check_kernels
 
 
 def commit() -> str:

@@ -15,12 +15,12 @@ import torch
 
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.random_model import IDENTITY, random_base
-from compressor.artifact import Artifact, read_artifact
+from compressor.artifact.reader import Artifact, read_artifact
 from server.deltas.loader import LoadJob, Staged, decode_threads, stage_variant
 from server.engine.core import EngineCore, Events
 from server.engine.llm_engine import allocate_pages
 from server.engine.request import Request
-from server.engine.runner import Runner
+from server.engine.step.runner import Runner
 from server.engine.text import TextAssets
 from server.engine.types import SamplingParams
 from server.engine.variant import BASE_KEY, Variant

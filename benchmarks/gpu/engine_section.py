@@ -15,9 +15,9 @@ from benchmarks.gpu.random_model import write_random_delta
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.shapes import Codec
 from benchmarks.gpu.timing import copy_bandwidth, percentile, seconds_of
-from compressor.artifact import read_artifact
+from compressor.artifact.reader import read_artifact
 from server.engine.request import Request
-from server.engine.rotary import RotaryAttention
+from server.model.fused_attention import RotaryAttention
 from server.ops.quantize import BaseQuant
 
 SHORT_PROMPT = 64  # tokens; of warm-ups that are about decode steps

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.shapes import Codec, ModelShape
-from compressor.artifact_config import BaseInfo, DeltaConfig
-from compressor.artifact_writer import ArtifactWriter
+from compressor.artifact.config import BaseInfo, DeltaConfig
+from compressor.artifact.writer import ArtifactWriter
 from compressor.codecs import TensorDelta
 from compressor.codecs.blockdiag import BlockDiagTerm
 from compressor.codecs.partition import kept_values
-from server.engine.attention import ATTENTION_NAME, register_attention
-from server.engine.model import BaseModel, prepare_base_model
+from server.model.attention import ATTENTION_NAME, register_attention
+from server.model.base import BaseModel, prepare_base_model
 from server.ops.kernels import Kernels, TorchKernels
 from server.ops.quantize import BaseQuant
 from server.ops.triton.kernels import TritonKernels

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from benchmarks.peers.static_models import KINDS, Request, StaticModel
+from compressor.usable_cpus import product_threads
 
 SETTLE_S = 0.02
 
@@ -151,10 +152,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", type=Path, help="directory of checkpoints or adapters")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--max-batch", type=int, default=32)
-    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
+    parser.add_argument("--threads", type=int, help="of torch; default: as our server's")
     args = parser.parse_args(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(product_threads(args.threads).count)
     folders = sorted(args.variants.iterdir()) if args.variants else []
     variants = {folder.name: folder for folder in folders}
     model = KINDS[args.kind](args.base, args.base_name, variants)

@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.peers.cells import BASE, variant_names
 from benchmarks.peers.errors import PeersError
 from benchmarks.peers.variants import first_variants
-from benchmarks.serve import environment
+from compressor.usable_cpus import usable_cpus
 
 ROOT = Path(__file__).resolve().parents[2]
 OUR_SLOTS = 64  # the server's default for --max-resident-variants
@@ -94,7 +94,7 @@ def _vllm(site: Site, count: int, port: int) -> list[str]:
         VLLM_CPU_OMP_THREADS_BIND="nobind",
         VLLM_CPU_KVCACHE_SPACE=str(VLLM_KV_GIB),
         VLLM_NO_USAGE_STATS="1",
-        OMP_NUM_THREADS=str(environment()["cpus"] or 1),  # left alone it serves with one
+        OMP_NUM_THREADS=str(usable_cpus().cpus),  # left alone it serves with one
         **({"LD_PRELOAD": site.preload} if site.preload else {}),
     )
     command = [site.python("vllm"), "-m", "vllm.entrypoints.openai.api_server"]

@@ -29,11 +29,12 @@ from safetensors.torch import save_file
 
 from benchmarks.peers.cells import DEFAULT_DIR, variant_names
 from benchmarks.peers.errors import PeersError
-from compressor.artifact import Artifact, read_artifact
-from compressor.artifact_writer import ArtifactWriter
+from compressor.artifact.reader import Artifact, read_artifact
+from compressor.artifact.writer import ArtifactWriter
 from compressor.codecs import Term
 from compressor.codecs.blockdiag import BlockDiagTerm
-from compressor.pipeline import NO_CODER, Options, compress
+from compressor.compress.options import NO_CODER, Options
+from compressor.compress.pipeline import compress
 
 RATIO = 64.0
 RANK = 32

@@ -1,12 +1,11 @@
-"""Codecs: how one tensor's delta is encoded.
+"""Codecs: the terms that one tensor's delta is stored as: how they are read, applied, made dense.
 
-`term_class` finds the reader of a stored codec; `make_encoder` makes the writer of one.
+`term_class` finds the reader of a stored codec. What makes terms is in `compressor.encoders`.
 """
 
 from __future__ import annotations
 
 from compressor.codecs.blockdiag import BlockDiagTerm
-from compressor.codecs.encoder import Codec, make_encoder
 from compressor.codecs.impart import ImpartTerm
 from compressor.codecs.impart_qt import ImpartQtTerm
 from compressor.codecs.lowrank import LowRankTerm, lowrank_from_factors
@@ -23,7 +22,6 @@ from compressor.errors import UnsupportedVersion
 
 __all__ = [
     "BlockDiagTerm",
-    "Codec",
     "DenseRows",
     "ImpartQtTerm",
     "ImpartTerm",
@@ -35,7 +33,6 @@ __all__ = [
     "TensorDelta",
     "Term",
     "lowrank_from_factors",
-    "make_encoder",
     "term_class",
 ]
 

@@ -13,12 +13,10 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from compressor.codecs.blockdiag import as_stored, load_scales, store_scales
+from compressor.codecs.blockdiag import load_scales, store_scales
 from compressor.codecs.packing import pack_bits, packed_size, unpack_bits
-from compressor.codecs.quantize import QUANT_BITS, dequantize, quantize_rows
-from compressor.codecs.sources import finite_block
-from compressor.codecs.svd import row_strips
-from compressor.codecs.term import MatrixSource, Params, Shape
+from compressor.codecs.quantize import QUANT_BITS, dequantize
+from compressor.codecs.term import Params, Shape
 from compressor.codecs.validate import (
     bits_param,
     check_ids,
@@ -30,7 +28,7 @@ from compressor.codecs.validate import (
 )
 from compressor.errors import Corrupt
 
-_SCALE_BITS = 8
+SCALE_BITS = 8
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +95,7 @@ class RowsTerm:
 
     def stored_scales(self) -> Tensor:
         """uint8 ``[K]``, as they are on disk."""
-        return store_scales(self.scales, self.unit, _SCALE_BITS)
+        return store_scales(self.scales, self.unit, SCALE_BITS)
 
     def _mask(self) -> Tensor:
         mask = torch.zeros(self.shape[0], dtype=torch.uint8)
@@ -108,35 +106,10 @@ class RowsTerm:
         return dequantize(self.codes, self.scales, self.bits)
 
 
-def encode_largest_rows(name: str, source: MatrixSource, n_rows: int, bits: int) -> RowsTerm:
-    """Encode the `n_rows` rows of the largest norm; of equal ones the first.
-
-    Reads `source` twice. Raises UnsupportedTensor naming `name` if a value is not finite.
-    """
-    m, n = source.shape
-    squares = torch.cat(
-        [_read(name, source, *rows).double().square().sum(1) for rows in row_strips(m, n)]
-    )
-    chosen = squares.argsort(descending=True, stable=True)[:n_rows].sort().values.cpu()
-    parts = []
-    for start, end in row_strips(m, n):
-        own = chosen[(chosen >= start) & (chosen < end)] - start
-        if len(own):
-            strip = _read(name, source, start, end)
-            parts.append(strip[own.to(strip.device)].cpu())
-    codes, scales = quantize_rows(torch.cat(parts), bits)
-    stored, unit = as_stored(scales, _SCALE_BITS)
-    return RowsTerm(source.shape, bits, chosen, codes, stored, unit)
-
-
-def _read(name: str, source: MatrixSource, start: int, end: int) -> Tensor:
-    return finite_block(name, source, start, end, 0, source.shape[1])
-
-
 def rows_size(shape: Shape, n_rows: int, bits: int) -> int:
     """Payload bytes of a `RowsTerm`."""
     m, n = shape
-    return packed_size(m, 1) + packed_size(n_rows * n, bits) + n_rows * _SCALE_BITS // 8
+    return packed_size(m, 1) + packed_size(n_rows * n, bits) + n_rows * SCALE_BITS // 8
 
 
 def most_rows(shape: Shape, budget_bytes: float, bits: int) -> int:

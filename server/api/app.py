@@ -9,7 +9,7 @@ from server.api.context import Api
 from server.api.gate import Gate
 from server.api.middleware import RequestCap, RequestContext
 from server.engine.types import EngineClient
-from server.metrics import Metrics
+from server.metrics.series import Metrics
 from server.settings import Settings
 
 

@@ -9,7 +9,7 @@ from fastapi import Request
 
 from server.api.gate import Gate
 from server.engine.types import EngineClient
-from server.metrics import Metrics
+from server.metrics.series import Metrics
 from server.settings import Settings
 
 

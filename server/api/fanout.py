@@ -14,7 +14,7 @@ from typing import Self
 
 from server.engine.types import Generation, OutputDelta
 from server.errors import ServeError
-from server.metrics import SequenceTimer
+from server.metrics.series import SequenceTimer
 
 Event = tuple[int, OutputDelta]
 

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
 
 from server.api.context import api_of
-from server.metrics import CONTENT_TYPE
+from server.metrics.series import CONTENT_TYPE
 
 router = APIRouter()
 

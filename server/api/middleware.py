@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.errors import http_error, internal_error_body, response_of
 from server.api.sse import Stalled
 from server.errors import BodyTooLarge
-from server.metrics import Metrics
+from server.metrics.series import Metrics
 
 MAX_HEADERS = 128
 MAX_HEADER_BYTES = 16 << 10  # names and values; the protocol bounds them before they are parsed

@@ -13,7 +13,6 @@ making room for another may replace the arrays that a copy is writing to.
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,10 +20,11 @@ from dataclasses import dataclass
 
 import torch
 
-from compressor.artifact import Artifact
+from compressor.artifact.reader import Artifact
 from compressor.codecs.term import TensorDelta
 from compressor.errors import ArtifactError, UnsupportedTensor
-from server.deltas.heap import trim_heap
+from compressor.usable_cpus import usable_cpus
+from server.deltas.host_memory import trim_heap
 from server.deltas.parameter import DeltaParameter, Mode, StagedParameter
 from server.deltas.registry import safe_reason
 from server.deltas.slots import Slot, SlotTable
@@ -79,7 +79,7 @@ LoaderMessage = Staged | Stored | LoadFailed
 
 def decode_threads(device: torch.device) -> int:
     """Threads for one variant: on a GPU's host cores are idle, on a CPU the steps need them."""
-    return min(DECODE_THREADS, os.cpu_count() or 1) if device.type == "cuda" else 1
+    return min(DECODE_THREADS, usable_cpus().cpus) if device.type == "cuda" else 1
 
 
 def stage_variant(

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from compressor.codecs.term import TensorDelta
 from compressor.errors import UnsupportedTensor, WrongShape
-from server.deltas.blockdiag_pools import BlockDiagPool, SharedBlocks
-from server.deltas.pool import Staged, TermPool
-from server.deltas.pools import Layout, layout_of, make_pool
+from server.deltas.pools.base import Staged, TermPool
+from server.deltas.pools.blockdiag import BlockDiagPool, SharedBlocks
+from server.deltas.pools.layouts import Layout, layout_of, make_pool
 from server.deltas.residency import Residency
 from server.deltas.upload import Transfer
 from server.ops.kernels import Kernels
 from server.ops.linear import LinearOp
 from server.ops.quantize import BaseQuant, quantize
-from server.ops.rows import RowPlan
+from server.ops.row_plan import RowPlan
 
 Mode = Literal["apply", "reconstruct"]
 PoolKey = tuple[int, Layout]

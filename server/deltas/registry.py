@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from compressor.artifact import read_config, read_digest
+from compressor.artifact.reader import read_config, read_digest
 from compressor.errors import ArtifactError, WrongBase
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 
-from compressor.artifact import Artifact, read_artifact
+from compressor.artifact.reader import Artifact, read_artifact
 from compressor.errors import ArtifactError, Corrupt
 from server.deltas.loader import LoadJob
 from server.deltas.parameter import Mode

@@ -17,21 +17,20 @@ import torch
 from torch import Tensor
 
 from server.deltas.loader import DeltaLoader, LoaderMessage, LoadFailed, LoadJob, Staged, Stored
-from server.deltas.merged import MergeableWeights
 from server.deltas.slots import Slot, SlotTable
-from server.engine.admission import Admission
-from server.engine.batch import Batch, LogitRows, default_batch_tokens
 from server.engine.inbox import Inbox
-from server.engine.lookahead import InFlight, Lookahead
 from server.engine.observer import CoreStats, Observer
-from server.engine.pacing import PrefillPacer
-from server.engine.pages import PagePool
-from server.engine.postprocess import Postprocessor, as_serve_error
-from server.engine.reconstructor import Merged, Reconstructor, only_variant
-from server.engine.request import Event, Request, Status
-from server.engine.runner import DecodeStep, Runner
-from server.engine.sampler import Sampled, Sampler
-from server.engine.scheduler import Missing, Scheduled, Scheduler, load_of
+from server.engine.reconstruct.reconstructor import Merged, Reconstructor, only_variant
+from server.engine.request import Event, Request, Status, as_serve_error
+from server.engine.schedule.admission import Admission
+from server.engine.schedule.pacing import PrefillPacer
+from server.engine.schedule.pages import PagePool
+from server.engine.schedule.scheduler import Missing, Scheduled, Scheduler, load_of
+from server.engine.step.batch import Batch, LogitRows, default_batch_tokens
+from server.engine.step.lookahead import InFlight, Lookahead
+from server.engine.step.postprocess import Postprocessor
+from server.engine.step.runner import DecodeStep, Runner
+from server.engine.step.sampler import Sampled, Sampler
 from server.engine.variant import BASE_KEY, Variant
 from server.errors import (
     DeadlineExceeded,
@@ -42,6 +41,7 @@ from server.errors import (
     NoSlot,
     ServeError,
 )
+from server.model.reconstructed import MergeableWeights
 from server.settings import Settings
 
 log = logging.getLogger(__name__)

@@ -12,24 +12,27 @@ from typing import Any, Self, TypeVar
 
 import torch
 
-from compressor.identity import base_identity
+from compressor.artifact.identity import base_identity
+from compressor.usable_cpus import product_threads
+from compressor.usable_memory import usable_memory_bytes
 from server.deltas.loader import decode_threads
 from server.deltas.registry import DeltaRegistry, RegisteredDelta
 from server.deltas.slots import Slot
 from server.engine.catalog import VariantCatalog
 from server.engine.core import EngineCore, Events
 from server.engine.memory import with_kv_cache
-from server.engine.model import BaseModel, load_base_model
 from server.engine.observer import CoreStats, Observer
 from server.engine.output import RequestOutput, TextOutput
-from server.engine.pages import PagePool
 from server.engine.request import Request
-from server.engine.runner import Runner
-from server.engine.static_step import BUCKETS
+from server.engine.schedule.pages import PagePool
+from server.engine.step.runner import Runner
+from server.engine.step.static_step import BUCKETS
 from server.engine.text import load_base_text
 from server.engine.types import Generation, ModelInfo, SamplingParams, VariantState
 from server.engine.variant import Variant
 from server.errors import ConfigError, Draining, InvalidRequest
+from server.model.base import BaseModel, load_base_model
+from server.ops.precision import host_cpu, name_of
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -84,15 +87,19 @@ class LLMEngine:
             raise ConfigError("the base is not a directory; give a Hugging Face model directory")
         if settings.deltas is not None and not settings.deltas.is_dir():
             raise ConfigError("the deltas path is not a directory")
-        if settings.torch_threads is not None:
-            torch.set_num_threads(settings.torch_threads)
+        threads = product_threads(settings.torch_threads)
+        if torch.get_num_threads() != threads.count:  # setting it starts a pool nobody uses
+            torch.set_num_threads(threads.count)
         base = load_base_model(
             settings.base,
             _device(settings),
             _dtype(settings),
             settings.kernels,
             None if settings.base_quant == "none" else settings.base_quant,
+            widened_budget_bytes=_widened_budget(settings),
         )
+        products = f"{host_cpu().description}; products in {name_of(base.dtype)}; "
+        log.info("CPU: %s%s", products if base.device.type == "cpu" else "", threads)
         if settings.max_model_len is not None and settings.max_model_len > base.max_len:
             raise ConfigError(
                 f"max_model_len is {settings.max_model_len}, but the base model has positions for "
@@ -311,6 +318,13 @@ def _device(settings: Settings) -> torch.device:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda but torch sees no GPU; use --device cpu")
     return torch.device(settings.device)
+
+
+def _widened_budget(settings: Settings) -> int:
+    """Half of what this process may use, unless the settings say."""
+    if settings.widened_weights_bytes is not None:
+        return settings.widened_weights_bytes
+    return usable_memory_bytes() // 2
 
 
 def _dtype(settings: Settings) -> torch.dtype | None:

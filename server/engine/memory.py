@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from server.deltas.places import slack
+from server.deltas.pools.places import slack
 from server.errors import ConfigError
 from server.settings import GIB, Settings
 

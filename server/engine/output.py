@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from server.engine.detokenizer import Detokenizer
-from server.engine.postprocess import as_serve_error
-from server.engine.request import Event, StepOutput, TokenScore
+from server.engine.request import Event, StepOutput, TokenScore, as_serve_error
 from server.engine.text import TextAssets
 from server.engine.types import OutputDelta, SamplingParams, TokenLogprob, TopLogprob
 from server.errors import ServeError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,9 @@ from dataclasses import dataclass, field
 from server.deltas.slots import Slot
 from server.engine.types import FinishReason, SamplingParams
 from server.engine.variant import Variant
-from server.errors import ServeError
+from server.errors import GenerationFailed, ServeError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,3 +112,11 @@ class Request:
     @property
     def slot_index(self) -> int:
         return -1 if self.slot is None else self.slot.index
+
+
+def as_serve_error(error: Exception) -> ServeError:
+    """Return what clients may hear of an exception in one request's share of a step."""
+    if isinstance(error, ServeError):
+        return error
+    log.exception("a request failed", exc_info=error)
+    return GenerationFailed("this request failed inside the engine; other requests go on")

@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from compressor.artifact import Artifact
+from compressor.artifact.reader import Artifact
 from server.errors import ConfigError, InvalidRequest
 
 TOKENIZER_FILES = (

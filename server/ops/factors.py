@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from server.ops.rows import Places, RowPlan, SlotRun, add_rows_, pad_rows
-from server.ops.static_rows import StaticRows
+from server.ops.row_plan import Places, RowPlan, SlotRun, add_rows_, pad_rows
+from server.ops.static_row_plan import StaticRows
 
 
 @dataclass(frozen=True, slots=True)

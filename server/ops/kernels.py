@@ -1,15 +1,13 @@
 """The operations that have a fast form on some devices, behind one interface.
 
 `TorchKernels` is the reference that runs everywhere; `server.ops.cpu` and `server.ops.triton` hold
-compiled ones. `choose_kernels` says which a device gets; Triton's are checked on it first.
+compiled ones, `server.ops.choose` says which a device gets.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,17 +15,14 @@ from torch.nn import functional as F
 
 from server.ops import attention, factors
 from server.ops.attention import AttentionCall, AttentionKernels
-from server.ops.delta import BlockDiagOp, TorchBlockDiag, blockdiag_rows_add_
+from server.ops.blockdiag import BlockDiagOp, TorchBlockDiag, blockdiag_rows_add_
 from server.ops.factors import ImpartFactors, LowRankFactors
 from server.ops.linear import LinearOp, TorchLinear
 from server.ops.lowrank import HeldLowRank, packed_lowrank_add_
 from server.ops.norm import RmsForm, add_rms_norm, rms_norm
 from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight, TorchQuantizedLinear
-from server.ops.rows import RowPlan
-
-log = logging.getLogger(__name__)
-KernelChoice = Literal["auto", "torch", "numba", "triton"]
+from server.ops.row_plan import RowPlan
 
 
 class Kernels(AttentionKernels, Protocol):
@@ -142,42 +137,3 @@ class TorchKernels:
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
         return F.silu(gate) * up
-
-
-def choose_kernels(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> Kernels:
-    """The kernels for this device and compute dtype. ValueError if `choice` cannot run there."""
-    if choice == "triton" or (choice == "auto" and device.type == "cuda" and _has_triton()):
-        return _triton_kernels(device, dtype)
-    fits = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-    if choice == "numba" and not fits:
-        raise ValueError("numba kernels run on the CPU in float32 or bfloat16 only")
-    if choice == "torch" or not fits:
-        return TorchKernels()
-    if find_spec("numba") is None:
-        if choice == "numba":
-            raise ValueError("numba is not installed; `pip install numba`")
-        log.warning("numba is not installed: deltas run in plain torch, slower; pip install numba")
-        return TorchKernels()
-    from server.ops.cpu.kernels import NumbaKernels
-
-    return NumbaKernels()
-
-
-def _has_triton() -> bool:
-    found = find_spec("triton") is not None
-    if not found:
-        log.warning("triton is not installed: plain torch, slow; pip install 'impart-serve[gpu]'")
-    return found
-
-
-def _triton_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
-    if device.type != "cuda":
-        raise ValueError("triton kernels run on CUDA devices only")
-    if find_spec("triton") is None:
-        raise ValueError("triton is not installed; `pip install 'impart-serve[gpu]'`")
-    from server.ops.triton.kernels import TritonKernels
-    from server.ops.triton.selfcheck import check_kernels
-
-    kernels = TritonKernels(device)
-    check_kernels(kernels, device, dtype)
-    return kernels

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from server.ops.delta import BlockDiagOp
-from server.ops.rows import Places, RowPlan, SlotSegments
+from server.ops.blockdiag import BlockDiagOp
+from server.ops.row_plan import Places, RowPlan, SlotSegments
 
 
 class BlockShare(NamedTuple):

@@ -20,10 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from server.ops.delta import BlockDiagOp, blockdiag_rows_add_
+from server.ops.blockdiag import BlockDiagOp, blockdiag_rows_add_
 from server.ops.packed import PackedBlocks
-from server.ops.rows import Places, RowPlan
-from server.ops.static_rows import StaticRows
+from server.ops.row_plan import Places, RowPlan
+from server.ops.static_row_plan import StaticRows
 
 
 class PackedLowRank:

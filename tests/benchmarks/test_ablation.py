@@ -11,9 +11,9 @@ import torch
 
 from benchmarks import ablation
 from benchmarks.ablation import VARIANTS, Variant, allocate, encode_variants
-from compressor.codecs.impart_encoder import ImpartCodec
 from compressor.codecs.impart_sampling import FIXED_POINT
-from compressor.codecs.sources import TensorSource
+from compressor.encoders.impart import ImpartCodec
+from compressor.encoders.sources import TensorSource
 from tests.compressor.codec_oracles import payload, random_matrix
 from tests.tiny import make_tiny, perturb
 

@@ -10,8 +10,8 @@ import torch
 
 from benchmarks import compress_speed, entropy, merge
 from benchmarks.compress_memory import Sizes, make_pair, parameter_shapes
-from compressor.artifact import read_artifact
-from compressor.layout import read_layout
+from compressor.artifact.reader import read_artifact
+from compressor.checkpoint.layout import read_layout
 from tests.compressor.artifacts import write_artifact
 from tests.tiny import make_tiny, perturb
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import profile
-from compressor.pipeline import Options, compress
+from compressor.compress.options import Options
+from compressor.compress.pipeline import compress
 from tests.tiny import make_tiny, perturb
 
 

@@ -19,7 +19,7 @@ from benchmarks.evaluate import (
     text_samples,
 )
 from benchmarks.tasks import Item, load_items, reference_paragraphs
-from compressor.evaluate_samples import Sample
+from compressor.measure.samples import Sample
 
 ITEMS = [
     Item("Request: my card\nIntent:", " card arrival"),

@@ -15,20 +15,14 @@ from benchmarks.baselines import BASELINES, RoundToNearest
 from benchmarks.methods import BaselineMethod, CodecMethod, Pair, Variant, make_method
 from benchmarks.quality import main
 from benchmarks.quality_plot import plot, style
-from benchmarks.quality_report import (
-    Row,
-    RowFile,
-    drops_table,
-    first_drops,
-    markdown,
-    overview,
-    read_rows,
-)
+from benchmarks.quality_report import drops_table, first_drops, markdown, overview
+from benchmarks.quality_rows import Row, RowFile, read_rows
 from benchmarks.svd_cache import cached_spectra
-from compressor.artifact import read_artifact
+from compressor.artifact.reader import read_artifact
+from compressor.compress.options import Options
+from compressor.compress.pipeline import compress
 from compressor.errors import InputError
-from compressor.pipeline import Options, compress
-from compressor.reconstruct import reconstruct
+from compressor.export.reconstruct import reconstruct
 
 PAIRS = [
     ("tiny_llama", "tiny_llama_ft_vocab"),

@@ -16,12 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compressor.artifact import BaseInfo, DeltaConfig
-from compressor.artifact_config import Coding
-from compressor.artifact_writer import ArtifactWriter
-from compressor.codecs import DenseRows, TensorDelta, make_encoder
-from compressor.codecs.rows import encode_largest_rows
-from compressor.codecs.sources import TensorSource
+from compressor.artifact.config import Coding
+from compressor.artifact.reader import BaseInfo, DeltaConfig
+from compressor.artifact.writer import ArtifactWriter
+from compressor.codecs import DenseRows, TensorDelta
+from compressor.encoders.codec import make_encoder
+from compressor.encoders.rows import encode_largest_rows
+from compressor.encoders.sources import TensorSource
 from tests.compressor.codec_oracles import encode, random_matrix
 
 BASE = "ab" * 32

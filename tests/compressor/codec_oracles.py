@@ -9,7 +9,6 @@ from torch import Tensor
 
 from compressor.codecs import (
     BlockDiagTerm,
-    Codec,
     ImpartQtTerm,
     ImpartTerm,
     LowRankTerm,
@@ -18,7 +17,8 @@ from compressor.codecs import (
     Term,
 )
 from compressor.codecs.impart_sampling import sample_blocks
-from compressor.codecs.sources import TensorSource
+from compressor.encoders.codec import Codec
+from compressor.encoders.sources import TensorSource
 
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 40))
 ODD_SHAPES = [(13, 7), (7, 13), (1, 5), (5, 1), (1, 1), (16, 16), (37, 64), (130, 41)]

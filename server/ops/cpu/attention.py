@@ -13,8 +13,7 @@ from numba import njit
 from torch import Tensor
 
 from server.ops.attention import AttentionCall
-from server.ops.cpu.compile import compile_kernel
-from server.ops.cpu.intrinsics import (
+from server.ops.cpu.codegen.intrinsics import (
     FAST_SUMS,
     exp_f32,
     f64_at,
@@ -23,15 +22,10 @@ from server.ops.cpu.intrinsics import (
     next_task,
     store_row,
 )
+from server.ops.cpu.codegen.vectors import LANES, add_scaled_bf16, add_scaled_f32, dot_bf16, dot_f32
+from server.ops.cpu.compile import compile_kernel
 from server.ops.cpu.parallel import Parallel
-from server.ops.cpu.rotary import check_rows
-from server.ops.cpu.vectors import (
-    LANES,
-    add_scaled_bf16,
-    add_scaled_f32,
-    dot_bf16,
-    dot_f32,
-)
+from server.ops.cpu.rope import check_rows
 
 U = np.uint64
 

@@ -16,8 +16,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from server.ops.cpu.compile import compile_kernel
-from server.ops.cpu.intrinsics import (
+from server.ops.cpu.codegen.intrinsics import (
     FAST,
     f32_at,
     from_f16,
@@ -27,13 +26,20 @@ from server.ops.cpu.intrinsics import (
     u8_at,
     u16_at,
 )
-from server.ops.cpu.pair_product import SUMMED, offset_of, pair_product, sum_of_halves, takes_pairs
+from server.ops.cpu.codegen.pair_product import (
+    SUMMED,
+    offset_of,
+    pair_product,
+    sum_of_halves,
+    takes_pairs,
+)
+from server.ops.cpu.codegen.tile_product import SUMS, TILE, rows_at_once, tile_product
+from server.ops.cpu.codegen.vectors import LANES, add_products_bf16, add_products_f32
+from server.ops.cpu.compile import compile_kernel
 from server.ops.cpu.panel_blocks import PanelBlocks
 from server.ops.cpu.parallel import Parallel
-from server.ops.cpu.tile_product import SUMS, TILE, rows_at_once, tile_product
-from server.ops.cpu.vectors import LANES, add_products_bf16, add_products_f32
 from server.ops.packed import PackedBlocks, octaves
-from server.ops.rows import SlotSegments
+from server.ops.row_plan import SlotSegments
 
 ROWS = 64  # rows of x held in float32 at a time
 U = np.uint64
@@ -58,7 +64,7 @@ class BlockDiagKernel:
 
 
 class NumbaBlockDiag:
-    """`server.ops.delta.BlockDiagOp` for one set of packed blocks.
+    """`server.ops.blockdiag.BlockDiagOp` for one set of packed blocks.
 
     The arguments that stay the same are laid out once: a call writes a handful of numbers.
     """

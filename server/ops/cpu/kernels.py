@@ -1,30 +1,34 @@
-"""All CPU kernels, compiled."""
+"""All CPU kernels, compiled; torch in the place of those that this machine cannot run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from server.ops import factors
-from server.ops.attention import AttentionCall, prefill_
+from server.ops.attention import AttentionCall
+from server.ops.blockdiag import BlockDiagOp
 from server.ops.cpu.attention import AttentionKernel
 from server.ops.cpu.blockdiag import BlockDiagKernel, NumbaBlockDiag
-from server.ops.cpu.embedding import EmbeddingKernel
+from server.ops.cpu.blockdiag_rows import EmbeddingKernel
+from server.ops.cpu.check import usable_kernels
 from server.ops.cpu.linear import LinearKernel, PanelLinear
+from server.ops.cpu.norm import RowKernels
 from server.ops.cpu.parallel import Parallel
 from server.ops.cpu.prefill import PrefillKernel
-from server.ops.cpu.rotary import RotaryKernel
-from server.ops.cpu.rows import RowKernels
-from server.ops.delta import BlockDiagOp
+from server.ops.cpu.rope import RotaryKernel
 from server.ops.factors import ImpartFactors, LowRankFactors
-from server.ops.linear import LinearOp, OneDnnLinear, TorchLinear, onednn_linear_works
-from server.ops.lowrank import HeldLowRank, packed_lowrank_add_
+from server.ops.kernels import TorchKernels
+from server.ops.linear import LinearOp, OneDnnLinear, onednn_linear_works
+from server.ops.lowrank import HeldLowRank
 from server.ops.norm import RmsForm
 from server.ops.packed import PackedBlocks
-from server.ops.quantize import QuantizedWeight, TorchQuantizedLinear
-from server.ops.rows import RowPlan
+from server.ops.quantize import QuantizedWeight
+from server.ops.row_plan import RowPlan
+
+T = TypeVar("T")
 
 
 class NumbaKernels:
@@ -37,71 +41,81 @@ class NumbaKernels:
 
     def on_compiled(self, call: Callable[[], None]) -> None: ...  # all are, by `__init__`
 
-    def __init__(self) -> None:
+    def __init__(self, usable: Collection[str] | None = None) -> None:
+        """usable: the kernels to use, of `check.NAMES`. Default: those that pass their trial."""
+        names = usable_kernels() if usable is None else usable
+
+        def made(name: str, make: Callable[[Parallel], T]) -> T | None:
+            return make(self.parallel) if name in names else None
+
+        self.in_use = frozenset(names)
         self.parallel = Parallel()
-        self._blockdiag = BlockDiagKernel(self.parallel)
-        self._embedding = EmbeddingKernel(self.parallel)
-        self._attention = AttentionKernel(self.parallel)
-        self._prefill = PrefillKernel(self.parallel)
-        self._rotary = RotaryKernel(self.parallel)
-        self._rows = RowKernels(self.parallel)
-        self._linear = LinearKernel(self.parallel)
+        self._torch = TorchKernels()
+        self._blockdiag = made("blockdiag", BlockDiagKernel)
+        self._embedding = made("embedding", EmbeddingKernel)
+        self._attention = made("attention", AttentionKernel)
+        self._prefill = made("prefill", PrefillKernel)
+        self._rotary = made("rotary", RotaryKernel)
+        self._rows = made("rows", RowKernels)
+        self._linear = made("linear", LinearKernel)
         self._packs_bf16 = onednn_linear_works()
 
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp:
-        return NumbaBlockDiag(self._blockdiag, blocks)
+        kernel = self._blockdiag
+        return self._torch.blockdiag(blocks) if kernel is None else NumbaBlockDiag(kernel, blocks)
 
     def blockdiag_rows_add_(
         self, y: Tensor, ids: Tensor, places: Tensor, blocks: PackedBlocks
     ) -> None:
-        self._embedding.add_(y, ids, places, blocks)
+        if self._embedding is None:
+            self._torch.blockdiag_rows_add_(y, ids, places, blocks)
+        else:
+            self._embedding.add_(y, ids, places, blocks)
 
     def lowrank_add_(
         self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[LowRankFactors]
     ) -> None:
-        factors.lowrank_add_(outputs, x, rows, terms)
+        self._torch.lowrank_add_(outputs, x, rows, terms)
 
     def packed_lowrank_add_(
         self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[HeldLowRank]
     ) -> None:
-        packed_lowrank_add_(outputs, x, rows, terms)
+        self._torch.packed_lowrank_add_(outputs, x, rows, terms)
 
     def impart_add_(
         self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[ImpartFactors]
     ) -> None:
-        factors.impart_add_(outputs, x, rows, terms)
+        self._torch.impart_add_(outputs, x, rows, terms)
 
     def linear(self, weight: Tensor) -> LinearOp:
-        if self._linear.takes(weight):
+        if self._linear is not None and self._linear.takes(weight):
             return PanelLinear(self._linear, weight)
         packs = self._packs_bf16 and weight.dtype is torch.bfloat16
-        return OneDnnLinear(weight) if packs else TorchLinear(weight)
+        return OneDnnLinear(weight) if packs else self._torch.linear(weight)
 
     def quantized_linear(self, weight: QuantizedWeight, dtype: torch.dtype) -> LinearOp:
-        return TorchQuantizedLinear(weight, dtype)
+        return self._torch.quantized_linear(weight, dtype)
 
     def rotate_and_write_(self, call: AttentionCall) -> None:
-        self._rotary.rotate_and_write_(call)
+        (self._rotary or self._torch).rotate_and_write_(call)
 
     def decode_(self, out: Tensor, call: AttentionCall) -> None:
-        self._attention.decode_(out, call)
+        (self._attention or self._torch).decode_(out, call)
 
     def rotate_and_decode_(self, out: Tensor, call: AttentionCall) -> bool:
         return False
 
     def prefill_(self, out: Tensor, call: AttentionCall) -> None:
-        if self._prefill.takes(call):
-            self._prefill.prefill_(out, call)
-        else:
-            prefill_(out, call)
+        takes = self._prefill is not None and self._prefill.takes(call)
+        (self._prefill if takes and self._prefill else self._torch).prefill_(out, call)
 
     def rms_norm(self, x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm) -> Tensor:
-        return self._rows.rms_norm(x, weights, index, form)
+        return (self._rows or self._torch).rms_norm(x, weights, index, form)
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm
     ) -> tuple[Tensor, Tensor]:
-        return self._rows.add_rms_norm(x, residual, weights, index, form)
+        return (self._rows or self._torch).add_rms_norm(x, residual, weights, index, form)
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self._rows.silu_mul(gate, up)
+        return (self._rows or self._torch).silu_mul(gate, up)

@@ -1,5 +1,5 @@
-"""The base's products in bfloat16 on CPUs that multiply bfloat16 pairs (`avx512bf16`), with AVX-512
-registers: at 8 to 64 rows oneDNN loses a fifth to a quarter of them waiting for weights.
+"""The base's products in bfloat16, for CPUs that multiply bfloat16 pairs in AVX-512 registers
+(`NEEDS`): at 8 to 64 rows oneDNN loses a fifth to a quarter of them waiting for weights.
 
 The weight lies in panels of WIDTH outputs, in the order in which it is read: ``[panel, n / 2,
 WIDTH]`` words of two neighbouring inputs. A task is one panel and a chunk of rows, ROWS of which
@@ -16,15 +16,12 @@ import numpy as np
 import torch
 from numba import njit, types
 from numba.core import cgutils
-from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 from torch import Tensor
 from torch.nn import functional as F
 
 from server.ops.cpu.blockdiag import NumbaBlockDiag
-from server.ops.cpu.compile import compile_kernel
-from server.ops.cpu.intrinsics import FAST, from_bf16, i64_at, next_task, to_bf16, u16_at
-from server.ops.cpu.pairs import (
+from server.ops.cpu.codegen.bf16_pairs import (
     add_pair_products,
     floats,
     load_words,
@@ -32,6 +29,10 @@ from server.ops.cpu.pairs import (
     splat_word,
     store_floats,
 )
+from server.ops.cpu.codegen.intrinsics import FAST, from_bf16, i64_at, next_task, to_bf16, u16_at
+from server.ops.cpu.codegen.vectors import I64, LANES, prefetch
+from server.ops.cpu.compile import compile_kernel
+from server.ops.cpu.features import Target
 from server.ops.cpu.panel_blocks import (
     BITS,
     PADDED_ROWS,
@@ -41,7 +42,6 @@ from server.ops.cpu.panel_blocks import (
     find_pieces,
 )
 from server.ops.cpu.parallel import Parallel
-from server.ops.cpu.vectors import I64, LANES, prefetch
 from server.ops.linear import BlockShare, LinearOp
 from server.ops.packed import PackedBlocks
 
@@ -53,6 +53,8 @@ MOST_ROWS = 192  # of a task: with a panel they fit the L2 cache
 FEWEST_ROWS = 32  # of a task, or all: fewer would wait for the panel
 TASKS_PER_THREAD = 4  # at least, if there are rows enough, so that threads finish together
 LINE = 64  # bytes of a cache line
+NEEDS = ("avx512f", "avx512bw", "avx512bf16")
+OUTDONE_BY = ("amx-bf16",)  # matrix units, which oneDNN uses
 AHEAD = 3  # first groups of rows that fetch a share of the next panel
 
 # Places in the argument array. Strides are in elements.
@@ -182,10 +184,6 @@ class LinearKernel:
     def __init__(self, parallel: Parallel) -> None:
         self.parallel = parallel
         self.compiled = compile_kernel(_linear)
-        features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
-        # Matrix units (AMX) multiply several times as fast, and oneDNN uses them.
-        self._pays = "+avx512bf16" in features and "+amx-bf16" not in features
-
         self._pieces: dict[tuple[Any, ...], Pieces] = {}
 
     def pieces_of(self, blocks: PackedBlocks, first: int, n_panels: int) -> Pieces:
@@ -195,9 +193,15 @@ class LinearKernel:
             self._pieces[key] = find_pieces(blocks, first, n_panels, WIDTH)
         return self._pieces[key]
 
-    def takes(self, weight: Tensor) -> bool:
-        """Whether the product with this weight is faster here than oneDNN's."""
-        return self._pays and weight.dtype is torch.bfloat16 and weight.shape[1] % 2 == 0
+    @staticmethod
+    def pays_on(target: Target) -> bool:
+        """Whether products are faster here than oneDNN's on such a CPU."""
+        return target.has(NEEDS) and not target.has(OUTDONE_BY)
+
+    @staticmethod
+    def takes(weight: Tensor) -> bool:
+        """Whether a product with this weight can be computed here."""
+        return weight.dtype is torch.bfloat16 and weight.shape[1] % 2 == 0
 
 
 class PanelLinear(LinearOp):

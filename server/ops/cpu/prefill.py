@@ -20,9 +20,7 @@ from numba.extending import intrinsic
 from torch import Tensor
 
 from server.ops.attention import AttentionCall, AttentionPlan
-from server.ops.cpu.compile import compile_kernel
-from server.ops.cpu.intrinsics import FAST, f32_at, f64_at, i64_at, next_task, u16_at, u32_at
-from server.ops.cpu.pairs import (
+from server.ops.cpu.codegen.bf16_pairs import (
     HIGH_HALF,
     ROW_BYTES,
     STEP,
@@ -41,9 +39,19 @@ from server.ops.cpu.pairs import (
     transpose_words,
     words,
 )
+from server.ops.cpu.codegen.intrinsics import (
+    FAST,
+    f32_at,
+    f64_at,
+    i64_at,
+    next_task,
+    u16_at,
+    u32_at,
+)
+from server.ops.cpu.codegen.vectors import F32, I32, I64, LANES, multiply_add, splat
+from server.ops.cpu.compile import compile_kernel
 from server.ops.cpu.parallel import Parallel
-from server.ops.cpu.rotary import check_rows
-from server.ops.cpu.vectors import F32, I32, I64, LANES, multiply_add, splat
+from server.ops.cpu.rope import check_rows
 
 U = np.uint64
 KEYS = 64  # whose scores are in memory at a time
@@ -137,7 +145,7 @@ def _soften_code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             builder.store(builder.select(higher, score, builder.load(top)), top)
         highest = builder.load(top)
         store_floats(builder, highest, largest_at)
-        shrunk = exp2(builder, builder.fsub(before, highest))
+        shrunk = exp2(context, builder, builder.fsub(before, highest))
         store_floats(builder, shrunk, factors_at)
         total = cgutils.alloca_once_value(
             builder, builder.fmul(load_floats(builder, totals_at), shrunk)
@@ -145,14 +153,10 @@ def _soften_code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         minus = builder.fneg(highest)
         with cgutils.for_range(builder, builder.udiv(n, I64(2))) as loop:
             line = builder.add(scores_at, builder.mul(loop.index, I64(2 * ROW_BYTES)))
+            pair = (load_floats(builder, plus(builder, line, o)) for o in (0, ROW_BYTES))
             low, high = (
-                exp2(
-                    builder,
-                    multiply_add(
-                        builder, load_floats(builder, plus(builder, line, o)), factor, minus
-                    ),
-                )
-                for o in (0, ROW_BYTES)
+                exp2(context, builder, multiply_add(context, builder, score, factor, minus))
+                for score in pair
             )
             builder.store(builder.fadd(builder.load(total), builder.fadd(low, high)), total)
             target = builder.add(weights_at, builder.mul(loop.index, I64(ROW_BYTES)))

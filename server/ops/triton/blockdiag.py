@@ -41,7 +41,7 @@ from server.ops.triton.compat import (
     next_power_of_two,
     piece_rows,
 )
-from server.ops.triton.layout import (
+from server.ops.triton.segments import (
     SegmentArrays,
     alignment,
     gathers,

@@ -49,7 +49,7 @@ def slot_of(seg_slot, present, n_present, segment):
 
 @triton.jit
 def n_pieces(where):
-    """Pieces of at most TILE_T rows that the segments in `where` (`layout.where_of`) consist of."""
+    """Pieces of at most TILE_T rows that the segments in `where` (see `where_of`) consist of."""
     return tl.load(where[3]) * where[5]
 
 

@@ -39,7 +39,7 @@ from server.ops.triton.compat import (
     piece_rows,
     tile_of,
 )
-from server.ops.triton.layout import SegmentArrays, place_of, rows_of, where_of
+from server.ops.triton.segments import SegmentArrays, place_of, rows_of, where_of
 
 TILE_RANKS = 64
 

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from server.ops.attention import AttentionCall, DecodeBatch, HeadNorm
-from server.ops.delta import BlockDiagOp
+from server.ops.blockdiag import BlockDiagOp
 from server.ops.factors import ImpartFactors, LowRankFactors
 from server.ops.kernels import TorchKernels
 from server.ops.linear import LinearOp
@@ -18,7 +18,7 @@ from server.ops.lowrank import HeldLowRank
 from server.ops.norm import RmsForm
 from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight, TorchQuantizedLinear
-from server.ops.rows import RowPlan, SlotSegments
+from server.ops.row_plan import RowPlan, SlotSegments
 from server.ops.triton.attention import NewTokens, paged_decode
 from server.ops.triton.blockdiag import (
     DECODE_ROWS,
@@ -27,17 +27,17 @@ from server.ops.triton.blockdiag import (
     plan_kernel,
 )
 from server.ops.triton.impart import impart_add_
-from server.ops.triton.layout import SegmentArrays, from_table
 from server.ops.triton.linear import linear_
 from server.ops.triton.lowrank import lowrank_add_
 from server.ops.triton.norm import add_rms_norm, rms_norm, silu_mul
 from server.ops.triton.packed_lowrank import packed_lowrank_add_
 from server.ops.triton.prefill import PrefillTiles, paged_prefill_, prefill_tiles, tokens_of
 from server.ops.triton.rope import rope_and_write_
+from server.ops.triton.segments import SegmentArrays, from_table
 
 
 class TritonBlockDiag:
-    """`server.ops.delta.BlockDiagOp` for one set of slot arrays."""
+    """`server.ops.blockdiag.BlockDiagOp` for one set of slot arrays."""
 
     def __init__(self, blocks: PackedBlocks) -> None:
         self._blocks = blocks

@@ -35,8 +35,8 @@ from server.ops.triton.compat import (
     piece_rows,
     tile_of,
 )
-from server.ops.triton.layout import SegmentArrays, gathers, place_of, rows_of, where_of
 from server.ops.triton.lowrank import expand_, levels_of, unpacked
+from server.ops.triton.segments import SegmentArrays, gathers, place_of, rows_of, where_of
 
 TILE_INPUTS, WIDE_INPUTS = 128, 32  # of x in 16 and in 32 bits
 MOST_RANKS = 32  # of a tile: 64 spill

@@ -15,8 +15,8 @@ from benchmarks.gpu.cases import PAGE
 from benchmarks.gpu.decoder import Decoder, GroupWeights, Layer
 from benchmarks.gpu.shapes import ModelShape
 from compressor.codecs.blockdiag import BlockDiagTerm
-from server.engine.static_buffers import DecodeRow
-from server.engine.static_step import StaticStep
+from server.engine.step.static_buffers import DecodeRow
+from server.engine.step.static_step import StaticStep
 from tests.server.ops.triton.helpers import pack, random_term
 
 CPU = torch.device("cpu")

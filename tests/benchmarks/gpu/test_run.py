@@ -22,7 +22,7 @@ from benchmarks.gpu.plan import SMALL
 from benchmarks.gpu.random_model import write_random_delta
 from benchmarks.gpu.report import Report, facts
 from benchmarks.gpu.shapes import Codec
-from compressor.artifact import read_artifact
+from compressor.artifact.reader import read_artifact
 from server.deltas.upload import SlotUploader
 from server.engine.request import Request
 

@@ -10,9 +10,9 @@ import torch
 
 from benchmarks.peers.errors import PeersError
 from benchmarks.peers.variants import first_variants, main, mean_disk_bytes
-from compressor.artifact import read_artifact
+from compressor.artifact.identity import base_identity
+from compressor.artifact.reader import read_artifact
 from compressor.codecs.blockdiag import BlockDiagTerm
-from compressor.identity import base_identity
 
 N_REAL, N_ALL = 2, 5
 

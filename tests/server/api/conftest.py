@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from server.api.app import create_app
-from server.metrics import Metrics
-from server.run import Server, run_in_loop, uvicorn_config
+from server.metrics.series import Metrics
+from server.process.run import Server, run_in_loop, uvicorn_config
 from server.settings import Settings
 from tests.server.api.fake import BASE, FakeEngine
 

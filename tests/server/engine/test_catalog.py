@@ -12,13 +12,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from compressor.pipeline import compress
-from compressor.reconstruct import reconstruct
+from compressor.compress.pipeline import compress
+from compressor.export.reconstruct import reconstruct
 from server.errors import DeltaUnusable, InvalidRequest, ModelNotFound
 from tests.compressor.artifacts import seal
-from tests.server.engine.conftest import PAIR, Served
-from tests.server.engine.helpers import CoreHarness
+from tests.server.conftest import PAIR, Served
 from tests.server.engine.test_core import assert_true_text
+from tests.server.helpers import CoreHarness
 
 PROMPT = "The quick brown fox"
 MESSAGES = [{"role": "user", "content": "Say something."}]

@@ -17,8 +17,8 @@ from server.errors import (
     GenerationFailed,
     QueueFull,
 )
-from tests.server.engine.conftest import PAIR, Served
-from tests.server.engine.helpers import CoreHarness, Recorded
+from tests.server.conftest import PAIR, Served
+from tests.server.helpers import CoreHarness, Recorded
 
 PROMPT = "The quick brown fox jumps over the lazy dog and opens a new account"
 Make = Callable[..., CoreHarness]
@@ -26,7 +26,7 @@ Make = Callable[..., CoreHarness]
 
 @pytest.fixture(params=["every step read", "one ahead"])
 def harness(request: pytest.FixtureRequest, harness: Make) -> Make:
-    """Both ways of stepping; see `server.engine.lookahead`."""
+    """Both ways of stepping; see `server.engine.step.lookahead`."""
     if request.param == "every step read":
         return harness
     return partial(harness, static=True, kernels="torch")

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
-from server.engine.pacing import MIN_CHUNK_TOKENS, StepCost, StepLoad
-from server.engine.scheduler import Scheduled, load_of
-from tests.server.engine.conftest import PAIR, Served
-from tests.server.engine.helpers import CoreHarness
+from server.engine.schedule.pacing import MIN_CHUNK_TOKENS, StepCost, StepLoad
+from server.engine.schedule.scheduler import Scheduled, load_of
+from tests.server.conftest import PAIR, Served
 from tests.server.engine.test_core import assert_true_text
+from tests.server.helpers import CoreHarness
 
 Make = Callable[..., CoreHarness]
 

@@ -9,17 +9,17 @@ from functools import partial
 import pytest
 import torch
 
-from compressor.artifact import Artifact
+from compressor.artifact.reader import Artifact
 from compressor.errors import Corrupt
 from server.deltas.loader import LoadJob
 from server.deltas.parameter import DeltaParameter
-from server.deltas.pool import TermPool
+from server.deltas.pools.base import TermPool
 from server.deltas.upload import SlotUploader, Upload
 from server.engine.variant import Variant
 from server.errors import DeltaUnusable, NoSlot
-from tests.server.engine.conftest import ALL_CODECS, Served
-from tests.server.engine.helpers import CoreHarness
+from tests.server.conftest import ALL_CODECS, Served
 from tests.server.engine.test_core import assert_true_text
+from tests.server.helpers import CoreHarness
 
 PROMPT = "The quick brown fox"
 Make = Callable[..., CoreHarness]
@@ -28,7 +28,7 @@ FIVE = list(ALL_CODECS)
 
 @pytest.fixture(params=["every step read", "one ahead"])
 def harness(request: pytest.FixtureRequest, harness: Make) -> Make:
-    """Both ways of stepping; see `server.engine.lookahead`."""
+    """Both ways of stepping; see `server.engine.step.lookahead`."""
     if request.param == "every step read":
         return harness
     return partial(harness, static=True, kernels="torch")
@@ -88,7 +88,7 @@ def test_more_variants_than_fit_in_a_step_are_served_in_turn(many: Served, harne
 def test_stream_of_one_variant_does_not_starve_another(
     many: Served, harness: Make, monkeypatch: pytest.MonkeyPatch, limit: dict[str, int]
 ) -> None:
-    monkeypatch.setattr("server.engine.scheduler.MAX_OVERTAKEN_S", 0.0)
+    monkeypatch.setattr("server.engine.schedule.scheduler.MAX_OVERTAKEN_S", 0.0)
     engine = harness(many, **limit)
     stream = [engine.submit("blockdiag", PROMPT, ignore_eos=True) for _ in range(2)]
     engine.until(lambda: stream[0].request.n_output > 0)

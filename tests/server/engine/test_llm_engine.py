@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from server.engine.detokenizer import Detokenizer
 from server.engine.llm_engine import LLMEngine
@@ -25,9 +27,10 @@ from server.errors import (
     InvalidRequest,
     ModelNotFound,
 )
+from server.ops.precision import host_cpu
 from server.settings import Settings
 from tests.compressor.artifacts import seal
-from tests.server.engine.conftest import PAIR, Served
+from tests.server.conftest import PAIR, Served
 
 PROMPT = "The quick brown fox"
 LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
@@ -48,6 +51,14 @@ async def running(pair: Served, **settings: Any) -> AsyncIterator[LLMEngine]:
         yield engine
     finally:
         await engine.shutdown(0.0)
+
+
+@pytest.fixture
+def torch_threads() -> Iterator[None]:
+    """Torch's number is the process's: put back afterwards."""
+    count = torch.get_num_threads()
+    yield
+    torch.set_num_threads(count)
 
 
 async def ask(engine: LLMEngine, name: str, params: SamplingParams | None = None) -> list[int]:
@@ -330,3 +341,33 @@ def test_max_model_len_beyond_the_bases_positions_is_refused(pair: Served) -> No
 def test_cache_too_small_for_two_pages_is_refused(pair: Served) -> None:
     with pytest.raises(ConfigError, match="kv_cache_bytes"):
         LLMEngine.from_settings(Settings(base=pair.base, device="cpu", kv_cache_bytes=1))
+
+
+@pytest.mark.usefixtures("torch_threads")
+@pytest.mark.parametrize(
+    ("given", "environ", "text"),
+    [
+        (None, "1 cgroup limit", "1 thread (cgroup limit)"),
+        (3, "1 cgroup limit", "3 threads (--torch-threads)"),
+    ],
+)
+def test_start_sets_torchs_threads_and_says_why(
+    pair: Served,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    given: int | None,
+    environ: str,
+    text: str,
+) -> None:
+    monkeypatch.setenv("IMPART_CHOSEN_THREADS", environ)
+    settings = Settings(base=pair.base, device="cpu", kv_cache_bytes=8 << 20, torch_threads=given)
+    with caplog.at_level(logging.INFO, "server"):
+        LLMEngine.from_settings(settings)
+    (line,) = (line for line in caplog.messages if line.startswith("CPU: "))
+    assert line == f"CPU: {host_cpu().description}; products in float32; {text}"
+    assert torch.get_num_threads() == int(text[0])
+
+
+def test_no_threads_at_all_is_refused(pair: Served) -> None:
+    with pytest.raises(ConfigError, match="torch_threads must be positive"):
+        Settings(base=pair.base, torch_threads=0)

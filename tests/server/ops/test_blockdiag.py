@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from server.ops.kernels import Kernels, choose_kernels
+from server.ops.choose import choose_kernels
+from server.ops.kernels import Kernels
 from server.ops.packed import PackedBlocks, pack_columns
-from server.ops.rows import SlotSegments
+from server.ops.row_plan import SlotSegments
 
 CPU = torch.device("cpu")
 SHAPES = [

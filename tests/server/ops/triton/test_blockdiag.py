@@ -7,14 +7,14 @@ import torch
 
 pytest.importorskip("triton")
 
-from server.ops.rows import RowPlan
+from server.ops.row_plan import RowPlan
 from server.ops.triton import compat
 from server.ops.triton.blockdiag import (
     blockdiag_add_,
     blockdiag_add_reference_,
     plan_kernel,
 )
-from server.ops.triton.layout import from_table, gathers, segment_arrays
+from server.ops.triton.segments import from_table, gathers, segment_arrays
 from tests.server.ops.triton.helpers import (
     CPU,
     assert_guard_intact,

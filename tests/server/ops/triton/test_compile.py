@@ -48,12 +48,12 @@ import sys
 import torch
 from benchmarks.gpu.offline import compiling
 from server.ops.triton.kernels import TritonKernels
-from server.ops.triton.selfcheck import _cases
+from server.ops.selfcheck import cases
 
 cpu, kernels = torch.device("cpu"), TritonKernels(torch.device("cpu"))
 arch, dtype, *wanted = sys.argv[1:]
 with compiling(int(arch)) as found, torch.inference_mode():
-    for name, run in _cases(cpu, getattr(torch, dtype)):
+    for name, run in cases(cpu, getattr(torch, dtype)):
         if "float8" in name and int(arch) < 89 or wanted and name not in wanted:
             continue
         seen = len(found)

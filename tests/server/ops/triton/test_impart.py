@@ -8,12 +8,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from compressor.codecs.encoder import make_encoder
 from compressor.codecs.impart import ImpartTerm
-from compressor.codecs.sources import TensorSource
+from compressor.encoders.codec import make_encoder
+from compressor.encoders.sources import TensorSource
 from server.ops.factors import ImpartFactors, rank_lists
 from server.ops.triton.impart import impart_add_, impart_add_reference_
-from server.ops.triton.layout import segment_arrays
+from server.ops.triton.segments import segment_arrays
 from tests.server.ops.triton.helpers import (
     CPU,
     assert_guard_intact,

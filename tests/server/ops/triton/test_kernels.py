@@ -20,12 +20,12 @@ from server.ops.attention import (
     HeadNorm,
     Rotary,
 )
-from server.ops.delta import TorchBlockDiag
+from server.ops.blockdiag import TorchBlockDiag
 from server.ops.kernels import Kernels, TorchKernels
 from server.ops.norm import RmsForm
-from server.ops.rows import RowPlan, SlotSegments
+from server.ops.row_plan import RowPlan, SlotSegments
+from server.ops.selfcheck import check_kernels
 from server.ops.triton.kernels import TritonKernels
-from server.ops.triton.selfcheck import check_kernels
 from tests.server.ops.triton.helpers import CPU, generator, pack, random_term, segments_of
 
 

@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 
 from server.ops.factors import LowRankFactors
 from server.ops.triton import lowrank
-from server.ops.triton.layout import segment_arrays
 from server.ops.triton.lowrank import lowrank_add_, lowrank_add_reference_
+from server.ops.triton.segments import segment_arrays
 from tests.server.ops.triton.helpers import (
     CPU,
     assert_guard_intact,

@@ -13,12 +13,12 @@ pytest.importorskip("triton")
 from server.ops.kernels import TorchKernels
 from server.ops.lowrank import HeldLowRank, PackedLowRank
 from server.ops.packed import pack_columns, packed_rows
-from server.ops.rows import Segment
-from server.ops.static_rows import StaticRows
+from server.ops.row_plan import Segment
+from server.ops.static_row_plan import StaticRows
 from server.ops.triton import lowrank
 from server.ops.triton.kernels import TritonKernels
-from server.ops.triton.layout import segment_arrays
 from server.ops.triton.packed_lowrank import packed_lowrank_add_, packed_lowrank_add_reference_
+from server.ops.triton.segments import segment_arrays
 from tests.server.ops.triton.helpers import (
     CPU,
     assert_guard_intact,

@@ -1,0 +1,1 @@
+"""The delta artifact on disk: read, checked, written, described."""

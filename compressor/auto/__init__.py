@@ -1,0 +1,1 @@
+"""The default method: settings for every tensor, found by measuring."""

@@ -1,0 +1,210 @@
+"""What `auto` measures with: the fine-tune's model, texts, and the KL of any delta on them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compressor.auto.allocate import HeadCosts
+from compressor.auto.kept import Kept, Measured, is_better
+from compressor.auto.self_written import SELF, self_written
+from compressor.auto.survey import Rests, add_scaled, head_costs, rests_of, survey, weighted_energy
+from compressor.auto.texts import OWN, calibration_sets, spread
+from compressor.auto.tune import STEPS, Tuned, Tuner
+from compressor.checkpoint.difference import DeltaSource
+from compressor.checkpoint.files import Checkpoint
+from compressor.checkpoint.groups import VOCABULARY, group_of
+from compressor.codecs import TensorDelta
+from compressor.errors import CheckpointError, InputError
+from compressor.measure.comparison import n_predicted
+from compressor.measure.evaluation import Reference
+from compressor.measure.fidelity import Fidelity
+from compressor.measure.samples import load_tokenizer
+from compressor.measure.swapped_model import SwappedModel
+from compressor.plan.jobs import Job
+from compressor.progress import Progress
+
+_CPU_PARAMETERS = 1_500_000_000  # beyond, the passes that auto needs take too long without a GPU
+_BYTES_A_PARAMETER = 16  # weights, gradients and two sums of squares in float32
+_FISHER_TOKENS = 768  # predicted tokens of a set that gradients are taken of
+_FISHER_TEXTS = 32  # at most: each is one backward pass
+_TUNING_TOKENS = 256  # predicted tokens of the user's, at least
+_DIGITS = 4  # significant
+
+
+class Bench:
+    """The fine-tune, its texts and what it says about them.
+
+    Raises CheckpointError if the model cannot be run here, InputError if `own` cannot be used.
+    """
+
+    def __init__(self, base: Checkpoint, tuned: Checkpoint, own: Path | None) -> None:
+        self._base, self._tuned = base, tuned
+        tokenizer = load_tokenizer(tuned.path)
+        texts = calibration_sets(own, tokenizer)
+        sets = {name: found.measured for name, found in texts.items()}
+        self._model = SwappedModel(base, tuned)
+        if own is None:
+            sets[SELF] = self_written(self._model.module, tokenizer)
+        self._references = {name: Reference(self._model, found) for name, found in sets.items()}
+        self._spare = {name: found.spare for name, found in texts.items()}
+        self.main = next(iter(sets))  # the user's own texts, if there are any
+        self._model.use(dict.fromkeys(self._model.names, "base"))
+        self.base_kl = {name: rounded(ref.kl().mean) for name, ref in self._references.items()}
+        self._model.use({})
+
+    @property
+    def n_tokens(self) -> dict[str, int]:
+        """Predicted tokens by set."""
+        return {name: reference.n_tokens for name, reference in self._references.items()}
+
+    def measure(self, deltas: Sequence[TensorDelta]) -> Measured:
+        """Run the fine-tune with these deltas in place of its own."""
+        self._model.set_variant(deltas)
+        self._model.use(dict.fromkeys(self._model.names, "variant"))
+        kl, agreement = {}, {}
+        for name, reference in self._references.items():
+            found = reference.compare(reference.outputs())
+            kl[name] = rounded(found.kl.mean)
+            agreement[name] = rounded(found.top1_agreement.mean)
+        self._model.use({})
+        return Measured(kl, agreement)
+
+    def why_not_tuned(self) -> str:
+        """Say why nothing can be tuned here, as the end of a sentence; empty if it can."""
+        if OWN not in self._spare:
+            return "it helps what texts show; give some of the task (--calibration)"
+        n_tokens = sum(n_predicted(sample) for sample in self._spare[OWN])
+        if n_tokens < _TUNING_TOKENS:
+            return f"beside those measured on your texts hold {n_tokens} tokens; give some hundreds"
+        if next(self._model.module.parameters()).dtype != torch.float32:
+            return "the model is too large to run in float32"
+        return ""
+
+    def tune(self, deltas: Mapping[str, TensorDelta], found: Measured, progress: Progress) -> Kept:
+        """Tune what is stored of `deltas`, which were found to be `found`, on the spare texts."""
+        tuner = Tuner(self._model, self._spare)
+        kept = Kept(Tuned(0, dict(deltas), STEPS), found, tuner.n_tokens, found)
+
+        def visit(tuned: Tuned) -> None:
+            nonlocal kept
+            now = self.measure(list(tuned.deltas.values()))
+            if is_better(now, kept.found, found):
+                kept = replace(kept, tuned=tuned, found=now)
+
+        tuner.run(deltas, found.kl, progress, visit)
+        return kept
+
+    def fidelity(self, found: Measured) -> dict[str, object]:
+        """The record of what was measured: the user's texts first, if there are any."""
+        records = {
+            name: Fidelity(
+                found.kl[name],
+                found.agreement[name],
+                reference.n_tokens,
+                len(reference.samples),
+            ).to_json()
+            for name, reference in self._references.items()
+        }
+        main = records.pop(self.main)
+        return main | ({"texts": self.main} | records)
+
+    def survey(
+        self, jobs: Sequence[Job], device: str, head_bits: int, progress: Progress
+    ) -> dict[str, HeadCosts]:
+        """How much the model minds what each head leaves of each matrix, all sets alike."""
+        weights, left_out = self._weights(jobs, device, head_bits)
+        sizes = [math.prod(job.matrix_shape) for job in jobs]
+        costs = {}
+        for index, job in enumerate(jobs):
+            progress("survey", sum(sizes[:index]), sum(sizes))
+            name = job.pair.name
+            source = DeltaSource(self._base, self._tuned, job.pair, device)
+            found = head_costs(name, source, _oriented(weights.pop(name), job), head_bits)
+            costs[name] = replace(found, left_out=left_out.get(name, ()))
+        progress("survey", sum(sizes), sum(sizes))
+        return costs
+
+    def _weights(
+        self, jobs: Sequence[Job], device: str, head_bits: int
+    ) -> tuple[dict[str, Tensor], dict[str, tuple[float, ...]]]:
+        """Diagonal Fisher of all sets, and what leaving out the rest of vocabulary matrices costs,
+        each divided by what plain sampling would cost on it.
+        """
+        names = [job.pair.name for job in jobs]
+        rests: dict[str, Rests] = {}
+        for job in jobs:
+            name = job.pair.name
+            if group_of(job.pair) in VOCABULARY and not job.pair.transposed:
+                source = DeltaSource(
+                    self._base, self._tuned, job.pair, str(self._model.module.device)
+                )
+                rest = rests_of(name, source, head_bits)
+                rests |= {} if rest is None else {name: rest}
+        total: dict[str, Tensor] = {}
+        left_out: dict[str, Tensor] = {}
+        for reference in self._references.values():
+            samples = spread(reference.samples, _FISHER_TOKENS, _FISHER_TEXTS)
+            found = survey(self._model.module, names, samples, rests)
+            cost = 0.0
+            for job in jobs:
+                source = DeltaSource(self._base, self._tuned, job.pair, device)
+                name = job.pair.name
+                cost += weighted_energy(name, source, _oriented(found.fisher[name], job))
+            add_scaled(total, found.fisher, 1.0 / max(cost, 1e-30))
+            add_scaled(left_out, found.left_out, 1.0 / max(cost, 1e-30))
+        return total, {name: tuple(costs.tolist()) for name, costs in left_out.items()}
+
+
+def why_not_measurable(n_parameters: int, jobs: Sequence[Job], names: Mapping[str, object]) -> str:
+    """Say why the model cannot be run here, as far as its size and form tell; empty if it can.
+
+    names  of the model's parameters as transformers has them
+    """
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        if n_parameters * _BYTES_A_PARAMETER > free:
+            needed = n_parameters * _BYTES_A_PARAMETER
+            return (
+                f"gradients of {n_parameters:,} parameters need {needed / 1e9:,.0f} GB of GPU "
+                f"memory, {free / 1e9:,.0f} are free"
+            )
+    elif n_parameters > _CPU_PARAMETERS:
+        return f"{n_parameters:,} parameters are too many to run without a GPU"
+    inside = next((job.pair.name for job in jobs if job.pair.name not in names), None)
+    return f"transformers keeps {inside} inside a larger tensor" if inside else ""
+
+
+def open_bench(
+    base: Checkpoint, tuned: Checkpoint, jobs: Sequence[Job], own: Path | None, n_parameters: int
+) -> Bench | str:
+    """Return the bench, or why there is none. With texts of the user's, none is an InputError."""
+    from compressor.checkpoint.layout import read_layout
+
+    reason = why_not_measurable(n_parameters, jobs, read_layout(tuned.path).parameters)
+    if not reason:
+        try:
+            return Bench(base, tuned, own)
+        except CheckpointError as error:
+            reason = str(error)
+    if own is not None:
+        raise InputError(
+            f"auto cannot measure on {own}: {reason}; leave the texts out, or name a --codec"
+        )
+    return reason
+
+
+def rounded(value: float) -> float:
+    """To a few significant digits: what is beyond depends on the number of threads."""
+    return float(f"{value:.{_DIGITS}g}")
+
+
+def _oriented(weights: Tensor, job: Job) -> Tensor:
+    """A parameter's weights as its difference is encoded: ``[out, in]``, the base's rows."""
+    turned = weights.T if job.pair.transposed else weights
+    return turned[: job.matrix_shape[0]]

@@ -1,0 +1,338 @@
+"""`auto`: find the codec and the settings that keep the model's words, by trying them.
+
+With a model that runs here: gradients on calibration texts tell how much each weight matters; one
+optimiser over true bytes (`allocate`) then plans each candidate; each is encoded, run, and its
+KL to the fine-tune measured, on built-in texts and on the user's or, where there are none, on what
+the fine-tune writes itself (`self_written`). The smallest geometric mean wins. Without such a
+model: fixed settings, and the record says so.
+
+What no text shows must not be given away. Without texts of the user's nothing is tried that leaves
+parts of a layer's difference out (`lowrank` keeps general text best and loses the task, measured),
+and bytes shared out by gradients must beat plain sampling on the fine-tune's own writing. Matrices
+of the vocabulary may do with a head; then the rows that moved most are kept whole, for the words
+that no text shows.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from compressor.artifact.config import DeltaConfig
+from compressor.auto.allocate import HeadCosts, NoiseAllotter, byte_shares
+from compressor.auto.bench import Bench, open_bench, rounded
+from compressor.auto.goal import Choice, Goal, Inputs
+from compressor.auto.kept import ROOM_FOR_TUNING, Kept, Measured
+from compressor.auto.self_written import SELF
+from compressor.auto.shrink import shrink
+from compressor.auto.tune import Tuned
+from compressor.codecs import TensorDelta
+from compressor.encoders.blockdiag import BlockDiagCodec
+from compressor.encoders.codec import Codec
+from compressor.encoders.lowrank import LowRankCodec
+from compressor.errors import BudgetError, InputError
+from compressor.plan.budget import Allotter
+from compressor.plan.coding import Plan, less_gained, plan_coded
+from compressor.plan.jobs import Job
+from compressor.progress import Progress
+
+HEAD_BITS = 4
+PLAIN = "blockdiag of 2 bits, bytes by elements"
+UNMEASURED = BlockDiagCodec(bits=2, head_fraction=0.3, head_bits=HEAD_BITS)
+
+_RATIOS = (1.5, 2048.0)  # where the search for a KL ends
+_SEARCH_TRIALS = 8
+_CLOSE = 0.85  # of the KL asked for: near enough
+_AIM = 0.93  # of it: what a guess aims at
+_NARROW = 1.02  # ratios nearer to each other than this are one
+_STEEPNESS = 1.5  # KL grows about with this power of the ratio
+_BREAKDOWN = 0.1  # of the base's own KL: so much and answers are lost
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    label: str
+    codec: Codec
+    allot: Allotter | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    candidate: _Candidate
+    ratio: float
+    jobs: list[Job]
+    deltas: dict[str, TensorDelta]
+    found: Measured
+
+    def record(self) -> dict[str, Any]:
+        return {"setting": self.candidate.label, "ratio": self.ratio, "kl": self.found.kl}
+
+    def line(self) -> str:
+        kl = ", ".join(f"{value:.3g} on {name} texts" for name, value in self.found.kl.items())
+        return f"{self.candidate.label} at ratio {self.ratio:.4g}:\n     KL {kl}"
+
+
+def choose(inputs: Inputs, goal: Goal, progress: Progress) -> Choice:
+    """Return settings for every tensor that meet `goal`.
+
+    Raises BudgetError if they cannot, InputError if a KL is asked for that cannot be measured.
+    """
+    started = time.perf_counter()
+    encoded = [job for job in inputs.jobs if job.is_encoded]
+    bench = open_bench(inputs.base, inputs.tuned, encoded, inputs.own_texts, inputs.n_parameters)
+    if isinstance(bench, str):
+        return _unmeasured(inputs, goal, bench)
+    costs = bench.survey(encoded, inputs.device, HEAD_BITS, progress)
+    search = _Search(inputs, goal, bench, [_blockdiag(bits, costs) for bits in (4, 8)], progress)
+    best = search.run(candidates(costs, has_own_texts=inputs.own_texts is not None))
+    best = search.shrink(best)
+    kept = search.tune(best)
+    notes = search.notes(best, kept, time.perf_counter() - started)
+    config = search.config(best.candidate.codec, best.ratio, bench.fidelity(kept.found), kept)
+    return Choice(best.candidate.codec, best.jobs, config, notes, kept.tuned.deltas)
+
+
+def candidates(costs: Mapping[str, HeadCosts], *, has_own_texts: bool) -> list[_Candidate]:
+    """What is tried, the likeliest first."""
+    shared = [_blockdiag(2, costs), _blockdiag(2, costs, leaves_out=True), _blockdiag(4, costs)]
+    if has_own_texts:
+        return [*shared, _Candidate("lowrank of 4 bits", LowRankCodec(bits=4), None)]
+    plain = _Candidate(PLAIN, BlockDiagCodec(bits=2, head_bits=HEAD_BITS), None)
+    return [*shared, plain]
+
+
+def _blockdiag(
+    bits: int, costs: Mapping[str, HeadCosts], *, leaves_out: bool = False
+) -> _Candidate:
+    codec = BlockDiagCodec(bits=bits, head_bits=HEAD_BITS)
+    label = f"blockdiag of {bits} bits, heads where they pay"
+    label += ", alone for the vocabulary" if leaves_out else ""
+    return _Candidate(label, codec, NoiseAllotter(codec, costs, leaves_out=leaves_out))
+
+
+class _Search:
+    """Tries candidates, and ratios if a KL is asked for; remembers what came of them."""
+
+    def __init__(
+        self,
+        inputs: Inputs,
+        goal: Goal,
+        bench: Bench,
+        finer: Sequence[_Candidate],
+        progress: Progress,
+    ) -> None:
+        self._inputs, self._goal, self._bench, self._progress = inputs, goal, bench, progress
+        self._finer = finer
+        self._trials: list[_Trial] = []
+        self._shrunk: dict[str, float] = {}
+
+    def run(self, choices: Sequence[_Candidate]) -> _Trial:
+        """The best of `choices`; if a KL is asked for, at the ratio where it keeps that."""
+        ratio = rounded(self._goal.starting_ratio(self._inputs.tuned.n_bytes))
+        max_kl = self._goal.max_kl
+        while True:
+            tried, impossible = [], None
+            for candidate in choices:
+                try:
+                    tried.append(self._try(candidate, ratio))
+                except BudgetError as error:
+                    impossible = impossible or error
+            if tried:
+                best = _best(tried)
+                return best if max_kl is None else self._reach(best, max_kl)
+            assert impossible is not None
+            if max_kl is None or ratio / 2 < _RATIOS[0]:
+                raise impossible
+            ratio /= 2  # a small model: what is stored exactly leaves no room for more
+
+    def _reach(self, trial: _Trial, max_kl: float) -> _Trial:
+        """Move along the ratio to the largest one found that keeps the KL."""
+        kept: _Trial | None = None
+        low, high = (
+            _RATIOS  # the KL is kept at `low` or so many bytes cannot be spent; not at `high`
+        )
+        for _ in range(_SEARCH_TRIALS):
+            kl = trial.found.kl[self._bench.main]
+            if kl <= max_kl:
+                kept, low = trial, trial.ratio
+                if kl >= _CLOSE * max_kl:
+                    break
+            else:
+                high = min(high, trial.ratio)
+                failed = trial
+            guess = _guess(trial, kept, failed, _AIM * max_kl, self._bench.main)
+            found = None
+            while found is None and low * _NARROW < high / _NARROW:
+                ratio = rounded(min(max(guess, low * _NARROW), high / _NARROW))
+                found = self._try_finer(trial.candidate, ratio)
+                if found is None:
+                    low, guess = ratio, math.sqrt(ratio * high)
+            if found is None:
+                break
+            trial = found
+        if kept is None:
+            kl = trial.found.kl[self._bench.main]
+            raise BudgetError(
+                f"a KL of {max_kl:g} was not reached: at ratio {trial.ratio:.3g} it is still "
+                f"{kl:.3g}; allow more, or store the fine-tune itself"
+            )
+        return kept
+
+    def _try_finer(self, candidate: _Candidate, ratio: float) -> _Trial | None:
+        """Try `candidate`, or one of more bits if it cannot use so many bytes."""
+        for choice in (candidate, *self._finer):
+            try:
+                return self._try(choice, ratio)
+            except BudgetError:
+                continue
+        return None
+
+    def _try(self, candidate: _Candidate, ratio: float) -> _Trial:
+        inputs, codec = self._inputs, candidate.codec
+        config = self.config(codec, ratio, self._bench.fidelity(_room(self._bench)))
+        plan = plan_coded(
+            inputs.jobs,
+            codec,
+            config,
+            inputs.companions,
+            lambda job: inputs.encode(job, codec),
+            candidate.allot,
+        )
+        for trial in self._trials:
+            if trial.ratio == ratio and _settings(trial.jobs) == _settings(plan.jobs):
+                return trial
+        jobs, deltas = self._encode(plan, codec, candidate.allot)
+        trial = _Trial(candidate, ratio, jobs, deltas, self._bench.measure(list(deltas.values())))
+        self._trials.append(trial)
+        return trial
+
+    def _encode(
+        self, plan: Plan, codec: Codec, allot: Allotter | None
+    ) -> tuple[list[Job], dict[str, TensorDelta]]:
+        """Encode a plan, and a smaller one if entropy coding gains less than was expected."""
+        inputs, stage = self._inputs, f"try {len(self._trials) + 1}"
+        while True:
+            sizes = [math.prod(job.pair.shape) for job in plan.jobs]
+            deltas = {}
+            for index, job in enumerate(plan.jobs):
+                self._progress(stage, sum(sizes[:index]), sum(sizes))
+                deltas[job.pair.name] = inputs.encode(job, codec)
+            self._progress(stage, sum(sizes), sum(sizes))
+            smaller = less_gained(plan, codec, inputs.companions, deltas, allot)
+            if smaller is None:
+                return plan.jobs, deltas
+            plan = smaller
+
+    def shrink(self, best: _Trial) -> _Trial:
+        """Return the trial with the blocks of large matrices rescaled by less where that helps."""
+        shrunk = shrink(best.deltas, best.found, self._bench.measure, self._progress)
+        self._shrunk = shrunk.factors
+        return replace(best, deltas=shrunk.deltas, found=shrunk.found)
+
+    def tune(self, best: _Trial) -> Kept:
+        """Return the trial's deltas, tuned if that is wanted, possible and better."""
+        if self._inputs.tune and not self._bench.why_not_tuned():
+            return self._bench.tune(best.deltas, best.found, self._progress)
+        return Kept(Tuned(0, best.deltas), best.found, {})
+
+    def config(
+        self, codec: Codec, ratio: float, fidelity: dict[str, Any], kept: Kept | None = None
+    ) -> DeltaConfig:
+        """The configuration with the record of what was tried so far, and of the tuning."""
+        record = {
+            "basis": "KL measured on calibration texts; bytes by diagonal Fisher information",
+            "tokens": self._bench.n_tokens,
+            "base_kl": self._bench.base_kl,
+            "tried": [trial.record() for trial in self._trials],
+        }
+        if self._shrunk:
+            record["rescaled"] = self._shrunk
+        if kept is not None and kept.n_tokens:
+            record["tuned"] = kept.record()
+        elif kept is None and self._inputs.tune and not self._bench.why_not_tuned():
+            record["tuned"] = ROOM_FOR_TUNING
+        options = codec.options() | {"auto": record}
+        return replace(self._inputs.configure(codec, options, ratio), fidelity=fidelity)
+
+    def notes(self, best: _Trial, kept: Kept, seconds: float) -> tuple[str, ...]:
+        """What to tell the user."""
+        bench = self._bench
+        lines = [f"auto tried {trial.line()}" for trial in self._trials]
+        spent = byte_shares((job.matrix_shape, job.params) for job in best.jobs if job.params)
+        how = f", {spent.heads:.0%} of the bytes in low-rank heads" if spent.heads else ""
+        how += f", {spent.rows:.0%} in whole rows of the vocabulary" if spent.rows else ""
+        lines.append(
+            f"auto chose {best.candidate.label}{how} ({seconds:.0f} s; gradients and KL on "
+            + " and ".join(f"{n:,} tokens of {name} texts" for name, n in bench.n_tokens.items())
+            + ")"
+        )
+        lines += [
+            f"auto rescaled the blocks of {name} by {factor:g} of what was left out: less noise"
+            for name, factor in self._shrunk.items()
+        ]
+        lines.append(self._tuning_note(kept))
+        lost = kept.found.kl[bench.main] / max(bench.base_kl[bench.main], 1e-9)
+        if lost > _BREAKDOWN:
+            lines.append(
+                f"warning: the KL is {lost:.0%} of that of the base itself: this difference is too "
+                "heavy for so few bytes; ask for a lower --ratio, or for a --max-kl"
+            )
+        return tuple(lines)
+
+    def _tuning_note(self, kept: Kept) -> str:
+        if not self._inputs.tune:
+            return "auto did not tune norms and biases, as asked"
+        if reason := self._bench.why_not_tuned():
+            return f"auto did not tune norms and biases: {reason}"
+        return f"auto {kept.line()}"
+
+
+def _settings(jobs: Sequence[Job]) -> list[object]:
+    return [job.params for job in jobs]
+
+
+def _best(tried: Sequence[_Trial]) -> _Trial:
+    """The smallest score; where plain sampling was tried, of those no worse on what is written."""
+    plain = next((trial for trial in tried if trial.candidate.label == PLAIN), None)
+    if plain is not None:
+        tried = [trial for trial in tried if trial.found.kl[SELF] <= plain.found.kl[SELF]]
+    return min(tried, key=lambda trial: trial.found.score)
+
+
+def _guess(last: _Trial, kept: _Trial | None, failed: _Trial | None, kl: float, name: str) -> float:
+    """The ratio where KL should be `kl`: between two trials in logarithms, or by a usual slope."""
+    slope = _STEEPNESS
+    if kept is not None and failed is not None and failed.ratio > kept.ratio:
+        rise = math.log(failed.found.kl[name] / max(kept.found.kl[name], 1e-9))
+        slope = max(rise / math.log(failed.ratio / kept.ratio), 0.2)
+    return last.ratio * math.exp(math.log(kl / max(last.found.kl[name], 1e-9)) / slope)
+
+
+def _unmeasured(inputs: Inputs, goal: Goal, reason: str) -> Choice:
+    """Fixed settings, and why."""
+    if goal.max_kl is not None:
+        raise InputError(f"--max-kl needs the model to run here: {reason}; give --ratio instead")
+    basis = (
+        "fixed settings, the best of those measured on other fine-tunes, because nothing could be "
+        f"measured on this one: {reason}"
+    )
+    ratio = rounded(goal.starting_ratio(inputs.tuned.n_bytes))
+    options = UNMEASURED.options() | {"auto": {"basis": basis}}
+    config = inputs.configure(UNMEASURED, options, ratio)
+    plan = plan_coded(
+        inputs.jobs,
+        UNMEASURED,
+        config,
+        inputs.companions,
+        lambda job: inputs.encode(job, UNMEASURED),
+    )
+    return Choice(UNMEASURED, plan.jobs, plan.config, (f"auto took {basis}",), gain=plan.gain)
+
+
+def _room(bench: Bench) -> Measured:
+    """Stands for what is not measured yet, where only the length of the numbers matters."""
+    usual = dict.fromkeys(bench.n_tokens, 0.01234)
+    return Measured(usual, usual)

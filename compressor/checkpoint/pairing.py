@@ -1,0 +1,294 @@
+"""Match the tensors of a base and its fine-tune, and refuse pairs no delta can describe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from compressor.checkpoint.files import Checkpoint
+from compressor.checkpoint.layout import Kind, Layout, Parameter, read_layout
+from compressor.errors import CheckpointError, UnsupportedTensor
+
+# How many elements to compare or convert at a time.
+CHUNK_ELEMENTS = 4 << 20
+_FIRST_LOOK_BYTES = 64 << 10  # what a full fine-tune changed shows at once
+
+# Settings of config.json that say nothing about the computation: neither compared nor kept.
+_VOLATILE = frozenset(
+    {
+        "_attn_implementation",
+        "_commit_hash",
+        "_model_name_or_path",
+        "_name_or_path",
+        "architectures",
+        "attn_implementation",
+        "chunk_size_feed_forward",
+        "dtype",
+        "gradient_checkpointing",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "tokenizer_class",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+# Settings that a fine-tune may change: none of them enters the forward pass of inference.
+_RECORDED = frozenset(
+    {
+        "attention_dropout",
+        "attn_pdrop",
+        "bos_token_id",
+        "embd_pdrop",
+        "eos_token_id",
+        "finetuning_task",
+        "hidden_dropout",
+        "id2label",
+        "initializer_range",
+        "label2id",
+        "max_position_embeddings",
+        "mlp_dropout",
+        "n_ctx",
+        "n_positions",
+        "pad_token_id",
+        "pretraining_tp",
+        "problem_type",
+        "resid_pdrop",
+        "sep_token_id",
+        "task_specific_params",
+        "unk_token_id",
+        "unsloth_fixed",
+        "unsloth_version",
+        "vocab_size",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPair:
+    """One parameter in both checkpoints. Shapes are in ``[out, in]`` orientation."""
+
+    name: str
+    kind: Kind
+    shape: tuple[int, ...]
+    base_shape: tuple[int, ...]
+    transposed: bool
+    base_key: str
+    tuned_key: str
+    module: str
+
+    @property
+    def is_matrix(self) -> bool:
+        return self.kind in ("linear", "embedding")
+
+
+@dataclass(frozen=True, slots=True)
+class Pairing:
+    """Everything two checkpoints have in common.
+
+    tied            (alias, stored name) pairs, the same in both
+    config_changes  settings of the fine-tune's config.json that differ and are allowed to
+    """
+
+    pairs: tuple[TensorPair, ...]
+    tied: tuple[tuple[str, str], ...]
+    config_changes: dict[str, Any]
+
+
+def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> Pairing:
+    """Match by parameter name. Raises CheckpointError or UnsupportedTensor naming the culprit."""
+    changes = config_changes(base, tuned)
+    layout, tuned_layout = read_layout(base.path), read_layout(tuned.path)
+    _check_ties(layout, tuned_layout)
+    _check_forms(layout, tuned_layout)
+    base_keys = layout.keys(base.tensors, base.name)
+    tuned_keys = tuned_layout.keys(tuned.tensors, tuned.name)
+    for checkpoint, keys in ((base, base_keys), (tuned, tuned_keys)):
+        _check_stored_ties(checkpoint, layout, keys)
+    pairs = tuple(
+        _pair(parameter, base, base_keys, tuned, tuned_keys)
+        for parameter in layout.parameters.values()
+    )
+    return Pairing(pairs, layout.tied, changes)
+
+
+def config_changes(base: Checkpoint, tuned: Checkpoint) -> dict[str, Any]:
+    """Return the fine-tune's settings that differ; refuses those that change the computation."""
+    ours, theirs = _normalised(base), _normalised(tuned)
+    if ours.get("model_type") != theirs.get("model_type"):
+        raise CheckpointError(
+            f"{base.name} is a {ours.get('model_type')} model, {tuned.name} a "
+            f"{theirs.get('model_type')}: not a base and its fine-tune"
+        )
+    changed = {
+        key: theirs.get(key)
+        for key in sorted(ours.keys() | theirs.keys())
+        if ours.get(key) != theirs.get(key) and key not in _VOLATILE
+    }
+    for key in changed:
+        if key not in _RECORDED or (key == "max_position_embeddings" and _scaled_rope(ours)):
+            raise UnsupportedTensor(
+                f"config.json: {key} is {_short(ours.get(key))} in the base and "
+                f"{_short(theirs.get(key))} in the fine-tune; a delta of the weights cannot "
+                "express that"
+            )
+    return changed
+
+
+def is_unchanged(base: Checkpoint, tuned: Checkpoint, pair: TensorPair) -> bool:
+    """Tell whether the fine-tune left the base's rows as they are (it may have added some).
+
+    Compares bit by bit (by exact float32 value if the dtypes differ) and stops early.
+    """
+    stored = base.tensors[pair.base_key].shape
+    if not stored:
+        return _same(base.rows(pair.base_key), tuned.rows(pair.tuned_key))
+    per_row = max(1, base.tensors[pair.base_key].n_bytes // max(1, stored[0]))
+    start, n_bytes = 0, _FIRST_LOOK_BYTES
+    while start < stored[0]:
+        end = min(start + max(1, n_bytes // per_row), stored[0])
+        if not _same(base.rows(pair.base_key, start, end), tuned.rows(pair.tuned_key, start, end)):
+            return False
+        start, n_bytes = end, min(2 * n_bytes, 2 * CHUNK_ELEMENTS)
+    return True
+
+
+def check_encodable(pair: TensorPair) -> None:
+    """Refuse a changed parameter that is neither a matrix of a known module nor a vector."""
+    if pair.kind == "other":
+        raise UnsupportedTensor(
+            f"{pair.name}: shape {list(pair.shape)} in a {pair.module} module is changed by the "
+            "fine-tune, and only the weights of Linear, Conv1D and Embedding modules, experts and "
+            "1-D parameters can be encoded"
+        )
+
+
+def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    if a.dtype == b.dtype:
+        bits = torch.int16 if a.dtype.itemsize == 2 else torch.int32
+        return torch.equal(a.view(bits), b.view(bits))
+    return torch.equal(a.float().view(torch.int32), b.float().view(torch.int32))
+
+
+def _pair(
+    parameter: Parameter,
+    base: Checkpoint,
+    base_keys: Mapping[str, str],
+    tuned: Checkpoint,
+    tuned_keys: Mapping[str, str],
+) -> TensorPair:
+    name = parameter.name
+    for checkpoint, keys in ((base, base_keys), (tuned, tuned_keys)):
+        checkpoint.dtype(keys[name])
+    base_shape = _oriented(base.tensors[base_keys[name]].shape, parameter)
+    shape = _oriented(tuned.tensors[tuned_keys[name]].shape, parameter)
+    if base_shape != parameter.shape:
+        raise CheckpointError(
+            f"{base.name}: tensor {name} has shape {list(base_shape)}, config.json says "
+            f"{list(parameter.shape)}"
+        )
+    _check_shapes(parameter, base_shape, shape)
+    return TensorPair(
+        name=name,
+        kind=parameter.kind,
+        shape=shape,
+        base_shape=base_shape,
+        transposed=parameter.transposed,
+        base_key=base_keys[name],
+        tuned_key=tuned_keys[name],
+        module=parameter.module,
+    )
+
+
+def _check_shapes(parameter: Parameter, base: tuple[int, ...], tuned: tuple[int, ...]) -> None:
+    if base == tuned:
+        return
+    same_rest = len(base) == len(tuned) and len(base) >= 1 and base[1:] == tuned[1:]
+    if same_rest and tuned[0] > base[0] and not parameter.transposed:
+        return  # added vocabulary
+    if same_rest and tuned[0] < base[0]:
+        raise UnsupportedTensor(
+            f"{parameter.name}: the fine-tune has {tuned[0]} rows, the base {base[0]}; removed "
+            "vocabulary is not supported. Keep the base's rows (resize_token_embeddings back)"
+        )
+    raise UnsupportedTensor(
+        f"{parameter.name}: the fine-tune's shape {list(tuned)} does not fit the base's "
+        f"{list(base)}"
+    )
+
+
+def _oriented(shape: tuple[int, ...], parameter: Parameter) -> tuple[int, ...]:
+    return (shape[1], shape[0]) if parameter.transposed and len(shape) == 2 else shape
+
+
+def _check_ties(base: Layout, tuned: Layout) -> None:
+    for alias, target in set(base.tied) ^ set(tuned.tied):
+        tied, untied = (
+            ("base", "fine-tune") if (alias, target) in base.tied else ("fine-tune", "base")
+        )
+        raise UnsupportedTensor(
+            f"{alias}: tied to {target} in the {tied} but not in the {untied} "
+            "(tie_word_embeddings in config.json); a delta cannot change that"
+        )
+
+
+def _check_forms(base: Layout, tuned: Layout) -> None:
+    """Experts may be stored as one tensor or one by one, but in both models alike."""
+    differing = sorted(base.parameters.keys() ^ tuned.parameters.keys())
+    if differing:
+        where = "base" if differing[0] in base.parameters else "fine-tune"
+        raise UnsupportedTensor(
+            f"{differing[0]}: stored like this in the {where} only; save both models with the same "
+            "version of transformers"
+        )
+
+
+def _check_stored_ties(checkpoint: Checkpoint, layout: Layout, keys: Mapping[str, str]) -> None:
+    """A file may hold both of a tied pair; transformers then keeps them apart if they differ."""
+    for alias, target in layout.tied:
+        if alias not in keys or keys[alias] == keys[target]:
+            continue
+        first, second = (checkpoint.tensors[keys[name]] for name in (alias, target))
+        same = first.shape == second.shape and all(
+            _same(
+                checkpoint.rows(keys[alias], start, min(start + 4096, first.shape[0])),
+                checkpoint.rows(keys[target], start, min(start + 4096, first.shape[0])),
+            )
+            for start in range(0, first.shape[0], 4096)
+        )
+        if not same:
+            raise UnsupportedTensor(
+                f"{alias}: config.json of {checkpoint.name} ties it to {target}, but the "
+                "checkpoint stores two different tensors"
+            )
+
+
+def _normalised(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json with the defaults filled in, so that files of different ages compare."""
+    from transformers import AutoConfig
+
+    try:
+        config: dict[str, Any] = AutoConfig.from_pretrained(
+            checkpoint.path, trust_remote_code=False
+        ).to_dict()
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'}: not an architecture this transformers knows "
+            f"({first[:200]})"
+        ) from error
+    return config
+
+
+def _scaled_rope(config: Mapping[str, Any]) -> bool:
+    rope = config.get("rope_parameters") or {}
+    return isinstance(rope, dict) and rope.get("rope_type", "default") != "default"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

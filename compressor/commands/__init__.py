@@ -1,1 +1,0 @@
-"""Subcommands of ``impart`` that have a module of their own; `compressor.cli` registers them."""

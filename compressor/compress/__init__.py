@@ -1,0 +1,1 @@
+"""A base and a fine-tune become a delta artifact."""

@@ -1,0 +1,35 @@
+"""What an artifact's configuration says of the base and of dtypes."""
+
+from __future__ import annotations
+
+import math
+
+from compressor.artifact.config import BaseInfo
+from compressor.artifact.identity import base_identity
+from compressor.checkpoint.files import DTYPE_NAMES, Checkpoint
+
+
+def checkpoint_dtype(checkpoint: Checkpoint) -> str:
+    """Return the dtype that most bytes of the checkpoint have, e.g. ``bfloat16``."""
+    total: dict[str, int] = {}
+    for name, tensor in checkpoint.tensors.items():
+        dtype = DTYPE_NAMES[checkpoint.dtype(name)]
+        total[dtype] = total.get(dtype, 0) + tensor.n_bytes
+    return max(sorted(total), key=total.__getitem__)
+
+
+def base_info(
+    base: Checkpoint, tied: tuple[tuple[str, str], ...], name: str | None = None
+) -> BaseInfo:
+    """Describe the base; its parameters are counted once where they are tied."""
+    twins = {alias for alias, target in tied if target in base.tensors}
+    return BaseInfo(
+        identity=base_identity(base.path),
+        name_or_path=name or base.name,
+        n_parameters=sum(
+            math.prod(t.shape) for name, t in base.tensors.items() if name not in twins
+        ),
+        dtype=checkpoint_dtype(base),
+        tied=tied,
+        revision=base.revision,
+    )

@@ -1,0 +1,1 @@
+"""Encoders: a matrix becomes terms of `compressor.codecs`. The server never loads them."""

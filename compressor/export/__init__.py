@@ -1,0 +1,1 @@
+"""A delta becomes a model, or what other tools read."""

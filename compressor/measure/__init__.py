@@ -1,0 +1,1 @@
+"""How far a compressed model is from its fine-tune."""

@@ -1,0 +1,1 @@
+"""PEFT adapters: read, imported as deltas, written."""

@@ -1,0 +1,110 @@
+"""DoRA adapters: a low-rank difference whose rows are then rescaled to learned lengths.
+
+``W' = diag(m / |W + s B A|) (W + s B A)``, lengths taken row by row (one per output). With
+``g = m / |W + s B A|`` the difference is ``dW = diag(g) s B A + diag(g - 1) W``: a LoRA, which is
+kept exactly, and a rescaling of the base, which has full rank and is compressed like any delta,
+or else stored whole.
+
+Source: Liu et al., DoRA, ICML 2024 (arXiv 2402.09353); lengths as in PEFT's `lora/dora.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compressor.codecs import Params, Shape, Term
+from compressor.codecs.siblings import sibling_groups
+from compressor.encoders.codec import Codec, make_encoder
+from compressor.encoders.sources import TensorSource
+from compressor.errors import UnsupportedTensor
+
+
+class DoraParts(NamedTuple):
+    """The two summands of a DoRA difference: ``dW = b^T a + rest``.
+
+    b     float32 ``[r, m]``, the scaling and the row lengths in it
+    rest  float32 ``[m, n]``: ``diag(g - 1) W``
+    """
+
+    b: Tensor
+    rest: Tensor
+
+
+def dora_parts(name: str, weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> DoraParts:
+    """Split a DoRA difference; lengths are computed in float64.
+
+    weight     float32 ``[m, n]``, the base's, ``[out, in]``
+    a, b       float32 ``[r, n]`` and ``[r, m]``, the scaling in b
+    magnitude  ``[m]``, the learned lengths
+
+    Raises UnsupportedTensor naming `name` if a row has no length or the lengths do not fit.
+    """
+    if magnitude.shape != (weight.shape[0],):
+        raise UnsupportedTensor(
+            f"{name}: lora_magnitude_vector has shape {list(magnitude.shape)}, the layer "
+            f"{weight.shape[0]} outputs"
+        )
+    length = torch.linalg.vector_norm(weight.double() + b.double().T @ a.double(), dim=1)
+    gain = magnitude.double() / length
+    if not bool(torch.isfinite(gain).all()):
+        raise UnsupportedTensor(f"{name}: a row of the adapted weight is zero or not finite")
+    rest = (weight.double() * (gain - 1).unsqueeze(1)).float()
+    return DoraParts((b.double() * gain).float(), rest)
+
+
+@dataclass(slots=True)
+class RescaleEncoder:
+    """Encodes the rescaled bases of all layers with `blockdiag`, and keeps count of the error.
+
+    Layers that read the same input get equal settings, as the server applies them together.
+
+    ratio   bytes of a base matrix / bytes for its rescaling
+    errors  by name, once encoded: relative to the whole difference of the layer
+    """
+
+    ratio: float
+    seed: int
+    codec: Codec
+    params: Mapping[str, Params]
+    errors: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def plan(
+        cls, shapes: Mapping[str, Shape], itemsize: int, ratio: float, bits: int, seed: int
+    ) -> RescaleEncoder:
+        """Choose the settings of all layers; `itemsize` is that of the base's values."""
+        codec = make_encoder("blockdiag", bits=bits)
+        params: dict[str, Params] = {}
+        for group in _groups(shapes):
+            members = [shapes[name] for name in group]
+            budget = sum(m * n for m, n in members) * itemsize / ratio
+            chosen = codec.plan_siblings(members, budget)
+            params |= dict(zip(group, chosen, strict=True))
+        return cls(ratio, seed, codec, params)
+
+    def encode(self, name: str, parts: DoraParts, a: Tensor) -> tuple[Term, ...]:
+        """Encode ``parts.rest``; nothing where the lengths were never trained."""
+        if not bool(parts.rest.any()):
+            self.errors[name] = 0.0
+            return ()
+        terms = self.codec.encode(name, TensorSource(parts.rest), self.params[name], self.seed)
+        lost = parts.rest.clone()
+        for term in terms:
+            lost -= term.to_dense()
+        whole = torch.linalg.vector_norm(parts.b.T @ a + parts.rest, dtype=torch.float64)
+        self.errors[name] = float(torch.linalg.vector_norm(lost, dtype=torch.float64) / whole)
+        return terms
+
+
+def _groups(shapes: Mapping[str, Shape]) -> Iterable[list[str]]:
+    """Siblings of equal width together, others alone."""
+    for group in sibling_groups(shapes):
+        if len({shapes[name][1] for name in group}) == 1:
+            yield group
+        else:
+            yield from ([name] for name in group)

@@ -1,0 +1,1 @@
+"""How many bytes every tensor gets, and what the artifact will weigh."""

@@ -1,0 +1,167 @@
+"""What all slot arrays have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from compressor.codecs.term import Shape, Term
+from server.deltas.pools.places import PlaceTable, grown
+from server.ops.row_plan import Places, RowPlan
+from server.ops.static_row_plan import StaticRows
+
+Staged = tuple[Tensor, ...]
+
+
+class TermPool(ABC):
+    """One array per part, with a place for each slot that has these terms.
+
+    A loader thread may write a slot's `targets` while a step reads others; `reserve`, `show` and
+    `hide` belong to the engine thread.
+    """
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.device = device
+        self.places = PlaceTable()
+        self.present: Places = frozenset()
+        self.slots: frozenset[int] = frozenset()  # of `present`
+        self.capacity = 0
+        self.arrays: Staged = ()
+        self.place_of: Tensor | None = None  # `present` as data, see `PackedBlocks`
+
+    @property
+    def as_data(self) -> bool:
+        """Whether `add_` and `add_rows_` can take `StaticRows`."""
+        return False
+
+    def map_slots(self, place_of: Tensor) -> None:
+        """Keep ``place_of int32 [slots]`` (zeros) up to date. Before anything is reserved."""
+        self.place_of = place_of
+
+    @property
+    def idle(self) -> bool:
+        """Whether no slot has a place here: the pool may go."""
+        return not self.places
+
+    def reserve(self, slot: int, example: Staged) -> None:
+        """Give `slot` a place; the others keep their values."""
+        place = self.places.add(slot)
+        if place >= self.capacity:
+            self._grow(example, grown(self.capacity, place, self.device))
+
+    def _grow(self, example: Staged, capacity: int) -> None:
+        """Nothing has changed if there is no memory for it."""
+        arrays = tuple(
+            torch.empty((capacity, *part.shape), dtype=part.dtype, device=self.device)
+            for part in example
+        )
+        copy_into(arrays, self.arrays)
+        self._take(arrays)
+        self.arrays, self.capacity = arrays, capacity
+
+    def _take(self, arrays: Staged) -> None:  # noqa: B027  most have nothing to make
+        """Make what reads these arrays from now on; if that fails, what there was stays."""
+
+    def targets(self, slot: int) -> Staged:
+        """Where the parts of a slot that no running step reads are to be written."""
+        place = self.places[slot]
+        return tuple(array[place] for array in self.arrays)
+
+    def show(self, slot: int) -> None:
+        """From the next step on, rows of `slot` get this pool's terms."""
+        self.present |= {(slot, self.places[slot])}
+        self.slots |= {slot}
+        if self.place_of is not None:
+            self.place_of[slot] = self.places[slot] + 1
+
+    def hide(self, slot: int) -> None:
+        """The slot's terms are no longer applied; its place may be given away."""
+        if slot in self.places:
+            self.present -= {(slot, self.places[slot])}
+            self.slots -= {slot}
+            self.places.remove(slot)
+            if self.place_of is not None:
+                self.place_of[slot] = 0
+
+    @property
+    def slot_map(self) -> Tensor:
+        """`place_of`; asked once the pool has a place for some slot."""
+        assert self.place_of is not None
+        return self.place_of
+
+    def places_of(self, rows: RowPlan) -> Tensor:
+        """[T] int64: place of each row's slot in the arrays, -1 where it has none."""
+        if isinstance(rows, StaticRows):
+            return rows.places(self.slot_map)
+        return rows.held_rows(self.present)
+
+    @abstractmethod
+    def stage(self, term: Term) -> Staged:
+        """Decode a term into this pool's parts, on the host."""
+
+    @abstractmethod
+    def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
+        """``y [T, m] += x [T, n] @ dW[slot of row]^T`` for every row whose slot is present."""
+
+    @abstractmethod
+    def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
+        """``y [T, n] += dW[slot of row][id]``: the embedding's side of the same matrix."""
+
+
+class FactorPool(TermPool):
+    """A pool whose kernel takes the pools of several matrices that read one x in one call."""
+
+    @property
+    def as_data(self) -> bool:
+        return True
+
+    @property
+    def kind(self) -> Hashable:
+        """Pools of one kind can go into one call."""
+        return type(self)
+
+    def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
+        self.add_together_([self], [y], x, rows)
+
+    @abstractmethod
+    def add_together_(
+        self, pools: Sequence[Self], outputs: Sequence[Tensor], x: Tensor, rows: RowPlan
+    ) -> None:
+        """`add_` of pools of this kind, each of another matrix that reads x."""
+
+    @abstractmethod
+    def look_up(self, ids: Tensor, places: Tensor) -> Tensor:
+        """``dW[place][id]``: ids int64 [t], places int64 [t] or [1] -> [t, n]."""
+
+    def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
+        if isinstance(rows, StaticRows):
+            held = rows.places(self.slot_map)
+            add_where_(y, self.look_up(ids, held.clamp(min=0)).float(), held >= 0)
+            return
+        for place, part in segments_at(rows, self.present):
+            y[part] += self.look_up(ids[part], torch.tensor([place], device=y.device))
+
+
+def copy_into(arrays: Staged, old: Staged) -> None:
+    """Copy the places of smaller arrays (none at first) to the beginning of larger ones."""
+    for new, smaller in zip(arrays, old, strict=False):
+        new[: len(smaller)] = smaller
+
+
+def segments_at(rows: RowPlan, present: Places) -> list[tuple[int, slice]]:
+    """Place and rows of each segment."""
+    places = dict(present)
+    return [(places[s.slot], slice(s.start, s.end)) for s in rows.segments if s.slot in places]
+
+
+def add_where_(y: Tensor, added: Tensor, wanted: Tensor) -> None:
+    """``y [T, n] += added`` (float32) in the rows that are `wanted [T]`; in others `added` may be
+    anything, NaN too.
+    """
+    y.copy_(torch.where(wanted.unsqueeze(1), y.float() + added, y.float()))

@@ -1,0 +1,200 @@
+"""Slot arrays of block-diagonal terms: packed codes, alone or shared by a projection group."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from compressor.codecs.blockdiag import BlockDiagTerm
+from compressor.codecs.term import Shape, Term
+from server.deltas.pools.base import Staged, TermPool, copy_into
+from server.deltas.pools.places import PlaceTable, grown
+from server.ops.blockdiag import BlockDiagOp
+from server.ops.kernels import Kernels
+from server.ops.linear import BlockShare
+from server.ops.packed import PackedBlocks, pack_columns, packed_rows
+from server.ops.row_plan import Places, RowPlan
+
+
+class BlockLayout(NamedTuple):
+    """What variants must share to be applied in one product."""
+
+    n_blocks: int
+    bits: int
+    scale_bits: int
+
+
+class BlockDiagPool(TermPool):
+    """Parts: packed codes [s, byte rows, mb], scales float16 or uint8 [s, mb], unit float32 [1].
+
+    shared  set if the arrays are slices of ones that a whole projection group uses
+    """
+
+    def __init__(
+        self, shape: Shape, layout: BlockLayout, kernels: Kernels, device: torch.device
+    ) -> None:
+        super().__init__(shape, torch.float32, device)
+        self.n_blocks, self.bits, self.scale_bits = layout
+        self.shared: SharedBlocks | None = None
+        self.kernels = kernels
+        self._op: BlockDiagOp | None = None
+
+    @property
+    def block_shape(self) -> Shape:
+        return -(-self.shape[0] // self.n_blocks), -(-self.shape[1] // self.n_blocks)
+
+    def reserve(self, slot: int, example: Staged) -> None:
+        if self.shared is None:
+            super().reserve(slot, example)
+        else:
+            self.shared.reserve(slot, self)
+
+    def _take(self, arrays: Staged) -> None:
+        self._op = self.kernels.blockdiag(self._blocks_in(arrays))
+
+    def stage(self, term: Term) -> Staged:
+        assert isinstance(term, BlockDiagTerm)
+        codes, scales = term.code_blocks()
+        unit = torch.tensor([term.unit], dtype=torch.float32)
+        return pack_columns(codes.transpose(1, 2), self.bits).contiguous(), scales, unit
+
+    def show(self, slot: int) -> None:
+        super().show(slot)
+        if self.shared is not None:
+            self.shared.update(slot)
+
+    @property
+    def as_data(self) -> bool:
+        return True
+
+    def hide(self, slot: int) -> None:
+        if self.shared is None:
+            super().hide(slot)
+        elif slot in self.places:
+            place = self.places[slot]
+            self.present -= {(slot, place)}
+            self.slots -= {slot}
+            if self.place_of is not None:
+                self.place_of[slot] = 0
+            # The group's product may go on for this slot: a unit of 0 takes this member out of it.
+            if place < self.capacity:  # else there was no memory for it
+                self.arrays[2][place] = 0
+            self.shared.release(slot, self)
+
+    def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
+        if self.shared is not None:
+            self.shared.add_([y if pool is self else None for pool in self.shared.pools], x, rows)
+            return
+        segments = rows.table(self.present)
+        if segments.n and self._op is not None:
+            self._op.add_([y], x, segments)
+
+    def share(self, first: int, rows: RowPlan) -> BlockShare | None:
+        """What these rows need of it, in a product whose outputs from `first` on are this
+        matrix's; None if nothing.
+        """
+        if self._op is None or not _meet(rows, self.slots):
+            return None
+        return BlockShare(self._op, (self.shape[0],), first, rows, self.present)
+
+    def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
+        if _meet(rows, self.slots):
+            self.kernels.blockdiag_rows_add_(
+                y, ids, self.places_of(rows), self._blocks_in(self.arrays)
+            )
+
+    def _blocks_in(self, arrays: Staged) -> PackedBlocks:
+        codes, scales, units = arrays
+        m, n = self.shape
+        return PackedBlocks(codes, scales, units, (m,), n, self.bits, self.place_of)
+
+
+class SharedBlocks:
+    """One set of arrays for matrices that read the same input (q, k, v): outputs side by side.
+
+    Each member pool's own arrays are slices of them, so loading stays per parameter while one
+    product serves them all. A slot has one place in all members, free again when none holds it.
+    """
+
+    def __init__(self, pools: Sequence[BlockDiagPool], place_of: Tensor | None = None) -> None:
+        self.pools = tuple(pools)
+        self.place_of = place_of
+        self.places = PlaceTable()
+        self.present: Places = frozenset()
+        self.slots: frozenset[int] = frozenset()
+        self._holders: dict[int, set[BlockDiagPool]] = {}
+        self._sizes = tuple(pool.shape[0] for pool in pools)
+        self._ends = list(itertools.accumulate(p.block_shape[0] for p in pools))
+        self._arrays: Staged = ()
+        self._capacity = 0
+        self._op: BlockDiagOp | None = None
+        for pool in pools:
+            pool.shared, pool.places = self, self.places
+
+    def reserve(self, slot: int, member: BlockDiagPool) -> None:
+        """Give `slot` a place, in every member, and note who holds it."""
+        self._holders.setdefault(slot, set()).add(member)
+        place = self.places.add(slot)
+        if place >= self._capacity:
+            self._grow(grown(self._capacity, place, member.device))
+
+    def release(self, slot: int, member: BlockDiagPool) -> None:
+        """`member` no longer holds the slot (if it did)."""
+        holders = self._holders[slot]
+        holders.discard(member)
+        if not holders:
+            del self._holders[slot]
+            self.places.remove(slot)
+        self.update(slot)
+
+    def update(self, slot: int) -> None:
+        """A member has shown or hidden the slot."""
+        self.present = frozenset[tuple[int, int]]().union(*(pool.present for pool in self.pools))
+        self.slots = frozenset(slot for slot, _ in self.present)
+        if self.place_of is not None:
+            self.place_of[slot] = dict(self.present).get(slot, -1) + 1
+
+    def _grow(self, capacity: int) -> None:
+        first, width = self.pools[0], self._ends[-1]
+        s, nb = first.n_blocks, first.block_shape[1]
+        code_rows = packed_rows(nb, first.bits)
+        code_dtype = torch.float16 if first.bits == 16 else torch.uint8
+        scale_dtype = torch.uint8 if first.scale_bits == 8 else torch.float16
+        device = first.device
+        # Zeros: a member that lacks a slot has scale 0 there.
+        arrays = (
+            torch.zeros((capacity, s, code_rows, width), dtype=code_dtype, device=device),
+            torch.zeros((capacity, s, width), dtype=scale_dtype, device=device),
+            torch.zeros((capacity, len(self.pools)), dtype=torch.float32, device=device),
+        )
+        copy_into(arrays, self._arrays)
+        codes, scales, units = arrays
+        n, bits = first.shape[1], first.bits
+        blocks = PackedBlocks(codes, scales, units, self._sizes, n, bits, self.place_of)
+        self._op = first.kernels.blockdiag(blocks)  # the last that may find no memory
+        self._arrays, self._capacity = arrays, capacity
+        for i, (pool, end) in enumerate(zip(self.pools, self._ends, strict=True)):
+            own = slice(end - pool.block_shape[0], end)
+            pool.arrays = (codes[..., own], scales[..., own], units[:, i : i + 1])
+            pool.capacity = capacity
+
+    def add_(self, outputs: Sequence[Tensor | None], x: Tensor, rows: RowPlan) -> None:
+        """Add each member's deltas to its own ``[T, m]`` of `outputs`; None leaves it out."""
+        segments = rows.table(self.present)
+        if segments.n and self._op is not None:
+            self._op.add_(outputs, x, segments)
+
+    def share(self, first: int, rows: RowPlan) -> BlockShare | None:
+        """As `BlockDiagPool.share`, of the matrices of all members."""
+        if self._op is None or not _meet(rows, self.slots):
+            return None
+        return BlockShare(self._op, self._sizes, first, rows, self.present)
+
+
+def _meet(rows: RowPlan, slots: frozenset[int]) -> bool:
+    """Whether some rows may belong to one of the slots."""
+    return rows.as_data or not rows.slots.isdisjoint(slots)

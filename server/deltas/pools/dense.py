@@ -1,0 +1,25 @@
+"""Slot arrays of whole matrices."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from compressor.codecs.term import Term
+from server.deltas.pools.base import Staged, TermPool, segments_at
+from server.ops import blockdiag as ops
+from server.ops.row_plan import RowPlan
+
+
+class DensePool(TermPool):
+    """Parts: dW [m, n]. Used where a whole matrix is stored exactly."""
+
+    def stage(self, term: Term) -> Staged:
+        return (term.to_dense().to(self.dtype),)
+
+    def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
+        for run in rows.runs(self.present):
+            ops.dense_add_(y, x, run, self.arrays[0])
+
+    def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
+        for place, part in segments_at(rows, self.present):
+            y[part] += self.arrays[0][place, ids[part]]

@@ -1,0 +1,108 @@
+"""Slot arrays of low-rank terms: packed where they are quantised."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compressor.codecs.lowrank import LowRankTerm
+from compressor.codecs.term import Shape, Term
+from server.deltas.pools.base import FactorPool, Staged
+from server.ops.factors import LowRankFactors, lowrank_rows
+from server.ops.kernels import Kernels
+from server.ops.lowrank import HeldLowRank, PackedLowRank
+from server.ops.packed import pack_columns
+from server.ops.row_plan import RowPlan
+
+RANK_STEP = 4  # ranks of packed factors are rounded up to a multiple: variants then share pools
+
+
+class LowRankLayout(NamedTuple):
+    """What variants must share to be applied in one product of packed factors."""
+
+    rank: int
+    bits: int
+
+
+class PackedLowRankPool(FactorPool):
+    """Parts: those of `PackedLowRank` without the slot axis, of a rank rounded up so that variants
+    of about the same rank share the pool; components that are not there have scale 0.
+    """
+
+    def __init__(
+        self, shape: Shape, layout: LowRankLayout, kernels: Kernels, device: torch.device
+    ) -> None:
+        super().__init__(shape, torch.float32, device)
+        self.rank, self.bits = layout
+        self.kernels = kernels
+        self._op: PackedLowRank | None = None
+
+    def _take(self, arrays: Staged) -> None:
+        self._op = PackedLowRank(
+            *arrays,
+            n=self.shape[1],
+            bits=self.bits,
+            make_op=self.kernels.blockdiag,
+            place_of=self.place_of,
+        )
+
+    @property
+    def kind(self) -> Hashable:
+        return type(self), self.bits
+
+    def stage(self, term: Term) -> Staged:
+        assert isinstance(term, LowRankTerm)
+        down, up = term.factor_codes()
+        missing = self.rank - term.rank
+        codes = [F.pad(part.codes, (0, 0, 0, missing)) for part in (down, up)]
+        return (
+            pack_columns(codes[0].T, self.bits).contiguous(),
+            F.pad(down.scales, (0, missing)),
+            torch.tensor([down.unit], dtype=torch.float32),
+            pack_columns(codes[1], self.bits).contiguous(),
+            F.pad(up.scales.float() * up.unit, (0, missing)),
+        )
+
+    def add_together_(
+        self, pools: Sequence[Self], outputs: Sequence[Tensor], x: Tensor, rows: RowPlan
+    ) -> None:
+        self.kernels.packed_lowrank_add_(outputs, x, rows, [pool.held for pool in pools])
+
+    @property
+    def held(self) -> HeldLowRank:
+        assert self._op is not None
+        return HeldLowRank(self._op, self.present)
+
+    def look_up(self, ids: Tensor, places: Tensor) -> Tensor:
+        return self.held.factors.look_up(ids, places)
+
+
+class LowRankPool(FactorPool):
+    """Parts: a [r, n], b [r, m], in the compute dtype. For factors stored in 16 or 32 bits."""
+
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, device: torch.device, kernels: Kernels
+    ) -> None:
+        super().__init__(shape, dtype, device)
+        self.kernels = kernels
+
+    def stage(self, term: Term) -> Staged:
+        assert isinstance(term, LowRankTerm)
+        return (term.a.to(self.dtype), term.b.to(self.dtype))
+
+    @property
+    def factors(self) -> LowRankFactors:
+        a, b = self.arrays
+        return LowRankFactors(a, b, self.present, self.slot_map)
+
+    def add_together_(
+        self, pools: Sequence[Self], outputs: Sequence[Tensor], x: Tensor, rows: RowPlan
+    ) -> None:
+        self.kernels.lowrank_add_(outputs, x, rows, [pool.factors for pool in pools])
+
+    def look_up(self, ids: Tensor, places: Tensor) -> Tensor:
+        return lowrank_rows(ids, places, self.factors)

@@ -1,0 +1,1 @@
+"""One engine step: batch, forward pass, sampling, what it gives."""

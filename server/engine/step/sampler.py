@@ -1,0 +1,291 @@
+"""Logits -> token ids: penalties and bias ours, the filters transformers' own.
+
+Rows with the same filter settings are filtered together. Every request may bring its seed: its
+random numbers, one a token, then come from its own generator, so its text does not depend on who
+shares the batch.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from server.engine.request import Request, TokenScore
+from server.engine.schedule.scheduler import Scheduled
+from server.engine.step.batch import LogitRows
+from server.engine.types import SamplingParams
+from server.errors import GenerationFailed
+
+GREEDY_BELOW = 1e-5  # temperatures below this are greedy, as in vLLM
+
+
+@dataclass(slots=True)
+class Sampled:
+    """One row's outcome; `error` says why this row has none."""
+
+    token_id: int = -1
+    score: TokenScore | None = None
+    error: Exception | None = None
+
+
+@dataclass(slots=True)
+class Sampler:
+    """Keeps the generators of seeded requests."""
+
+    _generators: dict[str, torch.Generator] = field(default_factory=dict)
+
+    def forget(self, request: Request) -> None:
+        self._generators.pop(request.request_id, None)
+
+    def sample_chunks(
+        self, scheduled: Sequence[Scheduled], outputs: Sequence[LogitRows], logits: Tensor
+    ) -> dict[Request, Sampled]:
+        """`sample` for the chunks of a step whose last row chooses a token."""
+        pairs = [
+            (item.request, rows.first + rows.n - 1)
+            for item, rows in zip(scheduled, outputs, strict=True)
+            if rows.samples
+        ]
+        if not pairs:
+            return {}
+        requests = [request for request, _ in pairs]
+        chosen = pick_rows(logits, [row for _, row in pairs])
+        return dict(zip(requests, self.sample(requests, chosen), strict=True))
+
+    def sample(self, requests: list[Request], logits: Tensor) -> list[Sampled]:
+        """Choose one token per row: logits [R, V] any float, unchanged -> R outcomes.
+
+        What goes wrong for one row (not finite, a processor raises) is that row's outcome. Waits
+        for the device once, and once for every setting that draws.
+        """
+        logits = logits.to(torch.float32, copy=True)
+        mask_foreign_ids_(logits, [r.variant.vocab_size for r in requests])
+        finite = logits.amax(-1).isfinite()
+        outcomes = [Sampled() for _ in requests]
+        raw = logits.clone() if any(r.params.logprobs is not None for r in requests) else logits
+        for row, request in enumerate(requests):
+            with _failing(outcomes[row]):
+                _adjust_(logits[row], request)
+        for outcome, request, best, is_finite in zip(
+            outcomes, requests, *_best(logits, finite), strict=True
+        ):
+            outcome.token_id = best
+            if not is_finite:
+                outcome.error = _not_finite(request)
+        self._draw(logits, requests, outcomes)
+        self._score(raw, requests, outcomes)
+        return outcomes
+
+    def _score(self, raw: Tensor, requests: list[Request], outcomes: list[Sampled]) -> None:
+        """Log probabilities, before penalties, where they are wanted."""
+        counts = {i: r.params.logprobs for i, r in enumerate(requests)}
+        wanted = {row: k for row, k in counts.items() if k is not None}
+        if not wanted:
+            return
+        scored = [outcomes[row] for row in wanted]
+        with _failing(*scored):
+            logprobs = torch.log_softmax(raw[list(wanted)], -1)
+            tokens = [outcome.token_id for outcome in scored]
+            found = token_scores(logprobs, tokens, list(wanted.values()))
+            for outcome, score in zip(scored, found, strict=True):
+                outcome.score = score
+
+    def choose(self, requests: list[Request], logits: Tensor) -> Tensor:
+        """As `sample` for requests that are all `is_plain`, waiting for nothing: int64 [2, R] on
+        the device of ``logits [R, V]``, each row's token and whether it was finite.
+        """
+        logits = logits.to(torch.float32, copy=True)
+        mask_foreign_ids_(logits, [r.variant.vocab_size for r in requests])
+        largest, tokens = logits.max(-1)
+        for rows in _by_filters(requests, range(len(requests))):
+            if len(rows) == len(requests):
+                tokens = self._drawn(requests, logits)
+            else:
+                index = _sent(rows, torch.int64, logits.device)
+                chosen = [requests[row] for row in rows]
+                drawn = self._drawn(chosen, logits.index_select(0, index))
+                tokens = tokens.index_copy(0, index, drawn)
+        return torch.stack([tokens, largest.isfinite().long()])
+
+    def outcomes(self, requests: list[Request], chosen: Tensor) -> list[Sampled]:
+        """What `choose` chose, once it is on the host."""
+        tokens, finite = chosen.tolist()
+        return [
+            Sampled(token) if is_finite else Sampled(token, error=_not_finite(request))
+            for request, token, is_finite in zip(requests, tokens, finite, strict=True)
+        ]
+
+    def _draw(self, logits: Tensor, requests: list[Request], outcomes: list[Sampled]) -> None:
+        """Replace the best token of rows with a temperature by a random one."""
+        fine = [row for row, outcome in enumerate(outcomes) if outcome.error is None]
+        for rows in _by_filters(requests, fine):
+            with _failing(*(outcomes[row] for row in rows)):
+                chosen = logits if len(rows) == len(requests) else logits[rows]
+                drawn = self._drawn([requests[row] for row in rows], chosen).tolist()
+                for row, token in zip(rows, drawn, strict=True):
+                    outcomes[row].token_id = token
+
+    def _drawn(self, requests: list[Request], logits: Tensor) -> Tensor:
+        """A random token for each row, int64 [R]; all have the same filters."""
+        scores = _warpers(requests[0].params)(None, logits)
+        numbers = [self._uniform(request) for request in requests]
+        return draw(torch.softmax(scores, -1), _sent(numbers, torch.float64, logits.device))
+
+    def _uniform(self, request: Request) -> float:
+        """In [0, 1), made on the host: generators are the same for every device."""
+        generator = None
+        if request.params.seed is not None:
+            if request.request_id not in self._generators:
+                generator = torch.Generator().manual_seed(request.params.seed)
+                self._generators[request.request_id] = generator
+            generator = self._generators[request.request_id]
+        return torch.rand(1, dtype=torch.float64, generator=generator).item()
+
+
+def is_plain(request: Request) -> bool:
+    """Whether choosing its next token takes the logits and its filters, and nothing of what it has
+    said so far; and nothing but the token is wanted.
+    """
+    p = request.params
+    return (
+        p.logprobs is None
+        and p.repetition_penalty == 1.0
+        and not (p.presence_penalty or p.frequency_penalty or p.logit_bias)
+        and request.n_output >= p.min_tokens
+    )
+
+
+def _by_filters(requests: list[Request], rows: Iterable[int]) -> list[list[int]]:
+    """Those of `rows` that draw, together where they have the same filters."""
+    groups: dict[tuple[float, int, float, float], list[int]] = defaultdict(list)
+    for row in rows:
+        p = requests[row].params
+        if p.temperature >= GREEDY_BELOW:
+            groups[p.temperature, p.top_k, p.top_p, p.min_p].append(row)
+    return list(groups.values())
+
+
+def _sent(values: list[int] | list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers on the device, which the host does not wait for."""
+    made = torch.tensor(values, dtype=dtype)
+    return made if device.type == "cpu" else made.pin_memory().to(device, non_blocking=True)
+
+
+def pick_rows(logits: Tensor, rows: list[int]) -> Tensor:
+    """Those rows of ``logits [R, V]``, at least one: a view where they follow each other. A list as
+    index would be copied to the device, which the host waits for.
+    """
+    first, last = rows[0], rows[-1]
+    return logits[first : last + 1] if rows == list(range(first, last + 1)) else logits[rows]
+
+
+def draw(probs: Tensor, numbers: Tensor) -> Tensor:
+    """Inverse transform: ``probs [R, V]`` float32 (any sum), ``numbers [R]`` float64 in [0, 1) ->
+    int64 [R], each the first id whose cumulative probability exceeds the number's share of the
+    row's sum, in float64. An id of probability 0 is never drawn; of a row that is not finite, any.
+    """
+    cumulative = probs.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1]
+    below = total.nextafter(torch.zeros_like(total))  # a product with a number near 1 may round up
+    wanted = torch.minimum(numbers * total, below)
+    found = torch.searchsorted(cumulative, wanted.unsqueeze(1), right=True).squeeze(1)
+    return found.clamp_(max=probs.shape[1] - 1)
+
+
+def _best(logits: Tensor, finite: Tensor) -> tuple[list[int], list[bool]]:
+    """The first largest of every row, and `finite` on the host: ``logits [R, V]`` float32."""
+    if logits.device.type == "cpu":  # numpy's is vectorised, torch's takes ten times as long
+        return logits.numpy().argmax(-1).tolist(), finite.tolist()
+    best, flags = torch.stack([logits.argmax(-1), finite.long()]).tolist()  # one wait
+    return best, [flag == 1 for flag in flags]
+
+
+@contextmanager
+def _failing(*outcomes: Sampled) -> Iterator[None]:
+    """An exception in the block becomes the error of these rows."""
+    try:
+        yield
+    except Exception as error:
+        for outcome in outcomes:
+            outcome.error = outcome.error or error
+
+
+def _not_finite(request: Request) -> GenerationFailed:
+    return GenerationFailed(f"`{request.variant.name}` produced logits that are not finite")
+
+
+def _adjust_(row: Tensor, request: Request) -> None:
+    """Penalties, biases and banned stop tokens of one request: ``row [V]``."""
+    params = request.params
+    if params.repetition_penalty != 1.0:
+        penalty = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)
+        seen = torch.tensor([request.tokens], device=row.device)
+        row.copy_(penalty(seen, row.unsqueeze(0))[0])
+    if params.presence_penalty or params.frequency_penalty:
+        _penalise_(row, request)
+    for token_id, bias in params.logit_bias:
+        row[token_id] += bias
+    if request.n_output < params.min_tokens:
+        eos = () if params.ignore_eos else request.variant.text.eos_token_ids
+        banned = [i for i in (*eos, *params.stop_token_ids) if i < len(row)]
+        row[banned] = float("-inf")
+
+
+def mask_foreign_ids_(logits: Tensor, vocab_sizes: list[int]) -> None:
+    """Ids past a variant's own vocabulary get -inf: ``logits [R, V]``."""
+    for row, size in enumerate(vocab_sizes):
+        if size < logits.shape[1]:
+            logits[row, size:] = float("-inf")
+
+
+def token_scores(
+    logprobs: Tensor, tokens: Sequence[int], counts: Sequence[int]
+) -> list[TokenScore]:
+    """For every row of ``logprobs [R, V]``: the log probability of its token, and the best ones, as
+    many as `counts` says.
+
+    One copy from the device, however many rows.
+    """
+    chosen = torch.tensor(tokens, device=logprobs.device).unsqueeze(1)
+    most = min(max(counts), logprobs.shape[1])
+    best = torch.topk(logprobs, most)
+    values = torch.cat([logprobs.gather(1, chosen), best.values, best.indices.double()], dim=1)
+    scores = []
+    for token, count, (own, *rest) in zip(tokens, counts, values.tolist(), strict=True):
+        ids = map(int, rest[most : most + count])
+        scores.append(TokenScore(token, own, tuple(zip(ids, rest[:count], strict=False))))
+    return scores
+
+
+def _penalise_(row: Tensor, request: Request) -> None:
+    """OpenAI's penalties over the generated tokens: ``row [V]``."""
+    generated = request.tokens[len(request.prompt_ids) :]
+    if not generated:
+        return
+    counts = torch.bincount(torch.tensor(generated, device=row.device), minlength=len(row))
+    p = request.params
+    row -= p.presence_penalty * (counts > 0) + p.frequency_penalty * counts
+
+
+def _warpers(params: SamplingParams) -> LogitsProcessorList:
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(params.temperature))])
+    if params.top_k > 0:
+        warpers.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1.0:
+        warpers.append(TopPLogitsWarper(params.top_p))
+    if params.min_p > 0.0:
+        warpers.append(MinPLogitsWarper(params.min_p))
+    return warpers

@@ -1,0 +1,1 @@
+"""Prometheus metrics: what is counted, and what is read off the engine."""

@@ -1,0 +1,192 @@
+"""Gauges read from the engine and the HTTP layer when Prometheus asks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from server.engine.types import ModelInfo
+
+ENGINE = "0"  # vLLM labels its engines; we have one
+LABELS = ("model_name", "engine")
+
+
+class Stats(Protocol):
+    """A snapshot of the engine."""
+
+    @property
+    def n_running(self) -> int: ...
+    @property
+    def n_waiting(self) -> int: ...
+    @property
+    def n_pages(self) -> int: ...
+    @property
+    def n_free_pages(self) -> int: ...
+    @property
+    def n_preemptions(self) -> int: ...
+    @property
+    def n_prefix_queried(self) -> int: ...
+    @property
+    def n_prefix_hit(self) -> int: ...
+    @property
+    def base_bytes(self) -> int: ...
+    @property
+    def n_static_steps(self) -> int: ...
+    @property
+    def n_eager_decode_steps(self) -> int: ...
+
+
+class StatsProvider(Protocol):
+    """What gauges are read from at scrape time; the engine implements it."""
+
+    base_name: str
+
+    def stats(self) -> Stats: ...
+    def models(self) -> Sequence[ModelInfo]: ...
+
+
+@dataclass(slots=True)
+class InFlight:
+    """Sequences of one model that have not ended; changed on the event loop only."""
+
+    waiting: int = 0  # no token yet
+    running: int = 0
+
+    def start(self) -> None:
+        """The first token of one arrived."""
+        self.waiting -= 1
+        self.running += 1
+
+    def end(self, *, started: bool) -> None:
+        """One ended."""
+        if started:
+            self.running -= 1
+        else:
+            self.waiting -= 1
+
+
+class EngineCollector(Collector):
+    """Gauges that are read, not kept.
+
+    The vLLM gauges have one series, named after the base: routers read them as the server's load.
+    """
+
+    def __init__(
+        self,
+        provider: StatsProvider,
+        max_variants: int,
+        in_flight: Callable[[], Mapping[str, InFlight]],
+    ) -> None:
+        self._provider = provider
+        self._max_variants = max_variants
+        self._in_flight = in_flight
+
+    def describe(self) -> list[Metric]:
+        return []  # so that registering does not read the engine
+
+    def collect(self) -> Iterator[Metric]:
+        models = self._provider.models()
+        yield from self._load()
+        yield from self._in_use()
+        yield from self._variants([info for info in models if info.parent is not None])
+
+    def _load(self) -> Iterator[Metric]:
+        stats = self._provider.stats()
+        used = 1 - stats.n_free_pages / stats.n_pages if stats.n_pages else 0.0
+        values = {
+            "vllm:num_requests_running": (stats.n_running, "Requests in the running batch"),
+            "vllm:num_requests_waiting": (stats.n_waiting, "Requests waiting"),
+            "vllm:kv_cache_usage_perc": (used, "KV cache in use, 0 to 1"),
+            "vllm:gpu_cache_usage_perc": (used, "KV cache in use, 0 to 1 (older name)"),
+        }
+        for name, (value, text) in values.items():
+            yield self._gauge(name, text, value)
+        yield self._count("vllm:num_preemptions", "Preemptions", stats.n_preemptions)
+        queried, hit = stats.n_prefix_queried, stats.n_prefix_hit
+        yield self._count("vllm:prefix_cache_queries", "Prompt tokens looked up", queried)
+        yield self._count("vllm:prefix_cache_hits", "Prompt tokens found", hit)
+        yield self._gauge("impart_base_weight_bytes", "Base weights in memory", stats.base_bytes)
+        steps = Metric("impart_decode_steps", "Steps that only decoded, by how they ran", "counter")
+        ways = (("graph", stats.n_static_steps), ("eager", stats.n_eager_decode_steps))
+        for path, value in ways:
+            steps.add_sample("impart_decode_steps_total", self._labels() | {"path": path}, value)
+        yield steps
+
+    def _in_use(self) -> Iterator[Metric]:
+        """Which variants are at work: vLLM's series that gateways route by, and the counts."""
+        base = self._provider.base_name
+        counts = self._in_flight()
+        running = sorted(name for name, c in counts.items() if c.running and name != base)
+        waiting = sorted(name for name, c in counts.items() if c.waiting and name != base)
+        info = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Variants in use; the value is the time of this scrape",
+            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
+        labels = [str(self._max_variants), ",".join(running), ",".join(waiting)]
+        info.add_metric(labels, time.time())
+        yield info
+        sequences = GaugeMetricFamily(
+            "impart_sequences", "Sequences in flight", labels=["model_name", "phase"]
+        )
+        for name, count in counts.items():
+            sequences.add_metric([name, "running"], count.running)
+            sequences.add_metric([name, "waiting"], count.waiting)
+        yield sequences
+
+    def _variants(self, variants: Sequence[ModelInfo]) -> Iterator[Metric]:
+        resident = GaugeMetricFamily(
+            "impart_variant_resident_bytes",
+            "Device memory held by a variant's deltas",
+            labels=["model_name"],
+        )
+        loaded = GaugeMetricFamily(
+            "vllm:lora_adapter_loaded",
+            "Variants in device memory",
+            labels=["adapter_name", "level", "pinned", "rank"],
+        )
+        merged = GaugeMetricFamily(
+            "impart_reconstructed_bytes",
+            "Device memory held by a variant's merged weights",
+            labels=["model_name"],
+        )
+        for info in variants:
+            if info.reconstructed_bytes:
+                merged.add_metric([info.name], info.reconstructed_bytes)
+            if info.resident_bytes:
+                resident.add_metric([info.name], info.resident_bytes)
+                loaded.add_metric([info.name, "gpu", "false", "0"], 1)
+        yield resident
+        yield merged
+        yield loaded
+        yield self._states(variants)
+        n_resident = sum(1 for info in variants if info.resident_bytes)
+        yield self._gauge("vllm:num_gpu_loaded_lora_adapters", "Resident variants", n_resident)
+
+    def _states(self, variants: Sequence[ModelInfo]) -> Metric:
+        """1 for the state a variant is in; none for variants that are merely registered."""
+        family = GaugeMetricFamily(
+            "impart_variant_state", "State of each variant in use", labels=["model_name", "state"]
+        )
+        for info in variants:
+            if info.state != "registered":
+                family.add_metric([info.name, info.state], 1)
+        return family
+
+    def _labels(self) -> dict[str, str]:
+        return {"model_name": self._provider.base_name, "engine": ENGINE}
+
+    def _count(self, name: str, text: str, value: int) -> Metric:
+        counter = Metric(name, f"{text} since the start", "counter")
+        counter.add_sample(f"{name}_total", self._labels(), value)
+        return counter
+
+    def _gauge(self, name: str, text: str, value: float) -> Metric:
+        family = GaugeMetricFamily(name, text, labels=LABELS)
+        family.add_metric(list(self._labels().values()), value)
+        return family

@@ -1,0 +1,282 @@
+"""Load the base model from its Hugging Face definition and make its layers delta-aware."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from compressor.codecs.siblings import SIBLING_PROJECTIONS
+from server.deltas.parameter import DeltaParameter
+from server.deltas.residency import Residency
+from server.errors import ConfigError
+from server.model.attention import ATTENTION_NAME, KVStore, attach_store, register_attention
+from server.model.context import StepContext
+from server.model.embedding import DeltaEmbedding
+from server.model.fused_attention import fuse_rotary
+from server.model.fused_layer import fuse_residuals
+from server.model.fused_mlp import fuse_gated_mlp
+from server.model.linear import DeltaLinear, Product
+from server.model.norm import DeltaNorm
+from server.model.varying_rope import VaryingRope, varying_rope
+from server.ops.choose import KernelChoice, choose_kernels
+from server.ops.kernels import Kernels
+from server.ops.precision import cpu_precision, gigabytes, host_cpu, name_of
+from server.ops.quantize import BaseQuant, has_float8
+
+log = logging.getLogger(__name__)
+N_PROBED = 5  # tokens: some embeddings are all zeros
+
+
+@dataclass(slots=True)
+class BaseModel:
+    """The one model in device memory.
+
+    parameters  every parameter that can carry a delta, by its name in the checkpoint (a tied
+                weight appears under both names with the same object)
+    """
+
+    model: PreTrainedModel
+    context: StepContext
+    store: KVStore
+    parameters: dict[str, DeltaParameter]
+    residency: Residency
+    kernels: Kernels
+    device: torch.device
+    dtype: torch.dtype
+    vocab_size: int
+    max_len: int
+    varying_rope: VaryingRope | None = None
+
+
+def weight_bytes(parameters: Iterable[DeltaParameter]) -> int:
+    """Device memory of the base's weights that deltas can change: all of them, usually."""
+    return sum(parameter.n_base_bytes for parameter in set(parameters))
+
+
+def load_base_model(
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    kernels: KernelChoice | Kernels = "auto",
+    base_quant: BaseQuant | None = None,
+    *,
+    widened_budget_bytes: int | None = None,
+) -> BaseModel:
+    """Load, check that the engine can run this architecture, and replace its layers.
+
+    dtype    None: as stored, or float32 on a CPU where that is faster (`cpu_precision`)
+    kernels  by name, or ready ones
+    widened_budget_bytes  the most that weights may take which are widened so; None: any
+
+    Raises ConfigError naming what is not supported.
+    """
+    _check_config(path)
+    transformers_logging.disable_progress_bar()  # it would write into the server's log
+    register_attention()
+    model = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype="auto" if dtype is None else dtype,
+        attn_implementation=ATTENTION_NAME,
+        local_files_only=True,
+        use_safetensors=True,
+    )
+    model = model.eval().requires_grad_(False).to(device)
+    if dtype is None and device.type == "cpu":
+        _widen_if_faster(model, widened_budget_bytes)
+    if base_quant == "float8" and not has_float8(device):
+        raise ConfigError("this GPU has no float8 (compute capability 8.9); use --base-quant int8")
+    chosen = _kernels(kernels, device, model.dtype) if isinstance(kernels, str) else kernels
+    return prepare_base_model(model, chosen, base_quant)
+
+
+def prepare_base_model(
+    model: PreTrainedModel, kernels: Kernels, base_quant: BaseQuant | None = None
+) -> BaseModel:
+    """Make a model that lies on its device, with `ATTENTION_NAME`'s attention, delta-aware.
+
+    Raises ConfigError if the engine cannot run its architecture.
+    """
+    _without_padding_check(model)
+    context, store = StepContext(), KVStore(kernels)
+    residency = Residency(base_quant=base_quant)
+    table, dtype = model.get_input_embeddings().weight, model.dtype
+    parameters = install_delta_layers(model, context, kernels, residency)
+    attach_store(model, store)
+    text_config = model.config.get_text_config()
+    base = BaseModel(
+        model=model,
+        context=context,
+        store=store,
+        parameters=parameters,
+        residency=residency,
+        kernels=kernels,
+        device=table.device,
+        dtype=dtype,
+        vocab_size=table.shape[0],
+        max_len=int(getattr(text_config, "max_position_embeddings", 2048)),
+        varying_rope=varying_rope(model),
+    )
+    _limit_length(base)
+    n_residual = fuse_residuals(model, lambda: _probe(base))
+    n_fused = fuse_rotary(model, store)
+    log.info("%d of %d attention layers fused", n_fused, len(store.probed))
+    log.info("residual additions of %d layers fused with the norms after them", n_residual)
+    return base
+
+
+def _widen_if_faster(model: PreTrainedModel, budget_bytes: int | None) -> None:
+    """Let products run in what this CPU is fast in, and say so."""
+    stored = model.dtype
+    n_weights = sum(weight.numel() for weight in model.parameters())
+    budget_bytes = sys.maxsize if budget_bytes is None else budget_bytes
+    found = cpu_precision(stored, n_weights, budget_bytes, host_cpu())
+    if found.warning is not None:
+        log.warning("%s", found.warning)
+    if found.dtype is stored:
+        return
+    model.to(found.dtype)
+    log.info(
+        "the weights take %s in %s instead of %s in %s: this CPU multiplies them several times as "
+        "fast so; --dtype %s keeps them small",
+        gigabytes(n_weights * found.dtype.itemsize),
+        name_of(found.dtype),
+        gigabytes(n_weights * stored.itemsize),
+        name_of(stored),
+        name_of(stored),
+    )
+
+
+def _kernels(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> Kernels:
+    try:
+        chosen = choose_kernels(choice, device, dtype)
+    except ValueError as error:
+        raise ConfigError(f"--kernels {choice}: {error}") from error
+    log.info("kernels: %s", chosen.name)
+    return chosen
+
+
+def _check_config(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise ConfigError("the base directory holds no config.json; give a Hugging Face directory")
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    if getattr(config, "auto_map", None):
+        raise ConfigError("this base model needs code from its repository (auto_map); refused")
+
+
+def _without_padding_check(model: nn.Module) -> None:
+    """Some definitions look at the ids for padding, to warn of a missing mask: there is none here,
+    and looking waits for the device, which a graph under capture must not.
+    """
+    for module in model.modules():
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+            vars(module)["warn_if_padding_and_no_attention_mask"] = lambda *_: None
+
+
+def _limit_length(base: BaseModel) -> None:
+    rope = base.varying_rope
+    if rope is not None and base.max_len > rope.n_fixed:
+        log.warning(
+            "%s rotary embedding: past %d tokens its angles depend on what else is in a step; "
+            "sequences are limited to that length instead of %d",
+            *(rope.kind, rope.n_fixed, base.max_len),
+        )
+        base.max_len = rope.n_fixed
+
+
+def _probe(base: BaseModel) -> None:
+    """One forward pass without a cache: learns the layers' KV shapes, checks the hook is used."""
+    ids = torch.arange(N_PROBED, device=base.device).unsqueeze(0)
+    with torch.inference_mode():
+        base.model(input_ids=ids, position_ids=ids, use_cache=False)
+    if not base.store.probed:
+        name = type(base.model).__name__
+        raise ConfigError(f"{name} does not use transformers' attention interface; not supported")
+
+
+def install_delta_layers(
+    model: PreTrainedModel, context: StepContext, kernels: Kernels, residency: Residency
+) -> dict[str, DeltaParameter]:
+    """Replace every linear, embedding and norm by its delta-aware form, on the instance."""
+    output = model.get_output_embeddings()
+    shared: dict[int, DeltaParameter] = {}
+    parameters: dict[str, DeltaParameter] = {}
+
+    def parameter(name: str, value: Tensor, transposed: bool = False) -> DeltaParameter:
+        key = id(value)
+        if key not in shared:
+            data = value.data.t().contiguous() if transposed else value.data
+            shared[key] = DeltaParameter(name, data, kernels, residency)
+        parameters[name] = shared[key]
+        return shared[key]
+
+    for path, module in list(_replaceable(model)):
+        weight_name, bias_name = f"{path}.weight", f"{path}.bias"
+        bias_value = getattr(module, "bias", None)
+        replacement: nn.Module
+        if isinstance(module, nn.Embedding):
+            replacement = DeltaEmbedding(module, parameter(weight_name, module.weight), context)
+        else:
+            weight = parameter(
+                weight_name, module.get_parameter("weight"), isinstance(module, Conv1D)
+            )
+            bias = None if bias_value is None else parameter(bias_name, bias_value)
+            if isinstance(module, nn.Linear | Conv1D):
+                is_output = module is output
+                replacement = DeltaLinear(weight, bias, context, is_output=is_output)
+            else:
+                replacement = DeltaNorm(module, weight, bias, context)
+        _set_module(model, path, replacement)
+    _fuse_projections(model)
+    _pack_linears(model, model.get_input_embeddings())
+    for module in model.modules():
+        fuse_gated_mlp(module, kernels)
+    return parameters
+
+
+def _fuse_projections(model: nn.Module) -> None:
+    """Join sibling linears, which model definitions feed with one tensor (checked on each call)."""
+    for module in model.modules():
+        for names in SIBLING_PROJECTIONS:
+            members = [getattr(module, name, None) for name in names]
+            linears = [m for m in members if isinstance(m, DeltaLinear)]
+            if len(linears) == len(names) and len({m.bias is None for m in linears}) == 1:
+                Product(linears).pack()
+
+
+def _pack_linears(model: nn.Module, embedding: nn.Module) -> None:
+    """Lay out the weights of linears outside groups; a tied output shares the embedding's."""
+    for module in model.modules():
+        if isinstance(module, DeltaLinear) and len(module.product.members) == 1:
+            read = isinstance(embedding, DeltaEmbedding) and embedding.reads(module.delta_weight)
+            module.product.pack(quantise=not (read or module.is_output), keep=read)
+
+
+def _replaceable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding | Conv1D) or _is_norm(module):
+            yield path, module
+
+
+def _is_norm(module: nn.Module) -> bool:
+    own = dict(module.named_parameters(recurse=False))
+    has_children = next(module.children(), None) is not None
+    return (
+        "Norm" in type(module).__name__
+        and not has_children
+        and set(own) in ({"weight"}, {"weight", "bias"})
+        and own["weight"].dim() == 1
+    )
+
+
+def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(model.get_submodule(parent), name, module)

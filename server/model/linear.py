@@ -1,0 +1,233 @@
+"""Linears of the base, one product for those that read the same input, then every slot's deltas."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from server.deltas.parameter import DeltaParameter
+from server.deltas.pools.base import FactorPool, TermPool
+from server.deltas.pools.blockdiag import BlockDiagPool, SharedBlocks
+from server.model.context import StepContext
+from server.ops.linear import LinearOp, TorchLinear
+from server.ops.row_plan import RowPlan
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """The members' pools by how they are applied; places are the members'.
+
+    blocks   with the first of the product's outputs they are of
+    factors  those of one kind together: one call serves them
+    """
+
+    blocks: tuple[tuple[SharedBlocks | BlockDiagPool, int], ...]
+    factors: tuple[tuple[tuple[FactorPool, int], ...], ...]
+    others: tuple[tuple[TermPool, int], ...]
+
+
+class Product:
+    """``x W^T`` of one linear, or of several that read the same x (q, k, v; gate, up).
+
+    Their weights are rows of one fused matrix. The model definition still calls each member; the
+    first call computes all of them, the others take their columns. If a member is called with
+    another tensor than the first was, all are computed again for it.
+    """
+
+    def __init__(self, members: Sequence[DeltaLinear]) -> None:
+        self.members = tuple(members)
+        weights = tuple(member.delta_weight for member in members)
+        self.parameters_in_order = weights
+        self.merged: dict[int, LinearOp] = {}  # by slot, see MergeableWeights
+        self._sizes = [weight.shape[0] for weight in weights]
+        self._linear: LinearOp = TorchLinear(weights[0].base)
+        self._bias: Tensor | None = None
+        self._work: _Work | None = None
+        self._version = -1
+        self._input: Tensor | None = None
+        self._outputs: dict[DeltaLinear, Tensor] = {}
+
+    def pack(self, *, quantise: bool = True, keep: bool = False) -> None:
+        """Lay the weights out for their product; they are forgotten, unless to `keep`.
+
+        quantise  as the residency says (not the output's)
+        """
+        weights = self.parameters_in_order
+        for weight in weights if quantise else ():
+            weight.base_quant = weight.residency.base_quant
+        whole = weights[0].base if len(weights) == 1 else torch.cat([w.base for w in weights])
+        self._linear = weights[0].make_linear(whole)
+        biases = [member.bias for member in self.members]
+        present = [bias for bias in biases if bias is not None]
+        self._bias = torch.cat(present) if present else None
+        for place, member in enumerate(self.members):
+            member.product = self
+            member.delta_weight.siblings = weights
+            if not keep:
+                member.delta_weight.hand_over(_Rows(self._linear, self._sizes, place))
+
+    def take(self, member: DeltaLinear, x: Tensor, rows: RowPlan | None) -> Tensor:
+        """The member's ``[T, m]`` for ``x [..., n]``."""
+        if len(self.members) == 1:
+            return self._compute(x.reshape(-1, x.shape[-1]), rows)[0]
+        if x is not self._input or member not in self._outputs:
+            parts = self._compute(x.reshape(-1, x.shape[-1]), rows)
+            self._input, self._outputs = x, dict(zip(self.members, parts, strict=True))
+        y = self._outputs.pop(member)
+        if not self._outputs:
+            self._input = None
+        return y
+
+    def _compute(self, x: Tensor, rows: RowPlan | None) -> Sequence[Tensor]:
+        if rows is None or not rows.has_deltas:
+            return self._split(self._linear(x, self._bias))
+        merged_slot = self.members[0].context.merged_slot
+        whole = None if merged_slot is None else self.merged.get(merged_slot)
+        parts = self._with_deltas(x, rows) if whole is None else self._split(whole(x))
+        if self._bias is not None:
+            for member, part in zip(self.members, parts, strict=True):
+                assert member.delta_bias is not None
+                part += member.delta_bias.vector_rows(rows)
+        return parts
+
+    def _split(self, y: Tensor) -> Sequence[Tensor]:
+        if len(self._sizes) == 1:
+            return (y,)
+        parts: Sequence[Tensor] = y.split_with_sizes(self._sizes, dim=1)
+        return parts
+
+    def _with_deltas(self, x: Tensor, rows: RowPlan) -> Sequence[Tensor]:
+        work = self._current_work()
+        if self._all_merged(rows):
+            return self._put_merged([x.new_empty((len(x), size)) for size in self._sizes], x, rows)
+        shares = [blocks.share(first, rows) for blocks, first in work.blocks]
+        present = [share for share in shares if share is not None]
+        y = self._linear.with_blocks(x, present) if present else self._linear(x)
+        parts = self._put_merged(self._split(y), x, rows)
+        for pool, place in work.others:
+            if pool.as_data or not rows.as_data:  # else `Residency.eager` says so of its slots
+                pool.add_(parts[place], x, rows)
+        for together in work.factors:
+            pools = [pool for pool, _ in together]
+            pools[0].add_together_(pools, [parts[place] for _, place in together], x, rows)
+        return parts
+
+    def _put_merged(self, parts: Sequence[Tensor], x: Tensor, rows: RowPlan) -> Sequence[Tensor]:
+        """Overwrite rows of slots whose weights are reconstructed.
+
+        The base's were computed for all rows, one product being cheaper than parts.
+        """
+        for member, part in zip(self.members, parts, strict=True):
+            merged = member.delta_weight.merged
+            for segment in rows.segments if merged else ():
+                if segment.slot in merged:
+                    own = slice(segment.start, segment.end)
+                    part[own] = F.linear(x[own], merged[segment.slot])
+        return parts
+
+    def _all_merged(self, rows: RowPlan) -> bool:
+        if rows.as_data or not self.parameters_in_order[0].merged:
+            return False
+        return all(
+            segment.slot in weight.merged
+            for weight in self.parameters_in_order
+            for segment in rows.segments
+        )
+
+    def _current_work(self) -> _Work:
+        """Changes with what is resident: seldom."""
+        version = sum(weight.residency.version for weight in self.parameters_in_order)
+        if self._work is None or self._version != version:
+            self._work, self._version = self._find_work(), version
+        return self._work
+
+    def _find_work(self) -> _Work:
+        blocks: dict[SharedBlocks | BlockDiagPool, int] = {}
+        factors: list[list[tuple[FactorPool, int]]] = []  # by member
+        others: list[tuple[TermPool, int]] = []
+        first = 0
+        for place, weight in enumerate(self.parameters_in_order):
+            factors.append([])
+            for pool in weight.pools.values():
+                if isinstance(pool, BlockDiagPool):
+                    # A shared one is met first at the group's first member.
+                    blocks.setdefault(pool.shared or pool, first)
+                elif isinstance(pool, FactorPool):
+                    factors[-1].append((pool, place))
+                else:
+                    others.append((pool, place))
+            first += self._sizes[place]
+        return _Work(tuple(blocks.items()), tuple(_of_one_kind(factors)), tuple(others))
+
+
+def _of_one_kind(
+    members: list[list[tuple[FactorPool, int]]],
+) -> Iterator[tuple[tuple[FactorPool, int], ...]]:
+    """Pools that one call serves: at most one of each member, as two would write one output."""
+    kinds = dict.fromkeys(pool.kind for member in members for pool, _ in member)
+    for kind in kinds:
+        own = [[pair for pair in member if pair[0].kind == kind] for member in members]
+        for together in itertools.zip_longest(*own):
+            yield tuple(pair for pair in together if pair is not None)
+
+
+class _Rows:
+    """One member's rows of a fused weight."""
+
+    def __init__(self, fused: LinearOp, sizes: list[int], place: int) -> None:
+        self._fused, self._sizes, self._place = fused, sizes, place
+
+    def __call__(self) -> Tensor:
+        return torch.split(self._fused.dense(), self._sizes)[self._place]
+
+
+class DeltaLinear(nn.Module):
+    """``y = x W_base^T + b`` for all rows in one GEMM, then each slot's delta on its rows."""
+
+    def __init__(
+        self,
+        weight: DeltaParameter,
+        bias: DeltaParameter | None,
+        context: StepContext,
+        *,
+        is_output: bool = False,
+    ) -> None:
+        super().__init__()
+        self.delta_weight, self.delta_bias = weight, bias
+        self.context, self.is_output = context, is_output
+        self.product = Product([self])
+
+    @property
+    def weight(self) -> Tensor:
+        return self.delta_weight.base
+
+    @property
+    def bias(self) -> Tensor | None:
+        return None if self.delta_bias is None else self.delta_bias.base
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., n]`` -> ``[..., m]``; wider than m if a slot has added vocabulary rows."""
+        rows = self.context.output_rows if self.is_output else self.context.rows
+        y = self.product.take(self, x, rows)
+        if rows is not None and self.delta_weight.extra:
+            y = self._with_extra(y, x.reshape(-1, x.shape[-1]), rows)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def _with_extra(self, y: Tensor, flat: Tensor, rows: RowPlan) -> Tensor:
+        owned = self.delta_weight.extra
+        extra = {s: owned[s] for s in rows.slots if s in owned}
+        if not extra:
+            return y
+        # Columns a variant does not have stay 0 here; the sampler masks ids past its vocabulary.
+        grown = F.pad(y, (0, max(len(e) for e in extra.values())))
+        for segment in rows.segments:
+            if segment.slot in extra:
+                part = slice(segment.start, segment.end)
+                new = F.linear(flat[part], extra[segment.slot])
+                grown[part, y.shape[1] : y.shape[1] + new.shape[1]] = new
+        return grown

@@ -1,0 +1,219 @@
+"""Which of the CPU kernels this machine can run: each is tried in a process of its own first.
+
+A compiler may end the process that asks it for code it cannot make, and wrong code looks like any
+other. So the first compilation of every kernel on a machine, and a comparison with torch on small
+inputs, happen in a child process (`server.ops.cpu.check_child`). What crashes, is wrong or hangs
+there is not used: torch does its work, and a warning says so. The child leaves the compiled code in
+the cache, so that it is made once; the verdicts lie beside it and go with it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from filelock import FileLock, Timeout
+
+from server.ops.cpu.compile import cache_folder, cache_root_of
+from server.ops.cpu.features import Target, host_target
+from server.ops.cpu.linear import LinearKernel
+
+log = logging.getLogger(__name__)
+
+# Each is a class of this package that `server.ops.cpu.kernels` makes.
+NAMES = ("attention", "prefill", "rotary", "rows", "embedding", "blockdiag", "linear")
+CHILD = ("-m", "server.ops.cpu.check_child")
+TIMEOUT_S = 300.0  # for one kernel, compilation included: minutes on a busy, slow machine
+VERDICTS = "verdicts.json"
+PACKAGES = Path(__file__).resolve().parents[3]
+Verdicts = dict[str, str | None]  # kernel -> what is wrong with it
+
+
+def wanted_kernels(target: Target) -> tuple[str, ...]:
+    """Those that are of use on this CPU."""
+    return tuple(name for name in NAMES if name != "linear" or LinearKernel.pays_on(target))
+
+
+def usable_kernels(
+    *, child: Sequence[str] = CHILD, environment: Mapping[str, str] | None = None
+) -> frozenset[str]:
+    """The kernels that passed their trial on this machine, now or before. Warns of the others.
+
+    child, environment: see `try_kernels`.
+    """
+    target, folder = host_target(), cache_folder()
+    names = wanted_kernels(target)
+    path = None if folder is None else folder / VERDICTS
+    verdicts = _read(path)
+    if not verdicts.keys() >= set(names):
+        with _alone(folder):
+            verdicts = _read(path)
+            missing = [name for name in names if name not in verdicts]
+            if missing:
+                log.info("compiling %d CPU kernels for %s, once", len(missing), target)
+                verdicts |= try_kernels(missing, folder, child=child, environment=environment)
+                _write(path, verdicts)
+    for name in names:
+        problem = verdicts.get(name)
+        if problem is not None:
+            log.warning(
+                "the CPU kernel %r %s on %s: torch does its work instead, slower%s",
+                name,
+                problem,
+                target,
+                "" if path is None else f"; delete {path} to have it tried again",
+            )
+    return frozenset(name for name in names if verdicts.get(name) is None)
+
+
+def try_kernels(
+    names: Sequence[str],
+    folder: Path | None = None,
+    *,
+    timeout_s: float = TIMEOUT_S,
+    child: Sequence[str] = CHILD,
+    environment: Mapping[str, str] | None = None,
+) -> Verdicts:
+    """Compile and compare these kernels in child processes, one after the other.
+
+    A child goes on with the next kernel until one ends it; the rest get a new one.
+
+    folder       where compiled code goes, a `cache_folder`; default: the child's own
+    timeout_s    for one kernel
+    child        Python's arguments before the kernels' names
+    environment  of the child; default: this process's
+    """
+    settings = dict(os.environ if environment is None else environment)
+    # The child finds this package where this process found it, however it was started.
+    found = [str(PACKAGES), *filter(None, [settings.get("PYTHONPATH")])]
+    settings["PYTHONPATH"] = os.pathsep.join(found)
+    if folder is not None:
+        settings["NUMBA_CACHE_DIR"] = str(cache_root_of(folder))
+    verdicts: Verdicts = {}
+    left = list(names)
+    while left:
+        verdicts |= _run_child(left, child, settings, timeout_s)
+        left = [name for name in left if name not in verdicts]
+    return verdicts
+
+
+def _run_child(
+    names: Sequence[str], child: Sequence[str], environment: Mapping[str, str], timeout_s: float
+) -> Verdicts:
+    """The verdicts of one child: of all kernels, or up to the one that ended it."""
+    with tempfile.TemporaryFile() as errors:
+        try:
+            process = subprocess.Popen(
+                [sys.executable, *child, *names],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
+        except OSError as error:
+            return dict.fromkeys(names, f"could not be tried ({error})")
+        with process:
+            verdicts, hangs = _listen(process, timeout_s)
+            process.kill()
+        if len(verdicts) < len(names):
+            failed = next(name for name in names if name not in verdicts)
+            how = f"did not finish within {timeout_s:g} s" if hangs else _how_it_ended(process)
+            verdicts[failed] = how + ("" if hangs else _last_words(errors))
+    return verdicts
+
+
+def _listen(child: subprocess.Popen[str], timeout_s: float) -> tuple[Verdicts, bool]:
+    """The verdicts that a child prints, a line each, and whether it fell silent."""
+    assert child.stdout is not None
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    threading.Thread(target=_forward, args=(child.stdout, lines), daemon=True).start()
+    verdicts: Verdicts = {}
+    while True:
+        try:
+            line = lines.get(timeout=timeout_s)
+        except queue.Empty:
+            return verdicts, True
+        if line is None:
+            child.wait(timeout=timeout_s)
+            return verdicts, False
+        name, problem = json.loads(line)
+        verdicts[name] = problem
+
+
+def _forward(stream: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
+    for line in stream:
+        lines.put(line)
+    lines.put(None)
+
+
+def _how_it_ended(child: subprocess.Popen[str]) -> str:
+    code = child.returncode
+    if code >= 0:
+        return f"ended its trial process with status {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"ended its trial process with {name}"
+
+
+def _last_words(errors: IO[bytes]) -> str:
+    """What tells most of what a process that died has written: LLVM's error, or the last line."""
+    errors.seek(0)
+    lines = [line.strip() for line in errors.read().decode(errors="replace").splitlines()]
+    lines = [line for line in lines if line]
+    told = [line for line in lines if line.startswith("LLVM ERROR")] or lines[-1:]
+    return f" ({told[0][:200]})" if told else ""
+
+
+@contextmanager
+def _alone(folder: Path | None) -> Iterator[None]:
+    """Hold the cache's lock, so that processes that start together compile once."""
+    if folder is None:
+        yield
+        return
+    lock = FileLock(folder / "trial.lock")
+    try:
+        lock.acquire(timeout=len(NAMES) * TIMEOUT_S)
+    except (Timeout, OSError, NotImplementedError):  # a disk without locks: compile beside others
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _read(path: Path | None) -> Verdicts:
+    try:
+        found = json.loads(path.read_text()) if path is not None else {}
+    except (OSError, ValueError):
+        return {}
+    sound = isinstance(found, dict) and all(it is None or type(it) is str for it in found.values())
+    return found if sound else {}
+
+
+def _write(path: Path | None, verdicts: Verdicts) -> None:
+    """Keep the verdicts, but for those of a process that was killed from outside."""
+    if path is None:
+        return
+    kept = {name: it for name, it in verdicts.items() if it is None or "SIGKILL" not in it}
+    part = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}")
+    try:
+        part.write_text(json.dumps(kept, indent=1, sort_keys=True))
+        part.replace(path)
+    except OSError as error:
+        log.debug("the verdicts are not kept: %s", error)

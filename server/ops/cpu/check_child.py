@@ -1,0 +1,133 @@
+"""``python -m server.ops.cpu.check_child NAME...``: compile kernels and compare them with torch.
+
+Prints ``[name, problem or null]`` in JSON, a line for each kernel as soon as it is known. The
+process may end on the way: that is what it is for, see `server.ops.cpu.check`. Inputs are random
+and small; what is compared with is torch on the same numbers in float64.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from server.ops.cpu.kernels import NumbaKernels
+from server.ops.kernels import Kernels, TorchKernels
+from server.ops.linear import BlockShare
+from server.ops.packed import PackedBlocks, packed_rows
+from server.ops.row_plan import RowPlan, Segment
+from server.ops.selfcheck import Case, cases, deviation, randoms
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16)
+# Kernel -> how the names of its cases begin.
+OF_KERNEL = {
+    "attention": ("decode attention",),
+    "prefill": ("prefill attention",),
+    "rotary": ("rotate_and_write",),
+    "rows": ("rms_norm", "add_rms_norm", "silu_mul"),
+    "embedding": ("embedding",),
+    "blockdiag": ("blockdiag",),
+    "linear": ("linear",),
+}
+
+
+def main(names: list[str]) -> None:
+    """Try the kernels one by one; see the module."""
+    for name in names:
+        print(json.dumps([name, find_problem(name)]), flush=True)
+
+
+def find_problem(name: str) -> str | None:
+    """Compile one kernel; None if all its cases come out as in torch, else what is wrong."""
+    if name not in OF_KERNEL:
+        return "is unknown"
+    try:
+        kernels = NumbaKernels(usable={name})
+    except Exception as error:  # the compiler's, whatever its type
+        return f"cannot be compiled ({type(error).__name__}: {str(error).strip()[:200]})"
+    for dtype in DTYPES:
+        wrong = [
+            case + problem
+            for case, problem in deviations(kernels, dtype)
+            if problem is not None and case.startswith(OF_KERNEL[name])
+        ]
+        if wrong:
+            return f"is wrong in {str(dtype).removeprefix('torch.')} ({', '.join(wrong)[:200]})"
+    return None
+
+
+def deviations(kernels: Kernels, dtype: torch.dtype) -> Iterator[tuple[str, str | None]]:
+    """Every case and what is wrong with it, see `deviation`."""
+    reference = TorchKernels()
+    with torch.inference_mode():
+        exact = _cases(torch.float64, dtype)
+        for (name, run), (_, wanted) in zip(_cases(dtype, dtype), exact, strict=True):
+            told = deviation(run, kernels, lambda wanted=wanted: wanted(reference), dtype)  # type: ignore[misc]
+            yield name, told
+
+
+def _cases(dtype: torch.dtype, values_of: torch.dtype) -> Iterator[Case]:
+    names = tuple(start for starts in OF_KERNEL.values() for start in starts)
+    yield from (case for case in cases(CPU, dtype, values_of) if case[0].startswith(names))
+    random, generator = randoms(CPU, dtype, values_of)
+    for bits in (2, 3, 4, 8, 16):
+        for octaves in (False, True):
+            yield f"embedding {bits} bit", _look_up(_blocks(37, bits, octaves, generator), random)
+            if bits in (2, 3, 4):
+                blocks = _blocks(38, bits, octaves, generator)
+                for rows in (1, 11):
+                    yield f"linear {bits} bit, {rows} rows", _product(blocks, rows, random)
+
+
+def _blocks(n: int, bits: int, octaves: bool, generator: torch.Generator) -> PackedBlocks:
+    """Two slots' blocks of a matrix [70, n], of uneven parts."""
+    s, m = 3, 70
+    nb, mb = -(-n // s), -(-m // s)
+    if bits == 16:
+        codes = torch.randn((2, s, nb, mb), generator=generator).half()
+    else:
+        shape = (2, s, packed_rows(nb, bits), mb)
+        codes = torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8)
+    if octaves:
+        scales = torch.randint(180, 256, (2, s, mb), generator=generator, dtype=torch.uint8)
+    else:
+        scales = torch.rand((2, s, mb), generator=generator).half()
+    places = torch.tensor([2, 1], dtype=torch.int32)
+    return PackedBlocks(codes, scales, torch.full((2, 1), 0.5), (m,), n, bits, places)
+
+
+def _look_up(blocks: PackedBlocks, random: Callable[..., Tensor]) -> Callable[[Kernels], Tensor]:
+    start, ids = random(4, blocks.n), torch.tensor([0, 23, 24, 69])
+    places = torch.tensor([1, 0, -1, 0])
+
+    def run(kernels: Kernels) -> Tensor:
+        y = start.clone()
+        kernels.blockdiag_rows_add_(y, ids, places, blocks)
+        return y
+
+    return run
+
+
+def _product(
+    blocks: PackedBlocks, n_rows: int, random: Callable[..., Tensor]
+) -> Callable[[Kernels], Tensor]:
+    """A base's product with two slots' blocks in it, and one with a bias."""
+    m = blocks.sizes[0]
+    weight, x, bias = random(m, blocks.n), random(n_rows, blocks.n), random(m)
+    rows = RowPlan([Segment(1, 0, 1), Segment(0, 1, n_rows)][: min(n_rows, 2)], CPU)
+    present = frozenset({(0, 1), (1, 0)})
+
+    def run(kernels: Kernels) -> Tensor:
+        share = BlockShare(kernels.blockdiag(blocks), blocks.sizes, 0, rows, present)
+        op = kernels.linear(weight)
+        return torch.cat([op.with_blocks(x, [share]), op(x, bias)])
+
+    return run
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,186 @@
+"""The serving process: uvicorn, signals, orderly and disorderly ends.
+
+SIGTERM, SIGINT   drain: not ready at once, running requests may finish, exit code 0
+the same again    end running requests now
+SIGHUP            read the deltas directory again
+engine dead       end running requests, exit code 1
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol, TypeVar
+
+import uvicorn
+
+from server.api.app import create_app
+from server.api.gate import Gate
+from server.engine.types import EngineClient
+from server.errors import Draining, EngineDead, ServeError
+from server.metrics.series import Metrics
+from server.process.protocol import BoundedProtocol
+from server.settings import Settings
+
+WATCH_S = 0.5
+LAST_EVENT_S = 2.0  # for the final error events to leave
+ENGINE_STOP_S = 15.0
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class RunnableEngine(EngineClient, Protocol):
+    """An engine that this process starts and stops."""
+
+    def start(self) -> None: ...
+    async def shutdown(self, drain_timeout_s: float) -> None: ...
+
+
+class Server(uvicorn.Server):
+    """uvicorn without its signal handling; `Control` has ours."""
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class Control:
+    """Decides when the server ends, and with which exit code."""
+
+    def __init__(self, engine: EngineClient, gate: Gate, server: Server, drain_s: float) -> None:
+        self._engine = engine
+        self._gate = gate
+        self._server = server
+        self._drain_s = drain_s
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.exit_code = 0
+
+    def install(self) -> None:
+        """Take over the process's signals; for the main thread."""
+        for name in ("SIGTERM", "SIGINT"):
+            _on_signal(name, self.stop)
+        _on_signal("SIGHUP", self.rescan)
+
+    def stop(self) -> None:
+        """Drain; when already draining, end now."""
+        if self._gate.draining:
+            log.warning("second signal: ending running requests now")
+            self._start(self._end(Draining("The server is shutting down.", retry_after_s=5)))
+            return
+        log.info("draining: %d requests running", self._gate.n_requests)
+        self._gate.drain()
+        self._start(self._drain())
+
+    def rescan(self) -> None:
+        """Read the deltas directory again, beside the loop."""
+        self._start(self._rescan())
+
+    async def watch(self) -> None:
+        """End the process when the engine, once alive, no longer is."""
+        while not self._engine.is_alive():
+            await asyncio.sleep(WATCH_S)
+        while self._engine.is_alive():
+            await asyncio.sleep(WATCH_S)
+        if self._server.should_exit:
+            return
+        log.critical("the engine is dead; exiting")
+        self.exit_code = 1
+        self._gate.drain()
+        await self._end(EngineDead("The engine has stopped; the server restarts."))
+
+    async def _drain(self) -> None:
+        if not await self._gate.wait_idle(self._drain_s):
+            log.warning("drain timeout: ending %d requests", self._gate.n_requests)
+        await self._end(Draining("The server is shutting down.", retry_after_s=5))
+
+    async def _end(self, error: ServeError) -> None:
+        self._gate.fail_all(error)
+        await self._gate.wait_idle(LAST_EVENT_S)
+        self._server.should_exit = True
+
+    async def _rescan(self) -> None:
+        try:
+            await asyncio.to_thread(self._engine.rescan)
+            log.info("rescanned: %d models", len(self._engine.models()))
+        except Exception:
+            log.exception("rescan failed; the names known before stay")
+
+    def _start(self, work: object) -> None:
+        task = asyncio.ensure_future(work)  # type: ignore[call-overload]
+        self._tasks.add(task)  # the loop itself keeps weak references only
+        task.add_done_callback(self._tasks.discard)
+
+
+def _on_signal(name: str, action: Callable[[], None]) -> None:
+    """Call `action` in the running loop on a signal, if this system has it."""
+    number = getattr(signal, name, None)
+    if number is None:
+        return
+    loop = asyncio.get_running_loop()
+    try:
+        loop.add_signal_handler(number, action)
+    except NotImplementedError:  # a loop that cannot wait for signals
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(action))
+
+
+def run_in_loop(work: Coroutine[Any, Any, T]) -> T:
+    """Run `work` to its end in uvloop: a streamed token costs less CPU there.
+
+    Where there is none (it has no build for Windows), asyncio's own loop serves.
+    """
+    try:
+        from uvloop import new_event_loop
+    except ImportError:
+        return asyncio.run(work)
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        return runner.run(work)
+
+
+async def run(
+    engine: RunnableEngine,
+    settings: Settings,
+    metrics: Metrics,
+    sockets: Sequence[socket.socket] | None = None,
+) -> int:
+    """Serve until told to stop; return the exit code."""
+    app = create_app(engine, settings, metrics)
+    server = Server(uvicorn_config(app, settings))
+    control = Control(engine, app.state.api.gate, server, settings.drain_timeout_s)
+    control.install()
+    engine.start()
+    watch = asyncio.create_task(control.watch())
+    try:
+        await server.serve(None if sockets is None else list(sockets))
+    finally:
+        watch.cancel()
+        await _stop_engine(engine)
+    return control.exit_code
+
+
+def uvicorn_config(app: object, settings: Settings) -> uvicorn.Config:
+    """Return uvicorn's settings: our bounds on headers, no access log of its own."""
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        host=settings.host,
+        port=settings.port,
+        http=BoundedProtocol,
+        ws="none",
+        lifespan="off",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=3,  # draining came before; this is for idle connections
+    )
+
+
+async def _stop_engine(engine: RunnableEngine) -> None:
+    try:
+        async with asyncio.timeout(ENGINE_STOP_S):
+            await engine.shutdown(0.0)
+    except TimeoutError:
+        log.error("the engine did not stop within %g s", ENGINE_STOP_S)

@@ -1,0 +1,27 @@
+"""Liveness and readiness."""
+
+from __future__ import annotations
+
+import httpx
+
+from server.api.app import create_app
+from tests.server.api.conftest import make_settings
+from tests.server.api.fake import FakeEngine
+
+
+async def test_health_follows_engine_and_gate():
+    engine = FakeEngine()
+    app = create_app(engine, make_settings())
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+
+        async def statuses() -> tuple[int, int]:
+            live = await http.get("/health")
+            ready = await http.get("/health/ready")
+            return live.status_code, ready.status_code
+
+        assert await statuses() == (200, 200)
+        app.state.api.gate.drain()
+        assert await statuses() == (200, 503)
+        engine.alive = False
+        assert await statuses() == (503, 503)

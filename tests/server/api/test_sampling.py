@@ -1,0 +1,64 @@
+"""Sampling parameters and output budgets of a request."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.api.sampling import output_budget, sampling_params
+from server.api.schemas import CompletionRequest
+from server.engine.types import SamplingParams
+from server.errors import InvalidRequest
+
+
+def params(defaults=None, child=0, **fields) -> SamplingParams:
+    body = CompletionRequest(model="m", prompt="p", **fields)
+    return sampling_params(body, defaults or {}, max_tokens=10, child=child, logprobs=None)
+
+
+def test_sampling_without_anything_is_openais_default():
+    assert params() == SamplingParams(max_tokens=10)
+
+
+def test_sampling_takes_generation_config_where_the_request_is_silent():
+    defaults = {
+        "temperature": 0.6,
+        "top_p": 0.9,
+        "top_k": 50,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "eos_token_id": 2,
+    }
+    found = params(defaults, top_p=1.0, top_k=-1)
+
+    assert (found.temperature, found.min_p, found.repetition_penalty) == (0.6, 0.1, 1.1)
+    assert (found.top_p, found.top_k) == (1.0, 0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "used"), [(0, 0.0), (1e-40, 0.0), (1e-3, 0.01), (0.5, 0.5), (100, 100.0)]
+)
+def test_temperature_near_zero_is_greedy_or_raised(asked, used):
+    assert params(temperature=asked).temperature == used
+
+
+def test_seed_differs_by_child_and_stays_in_range():
+    assert [params(seed=5, child=i).seed for i in range(3)] == [5, 6, 7]
+    for seed in (-(2**63), 2**63 - 1):
+        assert 0 <= params(seed=seed, child=1).seed < 2**63
+    assert params(child=1).seed is None
+
+
+def test_min_tokens_beyond_what_may_be_generated_is_refused():
+    with pytest.raises(InvalidRequest) as caught:
+        params(min_tokens=11)
+    assert caught.value.param == "min_tokens"
+
+
+def test_output_budget_at_its_borders():
+    assert output_budget(10, None, None, 16) == 6
+    assert output_budget(10, None, 4, 16) == 4
+    assert output_budget(10, None, 40, 16) == 6
+    assert output_budget(10, 6, 4, 16) == 6
+    for arguments in ((10, 7, None, 16), (16, None, None, 16), (16, 1, 1, 16)):
+        with pytest.raises(InvalidRequest, match="16 tokens"):
+            output_budget(*arguments)

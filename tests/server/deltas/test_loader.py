@@ -1,0 +1,139 @@
+"""What arrives late must be invisible until it is whole: an uploader that stops half way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from compressor.artifact.reader import read_artifact
+from compressor.errors import UnsupportedTensor
+from server.deltas.loader import decode_threads, stage_variant
+from server.deltas.upload import Ready, Transfer, Upload
+from server.model.base import load_base_model
+from tests.server.conftest import ALL_CODECS, Served
+from tests.server.helpers import CoreHarness
+
+PROMPT = "The quick brown fox"
+
+
+class HalfUpload(Upload):
+    """Half of the tensors have arrived; the others do once the gate opens and somebody waits."""
+
+    def __init__(self, late: Sequence[Transfer], gate: threading.Event) -> None:
+        super().__init__()
+        self._late, self._gate = late, gate
+
+    def done(self) -> bool:
+        return self._gate.is_set()
+
+    def wait(self) -> None:
+        assert self._gate.wait(60)
+        for target, source in self._late:
+            target.copy_(source)
+
+
+class SlowUploader:
+    """Writes every other tensor at once, NaN into the rest until the gate opens."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.begun = threading.Event()
+        self.marks: list[Ready] = []
+        self.awaited: list[Ready | None] = []
+
+    def ready(self) -> Ready:
+        self.marks.append(Ready())
+        return self.marks[-1]
+
+    def abandon(self) -> None: ...
+
+    def copy(self, transfers: Sequence[Transfer], after: Ready | None = None) -> Upload:
+        self.awaited.append(after)
+        for target, source in transfers[::2]:
+            target.copy_(source)
+        for target, _ in transfers[1::2]:
+            target.fill_(float("nan") if target.is_floating_point() else 0xA5 % 128)
+        self.begun.set()
+        return HalfUpload(transfers[1::2], self.gate)
+
+
+def test_slot_half_uploaded_is_never_seen_by_a_step(
+    served: Callable[..., Served], harness: Callable[..., CoreHarness]
+) -> None:
+    many = served("llama", ALL_CODECS)
+    engine = harness(many)
+    names = ["base", "blockdiag"]
+    first = [engine.submit(name, PROMPT) for name in names]
+    engine.run(*first)
+    slow = SlowUploader()
+    engine.core.loader._uploader = slow
+    late = engine.submit("other-blocks", PROMPT)
+    engine.until(slow.begun.is_set)
+    others = [
+        engine.submit(name, [*r.request.prompt_ids, 7])
+        for name, r in zip(names, first, strict=True)
+    ]
+    engine.run(*others)  # serving goes on beside the copy
+    assert not late.done
+    assert late.output_ids == []
+    slow.gate.set()
+    engine.run(late)
+    engine.assert_idle()
+    assert slow.awaited == slow.marks, "a copy must come after the room was made"
+    for recorded, name in zip(
+        [*first, *others, late], [*names, *names, "other-blocks"], strict=True
+    ):
+        assert recorded.error is None
+        want = many.truth(name, recorded.request.prompt_ids)
+        assert recorded.output_ids == want[: len(recorded.output_ids)]
+        assert recorded.output_ids
+
+
+def test_reconstructed_weights_and_added_rows_take_the_same_way(
+    served: Callable[..., Served], harness: Callable[..., CoreHarness]
+) -> None:
+    pair = served("llama", {"blockdiag": ALL_CODECS["blockdiag"]}, extra_vocab=3)
+    engine = harness(pair, mode="reconstruct")
+    slow = SlowUploader()
+    engine.core.loader._uploader = slow
+    late = engine.submit("blockdiag", PROMPT)
+    engine.until(slow.begun.is_set)
+    held = [p for p in engine.core._runner.base.parameters.values() if p.merged]
+    assert any(not bool(torch.isfinite(p.merged[0]).all()) for p in held), "nothing was late"
+    assert late.output_ids == []
+    slow.gate.set()
+    engine.run(late)
+    assert late.output_ids == pair.truth("blockdiag", late.request.prompt_ids)[:16]
+
+
+def test_stage_by_several_threads_gives_the_same_parts(served: Callable[..., Served]) -> None:
+    pair = served("llama", ALL_CODECS)
+    base = load_base_model(pair.base, torch.device("cpu"), torch.float32, "torch")
+    for name in ("blockdiag", "impart", "head"):
+        artifact = read_artifact(pair.deltas / name)
+        one, three = (stage_variant(artifact, base.parameters, "apply", n) for n in (1, 3))
+        assert len(one) == len(three) > 10
+        for left, right in zip(one, three, strict=True):
+            assert left.parameter is right.parameter
+            assert [key for key, _ in left.terms] == [key for key, _ in right.terms]
+            assert all(
+                torch.equal(a, b)
+                for (_, mine), (_, theirs) in zip(left.terms, right.terms, strict=True)
+                for a, b in zip(mine, theirs, strict=True)
+            )
+
+
+def test_stage_by_several_threads_names_what_does_not_fit(served: Callable[..., Served]) -> None:
+    artifact = read_artifact(served("llama", ALL_CODECS).deltas / "blockdiag")
+    with pytest.raises(UnsupportedTensor, match="no such linear"):
+        stage_variant(artifact, {}, "apply", 3)
+
+
+def test_decoder_has_no_more_threads_than_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert decode_threads(torch.device("cuda")) >= 1
+    monkeypatch.setenv("PYTHON_CPU_COUNT", "1")
+    assert decode_threads(torch.device("cuda")) == 1
+    assert decode_threads(torch.device("cpu")) == 1

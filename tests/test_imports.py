@@ -1,0 +1,68 @@
+"""What importing the server loads, also through what it imports."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# The format, and what tells how much of the machine may be used.
+COMPRESSOR = (
+    *("compressor.artifact", "compressor.codecs", "compressor.errors"),
+    *("compressor.usable_cpus", "compressor.usable_memory", "compressor.cgroups"),
+)
+# The base's identity is read off the base's checkpoint.
+FOR_IDENTITY = {"compressor.checkpoint", "compressor.checkpoint.files", "compressor.checkpoint.hub"}
+
+
+def modules_of(folder: str) -> list[str]:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    names = (".".join(file.relative_to(ROOT).with_suffix("").parts) for file in files)
+    return [name.removesuffix(".__init__") for name in names]
+
+
+def loaded_by(*modules: str) -> set[str]:
+    """All modules that are there after these were imported, in a process of its own."""
+    code = f"import sys, {', '.join(modules)}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    return set(done.stdout.split())
+
+
+def of_the_compressor(loaded: set[str]) -> set[str]:
+    return {name for name in loaded if name.partition(".")[0] == "compressor"} - {"compressor"}
+
+
+def strangers(loaded: set[str]) -> list[str]:
+    """Modules of the compressor that the server has no use for."""
+    known = (*COMPRESSOR, *(f"{name}." for name in COMPRESSOR))
+    return sorted(
+        name
+        for name in of_the_compressor(loaded) - FOR_IDENTITY
+        if name not in known and not name.startswith(known[len(COMPRESSOR) :])
+    )
+
+
+def test_http_layer_imports_without_torch() -> None:
+    """The edge starts in a second and can be tested without torch."""
+    loaded = loaded_by(*modules_of("server/api"))
+    assert "server.api.app" in loaded
+    assert "torch" not in loaded, "server.api imports torch through another module"
+
+
+@pytest.mark.parametrize("folder", ["api", "process", "metrics", "engine", "model", "deltas"])
+def test_server_loads_nothing_else_of_the_compressor(folder: str) -> None:
+    """No encoder, no plan, nothing that only compressing needs."""
+    assert strangers(loaded_by("server.__main__", *modules_of(f"server/{folder}"))) == []
+
+
+def test_engine_loads_the_format() -> None:
+    assert "compressor.artifact.reader" in loaded_by("server.engine.llm_engine")
+
+
+def test_encoder_would_be_seen() -> None:
+    assert "compressor.encoders.svd" in strangers(loaded_by("compressor.encoders.svd"))
