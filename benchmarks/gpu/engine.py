@@ -98,7 +98,7 @@ class Engine:
         """
         base = self.runner.base
         job = LoadJob(keys[0], keys[0], "apply", lambda: artifact)
-        parameters = stage_variant(artifact, base.parameters, "apply")
+        parameters = stage_variant(artifact, base.parameters)
         n_bytes = sum(p.n_bytes for p in parameters)
         staged = Staged(job, parameters, n_bytes, time.monotonic())
         errors = self.core.loader.errors

@@ -150,12 +150,12 @@ class LLMEngine:
         ]
         for delta in self._catalog.registry.all():
             key = self._catalog.key_of(delta)
-            merged_bytes = stats.merged_bytes.get(key, 0)
-            infos.append(self._info(delta, key, resident.get(key), merged_bytes))
+            reconstructed_bytes = stats.reconstructed_bytes.get(key, 0)
+            infos.append(self._info(delta, key, resident.get(key), reconstructed_bytes))
         return infos
 
     def _info(
-        self, delta: RegisteredDelta, key: str, slot: Slot | None, merged_bytes: int
+        self, delta: RegisteredDelta, key: str, slot: Slot | None, reconstructed_bytes: int
     ) -> ModelInfo:
         error = delta.error or self._catalog.load_error(key) or self.core.loader.errors.get(key)
         return ModelInfo(
@@ -167,7 +167,7 @@ class LLMEngine:
             max_model_len=self.max_model_len,
             n_bytes=delta.n_bytes,
             resident_bytes=0 if slot is None else slot.n_bytes,
-            reconstructed_bytes=merged_bytes,
+            reconstructed_bytes=reconstructed_bytes,
             mode=self._catalog.mode_of(delta.name),
             codec=delta.codec,
             error=error,

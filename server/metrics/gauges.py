@@ -150,19 +150,19 @@ class EngineCollector(Collector):
             "Variants in device memory",
             labels=["adapter_name", "level", "pinned", "rank"],
         )
-        merged = GaugeMetricFamily(
+        reconstructed = GaugeMetricFamily(
             "impart_reconstructed_bytes",
-            "Device memory held by a variant's merged weights",
+            "Device memory held by a hot variant's reconstructed weights",
             labels=["model_name"],
         )
         for info in variants:
             if info.reconstructed_bytes:
-                merged.add_metric([info.name], info.reconstructed_bytes)
+                reconstructed.add_metric([info.name], info.reconstructed_bytes)
             if info.resident_bytes:
                 resident.add_metric([info.name], info.resident_bytes)
                 loaded.add_metric([info.name, "gpu", "false", "0"], 1)
         yield resident
-        yield merged
+        yield reconstructed
         yield loaded
         yield self._states(variants)
         n_resident = sum(1 for info in variants if info.resident_bytes)

@@ -15,7 +15,7 @@ from server.deltas.pools.base import FactorPool, TermPool
 from server.deltas.pools.blockdiag import BlockDiagPool, SharedBlocks
 from server.model.context import StepContext
 from server.ops.linear import LinearOp, TorchLinear
-from server.ops.row_plan import RowPlan
+from server.ops.row_plan import RowPlan, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Product:
         self.members = tuple(members)
         weights = tuple(member.delta_weight for member in members)
         self.parameters_in_order = weights
-        self.merged: dict[int, LinearOp] = {}  # by slot, see MergeableWeights
+        self.reconstructed: dict[int, LinearOp] = {}  # by slot, see ReconstructedWeights
         self._sizes = [weight.shape[0] for weight in weights]
         self._linear: LinearOp = TorchLinear(weights[0].base)
         self._bias: Tensor | None = None
@@ -86,9 +86,12 @@ class Product:
     def _compute(self, x: Tensor, rows: RowPlan | None) -> Sequence[Tensor]:
         if rows is None or not rows.has_deltas:
             return self._split(self._linear(x, self._bias))
-        merged_slot = self.members[0].context.merged_slot
-        whole = None if merged_slot is None else self.merged.get(merged_slot)
-        parts = self._with_deltas(x, rows) if whole is None else self._split(whole(x))
+        own = self._own_weights(rows)
+        if own and len(own) == len(rows.segments):  # no row wants the base's product
+            parts = self._without_base(x, own)
+        else:
+            parts = self._with_deltas(x, rows)
+            self._put(parts, x, own)
         if self._bias is not None:
             for member, part in zip(self.members, parts, strict=True):
                 assert member.delta_bias is not None
@@ -103,12 +106,10 @@ class Product:
 
     def _with_deltas(self, x: Tensor, rows: RowPlan) -> Sequence[Tensor]:
         work = self._current_work()
-        if self._all_merged(rows):
-            return self._put_merged([x.new_empty((len(x), size)) for size in self._sizes], x, rows)
         shares = [blocks.share(first, rows) for blocks, first in work.blocks]
         present = [share for share in shares if share is not None]
         y = self._linear.with_blocks(x, present) if present else self._linear(x)
-        parts = self._put_merged(self._split(y), x, rows)
+        parts = self._split(y)
         for pool, place in work.others:
             if pool.as_data or not rows.as_data:  # else `Residency.eager` says so of its slots
                 pool.add_(parts[place], x, rows)
@@ -117,27 +118,34 @@ class Product:
             pools[0].add_together_(pools, [parts[place] for _, place in together], x, rows)
         return parts
 
-    def _put_merged(self, parts: Sequence[Tensor], x: Tensor, rows: RowPlan) -> Sequence[Tensor]:
-        """Overwrite rows of slots whose weights are reconstructed.
+    def _own_weights(self, rows: RowPlan) -> list[tuple[Segment, LinearOp]]:
+        """The segments whose slots' reconstructed weights this step uses, with those weights."""
+        used = self.members[0].context.reconstructed
+        if not used:
+            return []
+        return [
+            (segment, self.reconstructed[segment.slot])
+            for segment in rows.segments
+            if segment.slot in used and segment.slot in self.reconstructed
+        ]
 
-        The base's were computed for all rows, one product being cheaper than parts.
-        """
-        for member, part in zip(self.members, parts, strict=True):
-            merged = member.delta_weight.merged
-            for segment in rows.segments if merged else ():
-                if segment.slot in merged:
-                    own = slice(segment.start, segment.end)
-                    part[own] = F.linear(x[own], merged[segment.slot])
+    def _without_base(self, x: Tensor, own: Sequence[tuple[Segment, LinearOp]]) -> Sequence[Tensor]:
+        if len(own) == 1:
+            return self._split(own[0][1](x))
+        parts = [x.new_empty((len(x), size)) for size in self._sizes]
+        self._put(parts, x, own)
         return parts
 
-    def _all_merged(self, rows: RowPlan) -> bool:
-        if rows.as_data or not self.parameters_in_order[0].merged:
-            return False
-        return all(
-            segment.slot in weight.merged
-            for weight in self.parameters_in_order
-            for segment in rows.segments
-        )
+    def _put(
+        self, parts: Sequence[Tensor], x: Tensor, own: Sequence[tuple[Segment, LinearOp]]
+    ) -> None:
+        """Overwrite the rows of slots whose weights are reconstructed. The base's product was
+        computed for all rows: one product is cheaper than parts of it.
+        """
+        for segment, op in own:
+            at = slice(segment.start, segment.end)
+            for part, values in zip(parts, self._split(op(x[at])), strict=True):
+                part[at] = values
 
     def _current_work(self) -> _Work:
         """Changes with what is resident: seldom."""

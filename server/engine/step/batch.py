@@ -32,8 +32,8 @@ class LogitRows:
 class Batch:
     """Tensors of one step; T tokens, sorted by slot.
 
-    merged_slot: every row's slot, if its merged weights are to be used
     input_ids [1, T], position_ids [1, T], logit_rows [R] int64 (rows of the hidden states)
+    reconstructed: slots whose reconstructed weights this step uses
     """
 
     scheduled: tuple[Scheduled, ...]
@@ -44,7 +44,7 @@ class Batch:
     logit_rows: Tensor
     output_rows: RowPlan
     outputs: tuple[LogitRows, ...]
-    merged_slot: int | None = None
+    reconstructed: frozenset[int] = frozenset()
 
 
 def default_batch_tokens(device: torch.device) -> int:
@@ -56,7 +56,7 @@ def build_batch(
     scheduled: Sequence[Scheduled],
     page_tokens: int,
     device: torch.device,
-    merged_slot: int | None = None,
+    reconstructed: frozenset[int] = frozenset(),
 ) -> Batch:
     """Lay out the chunks by slot (base first) and plan attention, deltas and logits."""
     ordered = tuple(sorted(scheduled, key=lambda s: s.request.slot_index))
@@ -97,7 +97,7 @@ def build_batch(
             [(s.request.slot_index, o.n) for s, o in zip(ordered, outputs, strict=True)], device
         ),
         outputs=tuple(outputs),
-        merged_slot=merged_slot,
+        reconstructed=reconstructed,
     )
 
 

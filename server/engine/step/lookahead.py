@@ -156,10 +156,12 @@ class Lookahead:
         ]
         if not going_on or not self._runner.is_current() or self._somebody_comes(last):
             return None
+        scheduled = tuple(Scheduled(request, 1) for _, request in going_on)
+        if self._runner.reconstructed_in(scheduled):
+            return None  # such steps run eagerly
         pages = self._scheduler.pages
         if not all(pages.grow(request.pages, request.n_computed + 2) for _, request in going_on):
             return None  # somebody has to be preempted
-        scheduled = tuple(Scheduled(request, 1) for _, request in going_on)
         sources = tuple(i for i, _ in going_on)
         return self._launch(self._runner.plan_after(last.chosen[0], sources, scheduled))
 

@@ -15,6 +15,7 @@ from server.engine.step.static_buffers import SEGMENT_ROWS, DecodeRow, StaticBat
 from server.engine.step.static_step import StaticStep
 from server.errors import ConfigError
 from server.model.base import BaseModel, weight_bytes
+from server.model.reconstructed import ReconstructedWeights
 from server.ops.attention import AttentionPlan, DecodeBatch
 from server.ops.row_plan import BASE_SLOT, RowPlan
 from server.ops.static_row_plan import StaticRows
@@ -48,6 +49,7 @@ class Runner:
 
     def __init__(self, base: BaseModel) -> None:
         self.base = base
+        self.reconstructed = ReconstructedWeights(base.model, base.parameters)
         self.counts = StepCounts()
         self._static: StaticStep | None = None
         self._seen = replace(base.residency)  # when graphs were last known to be good
@@ -96,26 +98,31 @@ class Runner:
             with torch.inference_mode():
                 self._static.prepare(with_deltas=(False,))
 
-    def plan(
-        self, scheduled: Sequence[Scheduled], merged_slot: int | None = None
-    ) -> Batch | DecodeStep:
-        """Lay out a step; `merged_slot`: of all rows, if its merged weights are to be used."""
+    def plan(self, scheduled: Sequence[Scheduled]) -> Batch | DecodeStep:
+        """Lay out a step."""
         page_tokens = self.base.store.page_tokens
+        reconstructed = self.reconstructed_in(scheduled)
         if all(_decodes(item) for item in scheduled):
-            reason = self._why_eager(scheduled, merged_slot)
+            reason = self._why_eager(scheduled, reconstructed)
             if reason is None:
                 return _decode_step(scheduled, page_tokens)
             self.counts.eager += 1
             if self._static is not None and reason not in self._told:
                 self._told.add(reason)
                 log.warning("decode steps with %s run without a CUDA graph, slower", reason)
-        return build_batch(scheduled, page_tokens, self.base.device, merged_slot)
+        return build_batch(scheduled, page_tokens, self.base.device, reconstructed)
 
-    def _why_eager(self, scheduled: Sequence[Scheduled], merged_slot: int | None) -> str | None:
+    def reconstructed_in(self, scheduled: Sequence[Scheduled]) -> frozenset[int]:
+        """Slots whose reconstructed weights a step of these uses."""
+        return self.reconstructed.used_in({item.request.slot_index for item in scheduled})
+
+    def _why_eager(
+        self, scheduled: Sequence[Scheduled], reconstructed: frozenset[int]
+    ) -> str | None:
         """What keeps these decode rows out of a graph."""
         if self._static is None:
             return "graphs switched off"
-        if merged_slot is not None:
+        if reconstructed:
             return "reconstructed weights"
         if len(scheduled) > self._static.max_rows:
             return f"more than {self._static.max_rows} sequences"
@@ -138,7 +145,7 @@ class Runner:
             step.output_rows,
             step.attention,
             step.logit_rows,
-            step.merged_slot,
+            step.reconstructed,
         )
 
     def plan_after(
@@ -196,11 +203,11 @@ class Runner:
         output_rows: RowPlan,
         plan: AttentionPlan,
         logits_to_keep: Tensor | int,
-        merged_slot: int | None = None,
+        reconstructed: frozenset[int] = frozenset(),
     ) -> Tensor:
         base = self.base
         base.context.rows, base.context.output_rows = rows, output_rows
-        base.context.merged_slot = merged_slot
+        base.context.reconstructed = reconstructed
         base.store.plan = plan
         try:
             output = base.model(
@@ -210,8 +217,8 @@ class Runner:
                 logits_to_keep=logits_to_keep,  # 0: all
             )
         finally:
-            base.context.rows = base.context.output_rows = base.context.merged_slot = None
-            base.store.plan = None
+            base.context.rows = base.context.output_rows = base.store.plan = None
+            base.context.reconstructed = frozenset()
         logits: Tensor = output.logits
         return logits[0]
 

@@ -63,9 +63,6 @@ class StaticStep:
     def buckets(self) -> tuple[int, ...]:
         return tuple(self._buffers)
 
-    def buffers(self, bucket: int) -> StaticBuffers:
-        return self._buffers[bucket]
-
     @property
     def max_rows(self) -> int:
         return self.buckets[-1]

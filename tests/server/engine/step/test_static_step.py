@@ -41,8 +41,10 @@ class Toy:
         terms = {slot: [random_term((VOCAB, DIM), 2, 4, slot)] for slot in SLOTS}
         self.blocks, self.present = pack(terms, 3)
         self.cache = torch.full((6, PAGE, 1, DIM), float("nan"))
+        self.batches: dict[int, StaticBatch] = {}  # the last one of each bucket
 
     def __call__(self, batch: StaticBatch, with_deltas: bool) -> Tensor:
+        self.batches[len(batch.lengths)] = batch
         h = F.embedding(batch.input_ids[0], self.embedding)
         h = h + batch.position_ids[0].unsqueeze(1).cos()
         kept = batch.places >= 0
@@ -62,18 +64,39 @@ def row(token: int, at: int, page: int, slot: int) -> DecodeRow:
     return DecodeRow(token, at, page * PAGE + at, [page], at + 1, slot)
 
 
-def new_step(max_rows: int) -> StaticStep:
-    return StaticStep(Toy(), max_rows=max_rows, max_pages=3, device=CPU)
+def new_step(max_rows: int, toy: Toy | None = None) -> StaticStep:
+    return StaticStep(toy or Toy(), max_rows=max_rows, max_pages=3, device=CPU)
+
+
+def fields_of(batch: StaticBatch) -> list[Tensor]:
+    """Every array that a step is filled into."""
+    segments = batch.segments
+    return [
+        batch.input_ids,
+        batch.position_ids,
+        batch.places,
+        batch.vector_rows,
+        batch.pages,
+        batch.lengths,
+        segments.slots,
+        segments.starts,
+        segments.ends,
+        segments.count,
+    ]
 
 
 def test_padding_stale_rows_and_garbage_change_nothing() -> None:
     rows = [row(5, 0, 0, -1), row(5, 0, 1, 0), row(5, 0, 2, 2)]
     want = [new_step(1).run([one])[0].clone() for one in rows]  # no padding, fresh buffers
-    step = new_step(8)
-    step.run([row(i, 0, i % 6, slot) for i, slot in enumerate((-1, -1, 0, 0, 2, 2, 2))])
+    toy = Toy()
+    step = new_step(8, toy)
+    many = [row(i, 0, i % 6, slot) for i, slot in enumerate((-1, -1, 0, 0, 2, 2, 2, 2))]
     for bucket in step.buckets:
-        step.buffers(bucket).wide.fill_(10**9)
-        step.buffers(bucket).small.fill_(10**9)
+        step.run(many[:bucket])
+    assert tuple(toy.batches) == step.buckets
+    for batch in toy.batches.values():
+        for array in fields_of(batch):
+            array.fill_(10**9)
     for i, one in enumerate(rows):
         torch.testing.assert_close(step.run([one])[0], want[i])
     together = step.run(rows)
@@ -207,13 +230,12 @@ def test_a_graph_that_cannot_be_captured_runs_eagerly_and_is_tried_again(
 
 
 def test_addresses_never_change() -> None:
-    step = new_step(4)
-    before = step.buffers(4).batch
-    places = [getattr(before, name).data_ptr() for name in ("input_ids", "pages", "lengths")]
-    step.run([row(1, 0, 0, -1)] * 3)
-    after = step.buffers(4).batch
-    assert [getattr(after, n).data_ptr() for n in ("input_ids", "pages", "lengths")] == places
-    assert after.segments.slots.data_ptr() == before.segments.slots.data_ptr()
+    toy = Toy()
+    step, seen = new_step(4, toy), []
+    for n_rows in (4, 3):
+        step.run([row(1, 0, 0, -1)] * n_rows)
+        seen.append([array.data_ptr() for array in fields_of(toy.batches[4])])
+    assert seen[0] == seen[1]
 
 
 def test_segments_are_runs_of_one_slot() -> None:
