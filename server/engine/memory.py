@@ -8,7 +8,9 @@ from dataclasses import replace
 import torch
 
 from server.deltas.pools.places import slack
+from server.engine.schedule.pages import PagePool
 from server.errors import ConfigError
+from server.model.base import BaseModel
 from server.settings import GIB, Settings
 
 log = logging.getLogger(__name__)
@@ -41,6 +43,21 @@ def with_kv_cache(settings: Settings, device: torch.device) -> Settings:
         )
     log.info("KV cache: %s, deltas: %s", _gib(wanted), _gib(deltas))
     return replace(settings, kv_cache_bytes=wanted)
+
+
+def allocate_pages(base: BaseModel, settings: Settings) -> PagePool:
+    """Reserve the KV cache. Raises ConfigError if it cannot hold one request of a page."""
+    page_bytes = base.store.bytes_per_token() * settings.kv_block_tokens
+    assert settings.kv_cache_bytes is not None, "see `with_kv_cache`"
+    n_pages = settings.kv_cache_bytes // page_bytes
+    if n_pages < 2:
+        raise ConfigError(
+            f"kv_cache_bytes is {settings.kv_cache_bytes}, but two pages of "
+            f"{settings.kv_block_tokens} tokens need {2 * page_bytes} bytes"
+        )
+    # One more, which nobody is given: padding rows of static steps write there.
+    base.store.allocate(n_pages + 1, settings.kv_block_tokens, base.device)
+    return PagePool(n_pages, settings.kv_block_tokens, reuse=settings.prefix_cache)
 
 
 def _gib(n_bytes: int) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import platform
 import resource
 import time
-from unittest.mock import Mock
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch

@@ -5,19 +5,18 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from compressor.artifact.reader import Artifact
 from server.engine.reconstruct.policy import Decision
 from server.engine.reconstruct.reconstructor import BuildEnded
 from server.engine.step.batch import Batch
 from server.engine.step.runner import DecodeStep
-from server.errors import DeltaUnusable
 from server.metrics.series import Metrics
 from server.model.linear import DeltaLinear, Product
-from server.model.reconstructed import NOBODY, ReconstructedOps
+from server.model.reconstructed import NOBODY
 from tests.server.conftest import ALL_CODECS, PAIR, Served
 from tests.server.engine.test_core import assert_true_text
 from tests.server.engine.test_core_variants import intercept_reads
@@ -42,6 +41,13 @@ def order(engine: CoreHarness, promote: str | None = None, demote: tuple[str, ..
         lambda now: decisions.pop() if decisions else Decision()
     )
     engine.core.reconstructor._next_decision = 0.0
+
+
+def hot(harness: Make, served: Served, **settings: Any) -> CoreHarness:
+    """An engine with a budget that decides nothing by itself, however slow its steps are."""
+    engine = harness(served, **BUDGET, **settings)
+    order(engine)
+    return engine
 
 
 def key_of(engine: CoreHarness, name: str) -> str:
@@ -102,7 +108,7 @@ def test_reconstructed_weights_give_the_oracles_tokens(
     served: Callable[..., Served], harness: Make, name: str
 ) -> None:
     many = served("llama", ALL_CODECS)
-    engine = harness(many, **BUDGET)
+    engine = hot(harness, many)
     promoted(engine, name)
     steps = reconstructed_in_steps(engine)
     sent = [engine.submit(name, text) for text in (PROMPT, "x", "What else")]
@@ -116,7 +122,7 @@ def test_reconstructed_weights_with_biases_and_added_tokens_give_the_oracles_tok
     served: Callable[..., Served], harness: Make
 ) -> None:
     qwen = served("qwen2", {"blockdiag": PAIR["blockdiag"]}, extra_vocab=3)
-    engine = harness(qwen, **BUDGET)
+    engine = hot(harness, qwen)
     promoted(engine, "blockdiag")
     steps = reconstructed_in_steps(engine)
     sent = engine.submit("blockdiag", PROMPT)
@@ -128,7 +134,7 @@ def test_reconstructed_weights_with_biases_and_added_tokens_give_the_oracles_tok
 def test_switch_in_mid_sequence_there_and_back_keeps_the_tokens(
     pair: Served, harness: Make
 ) -> None:
-    engine = harness(pair, **BUDGET)
+    engine = hot(harness, pair)
     engine.run(engine.submit("impart", "x", max_tokens=1))
     steps = reconstructed_in_steps(engine)
     sent = engine.submit("impart", PROMPT)
@@ -154,7 +160,7 @@ def test_switch_in_mid_sequence_there_and_back_keeps_the_tokens(
 
 
 def test_mixed_steps_apply_deltas(pair: Served, harness: Make) -> None:
-    engine = harness(pair, **BUDGET)
+    engine = hot(harness, pair)
     promoted(engine, "blockdiag")
     engine.run(engine.submit("impart", "x", max_tokens=1))
     steps = reconstructed_in_steps(engine)
@@ -166,7 +172,7 @@ def test_mixed_steps_apply_deltas(pair: Served, harness: Make) -> None:
 
 
 def test_steps_go_on_while_weights_are_being_built(pair: Served, harness: Make) -> None:
-    engine = harness(pair, **BUDGET)
+    engine = hot(harness, pair)
     engine.run(engine.submit("impart", "x", max_tokens=1))
     may_read, threads = threading.Event(), []
 
@@ -186,7 +192,7 @@ def test_steps_go_on_while_weights_are_being_built(pair: Served, harness: Make) 
 
 
 def test_variant_evicted_while_being_built_is_not_installed(pair: Served, harness: Make) -> None:
-    engine = harness(pair, max_resident_variants=1, **BUDGET)
+    engine = hot(harness, pair, max_resident_variants=1)
     engine.run(engine.submit("impart", "x", max_tokens=1))
     may_read = threading.Event()
     intercept(engine, lambda name: name == "impart" and may_read.wait(60) and None)
@@ -207,7 +213,7 @@ def test_variant_evicted_while_being_built_is_not_installed(pair: Served, harnes
 def test_variant_evicted_while_reconstructed_takes_its_weights_along(
     pair: Served, harness: Make
 ) -> None:
-    engine = harness(pair, max_resident_variants=1, **BUDGET)
+    engine = hot(harness, pair, max_resident_variants=1)
     promoted(engine, "impart")
     steps = reconstructed_in_steps(engine)
     other = engine.submit("blockdiag", PROMPT)  # into the same slot
@@ -221,7 +227,7 @@ def test_variant_evicted_while_reconstructed_takes_its_weights_along(
 def test_reconstruction_that_fails_is_told_and_the_deltas_go_on(
     pair: Served, harness: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine, metrics = harness(pair, **BUDGET), Metrics()
+    engine, metrics = hot(harness, pair), Metrics()
     engine.core.reconstructor._observer = metrics
     engine.run(engine.submit("impart", "x", max_tokens=1))
 
@@ -241,7 +247,7 @@ def test_reconstruction_that_fails_is_told_and_the_deltas_go_on(
 
 
 def test_promotions_and_demotions_are_counted(pair: Served, harness: Make) -> None:
-    engine, metrics = harness(pair, **BUDGET), Metrics()
+    engine, metrics = hot(harness, pair), Metrics()
     engine.core.reconstructor._observer = metrics
     promoted(engine, "impart")
     order(engine, demote=("impart",))
@@ -272,7 +278,7 @@ def test_traffic_of_one_variant_promotes_it_without_orders(
 
 def test_budget_and_steps_in_flight_work_together(pair: Served, harness: Make) -> None:
     """A stream whose every step is launched ahead: its weights are promoted under it and used."""
-    engine = harness(pair, static=True, kernels="torch", max_num_seqs=4, **BUDGET)
+    engine = hot(harness, pair, static=True, kernels="torch", max_num_seqs=4)
     promoted(engine, "blockdiag")
     order(engine, demote=("blockdiag",))
     steps, ahead = reconstructed_in_steps(engine), []
@@ -298,8 +304,7 @@ def test_budget_and_steps_in_flight_work_together(pair: Served, harness: Make) -
 
 
 def test_steps_in_flight_count_for_the_policy(pair: Served, harness: Make) -> None:
-    engine = harness(pair, static=True, kernels="torch", max_num_seqs=4, **BUDGET)
-    order(engine)
+    engine = hot(harness, pair, static=True, kernels="torch", max_num_seqs=4)
     told: list[str | None] = []
     inner = engine.core.reconstructor.policy.ran
 
@@ -312,71 +317,6 @@ def test_steps_in_flight_count_for_the_policy(pair: Served, harness: Make) -> No
     engine.run(sent)
     assert told.count(key_of(engine, "impart")) == 8
     assert engine.core.stats().n_static_steps > 0
-
-
-@pytest.mark.parametrize("name", list(ALL_CODECS))
-def test_mode_and_promotion_use_the_same_weights(
-    served: Callable[..., Served], harness: Make, name: str
-) -> None:
-    many = served("llama", ALL_CODECS)
-    by_mode, hot = harness(many, mode="reconstruct"), harness(many, **BUDGET)
-    by_mode.run(by_mode.submit(name, "x", max_tokens=1))
-    promoted(hot, name)
-    pairs = list(zip(units(by_mode), units(hot), strict=True))
-    assert any(mine.reconstructed for mine, _ in pairs)
-    for mine, other in pairs:
-        assert mine.reconstructed.keys() == other.reconstructed.keys()
-        for slot, op in mine.reconstructed.items():
-            assert torch.equal(op.dense(), other.reconstructed[slot].dense())
-
-
-def test_variants_of_both_modes_share_steps(pair: Served, harness: Make) -> None:
-    engine = harness(pair, mode_overrides={"impart": "reconstruct"})
-    steps = reconstructed_in_steps(engine)
-    engine.run(engine.submit("impart", "x", max_tokens=1))
-    sent = [engine.submit(n, PROMPT) for n in ("base", "impart", "blockdiag", "impart")]
-    engine.run(*sent)
-    slot = engine.core.stats().resident[key_of(engine, "impart")].index
-    assert {slot} in steps[1:]
-    assert_true_text(pair, *sent)
-    engine.assert_idle()
-
-
-def test_mode_whose_build_fails_fails_its_requests_only(pair: Served, harness: Make) -> None:
-    engine = harness(pair, mode_overrides={"impart": "reconstruct"})
-
-    def fail(artifact: object) -> None:
-        raise MemoryError("no memory for a copy")
-
-    engine.core.loader._weights.build = fail  # type: ignore[method-assign, assignment]
-    other = engine.submit("blockdiag", PROMPT)
-    sent = engine.submit("impart", PROMPT)
-    engine.run(sent, other)
-    assert isinstance(sent.error, DeltaUnusable)
-    assert_true_text(pair, other)
-    assert key_of(engine, "impart") not in engine.core.stats().resident
-
-
-def test_mode_builds_beside_the_copies_of_others(pair: Served, harness: Make) -> None:
-    """A build takes long; who is loaded meanwhile does not wait for it."""
-    engine = harness(pair, mode_overrides={"impart": "reconstruct"})
-    begun, may_build = threading.Event(), threading.Event()
-    inner = engine.core.loader._weights.build
-
-    def build(artifact: Artifact) -> ReconstructedOps:
-        begun.set()
-        may_build.wait(60)
-        return inner(artifact)
-
-    engine.core.loader._weights.build = build  # type: ignore[method-assign]
-    sent = engine.submit("impart", PROMPT)
-    engine.until(begun.is_set)
-    other = engine.submit("blockdiag", PROMPT)
-    engine.run(other)
-    assert not sent.output_ids
-    may_build.set()
-    engine.run(sent)
-    assert_true_text(pair, sent, other)
 
 
 def long_truth(pair: Served, name: str, prompt: list[int], n_tokens: int) -> list[int]:
