@@ -20,14 +20,13 @@ from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight, quantize_int8
 from server.ops.triton.attention import NewTokens, paged_decode
 from server.ops.triton.blockdiag import (
-    DECODE_ROWS,
     BlockKernel,
     blockdiag_add_,
     plan_kernel,
 )
 from server.ops.triton.linear import linear_
 from server.ops.triton.norm import add_rms_norm, rms_norm, silu_mul
-from server.ops.triton.segments import SegmentArrays
+from server.ops.triton.segments import DECODE_ROWS, SegmentArrays
 
 Weight = Tensor | QuantizedWeight
 

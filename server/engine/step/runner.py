@@ -11,7 +11,7 @@ from torch import Tensor
 
 from server.engine.schedule.scheduler import Scheduled
 from server.engine.step.batch import Batch, LogitRows, build_batch
-from server.engine.step.static_buffers import SEGMENT_ROWS, DecodeRow, StaticBatch
+from server.engine.step.static_buffers import DecodeRow, StaticBatch
 from server.engine.step.static_step import StaticStep
 from server.errors import ConfigError
 from server.model.base import BaseModel, weight_bytes
@@ -19,6 +19,7 @@ from server.model.reconstructed import ReconstructedWeights
 from server.ops.attention import AttentionPlan, DecodeBatch
 from server.ops.row_plan import BASE_SLOT, RowPlan
 from server.ops.static_row_plan import StaticRows
+from server.ops.triton.segments import DECODE_ROWS
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ class Runner:
             batch.vector_rows - 1,
             batch.table,
             batch.segments.count,
-            SEGMENT_ROWS,
+            DECODE_ROWS,
             with_deltas=with_deltas,
         )
         decode = DecodeBatch(rows=batch.rows, pages=batch.pages, lengths=batch.lengths)

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from server.ops.row_plan import BASE_SLOT, Segment
-from server.ops.triton.segments import SegmentArrays, cut_segments
+from server.ops.triton.segments import DECODE_ROWS, SegmentArrays, cut_segments
 
-SEGMENT_ROWS = 16  # `blockdiag.DECODE_ROWS`, without importing triton
 ALIGNED = 4  # int32 are 16 bytes
 
 
@@ -111,7 +110,7 @@ class StaticBuffers:
             pages=self.small[self._n_fixed :].view(-1, t).t(),
             lengths=lengths,
             rows=self._rows,
-            segments=SegmentArrays(slots, starts, ends, count, SEGMENT_ROWS),
+            segments=SegmentArrays(slots, starts, ends, count, DECODE_ROWS),
             table=fields[1:].t(),
         )
 
@@ -134,7 +133,7 @@ class StaticBuffers:
             [row.source for row in rows] + [0] * padding,
         ]
         self._host_wide[:, :t] = torch.tensor(wide)
-        pieces = cut_segments(segments_of(rows), SEGMENT_ROWS)
+        pieces = cut_segments(segments_of(rows), DECODE_ROWS)
         spare = [BASE_SLOT] * (t - len(pieces))
         fields = [
             [row.length for row in rows] + [0] * padding,

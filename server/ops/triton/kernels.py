@@ -21,7 +21,6 @@ from server.ops.quantize import QuantizedWeight, TorchQuantizedLinear
 from server.ops.row_plan import RowPlan, SlotSegments
 from server.ops.triton.attention import NewTokens, paged_decode
 from server.ops.triton.blockdiag import (
-    DECODE_ROWS,
     PREFILL_ROWS,
     blockdiag_add_,
     plan_kernel,
@@ -33,7 +32,7 @@ from server.ops.triton.norm import add_rms_norm, rms_norm, silu_mul
 from server.ops.triton.packed_lowrank import packed_lowrank_add_
 from server.ops.triton.prefill import PrefillTiles, paged_prefill_, prefill_tiles, tokens_of
 from server.ops.triton.rope import rope_and_write_
-from server.ops.triton.segments import SegmentArrays, from_table
+from server.ops.triton.segments import DECODE_ROWS, SegmentArrays, from_table
 
 
 class TritonBlockDiag:
