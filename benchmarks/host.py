@@ -4,7 +4,7 @@
     python -m benchmarks.host --serve BASE --port 8000        # a server, for benchmarks.serve
 
 A GPU decodes while Python plans, samples and answers; without one, a thread that sleeps stands in
-for it: the engine (scheduler, page tables, sampler, bookkeeping, over static buffers) is the
+for it: the engine (scheduler, KV block tables, sampler, bookkeeping, over static buffers) is the
 server's own, what is computed is not. So tokens are meaningless and times are the host's:
 ``async_scheduling`` on and off against the device's own time.
 """

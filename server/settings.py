@@ -44,7 +44,7 @@ class Settings:
     kv_cache_bytes: int | None = None
     gpu_memory_utilization: float = 0.9  # of the GPU's memory; the rest: activations, graphs
     kv_block_tokens: int = 16
-    prefix_cache: bool = True  # requests of one variant share the pages of a common beginning
+    prefix_cache: bool = True  # requests of one variant share the KV blocks of a common beginning
     max_model_len: int | None = None  # default: the base's own limit
     max_num_seqs: int = 64  # running at once
     # Per engine step: decode first, then prefill chunks. Default: 256 on the CPU, 2048 on CUDA.

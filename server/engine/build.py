@@ -19,7 +19,7 @@ from server.deltas.loader import LoadJob, decode_threads
 from server.deltas.registry import DeltaRegistry
 from server.engine.catalog import VariantCatalog
 from server.engine.core import EngineCore, Events
-from server.engine.memory import allocate_pages, with_kv_cache
+from server.engine.memory import allocate_kv_blocks, with_kv_cache
 from server.engine.observer import Observer
 from server.engine.step.runner import Runner
 from server.engine.step.static_step import BUCKETS
@@ -131,13 +131,13 @@ def build_core(
 
     job_for  how the loader gets a variant's bytes
     """
-    pages = allocate_pages(base, settings)
-    room = pages.n_pages * pages.page_tokens
+    kv_blocks = allocate_kv_blocks(base, settings)
+    room = kv_blocks.n_kv_blocks * kv_blocks.block_tokens
     longest = min(settings.max_model_len or base.max_len, room)
     settings = replace(settings, max_model_len=longest)
     runner = Runner(base)
     (choose_steps or graphs_on_cuda)(runner, settings)
-    core = EngineCore(runner, settings, pages, job_for, publish, observer)
+    core = EngineCore(runner, settings, kv_blocks, job_for, publish, observer)
     return CoreParts(settings, runner, core)
 
 

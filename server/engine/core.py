@@ -23,8 +23,8 @@ from server.engine.observer import CoreStats, Observer
 from server.engine.reconstruct.reconstructor import BuildEnded, Reconstructor, only_variant
 from server.engine.request import Event, Request, Status, as_serve_error
 from server.engine.schedule.admission import Admission
+from server.engine.schedule.kv_blocks import KVBlockPool
 from server.engine.schedule.pacing import PrefillPacer
-from server.engine.schedule.pages import PagePool
 from server.engine.schedule.scheduler import Missing, Scheduled, Scheduler, load_of
 from server.engine.step.batch import Batch, LogitRows, default_batch_tokens
 from server.engine.step.lookahead import InFlight, Lookahead
@@ -58,7 +58,7 @@ class EngineCore:
         self,
         runner: Runner,
         settings: Settings,
-        pages: PagePool,
+        kv_blocks: KVBlockPool,
         job_for: Callable[[Variant], LoadJob],
         publish: Callable[[Events], None],
         observer: Observer | None = None,
@@ -81,7 +81,7 @@ class EngineCore:
         batch_tokens = settings.max_batch_tokens or default_batch_tokens(runner.base.device)
         self._pacer = PrefillPacer(settings.max_prefill_slowdown)
         self.scheduler = Scheduler(
-            pages,
+            kv_blocks,
             max_num_seqs=settings.max_num_seqs,
             max_batch_tokens=batch_tokens,
             long_prefill_tokens=settings.long_prefill_token_threshold or batch_tokens,
@@ -149,15 +149,15 @@ class EngineCore:
         return self._thread.is_alive() and not self.dead and fresh
 
     def stats(self) -> CoreStats:
-        pages = self.scheduler.pages
+        kv_blocks = self.scheduler.kv_blocks
         return CoreStats(
             n_running=len(self.scheduler.running),
             n_waiting=len(self.scheduler.waiting),
-            n_pages=pages.n_pages,
-            n_free_pages=pages.n_free,
+            n_kv_blocks=kv_blocks.n_kv_blocks,
+            n_free_kv_blocks=kv_blocks.n_free,
             n_preemptions=self.scheduler.n_preemptions,
-            n_prefix_queried=pages.counts.n_queried,
-            n_prefix_hit=pages.counts.n_hit,
+            n_prefix_queried=kv_blocks.counts.n_queried,
+            n_prefix_hit=kv_blocks.counts.n_hit,
             **self._runner.stats(),
             resident={s.key: s for s in self.slots.residents()},
             reconstructed_bytes=self.reconstructor.policy.reconstructed,
@@ -314,7 +314,7 @@ class EngineCore:
             self._release(request)
 
     def _release(self, request: Request) -> None:
-        """Pages, slot and generator go back."""
+        """KV blocks, slot and generator go back."""
         self.scheduler.remove(request)
         self._sampler.forget(request)
         if request.slot is not None:

@@ -27,8 +27,8 @@ class CoreStats:
 
     n_running: int
     n_waiting: int
-    n_pages: int
-    n_free_pages: int
+    n_kv_blocks: int
+    n_free_kv_blocks: int
     n_preemptions: int
     n_prefix_queried: int
     n_prefix_hit: int

@@ -24,9 +24,9 @@ class Stats(Protocol):
     @property
     def n_waiting(self) -> int: ...
     @property
-    def n_pages(self) -> int: ...
+    def n_kv_blocks(self) -> int: ...
     @property
-    def n_free_pages(self) -> int: ...
+    def n_free_kv_blocks(self) -> int: ...
     @property
     def n_preemptions(self) -> int: ...
     @property
@@ -97,7 +97,7 @@ class EngineCollector(Collector):
 
     def _load(self) -> Iterator[Metric]:
         stats = self._provider.stats()
-        used = 1 - stats.n_free_pages / stats.n_pages if stats.n_pages else 0.0
+        used = 1 - stats.n_free_kv_blocks / stats.n_kv_blocks if stats.n_kv_blocks else 0.0
         values = {
             "vllm:num_requests_running": (stats.n_running, "Requests in the running batch"),
             "vllm:num_requests_waiting": (stats.n_waiting, "Requests waiting"),

@@ -29,7 +29,7 @@ FIELDS = {
 def _static_steps(runner: Runner, settings: Settings) -> None:
     """Decode steps over static buffers; what padding writes there is poison to whoever reads it."""
     runner.use_static(max_rows=settings.max_num_seqs, max_len=STATIC_LEN)
-    for layer in runner.base.store.layers.values():  # the page that padding writes to
+    for layer in runner.base.store.layers.values():  # the KV block that padding writes to
         layer.k[-1] = layer.v[-1] = float("nan")
 
 
@@ -77,7 +77,7 @@ class CoreHarness:
             self.settings, self._deliver, choose_steps=_static_steps if static else None
         )
         self.catalog, self.core = parts.catalog, parts.core
-        self.n_free_at_start = self.core.stats().n_free_pages
+        self.n_free_at_start = self.core.stats().n_free_kv_blocks
         self._count = 0
 
     @staticmethod
@@ -130,13 +130,13 @@ class CoreHarness:
         self.until(lambda: all(r.done for r in recorded))
 
     def assert_idle(self) -> None:
-        """No page, slot reference or request is left behind."""
+        """No KV block, slot reference or request is left behind."""
         if not self.core._inbox.empty():  # aborts after stop strings
             self.core.turn()
         while self.core._lookahead.in_flight is not None:
             self.core.turn()
         stats = self.core.stats()
-        assert stats.n_free_pages == self.n_free_at_start
+        assert stats.n_free_kv_blocks == self.n_free_at_start
         assert (stats.n_running, stats.n_waiting, self.core.n_open) == (0, 0, 0)
         assert all(slot.refs == 0 for slot in stats.resident.values())
 

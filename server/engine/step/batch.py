@@ -54,7 +54,7 @@ def default_batch_tokens(device: torch.device) -> int:
 
 def build_batch(
     scheduled: Sequence[Scheduled],
-    page_tokens: int,
+    block_tokens: int,
     device: torch.device,
     reconstructed: frozenset[int] = frozenset(),
 ) -> Batch:
@@ -72,11 +72,11 @@ def build_batch(
         start, end = len(ids), len(ids) + item.n_tokens
         ids.extend(request.tokens[first : first + item.n_tokens])
         positions.extend(range(first, first + item.n_tokens))
-        places.extend(_places(request.pages, first, item.n_tokens, page_tokens))
+        places.extend(_places(request.kv_blocks, first, item.n_tokens, block_tokens))
         if item.n_tokens == 1 and first > 0:
             decode.append((start, request))
         else:
-            used = request.pages[: -(-(first + item.n_tokens) // page_tokens)]
+            used = request.kv_blocks[: -(-(first + item.n_tokens) // block_tokens)]
             prefill.append(PrefillChunk(start, end, first, torch.tensor(used, device=device)))
         wanted = _logit_rows(item, start, end)
         outputs.append(LogitRows(len(logit_rows), len(wanted), item.finishes_known_tokens))
@@ -101,9 +101,9 @@ def build_batch(
     )
 
 
-def _places(pages: list[int], first: int, n_tokens: int, page_tokens: int) -> list[int]:
+def _places(kv_blocks: list[int], first: int, n_tokens: int, block_tokens: int) -> list[int]:
     return [
-        pages[p // page_tokens] * page_tokens + p % page_tokens
+        kv_blocks[p // block_tokens] * block_tokens + p % block_tokens
         for p in range(first, first + n_tokens)
     ]
 
@@ -119,11 +119,11 @@ def _logit_rows(item: Scheduled, start: int, end: int) -> list[int]:
 def _decode_batch(decode: list[tuple[int, Request]], device: torch.device) -> DecodeBatch | None:
     if not decode:
         return None
-    longest = max(len(r.pages) for _, r in decode)
-    pages = [r.pages + [0] * (longest - len(r.pages)) for _, r in decode]
+    longest = max(len(r.kv_blocks) for _, r in decode)
+    kv_blocks = [r.kv_blocks + [0] * (longest - len(r.kv_blocks)) for _, r in decode]
     return DecodeBatch(
         rows=torch.tensor([row for row, _ in decode], device=device),
-        pages=torch.tensor(pages, device=device),
+        kv_blocks=torch.tensor(kv_blocks, device=device),
         lengths=torch.tensor([r.n_computed + 1 for _, r in decode], device=device),
     )
 

@@ -84,13 +84,13 @@ class Runner:
                 f"the {base.kernels.name} kernels cannot run in graphs on {base.device.type}; "
                 "use --enforce-eager or --kernels triton"
             )
-        page_tokens, spare = base.store.page_tokens, base.store.n_pages - 1
+        block_tokens, spare = base.store.block_tokens, base.store.n_kv_blocks - 1
         self._static = StaticStep(
             self._static_forward,
             max_rows=max_rows,
-            max_pages=-(-max_len // page_tokens),
+            max_kv_blocks=-(-max_len // block_tokens),
             device=base.device,
-            padding_place=spare * page_tokens,
+            padding_place=spare * block_tokens,
         )
 
     def capture(self) -> None:
@@ -101,17 +101,17 @@ class Runner:
 
     def plan(self, scheduled: Sequence[Scheduled]) -> Batch | DecodeStep:
         """Lay out a step."""
-        page_tokens = self.base.store.page_tokens
+        block_tokens = self.base.store.block_tokens
         reconstructed = self.reconstructed_in(scheduled)
         if all(_decodes(item) for item in scheduled):
             reason = self._why_eager(scheduled, reconstructed)
             if reason is None:
-                return _decode_step(scheduled, page_tokens)
+                return _decode_step(scheduled, block_tokens)
             self.counts.eager += 1
             if self._static is not None and reason not in self._told:
                 self._told.add(reason)
                 log.warning("decode steps with %s run without a CUDA graph, slower", reason)
-        return build_batch(scheduled, page_tokens, self.base.device, reconstructed)
+        return build_batch(scheduled, block_tokens, self.base.device, reconstructed)
 
     def reconstructed_in(self, scheduled: Sequence[Scheduled]) -> frozenset[int]:
         """Slots whose reconstructed weights a step of these uses."""
@@ -153,11 +153,11 @@ class Runner:
         self, last_tokens: Tensor, sources: Sequence[int], scheduled: tuple[Scheduled, ...]
     ) -> DecodeStep:
         """A step of `scheduled`, whose last tokens are being computed: see `DecodeStep`. They are
-        sorted by slot, and have pages for one token more than they know.
+        sorted by slot, and have KV blocks for one token more than they know.
         """
-        page_tokens, rows = self.base.store.page_tokens, []
+        block_tokens, rows = self.base.store.block_tokens, []
         for source, item in zip(sources, scheduled, strict=True):
-            rows.append(_decode_row(item, page_tokens, item.request.n_computed + 1, source))
+            rows.append(_decode_row(item, block_tokens, item.request.n_computed + 1, source))
         return DecodeStep(scheduled, tuple(rows), _one_each(len(rows)), last_tokens)
 
     @property
@@ -192,7 +192,7 @@ class Runner:
             DECODE_ROWS,
             with_deltas=with_deltas,
         )
-        decode = DecodeBatch(rows=batch.rows, pages=batch.pages, lengths=batch.lengths)
+        decode = DecodeBatch(rows=batch.rows, kv_blocks=batch.kv_blocks, lengths=batch.lengths)
         plan = AttentionPlan(places=batch.places, decode=decode, prefill=())
         return self._model(batch.input_ids, batch.position_ids, rows, rows, plan, 0)
 
@@ -229,19 +229,19 @@ def _decodes(item: Scheduled) -> bool:
     return item.n_tokens == 1 and item.request.n_computed > 0 and item.finishes_known_tokens
 
 
-def _decode_step(scheduled: Sequence[Scheduled], page_tokens: int) -> DecodeStep:
+def _decode_step(scheduled: Sequence[Scheduled], block_tokens: int) -> DecodeStep:
     ordered = tuple(sorted(scheduled, key=lambda s: s.request.slot_index))
-    rows = tuple(_decode_row(item, page_tokens, item.request.n_computed) for item in ordered)
+    rows = tuple(_decode_row(item, block_tokens, item.request.n_computed) for item in ordered)
     return DecodeStep(ordered, rows, _one_each(len(rows)))
 
 
-def _decode_row(item: Scheduled, page_tokens: int, at: int, source: int = 0) -> DecodeRow:
+def _decode_row(item: Scheduled, block_tokens: int, at: int, source: int = 0) -> DecodeRow:
     """The request's token at position `at`, which may not be known yet."""
     request = item.request
-    pages, tokens = request.pages, request.tokens
-    place = pages[at // page_tokens] * page_tokens + at % page_tokens
+    kv_blocks, tokens = request.kv_blocks, request.tokens
+    place = kv_blocks[at // block_tokens] * block_tokens + at % block_tokens
     token = tokens[at] if at < len(tokens) else 0
-    return DecodeRow(token, at, place, pages, at + 1, request.slot_index, source)
+    return DecodeRow(token, at, place, kv_blocks, at + 1, request.slot_index, source)
 
 
 def _one_each(n_rows: int) -> tuple[LogitRows, ...]:

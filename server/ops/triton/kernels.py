@@ -85,7 +85,7 @@ def _decode(
         q,
         call.k_cache,
         call.v_cache,
-        batch.pages,
+        batch.kv_blocks,
         batch.lengths,
         scale=call.scale,
         window=call.window,
@@ -172,8 +172,8 @@ class TritonKernels(TorchKernels):
         plan, dtype = call.plan, call.q.dtype
         if "tile_table" not in plan.made:
             made = prefill_tiles(plan.prefill, call.q.device, dtype)
-            plan.made["tile_table"], plan.made["tile_pages"] = made.table, made.pages
-        tables = plan.made["tile_table"], plan.made["tile_pages"]
+            plan.made["tile_table"], plan.made["tile_kv_blocks"] = made.table, made.kv_blocks
+        tables = plan.made["tile_table"], plan.made["tile_kv_blocks"]
         tiles = PrefillTiles(*tables, tokens_of(dtype))
         options = {"scale": call.scale, "window": call.window, "softcap": call.softcap}
         caches = (call.k_cache, call.v_cache)

@@ -27,8 +27,9 @@ def rope_and_write_(
 
     q [T, H, D], k, v [T, Hkv, D]: last axis contiguous, may be slices of one fused tensor;
     cos, sin [T, R], R <= D even: the first R dimensions turn, halves ``[0, R/2)`` and
-    ``[R/2, R)`` paired as in Hugging Face's Llama; caches [n_pages, page, Hkv, D] contiguous;
-    places [T] integer: row of the flattened cache, -1 writes nothing (padding).
+    ``[R/2, R)`` paired as in Hugging Face's Llama; caches contiguous,
+    [n_kv_blocks, block_tokens, Hkv, D]; places [T] integer: row of the flattened cache, -1 writes
+    nothing (padding).
     Numerics: float32, one rounding. Bytes: q twice, k and v read and written.
     """
     tokens, heads, dim = q.shape
