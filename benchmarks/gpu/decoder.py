@@ -107,7 +107,7 @@ class Decoder:
         dim, rows = self.shape.head_dim, len(fused)
         cut = [self.shape.heads * dim, self.shape.kv_heads * dim, self.shape.kv_heads * dim]
         q, k, v = (part.view(rows, -1, dim) for part in fused.split(cut, dim=1))
-        new = NewTokens(k, v, cos, sin, batch.places)
+        new = NewTokens(k, v, cos, sin, batch.cache_rows)
         out = paged_decode(
             *(q, layer.k_cache, layer.v_cache, batch.kv_blocks, batch.lengths),
             scale=dim**-0.5,

@@ -30,8 +30,8 @@ def rows_for(plan: Plan, batch: int, variants: int, at: int) -> list[DecodeRow]:
     rows = []
     for i, slot in enumerate(slots):
         kv_blocks = list(range(i * per_row, i * per_row + -(-at // BLOCK_TOKENS)))
-        place = kv_blocks[(at - 1) // BLOCK_TOKENS] * BLOCK_TOKENS + (at - 1) % BLOCK_TOKENS
-        rows.append(DecodeRow(i % plan.shape.vocab, at - 1, place, kv_blocks, at, slot))
+        cache_row = kv_blocks[(at - 1) // BLOCK_TOKENS] * BLOCK_TOKENS + (at - 1) % BLOCK_TOKENS
+        rows.append(DecodeRow(i % plan.shape.vocab, at - 1, cache_row, kv_blocks, at, slot))
     return rows
 
 

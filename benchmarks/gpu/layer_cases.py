@@ -50,11 +50,11 @@ def decode_spec(shape: ModelShape, batch: int, length: int) -> Spec:
         fused = place.randn(batch, sum(cut))
         q, k, v = (part.view(batch, -1, dim) for part in fused.split(cut, dim=1))
         last = (sizes - 1).long()
-        places = (
+        cache_rows = (
             kv_blocks.gather(1, (last // BLOCK_TOKENS).unsqueeze(1))[:, 0] * BLOCK_TOKENS
             + last % BLOCK_TOKENS
         )
-        new = NewTokens(k, v, *_angles(place, batch, dim), places)
+        new = NewTokens(k, v, *_angles(place, batch, dim), cache_rows)
         scale = dim**-0.5
 
         def run() -> Tensor:
@@ -63,7 +63,7 @@ def decode_spec(shape: ModelShape, batch: int, length: int) -> Spec:
         def error() -> float:
             got = run()
             wide_q, *wide = q.double(), *(cache.double() for cache in caches)
-            turned = (wide_q, k.double(), v.double(), new.cos, new.sin, *wide, places)
+            turned = (wide_q, k.double(), v.double(), new.cos, new.sin, *wide, cache_rows)
             rope_and_write_reference_(*turned, torch.float64)
             arguments = (wide_q, *wide, kv_blocks, sizes)
             want = paged_decode_reference(*arguments, scale=scale, compute=torch.float64)
@@ -153,11 +153,11 @@ def rope_spec(shape: ModelShape, rows: int) -> Spec:
         fused = place.randn(rows, sum(cut))
         cos, sin = _angles(place, rows, dim)
         caches = place.randn(2, -(-rows // BLOCK_TOKENS), BLOCK_TOKENS, shape.kv_heads, dim).zero_()
-        places = torch.arange(rows, device=place.device)
+        cache_rows = torch.arange(rows, device=place.device)
 
         def rope(target: Tensor) -> None:
             q, k, v = (part.view(rows, -1, dim) for part in target.split(cut, dim=1))
-            rope_and_write_(q, k, v, cos, sin, caches[0], caches[1], places)
+            rope_and_write_(q, k, v, cos, sin, caches[0], caches[1], cache_rows)
 
         def error() -> float:
             target = fused.clone()
@@ -166,7 +166,7 @@ def rope_spec(shape: ModelShape, rows: int) -> Spec:
             got = torch.cat([target[:, : cut[0]].flatten(), caches.flatten()])
             wide, wide_caches = fused.double(), torch.zeros_like(caches, dtype=torch.float64)
             q, k, v = (part.view(rows, -1, dim) for part in wide.split(cut, dim=1))
-            rope_and_write_reference_(q, k, v, cos, sin, *wide_caches, places, torch.float64)
+            rope_and_write_reference_(q, k, v, cos, sin, *wide_caches, cache_rows, torch.float64)
             want = torch.cat([wide[:, : cut[0]].flatten(), wide_caches.flatten()])
             return relative(got, want)
 

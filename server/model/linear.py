@@ -20,7 +20,7 @@ from server.ops.row_plan import RowPlan, Segment
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """The members' pools by how they are applied; places are the members'.
+    """The members' pools by how they are applied, each with its member's index.
 
     blocks   with the first of the product's outputs they are of
     factors  those of one kind together: one call serves them
@@ -65,11 +65,11 @@ class Product:
         biases = [member.bias for member in self.members]
         present = [bias for bias in biases if bias is not None]
         self._bias = torch.cat(present) if present else None
-        for place, member in enumerate(self.members):
+        for index, member in enumerate(self.members):
             member.product = self
             member.delta_weight.siblings = weights
             if not keep:
-                member.delta_weight.hand_over(_Rows(self._linear, self._sizes, place))
+                member.delta_weight.hand_over(_Rows(self._linear, self._sizes, index))
 
     def take(self, member: DeltaLinear, x: Tensor, rows: RowPlan | None) -> Tensor:
         """The member's ``[T, m]`` for ``x [..., n]``."""
@@ -110,12 +110,12 @@ class Product:
         present = [share for share in shares if share is not None]
         y = self._linear.with_blocks(x, present) if present else self._linear(x)
         parts = self._split(y)
-        for pool, place in work.others:
+        for pool, index in work.others:
             if pool.as_data or not rows.as_data:  # else `Residency.eager` says so of its slots
-                pool.add_(parts[place], x, rows)
+                pool.add_(parts[index], x, rows)
         for together in work.factors:
             pools = [pool for pool, _ in together]
-            pools[0].add_together_(pools, [parts[place] for _, place in together], x, rows)
+            pools[0].add_together_(pools, [parts[index] for _, index in together], x, rows)
         return parts
 
     def _own_weights(self, rows: RowPlan) -> list[tuple[Segment, LinearOp]]:
@@ -159,17 +159,17 @@ class Product:
         factors: list[list[tuple[FactorPool, int]]] = []  # by member
         others: list[tuple[TermPool, int]] = []
         first = 0
-        for place, weight in enumerate(self.parameters_in_order):
+        for index, weight in enumerate(self.parameters_in_order):
             factors.append([])
             for pool in weight.pools.values():
                 if isinstance(pool, BlockDiagPool):
                     # A shared one is met first at the group's first member.
                     blocks.setdefault(pool.shared or pool, first)
                 elif isinstance(pool, FactorPool):
-                    factors[-1].append((pool, place))
+                    factors[-1].append((pool, index))
                 else:
-                    others.append((pool, place))
-            first += self._sizes[place]
+                    others.append((pool, index))
+            first += self._sizes[index]
         return _Work(tuple(blocks.items()), tuple(_of_one_kind(factors)), tuple(others))
 
 
@@ -187,11 +187,11 @@ def _of_one_kind(
 class _Rows:
     """One member's rows of a fused weight."""
 
-    def __init__(self, fused: LinearOp, sizes: list[int], place: int) -> None:
-        self._fused, self._sizes, self._place = fused, sizes, place
+    def __init__(self, fused: LinearOp, sizes: list[int], index: int) -> None:
+        self._fused, self._sizes, self._index = fused, sizes, index
 
     def __call__(self) -> Tensor:
-        return torch.split(self._fused.dense(), self._sizes)[self._place]
+        return torch.split(self._fused.dense(), self._sizes)[self._index]
 
 
 class DeltaLinear(nn.Module):

@@ -48,11 +48,11 @@ class PrefillChunk:
 class AttentionPlan:
     """Where each row's keys and values go, and who reads what.
 
-    places        [T] int64, row in the flattened cache ``[n_kv_blocks * block_tokens]``
+    cache_rows    [T] int64, row in the flattened cache ``[n_kv_blocks * block_tokens]``
     made          what layers derive from it and share in this step, by what it depends on
     """
 
-    places: Tensor
+    cache_rows: Tensor
     decode: DecodeBatch | None
     prefill: tuple[PrefillChunk, ...]
     made: dict[Hashable, Tensor] = field(default_factory=dict)
@@ -156,8 +156,8 @@ def rotate_and_write_(call: AttentionCall) -> None:
     if call.rotary is not None:
         for x in (call.q, call.k):
             x.copy_(rotate(x, call.rotary, torch.float32))
-    write_cache_(call.k_cache, call.k, call.plan.places)
-    write_cache_(call.v_cache, call.v, call.plan.places)
+    write_cache_(call.k_cache, call.k, call.plan.cache_rows)
+    write_cache_(call.v_cache, call.v, call.plan.cache_rows)
 
 
 def rotate(x: Tensor, rotary: Rotary, compute: torch.dtype) -> Tensor:
@@ -170,9 +170,9 @@ def rotate(x: Tensor, rotary: Rotary, compute: torch.dtype) -> Tensor:
     return torch.cat([turned, rest], dim=2).to(x.dtype)
 
 
-def write_cache_(cache: Tensor, values: Tensor, places: Tensor) -> None:
-    """``values [T, Hkv, D]`` go to ``places [T]`` of ``[n_kv_blocks, block_tokens, Hkv, D]``."""
-    cache.view(-1, *cache.shape[2:]).index_copy_(0, places, values)
+def write_cache_(cache: Tensor, values: Tensor, cache_rows: Tensor) -> None:
+    """``values [T, Hkv, D]`` go to these rows of ``[n_kv_blocks, block_tokens, Hkv, D]``."""
+    cache.view(-1, *cache.shape[2:]).index_copy_(0, cache_rows, values)
 
 
 def decode_(out: Tensor, call: AttentionCall) -> None:
@@ -187,7 +187,7 @@ def decode_(out: Tensor, call: AttentionCall) -> None:
 
 def prefill_(out: Tensor, call: AttentionCall) -> None:
     """Fill the rows of ``out [T, H, D]`` that belong to prefill chunks, one chunk at a time."""
-    for place, chunk in enumerate(call.plan.prefill):
+    for chunk_index, chunk in enumerate(call.plan.prefill):
         part = slice(chunk.start, chunk.end)
         keys, values = call.k[part], call.v[part]
         if chunk.context:
@@ -195,7 +195,7 @@ def prefill_(out: Tensor, call: AttentionCall) -> None:
             # index_select copies whole KV blocks; plain indexing is 5x slower
             keys = call.k_cache.index_select(0, chunk.kv_blocks).flatten(0, 1)[:length]
             values = call.v_cache.index_select(0, chunk.kv_blocks).flatten(0, 1)[:length]
-        out[part] = _prefill(call.q[part], keys, values, place, call)
+        out[part] = _prefill(call.q[part], keys, values, chunk_index, call)
 
 
 def _decode(q: Tensor, call: AttentionCall) -> Tensor:
@@ -232,11 +232,11 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~seen, float("-inf"))
 
 
-def _prefill(q: Tensor, k: Tensor, v: Tensor, place: int, call: AttentionCall) -> Tensor:
-    """Chunk number `place`: q [t, H, D] at positions context.., k, v [context + t, Hkv, D]
+def _prefill(q: Tensor, k: Tensor, v: Tensor, chunk_index: int, call: AttentionCall) -> Tensor:
+    """Chunk number `chunk_index`: q [t, H, D] at positions context.., k, v [context + t, Hkv, D]
     -> [t, H, D].
     """
-    t, context = len(q), call.plan.prefill[place].context
+    t, context = len(q), call.plan.prefill[chunk_index].context
     queries, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     window, softcap = call.window, call.softcap
     if context == 0 and softcap is None and (window is None or window >= t):
@@ -244,16 +244,16 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, place: int, call: AttentionCall) -
             queries, keys, values, is_causal=True, scale=call.scale, enable_gqa=True
         )
     else:
-        mask = _prefill_mask(call.plan, place, window, q)
+        mask = _prefill_mask(call.plan, chunk_index, window, q)
         out = _attend(queries, keys, values, mask, call.scale, softcap)
     return out.squeeze(0).transpose(0, 1)
 
 
-def _prefill_mask(plan: AttentionPlan, place: int, window: int | None, q: Tensor) -> Tensor:
+def _prefill_mask(plan: AttentionPlan, chunk_index: int, window: int | None, q: Tensor) -> Tensor:
     """[t, context + t] additive mask of one chunk, made once per step and window."""
-    key = (place, window, q.dtype)
+    key = (chunk_index, window, q.dtype)
     if key not in plan.made:
-        context = plan.prefill[place].context
+        context = plan.prefill[chunk_index].context
         rows = torch.arange(context, context + len(q), device=q.device).unsqueeze(1)
         cols = torch.arange(context + len(q), device=q.device)
         seen = cols <= rows

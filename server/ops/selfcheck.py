@@ -234,7 +234,7 @@ def _attention(random: Callable[..., Tensor], device: torch.device) -> Iterator[
         kv_blocks=torch.tensor([[4, 1, 2], [5, 0, 0]], device=device),
         lengths=torch.tensor([10, 3], device=device),
     )
-    places = torch.tensor([2 * block_tokens + 1, 5 * block_tokens + 2], device=device)
+    cache_rows = torch.tensor([2 * block_tokens + 1, 5 * block_tokens + 2], device=device)
 
     weights = random(3, dim)
     norms = tuple(
@@ -243,7 +243,7 @@ def _attention(random: Callable[..., Tensor], device: torch.device) -> Iterator[
     )
 
     def call(window: int | None, softcap: float | None, *, normed: bool = False) -> AttentionCall:
-        caches, plan = past.clone(), AttentionPlan(places, decode, ())
+        caches, plan = past.clone(), AttentionPlan(cache_rows, decode, ())
         q, k, v = (t.clone() for t in qkv)
         how = (plan, 0.25, window, softcap, angles, norms if normed else None)
         return AttentionCall(q, k, v, caches[0], caches[1], *how)  # type: ignore[arg-type]
@@ -272,8 +272,10 @@ def _attention(random: Callable[..., Tensor], device: torch.device) -> Iterator[
     def prefilled(kernels: Kernels) -> Tensor:
         """A chunk of 3 tokens after 6 that are in the cache."""
         chunk = PrefillChunk(0, 3, 6, torch.tensor([4, 1, 2], device=device))
-        places = torch.tensor([block_tokens + 2, block_tokens + 3, 2 * block_tokens], device=device)
-        plan = AttentionPlan(places, None, (chunk,))
+        cache_rows = torch.tensor(
+            [block_tokens + 2, block_tokens + 3, 2 * block_tokens], device=device
+        )
+        plan = AttentionPlan(cache_rows, None, (chunk,))
         caches = past.clone()
         one = AttentionCall(*new, caches[0], caches[1], plan, 0.25)
         out = torch.zeros_like(one.q)

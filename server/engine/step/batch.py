@@ -62,7 +62,7 @@ def build_batch(
     ordered = tuple(sorted(scheduled, key=lambda s: s.request.slot_index))
     ids: list[int] = []
     positions: list[int] = []
-    places: list[int] = []
+    cache_rows: list[int] = []
     logit_rows: list[int] = []
     outputs: list[LogitRows] = []
     decode: list[tuple[int, Request]] = []
@@ -72,7 +72,7 @@ def build_batch(
         start, end = len(ids), len(ids) + item.n_tokens
         ids.extend(request.tokens[first : first + item.n_tokens])
         positions.extend(range(first, first + item.n_tokens))
-        places.extend(_places(request.kv_blocks, first, item.n_tokens, block_tokens))
+        cache_rows.extend(_cache_rows(request.kv_blocks, first, item.n_tokens, block_tokens))
         if item.n_tokens == 1 and first > 0:
             decode.append((start, request))
         else:
@@ -82,7 +82,7 @@ def build_batch(
         outputs.append(LogitRows(len(logit_rows), len(wanted), item.finishes_known_tokens))
         logit_rows.extend(wanted)
     plan = AttentionPlan(
-        places=torch.tensor(places, device=device),
+        cache_rows=torch.tensor(cache_rows, device=device),
         decode=_decode_batch(decode, device),
         prefill=tuple(prefill),
     )
@@ -101,7 +101,7 @@ def build_batch(
     )
 
 
-def _places(kv_blocks: list[int], first: int, n_tokens: int, block_tokens: int) -> list[int]:
+def _cache_rows(kv_blocks: list[int], first: int, n_tokens: int, block_tokens: int) -> list[int]:
     return [
         kv_blocks[p // block_tokens] * block_tokens + p % block_tokens
         for p in range(first, first + n_tokens)

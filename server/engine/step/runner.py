@@ -90,7 +90,7 @@ class Runner:
             max_rows=max_rows,
             max_kv_blocks=-(-max_len // block_tokens),
             device=base.device,
-            padding_place=spare * block_tokens,
+            padding_row=spare * block_tokens,
         )
 
     def capture(self) -> None:
@@ -193,7 +193,7 @@ class Runner:
             with_deltas=with_deltas,
         )
         decode = DecodeBatch(rows=batch.rows, kv_blocks=batch.kv_blocks, lengths=batch.lengths)
-        plan = AttentionPlan(places=batch.places, decode=decode, prefill=())
+        plan = AttentionPlan(cache_rows=batch.cache_rows, decode=decode, prefill=())
         return self._model(batch.input_ids, batch.position_ids, rows, rows, plan, 0)
 
     def _model(
@@ -239,9 +239,9 @@ def _decode_row(item: Scheduled, block_tokens: int, at: int, source: int = 0) ->
     """The request's token at position `at`, which may not be known yet."""
     request = item.request
     kv_blocks, tokens = request.kv_blocks, request.tokens
-    place = kv_blocks[at // block_tokens] * block_tokens + at % block_tokens
+    cache_row = kv_blocks[at // block_tokens] * block_tokens + at % block_tokens
     token = tokens[at] if at < len(tokens) else 0
-    return DecodeRow(token, at, place, kv_blocks, at + 1, request.slot_index, source)
+    return DecodeRow(token, at, cache_row, kv_blocks, at + 1, request.slot_index, source)
 
 
 def _one_each(n_rows: int) -> tuple[LogitRows, ...]:

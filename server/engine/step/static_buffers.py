@@ -1,6 +1,6 @@
 """Memory of a decode step that never moves: a step is data in two device buffers.
 
-Everything that changes from step to step - tokens, positions, cache places, KV block tables,
+Everything that changes from step to step - tokens, positions, cache rows, KV block tables,
 lengths, which rows belong to which slot - is filled by two copies from pinned memory, for a bucket
 of rows of which some are padding.
 
@@ -9,7 +9,7 @@ first KV block, all rows' second, ...), so that a step fills and copies no more 
 longest sequence has; kernels read as far as each length says. Wide tables cost memory, nothing
 else.
 
-Padding is inert: length 0 attends to nothing, place `padding_place` is of a KV block nobody reads
+Padding is inert: length 0 attends to nothing, row `padding_row` is of a KV block nobody reads
 (or -1 where the cache write knows that), slot -1 has no delta. What such a row computes is thrown
 away.
 """
@@ -32,16 +32,16 @@ ALIGNED = 4  # int32 are 16 bytes
 class DecodeRow:
     """One sequence's new token.
 
-    place      row of the flattened cache where its key and value go
+    cache_row  row of the flattened cache where its key and value go
     kv_blocks  the sequence's, the new token's included: one list all its life, which grows
     length     positions to attend to, the new token included
     slot       of its variant, -1 for the base
-    source     place among the last step's tokens of this row's; `token` is not known then
+    source     index among the last step's tokens of this row's; `token` is not known then
     """
 
     token: int
     position: int
-    place: int
+    cache_row: int
     kv_blocks: Sequence[int]
     length: int
     slot: int = BASE_SLOT
@@ -53,7 +53,7 @@ class StaticBatch:
     """Device views of one bucket, T rows; their addresses never change.
 
     input_ids, position_ids  int64 [1, T]
-    places       int64 [T]
+    cache_rows   int64 [T]
     vector_rows  int64 [T], slot + 1: row of a 1-D parameter's ``[1 + C, m]`` values
     kv_blocks    int32 [T, P]; lengths int32 [T], 0 for padding
     rows         int64 [T], 0, 1, ...: every row decodes
@@ -63,7 +63,7 @@ class StaticBatch:
 
     input_ids: Tensor
     position_ids: Tensor
-    places: Tensor
+    cache_rows: Tensor
     vector_rows: Tensor
     kv_blocks: Tensor
     lengths: Tensor
@@ -81,11 +81,11 @@ class StaticBuffers:
     """
 
     def __init__(
-        self, rows: int, max_kv_blocks: int, device: torch.device, padding_place: int
+        self, rows: int, max_kv_blocks: int, device: torch.device, padding_row: int
     ) -> None:
         self.rows = rows
         self._stride = -(-rows // ALIGNED) * ALIGNED
-        self._padding_place = padding_place
+        self._padding_row = padding_row
         self._n_fixed = 4 * self._stride + ALIGNED
         self._tables = KVBlockTables(rows, max_kv_blocks)
         pinned = device.type == "cuda"
@@ -102,14 +102,14 @@ class StaticBuffers:
 
     def _views(self) -> StaticBatch:
         t = self.rows
-        ids, positions, places, vector_rows, _ = self.wide[:, :t]
+        ids, positions, cache_rows, vector_rows, _ = self.wide[:, :t]
         fields = self.small[: 4 * self._stride].view(4, -1)[:, :t]
         lengths, slots, starts, ends = fields
         count = self.small[4 * self._stride : 4 * self._stride + 1]
         return StaticBatch(
             input_ids=ids.view(1, t),
             position_ids=positions.view(1, t),
-            places=places,
+            cache_rows=cache_rows,
             vector_rows=vector_rows,
             kv_blocks=self.small[self._n_fixed :].view(-1, t).t(),
             lengths=lengths,
@@ -132,7 +132,7 @@ class StaticBuffers:
         wide = [
             [row.token for row in rows] + [0] * padding,
             [row.position for row in rows] + [0] * padding,
-            [row.place for row in rows] + [self._padding_place] * padding,
+            [row.cache_row for row in rows] + [self._padding_row] * padding,
             [row.slot + 1 for row in rows] + [0] * padding,
             [row.source for row in rows] + [0] * padding,
         ]
@@ -161,7 +161,7 @@ class StaticBuffers:
 
 class KVBlockTables:
     """What is written in the KV block tables ``[P, T]`` of a bucket, so that a step writes the new
-    KV blocks only: of long sequences they are few beside all. Places past a sequence's are 0.
+    KV blocks only: of long sequences they are few beside all. What is past a sequence's is 0.
     """
 
     def __init__(self, rows: int, max_kv_blocks: int) -> None:

@@ -34,18 +34,18 @@ MIN_ROWS = 16  # of a tensor-core operand
 class NewTokens:
     """One new token a sequence whose q and k are not turned yet and whose k and v no cache holds.
 
-    k, v      [B, Hkv, D], last axis contiguous
-    cos, sin  [B, R], last axis contiguous: as `rope_and_write_` takes them
-    places    [B] integer: row of the flattened cache, -1 writes nothing
-    norms     of q's and of k's heads, before they turn: of one form, weights contiguous, an index
-              each
+    k, v        [B, Hkv, D], last axis contiguous
+    cos, sin    [B, R], last axis contiguous: as `rope_and_write_` takes them
+    cache_rows  [B] integer: row of the flattened cache, -1 writes nothing
+    norms       of q's and of k's heads, before they turn: of one form, weights contiguous, an
+                index each
     """
 
     k: Tensor
     v: Tensor
     cos: Tensor
     sin: Tensor
-    places: Tensor
+    cache_rows: Tensor
     norms: tuple[HeadNorm, HeadNorm] | None = None
 
 
@@ -90,12 +90,12 @@ def paged_decode(
     if splits > 1:
         partial = torch.empty((batch, heads, splits, dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((batch, heads, splits), dtype=torch.float32, device=q.device)
-    k, v, cos, sin, places = (q, q, q, q, lengths)
+    k, v, cos, sin, cache_rows = (q, q, q, q, lengths)
     rotated = cos_row = 0
     norms: tuple[Tensor | int | float, ...] = (q, lengths, 0, q, lengths, 0, 0.0, 0.0)
     form = None
     if new is not None:
-        k, v, cos, sin, places = new.k, new.v, new.cos, new.sin, new.places
+        k, v, cos, sin, cache_rows = new.k, new.v, new.cos, new.sin, new.cache_rows
         rotated, cos_row = cos.shape[1], cos.stride(0)
         if new.norms is not None:
             norms, form = _norm_arguments(*new.norms), new.norms[0].form
@@ -103,7 +103,7 @@ def paged_decode(
     launch(
         _attend_kernel,
         (batch, kv_heads, splits),
-        *(out, partial, lse, q, k_cache, v_cache, kv_blocks, lengths, k, v, cos, sin, places),
+        *(out, partial, lse, q, k_cache, v_cache, kv_blocks, lengths, k, v, cos, sin, cache_rows),
         *(scale, 0.0 if softcap is None else softcap, 0 if window is None else window),
         *(heads, kv_heads, dim, block_tokens, *kv_blocks.stride(), q.stride(0), q.stride(1)),
         *(k.stride(0), k.stride(1), v.stride(0), v.stride(1), cos_row, rotated),
@@ -226,7 +226,7 @@ def _scaled(x, inverse, weight, ROUND: tl.constexpr):
 
 @triton.jit
 def _attend_kernel(
-    out, partial, lse, q, k_cache, v_cache, kv_blocks, lengths, k, v, cos, sin, places,
+    out, partial, lse, q, k_cache, v_cache, kv_blocks, lengths, k, v, cos, sin, cache_rows,
     scale, softcap, window,
     heads, kv_heads, dim, block_tokens, kv_blocks_row, kv_blocks_column, q_row, q_head,
     k_row, k_head, v_row, v_head, cos_row, rotated,
@@ -289,7 +289,7 @@ def _attend_kernel(
             turned = (long * c + cross * s).to(k_cache.dtype.element_ty)
             value = tl.load(v + row * v_row + kv_head * v_head + d, mask=d_mask, other=0.0)
             value = value.to(v_cache.dtype.element_ty)
-            place = tl.load(places + row).to(tl.int64)
+            place = tl.load(cache_rows + row).to(tl.int64)
             if place >= 0:
                 target = (place * kv_heads + kv_head) * dim + d
                 tl.store(k_cache + target, turned, mask=d_mask)

@@ -138,7 +138,7 @@ class TritonKernels(TorchKernels):
             super().rotate_and_write_(call)
             return
         angles, caches = (call.rotary.cos, call.rotary.sin), (call.k_cache, call.v_cache)
-        rope_and_write_(call.q, call.k, call.v, *angles, *caches, call.plan.places)
+        rope_and_write_(call.q, call.k, call.v, *angles, *caches, call.plan.cache_rows)
 
     def decode_(self, out: Tensor, call: AttentionCall) -> None:
         batch = call.plan.decode
@@ -159,7 +159,7 @@ class TritonKernels(TorchKernels):
                 return False
             norms = q_norm, k_norm
         angles = call.rotary.cos, call.rotary.sin
-        new = NewTokens(call.k, call.v, *angles, call.plan.places, norms)
+        new = NewTokens(call.k, call.v, *angles, call.plan.cache_rows, norms)
         _decode(call.q, call, call.plan.decode, out=out, new=new)
         return True
 

@@ -47,8 +47,8 @@ class Toy:
         self.batches[len(batch.lengths)] = batch
         h = F.embedding(batch.input_ids[0], self.embedding)
         h = h + batch.position_ids[0].unsqueeze(1).cos()
-        kept = batch.places >= 0
-        self.cache.view(-1, 1, DIM)[batch.places[kept]] = h[kept].unsqueeze(1)
+        kept = batch.cache_rows >= 0
+        self.cache.view(-1, 1, DIM)[batch.cache_rows[kept]] = h[kept].unsqueeze(1)
         q = h.unsqueeze(1)
         h = paged_decode_reference(
             q, self.cache, self.cache, batch.kv_blocks, batch.lengths, scale=1.0
@@ -74,7 +74,7 @@ def fields_of(batch: StaticBatch) -> list[Tensor]:
     return [
         batch.input_ids,
         batch.position_ids,
-        batch.places,
+        batch.cache_rows,
         batch.vector_rows,
         batch.kv_blocks,
         batch.lengths,
@@ -156,7 +156,13 @@ def test_every_field_begins_at_16_bytes_in_every_bucket(rows: int) -> None:
     """Or Triton compiles its kernels once more for this bucket, while streams wait."""
     batch = StaticBuffers(rows, 3, CPU, -1).batch
     parts = batch.segments
-    fields = [batch.input_ids, batch.position_ids, batch.places, batch.vector_rows, batch.kv_blocks]
+    fields = [
+        batch.input_ids,
+        batch.position_ids,
+        batch.cache_rows,
+        batch.vector_rows,
+        batch.kv_blocks,
+    ]
     fields += [batch.lengths, batch.rows, parts.slots, parts.starts, parts.ends, parts.count]
     assert [field.data_ptr() % 16 for field in fields] == [0] * len(fields)
     assert torch.equal(batch.table, torch.stack([parts.slots, parts.starts, parts.ends], 1))

@@ -44,14 +44,14 @@ def plan_for(lengths: list[int], n_prefill: int) -> AttentionPlan:
     tables = list(torch.split(order[: sum(n_kv_blocks)], n_kv_blocks))
     widest = max(n_kv_blocks, default=0)
     kv_blocks = torch.stack([F.pad(t, (0, widest - len(t))) for t in tables])
-    places = [
+    cache_rows = [
         int(t[(n - 1) // BLOCK_TOKENS]) * BLOCK_TOKENS + (n - 1) % BLOCK_TOKENS
         for t, n in zip(tables, lengths, strict=True)
     ]
-    places += [int(order[-1]) * BLOCK_TOKENS + i for i in range(n_prefill)]
+    cache_rows += [int(order[-1]) * BLOCK_TOKENS + i for i in range(n_prefill)]
     rows = torch.arange(len(lengths))
     return AttentionPlan(
-        places=torch.tensor(places),
+        cache_rows=torch.tensor(cache_rows),
         decode=DecodeBatch(rows, kv_blocks, torch.tensor(lengths)),
         prefill=(),
     )
@@ -131,22 +131,22 @@ def test_rotate_and_write_slices_of_one_tensor_equal_the_element_loop(
     )
     angles = torch.randn(n, rotated, generator=generator)
     rotary = Rotary(angles.cos().to(dtype), angles.sin().to(dtype))
-    places = torch.randperm(5 * BLOCK_TOKENS, generator=generator)[:n]
-    plan = AttentionPlan(places=places, decode=None, prefill=())
+    cache_rows = torch.randperm(5 * BLOCK_TOKENS, generator=generator)[:n]
+    plan = AttentionPlan(cache_rows=cache_rows, decode=None, prefill=())
     caches = [torch.zeros(5, BLOCK_TOKENS, kv_heads, dim, dtype=dtype) for _ in range(2)]
     old_q, old_k, old_v = (t.clone() for t in (q, k, v))
     chosen.rotate_and_write_(AttentionCall(q, k, v, *caches, plan, 1.0, rotary=rotary))
     close(q, turned(old_q, rotary.cos, rotary.sin).to(dtype))
     close(k, turned(old_k, rotary.cos, rotary.sin).to(dtype))
     assert torch.equal(v, old_v)
-    assert torch.equal(caches[0].flatten(0, 1)[places], k)
-    assert torch.equal(caches[1].flatten(0, 1)[places], v)
+    assert torch.equal(caches[0].flatten(0, 1)[cache_rows], k)
+    assert torch.equal(caches[1].flatten(0, 1)[cache_rows], v)
     assert not torch.equal(fused, before)
 
 
 def test_rotate_and_write_strided_last_axis_is_refused(kernels: NumbaKernels) -> None:
     q = torch.randn(3, 16, 2).transpose(1, 2)
-    plan = AttentionPlan(places=torch.arange(3), decode=None, prefill=())
+    plan = AttentionPlan(cache_rows=torch.arange(3), decode=None, prefill=())
     caches = [torch.zeros(1, BLOCK_TOKENS, 2, 16) for _ in range(2)]
     with pytest.raises(ValueError, match="contiguous"):
         kernels.rotate_and_write_(AttentionCall(q, q, q, *caches, plan, 1.0))

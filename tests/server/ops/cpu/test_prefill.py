@@ -39,10 +39,10 @@ def make_call(
     n_kv_blocks = [-(-(tokens + known) // block_tokens) for tokens, known in chunks]
     order = torch.randperm(sum(n_kv_blocks), generator=generator)
     tables = torch.split(order, n_kv_blocks)
-    prefill, places, row = [], [], 0
+    prefill, cache_rows, row = [], [], 0
     for (tokens, known), kv_blocks in zip(chunks, tables, strict=True):
         prefill.append(PrefillChunk(row, row + tokens, known, kv_blocks))
-        places += [
+        cache_rows += [
             int(kv_blocks[t // block_tokens]) * block_tokens + t % block_tokens
             for t in range(known, known + tokens)
         ]
@@ -55,7 +55,7 @@ def make_call(
     caches = torch.randn(2, sum(n_kv_blocks), block_tokens, kv_heads, dim, generator=generator).to(
         dtype
     )
-    plan = AttentionPlan(torch.tensor(places), None, tuple(prefill))
+    plan = AttentionPlan(torch.tensor(cache_rows), None, tuple(prefill))
     call = AttentionCall(q, k, v, caches[0], caches[1], plan, 0.3, window, softcap)
     attention.rotate_and_write_(call)
     return call
@@ -136,7 +136,7 @@ def test_prefill_one_prompt_of_nan_spoils_no_other(kernel: PrefillKernel) -> Non
 def test_prefill_decode_rows_beside_it_are_left_alone(kernel: PrefillKernel) -> None:
     call = make_call([(3, 0), (9, 4)])
     first, second = call.plan.prefill
-    plan = AttentionPlan(call.plan.places, None, (second,))
+    plan = AttentionPlan(call.plan.cache_rows, None, (second,))
     call = AttentionCall(call.q, call.k, call.v, call.k_cache, call.v_cache, plan, call.scale)
     out = computed(kernel, call)
     assert out[first.start : first.end].isnan().all()

@@ -114,7 +114,7 @@ def test_decode_of_new_tokens_norms_turns_writes_and_attends(
     fused = torch.randn(rows, sum(cut), generator=generator(2))
     q, k, v = (part.view(rows, -1, dim) for part in fused.split(cut, 1))
     angle = torch.rand(rows, rotated // 2, generator=generator(3)).repeat(1, 2) * 6
-    places = [
+    cache_rows = [
         int(kv_blocks[i, (n - 1) // BLOCK_TOKENS]) * BLOCK_TOKENS + (n - 1) % BLOCK_TOKENS
         for i, n in enumerate(lengths)
     ]
@@ -124,9 +124,9 @@ def test_decode_of_new_tokens_norms_turns_writes_and_attends(
         one = torch.tensor([2, 0, 1, 1, 2, 0])
         weights = torch.randn(2, 3, dim, generator=generator(4))
         norms = HeadNorm(weights[0], one, form), HeadNorm(weights[1], one[:1].expand(rows), form)
-    new = NewTokens(k, v, angle.cos(), angle.sin(), torch.tensor([*places, -1]), norms)
+    new = NewTokens(k, v, angle.cos(), angle.sin(), torch.tensor([*cache_rows, -1]), norms)
     for cache in (k_cache, v_cache):  # what is there before must not be read
-        cache.view(-1, kv_heads, dim)[new.places[:-1]] = float("nan")
+        cache.view(-1, kv_heads, dim)[new.cache_rows[:-1]] = float("nan")
     exact_q, exact_key, exact_k, exact_v = (t.double() for t in (q, k, k_cache, v_cache))
     if norms is not None:
         exact_q, exact_key = (
@@ -134,7 +134,7 @@ def test_decode_of_new_tokens_norms_turns_writes_and_attends(
             for x, n in zip((exact_q, exact_key), norms, strict=True)
         )
     angles = new.cos.double(), new.sin.double()
-    exact = (exact_q, exact_key, v.double(), *angles, exact_k, exact_v, new.places)
+    exact = (exact_q, exact_key, v.double(), *angles, exact_k, exact_v, new.cache_rows)
     rope_and_write_reference_(*exact, torch.float64)
     options = {"scale": dim**-0.5, "window": window, "softcap": softcap}
     want = paged_decode_reference(
