@@ -113,7 +113,7 @@ class DeltaParameter:
             return StagedParameter(self, extra=extra)
         if self._replaces_base_rows(delta):
             base = self.base.detach().cpu()
-            dense = (delta.merge(base)[: len(base)] - base.float()).to(self.dtype)
+            dense = (delta.reconstruct(base)[: len(base)] - base.float()).to(self.dtype)
             return StagedParameter(self, terms=(((0, ("dense", ())), (dense,)),), extra=extra)
         terms = []
         for i, term in enumerate(delta.terms):

@@ -132,7 +132,7 @@ def _reconstruct(
         weight = parameter.base
         delta = deltas.get(parameter)
         if delta is not None:
-            own = delta.merge(weight.cpu())[: len(weight)]
+            own = delta.reconstruct(weight.cpu())[: len(weight)]
             weight = own.to(parameter.dtype).to(parameter.device)
         weights.append(weight)
     whole = weights[0] if len(weights) == 1 else torch.cat(weights)
