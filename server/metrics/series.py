@@ -24,7 +24,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from server.metrics.gauges import ENGINE, LABELS, EngineCollector, InFlight, StatsProvider
+from server.metrics.gauges import ENGINE, LABELS, EngineCollector, SequenceCounts, StatsProvider
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OTHER = "other"
@@ -72,7 +72,7 @@ class ModelSeries:
 
     def __init__(self, metrics: Metrics, name: str) -> None:
         labels = (name, ENGINE)
-        self.in_flight = InFlight()
+        self.in_flight = SequenceCounts()
         self.prompt_tokens = metrics.prompt_tokens.labels(*labels)
         self.cached_tokens = metrics.cached_tokens.labels(*labels)
         self.generation_tokens = metrics.generation_tokens.labels(*labels)
@@ -256,9 +256,9 @@ class Metrics:
         """Start timing one sequence; `arrived` is when the request came (`time.monotonic`)."""
         return SequenceTimer(self.model(name), n_prompt, arrived)
 
-    def rejected(self, name: str | None) -> None:
-        """A request met a full queue; the name is None before it was resolved."""
-        self.rejections.labels(name or OTHER, "max_num_queued_reqs").inc()
+    def rejected(self) -> None:
+        """A request met a full queue, before its model was known."""
+        self.rejections.labels(OTHER, "max_num_queued_reqs").inc()
 
     def http_request(self, path: str, method: str, status: int) -> None:
         """One answer was sent; `path` is a route's template."""
@@ -313,7 +313,7 @@ class Metrics:
         """Read the gauges of `provider` at every scrape; max_variants is the most per step."""
         self.registry.register(EngineCollector(provider, max_variants, self._in_flight))
 
-    def _in_flight(self) -> dict[str, InFlight]:
+    def _in_flight(self) -> dict[str, SequenceCounts]:
         with self._lock:
             return {name: series.in_flight for name, series in self._series.items()}
 

@@ -20,7 +20,7 @@ from typing import Any, Protocol, TypeVar
 import uvicorn
 
 from server.api.app import create_app
-from server.api.gate import Gate
+from server.api.open_requests import OpenRequests
 from server.engine.types import EngineClient
 from server.errors import Draining, EngineDead, ServeError
 from server.metrics.series import Metrics
@@ -53,11 +53,14 @@ class Server(uvicorn.Server):
 class Control:
     """Decides when the server ends, and with which exit code."""
 
-    def __init__(self, engine: EngineClient, gate: Gate, server: Server, drain_s: float) -> None:
+    def __init__(
+        self, engine: EngineClient, open_requests: OpenRequests, server: Server, drain_s: float
+    ) -> None:
         self._engine = engine
-        self._gate = gate
+        self._open_requests = open_requests
         self._server = server
         self._drain_s = drain_s
+        self._draining = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.exit_code = 0
 
@@ -70,12 +73,12 @@ class Control:
 
     def stop(self) -> None:
         """Drain; when already draining, end now."""
-        if self._gate.draining:
+        if self._draining:
             log.warning("second signal: ending running requests now")
             self._start(self._end(Draining("The server is shutting down.", retry_after_s=5)))
             return
-        log.info("draining: %d requests running", self._gate.n_requests)
-        self._gate.drain()
+        log.info("draining: %d requests running", len(self._open_requests))
+        self._admit_nobody()
         self._start(self._drain())
 
     def rescan(self) -> None:
@@ -92,17 +95,21 @@ class Control:
             return
         log.critical("the engine is dead; exiting")
         self.exit_code = 1
-        self._gate.drain()
+        self._admit_nobody()
         await self._end(EngineDead("The engine has stopped; the server restarts."))
 
+    def _admit_nobody(self) -> None:
+        self._draining = True
+        self._engine.drain()
+
     async def _drain(self) -> None:
-        if not await self._gate.wait_idle(self._drain_s):
-            log.warning("drain timeout: ending %d requests", self._gate.n_requests)
+        if not await self._open_requests.wait_idle(self._drain_s):
+            log.warning("drain timeout: ending %d requests", len(self._open_requests))
         await self._end(Draining("The server is shutting down.", retry_after_s=5))
 
     async def _end(self, error: ServeError) -> None:
-        self._gate.fail_all(error)
-        await self._gate.wait_idle(LAST_EVENT_S)
+        self._open_requests.fail_all(error)
+        await self._open_requests.wait_idle(LAST_EVENT_S)
         self._server.should_exit = True
 
     async def _rescan(self) -> None:
@@ -140,7 +147,7 @@ async def run(
     """Serve until told to stop; return the exit code."""
     app = create_app(engine, settings, metrics)
     server = Server(uvicorn_config(app, settings))
-    control = Control(engine, app.state.api.gate, server, settings.drain_timeout_s)
+    control = Control(engine, app.state.api.open_requests, server, settings.drain_timeout_s)
     control.install()
     engine.start()
     watch = asyncio.create_task(control.watch())
