@@ -198,7 +198,11 @@ class GenerationResponse(Response):
             self._log["ended"] = type(error).__name__
             return body_of(error)
         self._log["ended"] = "failed"
-        log.error("unforeseen failure", exc_info=error, extra={"request_id": self._request_id})
+        log.error(
+            "an unforeseen error ended a stream",
+            exc_info=error,
+            extra={"request_id": self._request_id},
+        )
         return internal_error_body(self._request_id)
 
     def _observe_params(self, variant: VariantHandle, params: SamplingParams) -> None:

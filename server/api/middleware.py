@@ -67,7 +67,7 @@ class RequestContext:
         except Stalled:
             fields["ended"] = "stalled"  # the server closes an unfinished response
         except Exception:
-            log.exception("unforeseen failure", extra={"request_id": request_id})
+            log.exception("an unforeseen error ended a request", extra={"request_id": request_id})
             if status == 0:
                 response = JSONResponse(internal_error_body(request_id), 500)
                 await response(scope, receive, send_named)

@@ -89,5 +89,5 @@ def as_serve_error(error: Exception) -> ServeError:
     """Return what clients may hear of an exception in one request's share of a step."""
     if isinstance(error, ServeError):
         return error
-    log.exception("a request failed", exc_info=error)
+    log.exception("an exception ended one request", exc_info=error)
     return GenerationFailed("this request failed inside the engine; other requests go on")

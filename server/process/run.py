@@ -74,10 +74,13 @@ class Control:
     def stop(self) -> None:
         """Drain; when already draining, end now."""
         if self._draining:
-            log.warning("second signal: ending running requests now")
+            log.warning("a second signal came; the server ends its running requests now")
             self._start(self._end(Draining("The server is shutting down.", retry_after_s=5)))
             return
-        log.info("draining: %d requests running", len(self._open_requests))
+        log.info(
+            "the server drains: it admits nobody more and finishes %d requests",
+            len(self._open_requests),
+        )
         self._admit_nobody()
         self._start(self._drain())
 
@@ -93,7 +96,7 @@ class Control:
             await asyncio.sleep(WATCH_S)
         if self._server.should_exit:
             return
-        log.critical("the engine is dead; exiting")
+        log.critical("the engine has died; the process exits")
         self.exit_code = 1
         self._admit_nobody()
         await self._end(EngineDead("The engine has stopped; the server restarts."))
@@ -104,7 +107,9 @@ class Control:
 
     async def _drain(self) -> None:
         if not await self._open_requests.wait_idle(self._drain_s):
-            log.warning("drain timeout: ending %d requests", len(self._open_requests))
+            log.warning(
+                "draining ran out of time; the server ends %d requests", len(self._open_requests)
+            )
         await self._end(Draining("The server is shutting down.", retry_after_s=5))
 
     async def _end(self, error: ServeError) -> None:
@@ -115,9 +120,12 @@ class Control:
     async def _rescan(self) -> None:
         try:
             await asyncio.to_thread(self._engine.rescan)
-            log.info("rescanned: %d models", len(self._engine.models()))
+            log.info(
+                "the server read the deltas directory again and knows %d models",
+                len(self._engine.models()),
+            )
         except Exception:
-            log.exception("rescan failed; the names known before stay")
+            log.exception("the rescan failed; the server keeps the names it knew")
 
     def _start(self, work: object) -> None:
         task = asyncio.ensure_future(work)  # type: ignore[call-overload]
