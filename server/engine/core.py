@@ -316,8 +316,8 @@ class EngineCore:
         if request.slot is not None:
             self.slots.release(request.slot)
             request.slot = None
-        admitted = request.admitted
-        self.admission.leave(None if admitted is None else admitted - request.arrived)
+        started_at = request.started_at
+        self.admission.leave(None if started_at is None else started_at - request.queued_at)
         if self._observer is not None:
             self._observer.on_finished(request)
 

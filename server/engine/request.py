@@ -33,15 +33,16 @@ class Request:
 
     tokens      prompt, then output
     n_computed  tokens whose keys and values are in the cache
-    slot        held from admission (or the arrival of its delta) to the end; None for the base
+    slot        held from its start (or the arrival of its delta) to the end; None for the base
     n_settled_pages  leading pages that are findable by others, or never will be
     cache_salt  only requests of the same salt find each other's pages: who shares none cannot
                 tell by its time to the first token what others have sent
-    n_cached_tokens  prompt tokens whose keys and values were already there at admission
+    n_cached_tokens  prompt tokens whose keys and values were already there when it started
     unproven    its pages hold keys and values that no finite logits have come from yet
     deliver     takes each event; called by whoever `publish` hands the step's events to
     deadline    time.monotonic() at which it fails; None: never
-    arrived     when it was given to the engine, which is later than its arrival over HTTP
+    queued_at   when the engine got it, which is later than when it arrived over HTTP
+    started_at  when its first chunk was scheduled
     """
 
     request_id: str
@@ -61,9 +62,9 @@ class Request:
     unproven: bool = False
     n_settled_pages: int = 0
     n_cached_tokens: int = 0
-    arrived: float = field(default_factory=time.monotonic)
-    admitted: float | None = None
-    first_token: float | None = None
+    queued_at: float = field(default_factory=time.monotonic)
+    started_at: float | None = None
+    first_token_at: float | None = None
     finish_reason: FinishReason | None = None
 
     def __post_init__(self) -> None:

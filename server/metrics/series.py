@@ -58,11 +58,11 @@ class FinishedRequest(Protocol):
     @property
     def variant(self) -> _Named: ...
     @property
-    def arrived(self) -> float: ...
+    def queued_at(self) -> float: ...
     @property
-    def admitted(self) -> float | None: ...
+    def started_at(self) -> float | None: ...
     @property
-    def first_token(self) -> float | None: ...
+    def first_token_at(self) -> float | None: ...
     @property
     def n_preemptions(self) -> int: ...
 
@@ -197,13 +197,15 @@ class Metrics:
         self.e2e = histogram("vllm:e2e_request_latency_seconds", "Whole request", REQUEST_BUCKETS)
         self.queue_time = histogram("vllm:request_queue_time_seconds", "Waiting", REQUEST_BUCKETS)
         self.prefill_time = histogram(
-            "vllm:request_prefill_time_seconds", "From admission to first token", REQUEST_BUCKETS
+            "vllm:request_prefill_time_seconds",
+            "From the start to the first token",
+            REQUEST_BUCKETS,
         )
         self.decode_time = histogram(
             "vllm:request_decode_time_seconds", "From first token to the end", REQUEST_BUCKETS
         )
         self.inference_time = histogram(
-            "vllm:request_inference_time_seconds", "From admission to the end", REQUEST_BUCKETS
+            "vllm:request_inference_time_seconds", "From the start to the end", REQUEST_BUCKETS
         )
 
     def _define_own_metrics(self) -> None:
@@ -275,13 +277,13 @@ class Metrics:
         series = self.model(request.variant.name)
         now = time.monotonic()
         series.request_preemptions.observe(request.n_preemptions)
-        series.queue_time.observe((request.admitted or now) - request.arrived)
-        if request.admitted is None:
+        series.queue_time.observe((request.started_at or now) - request.queued_at)
+        if request.started_at is None:
             return
-        series.inference_time.observe(now - request.admitted)
-        if request.first_token is not None:
-            series.prefill_time.observe(request.first_token - request.admitted)
-            series.decode_time.observe(now - request.first_token)
+        series.inference_time.observe(now - request.started_at)
+        if request.first_token_at is not None:
+            series.prefill_time.observe(request.first_token_at - request.started_at)
+            series.decode_time.observe(now - request.first_token_at)
 
     def on_loaded(self, name: str, seconds: float) -> None:
         """A variant's deltas are in device memory."""

@@ -162,7 +162,7 @@ class Scheduler:
         for request in list(self.waiting):
             if len(self.running) >= self.max_num_seqs:
                 return
-            overdue = now - request.arrived > MAX_OVERTAKEN_S
+            overdue = now - request.queued_at > MAX_OVERTAKEN_S
             missing = self._hold_slot(request, may_hold)
             if missing is not None:
                 may_hold = may_hold and not (missing is Missing.NO_ROOM and overdue)
@@ -182,8 +182,8 @@ class Scheduler:
             self.waiting.remove(request)
             self.running.append(request)
             request.status = Status.RUNNING
-            if request.admitted is None:
-                request.admitted = now
+            if request.started_at is None:
+                request.started_at = now
             variants.add(request.variant.key)
             batch.append(Scheduled(request, n_tokens))
             long_runs = long_runs or is_long
@@ -204,7 +204,7 @@ class Scheduler:
         request.pages = self.pages.match(request.cache_key, request.tokens)
         request.n_settled_pages = len(request.pages)
         request.n_computed = len(request.pages) * self.pages.page_tokens
-        if request.admitted is None:
+        if request.started_at is None:
             request.n_cached_tokens = request.n_computed
 
     def computed(self, request: Request) -> None:

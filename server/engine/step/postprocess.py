@@ -54,8 +54,8 @@ class Postprocessor:
             return OutputChunk(prompt_logprobs=prompt_logprobs, finish_reason="length")
         token = sampled.token_id
         request.tokens.append(token)
-        if request.first_token is None:
-            request.first_token = time.monotonic()
+        if request.first_token_at is None:
+            request.first_token_at = time.monotonic()
         may_stop = request.n_output > params.min_tokens
         reason, stop_token = self._token_stop(request, token) if may_stop else (None, None)
         if reason is None and (

@@ -252,7 +252,7 @@ def test_submit_queue_full_is_refused_with_the_wait_of_those_that_ended(
 ) -> None:
     engine = harness(pair, max_num_seqs=1, max_queued_requests=2)
     first = engine.submit("base", "x", max_tokens=1)
-    first.request.arrived -= 12.5
+    first.request.queued_at -= 12.5
     engine.run(first)
     sent = [engine.submit("base", PROMPT) for _ in range(3)]
     with pytest.raises(QueueFull) as caught:
