@@ -325,7 +325,7 @@ def test_circle_is_found(texts: list[str], length: int) -> None:
     [
         (check_layers, "server.api.app", "from server.ops.blockdiag import f"),
         (check_layers, "server.api.app", "from server.process.run import run"),
-        (check_layers, "server.metrics.series", "from server.api.gate import Gate"),
+        (check_layers, "server.metrics.series", "from server.api.app import create_app"),
         (check_layers, "server.model.base", "def f():\n    import server.engine.request"),
         (check_layers, "server.deltas.registry", "from server.model import base"),
         (check_layers, "server.ops.linear", "import server.deltas.slots"),

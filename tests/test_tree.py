@@ -84,7 +84,6 @@ ELSEWHERE = {
     "server.api.errors": "tests/server/api/test_hostile.py",
     "server.api.fanout": "tests/server/api/test_generation.py",
     "server.api.fields": "tests/server/api/test_hostile.py",
-    "server.api.gate": "tests/server/api/test_generation.py",
     "server.api.middleware": "tests/server/api/test_hostile.py",
     "server.api.models": (
         "tests/server/api/test_openai_client.py, tests/server/api/test_openai_client_real_engine.py"
@@ -105,7 +104,6 @@ ELSEWHERE = {
     "server.engine.inbox": "tests/server/engine/test_core.py",
     "server.engine.observer": "tests/server/engine/test_core.py",
     "server.engine.request": "tests/server/engine/test_core.py",
-    "server.engine.schedule.admission": "tests/server/engine/test_core.py",
     "server.engine.schedule.scheduler": "tests/server/engine/test_core_prefill.py",
     "server.engine.step.batch": "tests/server/engine/test_core_prefill.py",
     "server.engine.step.postprocess": "tests/server/engine/step/test_sampler.py",

@@ -6,8 +6,8 @@ from fastapi import FastAPI
 
 from server.api import chat, completions, deltas, errors, health, models, tokens
 from server.api.context import Api
-from server.api.gate import Gate
-from server.api.middleware import RequestCap, RequestContext
+from server.api.middleware import EarlyRefusal, RequestCap, RequestContext
+from server.api.open_requests import OpenRequests
 from server.engine.types import EngineClient
 from server.metrics.series import Metrics
 from server.settings import Settings
@@ -20,7 +20,6 @@ def create_app(engine: EngineClient, settings: Settings, metrics: Metrics | None
     (`Metrics.watch`). The parts are at ``app.state.api``.
     """
     metrics = metrics or Metrics()
-    gate = Gate(settings.max_num_seqs + settings.max_queued_requests)
     # No generated documentation pages: they load scripts from elsewhere.
     app = FastAPI(
         title="impart-serve",
@@ -30,11 +29,13 @@ def create_app(engine: EngineClient, settings: Settings, metrics: Metrics | None
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.state.api = Api(engine, settings, metrics, gate)
+    api = Api(engine, settings, metrics, OpenRequests())
+    app.state.api = api
     errors.install(app)
     for module in (completions, chat, models, deltas, tokens, health):
         app.include_router(module.router)
     # The last added is the outermost.
     app.add_middleware(RequestCap, max_bytes=settings.max_body_bytes)
+    app.add_middleware(EarlyRefusal, check=api.check_open)
     app.add_middleware(RequestContext, metrics=metrics)
     return app

@@ -12,11 +12,11 @@ from server.api.context import api_of
 from server.api.generation import GenerationResponse
 from server.api.prompts import Prompt, render_messages
 from server.api.reply import Choice, clamp
-from server.api.sampling import check_token_ids, output_budget, sampling_params
+from server.api.sampling import output_budget, sampling_params
 from server.api.schemas import ChatRequest
 from server.engine.types import (
     EngineClient,
-    OutputDelta,
+    OutputChunk,
     SamplingParams,
     TokenLogprob,
     VariantHandle,
@@ -44,7 +44,6 @@ class ChatReply:
         self.body = body
 
     async def prompts(self, engine: EngineClient, variant: VariantHandle) -> list[Prompt]:
-        check_token_ids(self.body, variant.vocab_size)
         return [await render_messages(engine, variant, self.body)]
 
     def params(
@@ -64,15 +63,15 @@ class ChatReply:
         delta = {"role": "assistant", "content": ""}
         return [{"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}]
 
-    def piece(self, choice: Choice, delta: OutputDelta) -> dict[str, Any] | None:
-        if not delta.text and not delta.logprobs and delta.finish_reason is None:
+    def piece(self, choice: Choice, chunk: OutputChunk) -> dict[str, Any] | None:
+        if not chunk.text and not chunk.logprobs and chunk.finish_reason is None:
             return None
         return {
             "index": choice.index,
-            "delta": {"content": delta.text} if delta.text else {},
-            "logprobs": self._logprobs(delta.logprobs),
-            "finish_reason": delta.finish_reason,
-            "stop_reason": delta.stop_reason,
+            "delta": {"content": chunk.text} if chunk.text else {},
+            "logprobs": self._logprobs(chunk.logprobs),
+            "finish_reason": chunk.finish_reason,
+            "stop_reason": chunk.stop_reason,
         }
 
     def whole(self, choice: Choice) -> dict[str, Any]:
@@ -92,14 +91,13 @@ class ChatReply:
 
 
 def _token(token: TokenLogprob, n_top: int) -> dict[str, Any]:
-    top = [_entry(item.token, item.logprob) for item in token.top[:n_top]]
-    own = _entry(token.token, 0.0 if token.logprob is None else token.logprob)
-    return {**own, "top_logprobs": top}
+    top = [_entry(item) for item in token.top[:n_top]]
+    return {**_entry(token), "top_logprobs": top}
 
 
-def _entry(token: str, logprob: float) -> dict[str, Any]:
+def _entry(token: TokenLogprob) -> dict[str, Any]:
     return {
-        "token": token,
-        "logprob": clamp(logprob),
-        "bytes": list(token.encode("utf-8", "replace")),
+        "token": token.token,
+        "logprob": clamp(token.logprob),
+        "bytes": list(token.token.encode("utf-8", "replace")),
     }

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from server.api import sse
 from server.api.reply import Choice, Envelope, Reply, usage_of
-from server.engine.types import OutputDelta
+from server.engine.types import OutputChunk
 
 
 @dataclass(slots=True)
@@ -22,14 +22,14 @@ class ChunkWriter:
     envelope: Envelope
     _frames: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)  # by choice
 
-    def render(self, choice: Choice, delta: OutputDelta) -> bytes:
-        """Count the delta and return its events; no bytes if there is nothing to show."""
-        choice.count(delta)
-        if self._is_plain(choice, delta):
+    def render(self, choice: Choice, chunk: OutputChunk) -> bytes:
+        """Count the chunk and return its events; no bytes if there is nothing to show."""
+        choice.count(chunk)
+        if self._is_plain(choice, chunk):
             head, tail = self._frames.get(choice.index) or self._frame(choice)
-            return head + sse.encode_json(delta.text) + tail
-        pieces = self.reply.opening(choice) if choice.n_events == 1 else []
-        piece = self.reply.piece(choice, delta)
+            return head + sse.encode_json(chunk.text) + tail
+        pieces = self.reply.opening(choice) if choice.n_chunks == 1 else []
+        piece = self.reply.piece(choice, chunk)
         if piece is not None:
             pieces.append(piece)
         body = self.reply.body
@@ -39,20 +39,20 @@ class ChunkWriter:
             for one in pieces
         )
 
-    def _is_plain(self, choice: Choice, delta: OutputDelta) -> bool:
+    def _is_plain(self, choice: Choice, chunk: OutputChunk) -> bool:
         """Whether the text is all that is new."""
         return (
-            bool(delta.text)
-            and delta.finish_reason is None
-            and not delta.logprobs
-            and choice.n_events > 1
+            bool(chunk.text)
+            and chunk.finish_reason is None
+            and not chunk.logprobs
+            and choice.n_chunks > 1
             and not self.reply.body.continuous_usage
         )
 
     def _frame(self, choice: Choice) -> tuple[bytes, bytes]:
         """Return the bytes before and after the text of this choice's plain pieces."""
         mark = uuid.uuid4().hex  # occurs nowhere else
-        piece = self.reply.piece(choice, OutputDelta(mark, ()))
+        piece = self.reply.piece(choice, OutputChunk(mark))
         assert piece is not None
         body = self.reply.body
         whole = sse.frame(self.envelope.wrap([piece], None, with_usage=body.include_usage))

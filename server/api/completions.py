@@ -13,11 +13,11 @@ from server.api.context import api_of
 from server.api.generation import GenerationResponse
 from server.api.prompts import Prompt, encode_prompt
 from server.api.reply import Choice, clamp
-from server.api.sampling import check_token_ids, output_budget, sampling_params
+from server.api.sampling import output_budget, sampling_params
 from server.api.schemas import CompletionRequest
 from server.engine.types import (
     EngineClient,
-    OutputDelta,
+    OutputChunk,
     SamplingParams,
     TokenLogprob,
     VariantHandle,
@@ -50,7 +50,6 @@ class CompletionReply:
         return len(self.body.prompt)
 
     async def prompts(self, engine: EngineClient, variant: VariantHandle) -> list[Prompt]:
-        check_token_ids(self.body, variant.vocab_size)
         prompts = [await encode_prompt(engine, variant, prompt) for prompt in self.body.prompt]
         if not self.body.echo:
             return prompts
@@ -59,12 +58,8 @@ class CompletionReply:
     def params(
         self, prompt: Prompt, variant: VariantHandle, max_model_len: int, child: int
     ) -> SamplingParams:
-        asked = self.body.output_limit
-        n_prompt = len(prompt.ids)
-        if asked == 0 and n_prompt <= max_model_len:
-            max_tokens = 0  # echo only: a prompt that fills the context can still be scored
-        else:
-            max_tokens = output_budget(n_prompt, asked, DEFAULT_MAX_TOKENS, max_model_len)
+        asked = self.body.output_limit  # 0: echo only, so the prompt may fill the context
+        max_tokens = output_budget(len(prompt.ids), asked, DEFAULT_MAX_TOKENS, max_model_len)
         return sampling_params(
             self.body,
             variant.defaults,
@@ -77,12 +72,12 @@ class CompletionReply:
     def opening(self, choice: Choice) -> list[dict[str, Any]]:
         return []
 
-    def piece(self, choice: Choice, delta: OutputDelta) -> dict[str, Any] | None:
-        text, tokens = delta.text, delta.logprobs
-        if self.body.echo and choice.n_events == 1:
+    def piece(self, choice: Choice, chunk: OutputChunk) -> dict[str, Any] | None:
+        text, tokens = chunk.text, chunk.logprobs
+        if self.body.echo and choice.n_chunks == 1:
             text = (choice.prompt.text or "") + text
-            tokens = delta.prompt_logprobs + tokens
-        if not text and not tokens and delta.finish_reason is None:
+            tokens = chunk.prompt_logprobs + tokens
+        if not text and not tokens and chunk.finish_reason is None:
             return None
         return self._choice(choice, text, tokens)
 

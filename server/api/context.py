@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
 from fastapi import Request
 
-from server.api.gate import Gate
-from server.engine.types import EngineClient
+from server.api.open_requests import OpenRequests
+from server.engine.types import EngineClient, Ticket
+from server.errors import QueueFull
 from server.metrics.series import Metrics
 from server.settings import Settings
 
@@ -20,7 +23,25 @@ class Api:
     engine: EngineClient
     settings: Settings
     metrics: Metrics
-    gate: Gate
+    open_requests: OpenRequests
+
+    def check_open(self) -> None:
+        """Refuse what no request can change. Raises QueueFull, Draining, EngineDead."""
+        with self._counting_refusals():
+            self.engine.check_open()
+
+    def admit(self, n_sequences: int) -> Ticket:
+        """Take places for a request; see `EngineClient.admit`."""
+        with self._counting_refusals():
+            return self.engine.admit(n_sequences)
+
+    @contextmanager
+    def _counting_refusals(self) -> Iterator[None]:
+        try:
+            yield
+        except QueueFull:
+            self.metrics.rejected()
+            raise
 
 
 def api_of(request: Request) -> Api:
@@ -36,3 +57,8 @@ def log_fields(request: Request) -> dict[str, Any]:
 def request_id(request: Request) -> str:
     """Return the id that names this request in the log and in `x-request-id`."""
     return cast(str, request.scope["impart.request_id"])
+
+
+def arrival(request: Request) -> float:
+    """Return when this request's headers had come, by `time.monotonic`."""
+    return cast(float, request.scope["impart.arrived"])

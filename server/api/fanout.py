@@ -12,11 +12,9 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Self
 
-from server.engine.types import Generation, OutputDelta
+from server.engine.types import Generation, OutputChunk
 from server.errors import ServeError
 from server.metrics.series import SequenceTimer
-
-Event = tuple[int, OutputDelta]
 
 
 class Timed:
@@ -27,15 +25,15 @@ class Timed:
         self._timer = timer
         self.open = True
 
-    def take(self) -> Sequence[OutputDelta]:
+    def take(self) -> Sequence[OutputChunk]:
         """Return what is new. Sets `open` to False with the last."""
-        deltas = self._generation.take()
-        for delta in deltas:
-            self._timer.tokens(len(delta.token_ids), delta.n_cached_tokens)
-            if delta.finish_reason is not None:
+        chunks = self._generation.take()
+        for chunk in chunks:
+            self._timer.tokens(len(chunk.token_ids), chunk.n_cached_tokens)
+            if chunk.finish_reason is not None:
                 self.open = False
-                self._timer.finish(delta.finish_reason)
-        return deltas
+                self._timer.finish(chunk.finish_reason)
+        return chunks
 
     @property
     def error(self) -> Exception | None:
@@ -85,18 +83,21 @@ class Fanout:
         self._error = self._error or error
         self._wake()
 
-    async def batches(self, idle_s: float | None = None) -> AsyncIterator[list[Event]]:
-        """Yield what came since the last time; an empty list after `idle_s` seconds of nothing.
+    async def batches(
+        self, idle_s: float | None = None
+    ) -> AsyncIterator[list[tuple[int, OutputChunk]]]:
+        """Yield the chunks that came since the last time, each with the index of its generation; an
+        empty list after `idle_s` seconds of nothing.
 
         Raises, after what came before it, what the first failing generation ended with.
         """
         while self.is_open:
             await self._wait(idle_s)
             batch = [
-                (index, delta)
+                (index, chunk)
                 for index, timed in enumerate(self._running)
                 if timed.open
-                for delta in timed.take()
+                for chunk in timed.take()
             ]
             error = self._error or next((t.error for t in self._running if t.error), None)
             if batch or error is None:

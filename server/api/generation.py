@@ -4,8 +4,8 @@ The response object does the work itself, because there it has `receive` and `se
 
     admit -> open variant -> tokenise -> fan out -> stream or collect
 
-all of it raced against the client's disconnect. Errors before the first byte become HTTP errors;
-after it, a last event.
+all of it raced against the client's disconnect, and bounded by a deadline that counts from the
+request's arrival. Errors before the first byte become HTTP errors; after it, a last event.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from starlette.types import Receive, Scope, Send
 
 from server.api import sse
 from server.api.chunks import ChunkWriter
-from server.api.context import Api, log_fields
+from server.api.context import Api, arrival, log_fields, request_id
 from server.api.errors import body_of, internal_error_body
 from server.api.fanout import Fanout, Timed
-from server.api.gate import Ticket
+from server.api.open_requests import OpenRequest
+from server.api.prompts import Prompt
 from server.api.reply import Choice, Envelope, Reply, usage_of
-from server.engine.types import SamplingParams, VariantHandle
-from server.errors import QueueFull, ServeError
+from server.engine.types import SamplingParams, Ticket, VariantHandle
+from server.errors import DeadlineExceeded, ServeError
 
 log = logging.getLogger(__name__)
 
@@ -41,23 +42,25 @@ class GenerationResponse(Response):
         super().__init__()
         self._api = api
         self._reply = reply
-        self._request_id: str = request.scope["impart.request_id"]
+        self._request_id = request_id(request)
         self._log = log_fields(request)
-        self._arrived = time.monotonic()
+        self._arrived = arrival(request)
+        self._deadline = self._arrived + api.settings.request_timeout_s
         self._n = reply.body.n_choices
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            with self._api.gate.admit(self._reply.n_prompts * self._n) as ticket:
-                await self._until_disconnect(ticket, receive, send)
-        except QueueFull:
-            self._api.metrics.rejected(self._log.get("model"))
-            raise
+        with (
+            self._api.admit(self._reply.n_prompts * self._n) as ticket,
+            self._api.open_requests.enter() as opened,
+        ):
+            work = asyncio.create_task(self._run(ticket, opened, send))
+            await self._until_disconnect(opened, work, receive)
 
-    async def _until_disconnect(self, ticket: Ticket, receive: Receive, send: Send) -> None:
-        work = asyncio.create_task(self._run(ticket, send))
+    async def _until_disconnect(
+        self, opened: OpenRequest, work: asyncio.Task[None], receive: Receive
+    ) -> None:
         gone = asyncio.create_task(_disconnected(receive))
-        ticket.work = work
+        opened.work = work
         try:
             await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -66,16 +69,14 @@ class GenerationResponse(Response):
             await asyncio.gather(work, gone, return_exceptions=True)
         if not work.cancelled():
             work.result()
-        elif ticket.error is not None:
-            raise ticket.error
+        elif opened.error is not None:
+            raise opened.error
         else:
             self._log["ended"] = "disconnected"
 
-    async def _run(self, ticket: Ticket, send: Send) -> None:
+    async def _run(self, ticket: Ticket, opened: OpenRequest, send: Send) -> None:
         engine, reply = self._api.engine, self._reply
-        variant = await engine.open(reply.body.model)
-        self._log["model"] = variant.name
-        prompts = await reply.prompts(engine, variant)
+        variant, prompts = await self._prepare()
         plan = [
             (prompt, reply.params(prompt, variant, engine.max_model_len, child))
             for prompt in prompts
@@ -84,28 +85,40 @@ class GenerationResponse(Response):
         choices = [Choice(i, prompt) for i, (prompt, _) in enumerate(plan)]
         kind = reply.chunk_object if reply.body.stream else reply.object
         envelope = Envelope.of(reply.id_prefix, kind, variant)
-        self._observe_params(variant, plan[0][1])
         begins = [
-            partial(self._begin, variant, envelope.id, choice, params)
+            partial(self._begin, variant, ticket, envelope.id, choice, params)
             for choice, (_, params) in zip(choices, plan, strict=True)
         ]
         headers = {"x-impart-delta": variant.digest or "base"}
         try:
             with Fanout(begins) as fanout:
-                ticket.output = fanout
+                opened.output = fanout
+                self._observe_params(variant, plan[0][1])
                 if reply.body.stream:
                     await self._stream(fanout, choices, envelope, headers, send)
                 else:
                     await self._collect(fanout, choices, envelope, headers, send)
         finally:
-            ticket.output = None
+            opened.output = None
             self._log["prompt_tokens"] = sum(len(prompt.ids) for prompt in prompts)
             self._log["completion_tokens"] = sum(choice.n_tokens for choice in choices)
+
+    async def _prepare(self) -> tuple[VariantHandle, list[Prompt]]:
+        """Open the variant and tokenise, within the deadline."""
+        engine, reply = self._api.engine, self._reply
+        try:
+            async with asyncio.timeout(self._deadline - time.monotonic()):
+                variant = await engine.open(reply.body.model)
+                self._log["model"] = variant.name
+                return variant, await reply.prompts(engine, variant)
+        except TimeoutError:
+            raise DeadlineExceeded("the request ran out of its time") from None
 
     def _begin(
         self,
         variant: VariantHandle,
-        request_id: str,
+        ticket: Ticket,
+        answer_id: str,
         choice: Choice,
         params: SamplingParams,
         on_output: Callable[[], None],
@@ -118,9 +131,10 @@ class GenerationResponse(Response):
                 variant,
                 ids,
                 params,
-                request_id=f"{request_id}-{choice.index}",
+                request_id=f"{answer_id}-{choice.index}",
                 on_output=on_output,
-                deadline_s=self._api.settings.request_timeout_s,
+                ticket=ticket,
+                deadline=self._deadline,
                 cache_salt=self._reply.body.cache_salt or "",
             )
         except BaseException:
@@ -137,8 +151,8 @@ class GenerationResponse(Response):
         send: Send,
     ) -> None:
         async for batch in fanout.batches():
-            for index, delta in batch:
-                choices[index].collect(delta)
+            for index, chunk in batch:
+                choices[index].collect(chunk)
         whole = [self._reply.whole(choice) for choice in choices]
         body = envelope.wrap(whole, usage_of(choices, self._n), with_usage=True)
         await send_json(send, body, headers)
@@ -164,14 +178,14 @@ class GenerationResponse(Response):
         self, out: sse.EventStream, fanout: Fanout, choices: list[Choice], envelope: Envelope
     ) -> bytes:
         """Write what comes, one write for all that is there; return what is to be written last."""
-        chunks = ChunkWriter(self._reply, envelope)
+        writer = ChunkWriter(self._reply, envelope)
         data = b""
         # Nothing is written before the first event, so that what fails early has a status.
         async for batch in fanout.batches(sse.KEEP_ALIVE_S):
             if not batch:
                 await out.write(sse.COMMENT)
                 continue
-            data = b"".join([chunks.render(choices[index], delta) for index, delta in batch])
+            data = b"".join([writer.render(choices[index], chunk) for index, chunk in batch])
             if data and fanout.is_open:
                 await out.write(data)
         if self._reply.body.include_usage:
@@ -184,7 +198,11 @@ class GenerationResponse(Response):
             self._log["ended"] = type(error).__name__
             return body_of(error)
         self._log["ended"] = "failed"
-        log.error("unforeseen failure", exc_info=error, extra={"request_id": self._request_id})
+        log.error(
+            "an unforeseen error ended a stream",
+            exc_info=error,
+            extra={"request_id": self._request_id},
+        )
         return internal_error_body(self._request_id)
 
     def _observe_params(self, variant: VariantHandle, params: SamplingParams) -> None:

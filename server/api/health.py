@@ -25,15 +25,14 @@ async def live(request: Request) -> JSONResponse:
 @router.get("/health/ready")
 async def ready(request: Request) -> JSONResponse:
     """200 while requests are welcome; a variant that fails to load does not change it."""
-    api = api_of(request)
-    is_ready = api.engine.is_ready() and not api.gate.draining
+    is_ready = api_of(request).engine.is_ready()
     return JSONResponse({"status": "ready" if is_ready else "not ready"}, 200 if is_ready else 503)
 
 
 @router.get("/load")
 async def load(request: Request) -> JSONResponse:
     """Requests being answered now (vLLM's shape)."""
-    return JSONResponse({"server_load": api_of(request).gate.n_requests})
+    return JSONResponse({"server_load": len(api_of(request).open_requests)})
 
 
 @router.get("/version")

@@ -1,4 +1,4 @@
-"""Pure ASGI middleware: request id and log line, and caps on headers and body.
+"""Pure ASGI middleware: request id and log line, early refusal, and caps on headers and body.
 
 No BaseHTTPMiddleware: it hides the client's disconnect from everything below.
 """
@@ -10,6 +10,7 @@ import logging
 import re
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -18,13 +19,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.errors import http_error, internal_error_body, response_of
 from server.api.sse import Stalled
-from server.errors import BodyTooLarge
+from server.errors import BodyTooLarge, ServeError
 from server.metrics.series import Metrics
 
 MAX_HEADERS = 128
 MAX_HEADER_BYTES = 16 << 10  # names and values; the protocol bounds them before they are parsed
 BODY_TIMEOUT_S = 30.0  # from the first byte after the headers to the last
 QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping", "/metrics"})
+GENERATION_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"})
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,128}")
@@ -32,7 +34,9 @@ log = logging.getLogger("server.access")
 
 
 class RequestContext:
-    """Outermost: names the request, logs one line for it, turns surprises into a constant 500."""
+    """Outermost: names the request and notes when it came, logs one line for it, turns surprises
+    into a constant 500.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -46,6 +50,7 @@ class RequestContext:
         asked = Headers(scope=scope).get("x-request-id", "")
         request_id = asked if _REQUEST_ID.fullmatch(asked) else uuid.uuid4().hex
         scope["impart.request_id"] = request_id
+        scope["impart.arrived"] = started
         fields: dict[str, Any] = scope.setdefault("impart.log", {})
         status = 0
 
@@ -62,7 +67,7 @@ class RequestContext:
         except Stalled:
             fields["ended"] = "stalled"  # the server closes an unfinished response
         except Exception:
-            log.exception("unforeseen failure", extra={"request_id": request_id})
+            log.exception("an unforeseen error ended a request", extra={"request_id": request_id})
             if status == 0:
                 response = JSONResponse(internal_error_body(request_id), 500)
                 await response(scope, receive, send_named)
@@ -75,7 +80,8 @@ class RequestContext:
     def _finish(
         self, scope: Scope, request_id: str, status: int, seconds: float, fields: dict[str, Any]
     ) -> None:
-        route = getattr(scope.get("route"), "path", "other")
+        unrouted: str = scope["path"] if _generates(scope) else "other"  # refused early
+        route = getattr(scope.get("route"), "path", unrouted)
         method = scope["method"] if scope["method"] in METHODS else "other"
         self._metrics.http_request(route, method, status)
         level = logging.DEBUG if route in QUIET_PATHS else logging.INFO
@@ -87,6 +93,26 @@ class RequestContext:
             status,
             extra={"request_id": request_id, "duration_s": round(seconds, 4), **fields},
         )
+
+
+class EarlyRefusal:
+    """Answers a generation request that nobody can take now before its body is read.
+
+    check  raises the ServeError to answer with
+    """
+
+    def __init__(self, app: ASGIApp, check: Callable[[], None]) -> None:
+        self._app = app
+        self._check = check
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and _generates(scope):
+            try:
+                self._check()
+            except ServeError as error:
+                await response_of(error)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
 
 
 class RequestCap:
@@ -147,6 +173,10 @@ class RequestCap:
 
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(f"The body exceeds {self._max_bytes} bytes. Send less at once.")
+
+
+def _generates(scope: Scope) -> bool:
+    return scope["method"] == "POST" and scope["path"] in GENERATION_PATHS
 
 
 def replay(body: bytes, receive: Receive) -> Receive:

@@ -17,8 +17,8 @@ router = APIRouter()
 @router.get("/v1/models")
 async def list_models(request: Request) -> JSONResponse:
     """List what can be named in a request's `model`."""
-    cards = [model_card(info) for info in api_of(request).engine.models()]
-    return JSONResponse({"object": "list", "data": cards})
+    entries = [model_entry(info) for info in api_of(request).engine.models()]
+    return JSONResponse({"object": "list", "data": entries})
 
 
 @router.get("/v1/models/{name:path}")
@@ -26,12 +26,12 @@ async def get_model(request: Request, name: str) -> JSONResponse:
     """Describe one model."""
     for info in api_of(request).engine.models():
         if info.name == name:
-            return JSONResponse(model_card(info))
+            return JSONResponse(model_entry(info))
     raise ModelNotFound(f"The model `{name[:256]}` does not exist.", param="model")
 
 
-def model_card(info: ModelInfo) -> dict[str, Any]:
-    """Return vLLM's model card with our digest and state."""
+def model_entry(info: ModelInfo) -> dict[str, Any]:
+    """Return vLLM's entry of a model with our digest and state."""
     return {
         "id": info.name,
         "object": "model",

@@ -1,4 +1,6 @@
-"""Request -> token ids, with every refusal that is possible before and after tokenising."""
+"""Request -> token ids. Text that cannot fit whatever its tokens are is refused before tokenising;
+the rest is for the engine to refuse (`server.engine.limits`).
+"""
 
 from __future__ import annotations
 
@@ -25,20 +27,11 @@ class Prompt:
 async def encode_prompt(
     engine: EngineClient, variant: VariantHandle, prompt: str | list[int]
 ) -> Prompt:
-    """Return the prompt's token ids. Raises InvalidRequest: too long, unknown ids, nothing left."""
-    if isinstance(prompt, str):
-        check_length(len(prompt), engine.max_model_len, "prompt")
-        ids = await engine.encode(variant, prompt)
-        if not ids:
-            raise InvalidRequest("The prompt has no tokens.", param="prompt")
-        return Prompt(ids, prompt)
-    if max(prompt) >= variant.vocab_size:
-        raise InvalidRequest(
-            "The prompt holds a token id that this model does not have: ids are below "
-            f"{variant.vocab_size}.",
-            param="prompt",
-        )
-    return Prompt(prompt)
+    """Return the prompt's token ids. Raises InvalidRequest: too long."""
+    if not isinstance(prompt, str):
+        return Prompt(prompt)
+    check_length(len(prompt), engine.max_model_len, "prompt")
+    return Prompt(await engine.encode(variant, prompt), prompt)
 
 
 async def render_messages(engine: EngineClient, variant: VariantHandle, chat: ChatInput) -> Prompt:
@@ -51,8 +44,6 @@ async def render_messages(engine: EngineClient, variant: VariantHandle, chat: Ch
         add_generation_prompt=chat.generation_prompt,
         continue_final_message=bool(chat.continue_final_message),
     )
-    if not ids:
-        raise InvalidRequest("The messages have no tokens.", param="messages")
     return Prompt(ids)
 
 

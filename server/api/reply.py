@@ -11,7 +11,7 @@ from server.api.prompts import Prompt
 from server.api.schemas import GenerationRequest
 from server.engine.types import (
     EngineClient,
-    OutputDelta,
+    OutputChunk,
     SamplingParams,
     TokenLogprob,
     VariantHandle,
@@ -29,27 +29,27 @@ class Choice:
     n_tokens: int = 0
     n_cached: int = 0
     text_offset: int = 0
-    n_events: int = 0
+    n_chunks: int = 0
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: str | None = None
     stop_reason: str | int | None = None
 
-    def count(self, delta: OutputDelta) -> None:
+    def count(self, chunk: OutputChunk) -> None:
         """Add what every kind of answer needs."""
-        self.n_events += 1
-        self.n_tokens += len(delta.token_ids)
-        self.n_cached = max(self.n_cached, delta.n_cached_tokens)
-        self.finish_reason = delta.finish_reason
-        self.stop_reason = delta.stop_reason
+        self.n_chunks += 1
+        self.n_tokens += len(chunk.token_ids)
+        self.n_cached = max(self.n_cached, chunk.n_cached_tokens)
+        self.finish_reason = chunk.finish_reason
+        self.stop_reason = chunk.stop_reason
 
-    def collect(self, delta: OutputDelta) -> None:
+    def collect(self, chunk: OutputChunk) -> None:
         """Add what an answer in one piece needs."""
-        self.count(delta)
-        self.text.append(delta.text)
-        self.logprobs.extend(delta.logprobs)
-        self.prompt_logprobs = self.prompt_logprobs or delta.prompt_logprobs
+        self.count(chunk)
+        self.text.append(chunk.text)
+        self.logprobs.extend(chunk.logprobs)
+        self.prompt_logprobs = self.prompt_logprobs or chunk.prompt_logprobs
 
 
 class Reply(Protocol):
@@ -75,7 +75,7 @@ class Reply(Protocol):
         """Return what a stream says of a choice before its first token."""
         ...
 
-    def piece(self, choice: Choice, delta: OutputDelta) -> dict[str, Any] | None:
+    def piece(self, choice: Choice, chunk: OutputChunk) -> dict[str, Any] | None:
         """Return one streamed piece of a choice; None if there is nothing to show."""
         ...
 
@@ -135,6 +135,6 @@ def usage_of(choices: list[Choice], n: int) -> dict[str, Any]:
     }
 
 
-def clamp(logprob: float) -> float:
-    """Return a logprob that JSON can hold."""
-    return max(logprob, MIN_LOGPROB)
+def clamp(logprob: float | None) -> float:
+    """Return a logprob that JSON can hold; a token that nothing predicted has 0."""
+    return 0.0 if logprob is None else max(logprob, MIN_LOGPROB)

@@ -1,5 +1,6 @@
 """Request -> SamplingParams: what the caller said, else the variant's generation_config, else
 OpenAI's neutral value. The order, and which fields a generation_config may set, are vLLM's.
+Nothing is refused here: `server.api.schemas` bounds the fields, `server.engine.limits` the whole.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from typing import Any
 
 from server.api.schemas import GenerationRequest
 from server.engine.types import SamplingParams
-from server.errors import InvalidRequest
 
 SEED_RANGE = 1 << 63
 GREEDY_BELOW = 1e-5  # vLLM's: such a temperature means greedy
@@ -36,16 +36,9 @@ def sampling_params(
             given = defaults.get(name)
         return neutral if given is None else given
 
-    min_tokens = body.min_tokens or 0
-    if min_tokens > max_tokens:
-        raise InvalidRequest(
-            f"min_tokens is {min_tokens} but only {max_tokens} tokens may be generated: "
-            "shorten the prompt, lower min_tokens or raise max_tokens.",
-            param="min_tokens",
-        )
     return SamplingParams(
         max_tokens=max_tokens,
-        min_tokens=min_tokens,
+        min_tokens=body.min_tokens or 0,
         temperature=_temperature(float(pick("temperature", 1.0))),
         top_p=float(pick("top_p", 1.0)),
         top_k=max(0, int(pick("top_k", 0))),
@@ -68,41 +61,13 @@ def sampling_params(
 def output_budget(n_prompt: int, asked: int | None, default: int | None, max_model_len: int) -> int:
     """Return how many tokens one choice may generate.
 
-    asked is the caller's own number and must fit; default (None: the rest of the context) is cut
-    to what fits. Raises InvalidRequest with both numbers.
+    asked is the caller's own number, taken as it is; default (None: the rest of the context) is cut
+    to what fits. It is one token where nothing fits, because the engine is who refuses that.
     """
-    room = max_model_len - n_prompt
-    if asked is not None and asked > room:
-        raise InvalidRequest(
-            f"This model's maximum context length is {max_model_len} tokens. However, you "
-            f"requested {n_prompt + asked} tokens ({n_prompt} in the prompt, {asked} in the "
-            "completion). Shorten the prompt or lower max_tokens.",
-            param="max_tokens",
-        )
-    if room <= 0:
-        raise InvalidRequest(
-            f"This model's maximum context length is {max_model_len} tokens. However, the prompt "
-            f"has {n_prompt} tokens, which leaves no room to generate. Shorten the prompt.",
-            param="prompt",
-        )
     if asked is not None:
         return asked
+    room = max(1, max_model_len - n_prompt)
     return room if default is None else min(default, room)
-
-
-def check_token_ids(body: GenerationRequest, vocab_size: int) -> None:
-    """Refuse ids that this variant does not have. Raises InvalidRequest."""
-    fields = {
-        "logit_bias": (token_id for token_id, _ in body.logit_bias),
-        "stop_token_ids": body.stop_token_ids or (),
-    }
-    for name, ids in fields.items():
-        if any(token_id >= vocab_size for token_id in ids):
-            raise InvalidRequest(
-                f"{name} holds a token id that this model does not have: ids are below "
-                f"{vocab_size}.",
-                param=name,
-            )
 
 
 def _temperature(value: float) -> float:

@@ -82,12 +82,9 @@ class GenerationRequest(Strict):
     use_beam_search: Annotated[Any, neutral(False)] = None
 
     @model_validator(mode="after")
-    def _check_pairs(self) -> Self:
+    def _check_stream_options(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise conflict("stream_options", "needs stream=true")
-        limit = self.output_limit
-        if self.min_tokens and limit is not None and self.min_tokens > limit:
-            raise conflict("min_tokens", "exceeds max_tokens")
         return self
 
     @property

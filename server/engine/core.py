@@ -12,6 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from server.engine.inbox import Inbox
 from server.engine.observer import CoreStats, Observer
 from server.engine.reconstruct.reconstructor import BuildEnded, Reconstructor, only_variant
 from server.engine.request import Event, Request, Status, as_serve_error
-from server.engine.schedule.admission import Admission
+from server.engine.schedule.admission import Admission, Ticket
 from server.engine.schedule.kv_blocks import KVBlockPool
 from server.engine.schedule.pacing import PrefillPacer
 from server.engine.schedule.scheduler import Missing, Scheduled, Scheduler, load_of
@@ -99,7 +100,7 @@ class EngineCore:
             enabled=settings.async_scheduling and runner.is_static,
         )
         self._failed_steps = 0
-        self._admission = Admission(settings.max_queued_requests, settings.max_num_seqs)
+        self.admission = Admission(settings.max_queued_requests, settings.max_num_seqs)
         self._stop = False
         self.heartbeat = time.monotonic()
         for module in runner.base.store.probed:  # a long step is alive as long as layers go by
@@ -112,32 +113,29 @@ class EngineCore:
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, request: Request) -> None:
-        """Queue a request. Raises QueueFull, Draining or EngineDead at once."""
-        self._admission.enter(lambda: self._inbox.put(lambda: self.scheduler.add(request)))
+    def submit(self, request: Request, ticket: Ticket | None = None) -> None:
+        """Queue a request, which takes a place of `ticket`; without one it is admitted here.
+
+        Raises Draining or EngineDead at once, without a ticket also QueueFull.
+        """
+        with self.admission.admit(1) if ticket is None else nullcontext(ticket) as admitted:
+            admitted.hand_over(lambda: self._inbox.put(lambda: self.scheduler.add(request)))
+
+    @property
+    def n_open(self) -> int:
+        return self.admission.n_open
+
+    @property
+    def dead(self) -> bool:
+        return self.admission.dead
 
     def abort(self, request: Request) -> None:
         """Forget a request: no more of it is wanted. Its memory is free after the running step."""
         self._inbox.put(lambda: self._abort(request))
 
-    def begin_drain(self) -> None:
-        self._admission.drain()
-
-    @property
-    def draining(self) -> bool:
-        return self._admission.draining
-
-    @property
-    def n_open(self) -> int:
-        return self._admission.n_open
-
-    @property
-    def dead(self) -> bool:
-        return self._admission.dead
-
     def stop(self, timeout_s: float = 10.0) -> None:
         """Fail what is left with Draining and end the thread."""
-        self.begin_drain()
+        self.admission.stop()
         self._inbox.put(self._halt)
         if self._thread.is_alive():
             self._thread.join(timeout_s)
@@ -262,7 +260,7 @@ class EngineCore:
             return 0
         try:
             if logits is not None:
-                self._post.collect_prompt_scores(request, rows, logits)
+                self._post.collect_prompt_logprobs(request, rows, logits)
             request.n_computed += item.n_tokens
             request.unproven = True
             outcome = sampled.get(request)
@@ -271,10 +269,10 @@ class EngineCore:
             if outcome.error is not None:
                 raise outcome.error
             self.scheduler.computed(request)
-            event = self._post.token(request, outcome, self._max_len)
-            self._emit(request, event)
-            if event.finish_reason is not None:
-                request.finish_reason = event.finish_reason
+            chunk = self._post.chunk(request, outcome, self._max_len)
+            self._emit(request, chunk)
+            if chunk.finish_reason is not None:
+                request.finish_reason = chunk.finish_reason
                 self._close(request)
             return 1
         except Exception as error:
@@ -320,8 +318,8 @@ class EngineCore:
         if request.slot is not None:
             self.slots.release(request.slot)
             request.slot = None
-        admitted = request.admitted
-        self._admission.leave(None if admitted is None else admitted - request.arrived)
+        started_at = request.started_at
+        self.admission.leave(None if started_at is None else started_at - request.queued_at)
         if self._observer is not None:
             self._observer.on_finished(request)
 
@@ -391,7 +389,7 @@ class EngineCore:
         self._stop = True
 
     def _die(self) -> None:
-        self._admission.die()
+        self.admission.die()
         self._inbox.run_last()  # requests still in it must hear of it too
         for request in self._open_requests():
             self._emit(request, EngineDead("the engine has stopped; the server is restarting"))

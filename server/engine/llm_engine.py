@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,12 +19,14 @@ from server.engine.build import (
     use_threads,
 )
 from server.engine.core import Events
+from server.engine.limits import check_request
 from server.engine.observer import CoreStats, Observer
 from server.engine.output import RequestOutput, TextOutput
 from server.engine.request import Request
+from server.engine.schedule.admission import Ticket
 from server.engine.types import Generation, ModelInfo, SamplingParams, VariantState
 from server.engine.variant import Variant
-from server.errors import Draining, InvalidRequest
+from server.errors import InvalidRequest
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class LLMEngine:
 
     async def shutdown(self, drain_timeout_s: float) -> None:
         """Refuse new requests, let running ones finish, fail the rest, stop the thread."""
-        self.core.begin_drain()
+        self.drain()
         deadline = asyncio.get_running_loop().time() + drain_timeout_s
         while self.core.n_open and not self.core.dead:
             if asyncio.get_running_loop().time() > deadline:
@@ -136,8 +137,6 @@ class LLMEngine:
 
     async def open(self, model: str) -> Variant:
         """See EngineClient. Reading and verifying an artifact happens on a worker thread."""
-        if self.core.draining:
-            raise Draining("the server is shutting down", retry_after_s=5)
         known = self._catalog.cached(model)
         if known is not None:
             return known
@@ -182,6 +181,15 @@ class LLMEngine:
 
     # -- generation ------------------------------------------------------------------------------
 
+    def check_open(self) -> None:
+        self.core.admission.check()
+
+    def admit(self, n_sequences: int) -> Ticket:
+        return self.core.admission.admit(n_sequences)
+
+    def drain(self) -> None:
+        self.core.admission.drain()
+
     def generate(
         self,
         variant: Variant,
@@ -190,12 +198,14 @@ class LLMEngine:
         *,
         request_id: str,
         on_output: Callable[[], None],
-        deadline_s: float | None = None,
+        ticket: Ticket | None = None,
+        deadline: float | None = None,
         cache_salt: str = "",
     ) -> Generation:
         """See EngineClient."""
-        self._check(variant, prompt_ids, params)
-        timeout_s = self._settings.request_timeout_s if deadline_s is None else deadline_s
+        check_request(
+            prompt_ids, params, vocab_size=variant.vocab_size, max_model_len=self.max_model_len
+        )
         output = RequestOutput(
             TextOutput(variant.text, params), on_output, abort=lambda: self.core.abort(request)
         )
@@ -206,35 +216,11 @@ class LLMEngine:
             prompt_ids=list(prompt_ids),
             params=params,
             deliver=output.receive,
-            deadline=time.monotonic() + timeout_s,
+            deadline=deadline,
             cache_salt=cache_salt,
         )
-        self.core.submit(request)
+        self.core.submit(request, ticket)
         return output
-
-    def _check(self, variant: Variant, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        if not prompt_ids:
-            raise InvalidRequest("the prompt is empty", param="prompt")
-        if min(prompt_ids) < 0 or max(prompt_ids) >= variant.vocab_size:
-            raise InvalidRequest(
-                f"token ids must lie within 0..{variant.vocab_size - 1}", param="prompt"
-            )
-        longest = self.max_model_len
-        total = len(prompt_ids) + params.max_tokens
-        if total > longest:
-            raise InvalidRequest(
-                f"the prompt has {len(prompt_ids)} tokens and max_tokens is {params.max_tokens}: "
-                f"together they exceed the {longest} tokens this server can hold per request",
-                param="max_tokens",
-            )
-        bias_ids = [token for token, _ in params.logit_bias]
-        ids = [*bias_ids, *params.stop_token_ids]
-        if ids and (min(ids) < 0 or max(ids) >= variant.vocab_size):
-            raise InvalidRequest(
-                f"token ids in logit_bias and stop_token_ids must lie within "
-                f"0..{variant.vocab_size - 1}",
-                param="logit_bias" if bias_ids else "stop_token_ids",
-            )
 
     # -- health ----------------------------------------------------------------------------------
 
@@ -248,11 +234,8 @@ class LLMEngine:
         """
         return self._started and self.core.is_alive(self._settings.heartbeat_timeout_s)
 
-    def is_dead(self) -> bool:
-        return self.core.dead
-
     def is_ready(self) -> bool:
-        return self.is_alive() and not self.core.draining
+        return self.is_alive() and not self.core.admission.draining
 
 
 def _deliver(events: Events) -> None:

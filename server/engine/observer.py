@@ -7,6 +7,7 @@ from typing import Protocol
 
 from server.deltas.slots import Slot
 from server.engine.request import Request
+from server.engine.types import EngineStats
 
 
 class Observer(Protocol):
@@ -22,18 +23,11 @@ class Observer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class CoreStats:
-    """A snapshot for metrics and tests."""
+class CoreStats(EngineStats):
+    """What the engine's own thread knows beside the counts, by variant key.
 
-    n_running: int
-    n_waiting: int
-    n_kv_blocks: int
-    n_free_kv_blocks: int
-    n_preemptions: int
-    n_prefix_queried: int
-    n_prefix_hit: int
-    base_bytes: int
-    n_static_steps: int
-    n_eager_decode_steps: int
+    reconstructed_bytes  full weights of hot variants
+    """
+
     resident: dict[str, Slot]
-    reconstructed_bytes: dict[str, int]  # by key: of hot variants
+    reconstructed_bytes: dict[str, int]

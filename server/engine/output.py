@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from server.engine.detokenizer import Detokenizer
-from server.engine.request import Event, StepOutput, TokenScore, as_serve_error
+from server.engine.request import Event, as_serve_error
 from server.engine.text import TextAssets
-from server.engine.types import OutputDelta, SamplingParams, TokenLogprob, TopLogprob
+from server.engine.types import OutputChunk, SamplingParams, TokenLogprob
 from server.errors import ServeError
 
-MAX_BEHIND = 64  # events kept for a reader that takes none; then they become one
+MAX_BEHIND = 64  # chunks kept for a reader that takes none; then they become one
 
 
 class TextOutput:
-    """Words the outputs of one request."""
+    """Words the chunks of one request."""
 
     def __init__(self, text: TextAssets, params: SamplingParams) -> None:
         self._text = text
@@ -27,36 +27,37 @@ class TextOutput:
             text.backend, params.stop, params.include_stop_str_in_output, params.skip_special_tokens
         )
 
-    def delta(self, output: StepOutput) -> OutputDelta:
-        """Return what may be shown of the step. A stop string that it completes ends the text."""
-        token = output.token_id
-        prompt_logprobs = tuple(self._logprob(score) for score in output.prompt_scores)
-        if token is None:
-            return OutputDelta(
-                "", (), prompt_logprobs=prompt_logprobs, finish_reason=output.finish_reason
-            )
-        text, reason = "", output.finish_reason
-        stop_reason: str | int | None = output.stop_reason
+    def with_text(self, chunk: OutputChunk) -> OutputChunk:
+        """Return the chunk with what may be shown of it.
+
+        A stop string that it completes ends the text.
+        """
+        text, reason, stop_reason = "", chunk.finish_reason, chunk.stop_reason
         if reason != "stop":  # a stop token is not shown
-            text = self.detokenizer.push(token, check_stop=output.may_stop)
+            for token in chunk.token_ids:
+                text += self.detokenizer.push(token, check_stop=chunk.may_stop)
             if self.detokenizer.stopped_by is not None:
                 reason, stop_reason = "stop", self.detokenizer.stopped_by
         if reason is not None:
             text += self.detokenizer.finish()
-        return OutputDelta(
+        return OutputChunk(
             text=text,
-            token_ids=(token,),
-            logprobs=() if output.score is None else (self._logprob(output.score),),
-            prompt_logprobs=prompt_logprobs,
+            token_ids=chunk.token_ids,
+            logprobs=self._worded(chunk.logprobs),
+            prompt_logprobs=self._worded(chunk.prompt_logprobs),
             finish_reason=reason,
             stop_reason=stop_reason,
-            n_cached_tokens=output.n_cached_tokens,
+            n_cached_tokens=chunk.n_cached_tokens,
+            may_stop=chunk.may_stop,
         )
 
-    def _logprob(self, score: TokenScore) -> TokenLogprob:
+    def _worded(self, logprobs: Sequence[TokenLogprob]) -> tuple[TokenLogprob, ...]:
+        """Return the log probabilities with the texts of their tokens, alternatives included."""
         token_text = self._text.token_text
-        top = tuple(TopLogprob(i, token_text(i), value) for i, value in score.top)
-        return TokenLogprob(score.token_id, token_text(score.token_id), score.logprob, top)
+        return tuple(
+            TokenLogprob(one.token_id, one.logprob, self._worded(one.top), token_text(one.token_id))
+            for one in logprobs
+        )
 
 
 class RequestOutput:
@@ -71,7 +72,7 @@ class RequestOutput:
         self._text = text
         self._on_output = on_output
         self._abort = abort  # tells the engine that no more is wanted
-        self._pending: list[OutputDelta] = []
+        self._pending: list[OutputChunk] = []
         self._ended = False
         self.error: Exception | None = None
 
@@ -83,7 +84,7 @@ class RequestOutput:
             self._fail(event)
         else:
             try:
-                self._keep(self._text.delta(event))
+                self._keep(self._text.with_text(event))
             except Exception as error:
                 self._abort()
                 self._fail(as_serve_error(error))
@@ -92,7 +93,7 @@ class RequestOutput:
                     self._abort()
         self._on_output()
 
-    def take(self) -> Sequence[OutputDelta]:
+    def take(self) -> Sequence[OutputChunk]:
         """See `Generation`."""
         taken, self._pending = self._pending, []
         return taken
@@ -103,11 +104,11 @@ class RequestOutput:
             self._ended = True
             self._abort()
 
-    def _keep(self, delta: OutputDelta) -> None:
+    def _keep(self, chunk: OutputChunk) -> None:
         if len(self._pending) >= MAX_BEHIND:
-            self._pending = [OutputDelta.joined(self._pending)]
-        self._pending.append(delta)
-        self._ended = delta.finish_reason is not None
+            self._pending = [OutputChunk.joined(self._pending)]
+        self._pending.append(chunk)
+        self._ended = chunk.finish_reason is not None
 
     def _fail(self, error: ServeError) -> None:
         self._ended = True

@@ -125,7 +125,7 @@ def load_variant_text(base_dir: Path, base: TextAssets, artifact: Artifact) -> T
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not tokenizer.is_fast:
-        raise ConfigError("only tokenizers with a tokenizer.json (fast tokenizers) are supported")
+        raise ConfigError("this server takes only fast tokenizers, which have a tokenizer.json")
     return tokenizer
 
 

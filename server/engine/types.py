@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Literal, Protocol
+from types import TracebackType
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 VariantState = Literal["registered", "loading", "ready", "failed"]
@@ -13,11 +14,15 @@ VariantState = Literal["registered", "loading", "ready", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose tokens, and when to stop. Bounds are checked at the edge (`server.api`)."""
+    """How to choose tokens, and when to stop.
+
+    The HTTP edge bounds each value (`server.api.schemas`). The engine refuses what depends on the
+    model or on the prompt (`server.engine.limits`).
+    """
 
     max_tokens: int
     min_tokens: int = 0
-    temperature: float = 1.0  # 0 is greedy
+    temperature: float = 1.0  # 0 is greedy; the edge rounds what is nearly 0
     top_p: float = 1.0
     top_k: int = 0  # 0 is off
     min_p: float = 0.0
@@ -35,49 +40,51 @@ class SamplingParams:
     prompt_logprobs: bool = False  # with `logprobs`: also for the prompt's tokens
 
 
-@dataclass(frozen=True, slots=True)
-class TopLogprob:
-    """One alternative at one position."""
+class TokenLogprob(NamedTuple):
+    """A token's log probability at one position, and the best alternatives there, best first.
 
-    token_id: int
-    token: str
-    logprob: float
+    A tuple, because the engine's thread makes up to 21 of them for each token.
 
-
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """The token at one position. `logprob` is None for a prompt's first token."""
-
-    token_id: int
-    token: str
-    logprob: float | None
-    top: tuple[TopLogprob, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class OutputDelta:
-    """What one engine step added to one request.
-
-    text is what may be shown now (text that might become a stop string is held back), so it
-    can be empty although token_ids is not. The last one has a finish_reason.
+    logprob  None for a prompt's first token
+    top      alternatives, which have no `top` of their own
+    token    its text; "" until `TextOutput` has worded it, because the engine knows ids only
     """
 
-    text: str
-    token_ids: tuple[int, ...]
+    token_id: int
+    logprob: float | None
+    top: tuple[TokenLogprob, ...] = ()
+    token: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputChunk:
+    """What one engine step added to one request.
+
+    The engine's thread makes it from ids. `TextOutput` adds the texts on the event loop.
+
+    text       what may be shown now (text that might become a stop string is held back), so it
+               can be empty although token_ids is not
+    token_ids  empty if only the prompt was to be scored
+    may_stop   whether a stop string may end the text here (`min_tokens` are there)
+    """
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
-    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # on the first event only
-    finish_reason: FinishReason | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()  # on the first chunk only
+    finish_reason: FinishReason | None = None  # on the last chunk only
     stop_reason: str | int | None = None  # the stop string or stop token that ended it
     n_cached_tokens: int = 0
+    may_stop: bool = True
 
     @classmethod
-    def joined(cls, deltas: Sequence[OutputDelta]) -> OutputDelta:
+    def joined(cls, chunks: Sequence[OutputChunk]) -> OutputChunk:
         """Return several that followed each other as one."""
-        first, last = deltas[0], deltas[-1]
+        first, last = chunks[0], chunks[-1]
         return cls(
-            text="".join(delta.text for delta in deltas),
-            token_ids=tuple(chain.from_iterable(delta.token_ids for delta in deltas)),
-            logprobs=tuple(chain.from_iterable(delta.logprobs for delta in deltas)),
+            text="".join(chunk.text for chunk in chunks),
+            token_ids=tuple(chain.from_iterable(chunk.token_ids for chunk in chunks)),
+            logprobs=tuple(chain.from_iterable(chunk.logprobs for chunk in chunks)),
             prompt_logprobs=first.prompt_logprobs,
             finish_reason=last.finish_reason,
             stop_reason=last.stop_reason,
@@ -93,7 +100,7 @@ class Generation(Protocol):
         """Why it ended early; what `take` gave before still counts."""
         ...
 
-    def take(self) -> Sequence[OutputDelta]:
+    def take(self) -> Sequence[OutputChunk]:
         """Return what came since the last call, oldest first."""
         ...
 
@@ -121,6 +128,39 @@ class ModelInfo:
     fidelity: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of the engine's counts, which gauges are read from."""
+
+    n_running: int
+    n_waiting: int
+    n_kv_blocks: int
+    n_free_kv_blocks: int
+    n_preemptions: int
+    n_prefix_queried: int
+    n_prefix_hit: int
+    base_bytes: int
+    n_static_steps: int
+    n_eager_decode_steps: int
+
+
+class Ticket(Protocol):
+    """The places of one admitted request, one for each sequence; see `EngineClient.admit`.
+
+    As a context manager it gives back, when it is left, the places that no generation has taken.
+    A generation gives back its own when the engine is done with it.
+    """
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+
 class VariantHandle(Protocol):
     """A served model pinned to one digest, opened for one request."""
 
@@ -144,8 +184,27 @@ class EngineClient(Protocol):
 
     def models(self) -> Sequence[ModelInfo]: ...
 
+    def check_open(self) -> None:
+        """Refuse what no request can change. Raises QueueFull, Draining, EngineDead.
+
+        It costs nothing, so that the HTTP edge can ask before it reads a body.
+        """
+        ...
+
+    def admit(self, n_sequences: int) -> Ticket:
+        """Take places for a request of so many sequences (prompts times choices).
+
+        Raises QueueFull with the measured time to wait, Draining, EngineDead, and InvalidRequest
+        if that many never fit.
+        """
+        ...
+
+    def drain(self) -> None:
+        """Admit nobody any more; who has a ticket goes on."""
+        ...
+
     async def open(self, model: str) -> VariantHandle:
-        """Resolve a name and begin loading. Raises ModelNotFound, DeltaUnusable, Draining."""
+        """Resolve a name and begin loading. Raises ModelNotFound, DeltaUnusable."""
         ...
 
     async def encode(self, variant: VariantHandle, text: str) -> list[int]:
@@ -173,16 +232,19 @@ class EngineClient(Protocol):
         *,
         request_id: str,
         on_output: Callable[[], None],
-        deadline_s: float | None = None,
+        ticket: Ticket | None = None,
+        deadline: float | None = None,
         cache_salt: str = "",
     ) -> Generation:
         """Queue the request; `on_output` is called on the event loop when there is something new.
 
-        Whoever asks must `close` what is returned. Requests share cached prefixes only with those
-        of the same variant and `cache_salt`.
+        Whoever asks must `close` what is returned. The generation takes a place of `ticket`;
+        without one it is admitted here. `deadline` is a time of `time.monotonic`. Requests share
+        cached prefixes only with those of the same variant and `cache_salt`.
 
-        Raises InvalidRequest (too long), QueueFull, Draining, EngineDead; the error of a running
-        one may be DeltaUnusable, GenerationFailed, DeadlineExceeded, Draining, EngineDead.
+        Raises InvalidRequest (see `server.engine.limits`), Draining, EngineDead, and without a
+        ticket QueueFull; the error of a running one may be DeltaUnusable, GenerationFailed,
+        DeadlineExceeded, Draining, EngineDead.
         """
         ...
 

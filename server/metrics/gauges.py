@@ -10,35 +10,10 @@ from typing import Protocol
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.engine.types import ModelInfo
+from server.engine.types import EngineStats, ModelInfo
 
 ENGINE = "0"  # vLLM labels its engines; we have one
 LABELS = ("model_name", "engine")
-
-
-class Stats(Protocol):
-    """A snapshot of the engine."""
-
-    @property
-    def n_running(self) -> int: ...
-    @property
-    def n_waiting(self) -> int: ...
-    @property
-    def n_kv_blocks(self) -> int: ...
-    @property
-    def n_free_kv_blocks(self) -> int: ...
-    @property
-    def n_preemptions(self) -> int: ...
-    @property
-    def n_prefix_queried(self) -> int: ...
-    @property
-    def n_prefix_hit(self) -> int: ...
-    @property
-    def base_bytes(self) -> int: ...
-    @property
-    def n_static_steps(self) -> int: ...
-    @property
-    def n_eager_decode_steps(self) -> int: ...
 
 
 class StatsProvider(Protocol):
@@ -46,12 +21,12 @@ class StatsProvider(Protocol):
 
     base_name: str
 
-    def stats(self) -> Stats: ...
+    def stats(self) -> EngineStats: ...
     def models(self) -> Sequence[ModelInfo]: ...
 
 
 @dataclass(slots=True)
-class InFlight:
+class SequenceCounts:
     """Sequences of one model that have not ended; changed on the event loop only."""
 
     waiting: int = 0  # no token yet
@@ -80,7 +55,7 @@ class EngineCollector(Collector):
         self,
         provider: StatsProvider,
         max_variants: int,
-        in_flight: Callable[[], Mapping[str, InFlight]],
+        in_flight: Callable[[], Mapping[str, SequenceCounts]],
     ) -> None:
         self._provider = provider
         self._max_variants = max_variants

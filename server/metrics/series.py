@@ -24,7 +24,7 @@ from prometheus_client import (
     generate_latest,
 )
 
-from server.metrics.gauges import ENGINE, LABELS, EngineCollector, InFlight, StatsProvider
+from server.metrics.gauges import ENGINE, LABELS, EngineCollector, SequenceCounts, StatsProvider
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 OTHER = "other"
@@ -58,11 +58,11 @@ class FinishedRequest(Protocol):
     @property
     def variant(self) -> _Named: ...
     @property
-    def arrived(self) -> float: ...
+    def queued_at(self) -> float: ...
     @property
-    def admitted(self) -> float | None: ...
+    def started_at(self) -> float | None: ...
     @property
-    def first_token(self) -> float | None: ...
+    def first_token_at(self) -> float | None: ...
     @property
     def n_preemptions(self) -> int: ...
 
@@ -72,7 +72,7 @@ class ModelSeries:
 
     def __init__(self, metrics: Metrics, name: str) -> None:
         labels = (name, ENGINE)
-        self.in_flight = InFlight()
+        self.in_flight = SequenceCounts()
         self.prompt_tokens = metrics.prompt_tokens.labels(*labels)
         self.cached_tokens = metrics.cached_tokens.labels(*labels)
         self.generation_tokens = metrics.generation_tokens.labels(*labels)
@@ -197,13 +197,15 @@ class Metrics:
         self.e2e = histogram("vllm:e2e_request_latency_seconds", "Whole request", REQUEST_BUCKETS)
         self.queue_time = histogram("vllm:request_queue_time_seconds", "Waiting", REQUEST_BUCKETS)
         self.prefill_time = histogram(
-            "vllm:request_prefill_time_seconds", "From admission to first token", REQUEST_BUCKETS
+            "vllm:request_prefill_time_seconds",
+            "From the start to the first token",
+            REQUEST_BUCKETS,
         )
         self.decode_time = histogram(
             "vllm:request_decode_time_seconds", "From first token to the end", REQUEST_BUCKETS
         )
         self.inference_time = histogram(
-            "vllm:request_inference_time_seconds", "From admission to the end", REQUEST_BUCKETS
+            "vllm:request_inference_time_seconds", "From the start to the end", REQUEST_BUCKETS
         )
 
     def _define_own_metrics(self) -> None:
@@ -260,9 +262,9 @@ class Metrics:
         """Start timing one sequence; `arrived` is when the request came (`time.monotonic`)."""
         return SequenceTimer(self.model(name), n_prompt, arrived)
 
-    def rejected(self, name: str | None) -> None:
-        """A request met a full queue; the name is None before it was resolved."""
-        self.rejections.labels(name or OTHER, "max_num_queued_reqs").inc()
+    def rejected(self) -> None:
+        """A request met a full queue, before its model was known."""
+        self.rejections.labels(OTHER, "max_num_queued_reqs").inc()
 
     def http_request(self, path: str, method: str, status: int) -> None:
         """One answer was sent; `path` is a route's template."""
@@ -279,13 +281,13 @@ class Metrics:
         series = self.model(request.variant.name)
         now = time.monotonic()
         series.request_preemptions.observe(request.n_preemptions)
-        series.queue_time.observe((request.admitted or now) - request.arrived)
-        if request.admitted is None:
+        series.queue_time.observe((request.started_at or now) - request.queued_at)
+        if request.started_at is None:
             return
-        series.inference_time.observe(now - request.admitted)
-        if request.first_token is not None:
-            series.prefill_time.observe(request.first_token - request.admitted)
-            series.decode_time.observe(now - request.first_token)
+        series.inference_time.observe(now - request.started_at)
+        if request.first_token_at is not None:
+            series.prefill_time.observe(request.first_token_at - request.started_at)
+            series.decode_time.observe(now - request.first_token_at)
 
     def on_loaded(self, name: str, seconds: float) -> None:
         """A variant's deltas are in device memory."""
@@ -317,7 +319,7 @@ class Metrics:
         """Read the gauges of `provider` at every scrape; max_variants is the most per step."""
         self.registry.register(EngineCollector(provider, max_variants, self._in_flight))
 
-    def _in_flight(self) -> dict[str, InFlight]:
+    def _in_flight(self) -> dict[str, SequenceCounts]:
         with self._lock:
             return {name: series.in_flight for name, series in self._series.items()}
 

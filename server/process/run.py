@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar
 import uvicorn
 
 from server.api.app import create_app
-from server.api.gate import Gate
+from server.api.open_requests import OpenRequests
 from server.engine.types import EngineClient
 from server.errors import Draining, EngineDead, ServeError
 from server.metrics.series import Metrics
@@ -52,11 +52,14 @@ class Server(uvicorn.Server):
 class Control:
     """Decides when the server ends, and with which exit code."""
 
-    def __init__(self, engine: EngineClient, gate: Gate, server: Server, drain_s: float) -> None:
+    def __init__(
+        self, engine: EngineClient, open_requests: OpenRequests, server: Server, drain_s: float
+    ) -> None:
         self._engine = engine
-        self._gate = gate
+        self._open_requests = open_requests
         self._server = server
         self._drain_s = drain_s
+        self._draining = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.exit_code = 0
 
@@ -68,12 +71,15 @@ class Control:
 
     def stop(self) -> None:
         """Drain; when already draining, end now."""
-        if self._gate.draining:
-            log.warning("second signal: ending running requests now")
+        if self._draining:
+            log.warning("a second signal came; the server ends its running requests now")
             self._start(self._end(Draining("The server is shutting down.", retry_after_s=5)))
             return
-        log.info("draining: %d requests running", self._gate.n_requests)
-        self._gate.drain()
+        log.info(
+            "the server drains: it admits nobody more and finishes %d requests",
+            len(self._open_requests),
+        )
+        self._admit_nobody()
         self._start(self._drain())
 
     def rescan(self) -> None:
@@ -88,27 +94,36 @@ class Control:
             await asyncio.sleep(WATCH_S)
         if self._server.should_exit:
             return
-        log.critical("the engine is dead; exiting")
+        log.critical("the engine has died; the process exits")
         self.exit_code = 1
-        self._gate.drain()
+        self._admit_nobody()
         await self._end(EngineDead("The engine has stopped; the server restarts."))
 
+    def _admit_nobody(self) -> None:
+        self._draining = True
+        self._engine.drain()
+
     async def _drain(self) -> None:
-        if not await self._gate.wait_idle(self._drain_s):
-            log.warning("drain timeout: ending %d requests", self._gate.n_requests)
+        if not await self._open_requests.wait_idle(self._drain_s):
+            log.warning(
+                "draining ran out of time; the server ends %d requests", len(self._open_requests)
+            )
         await self._end(Draining("The server is shutting down.", retry_after_s=5))
 
     async def _end(self, error: ServeError) -> None:
-        self._gate.fail_all(error)
-        await self._gate.wait_idle(LAST_EVENT_S)
+        self._open_requests.fail_all(error)
+        await self._open_requests.wait_idle(LAST_EVENT_S)
         self._server.should_exit = True
 
     async def _rescan(self) -> None:
         try:
             await asyncio.to_thread(self._engine.rescan)
-            log.info("rescanned: %d models", len(self._engine.models()))
+            log.info(
+                "the server read the deltas directory again and knows %d models",
+                len(self._engine.models()),
+            )
         except Exception:
-            log.exception("rescan failed; the names known before stay")
+            log.exception("the rescan failed; the server keeps the names it knew")
 
     def _start(self, work: object) -> None:
         task = asyncio.ensure_future(work)  # type: ignore[call-overload]
@@ -150,7 +165,7 @@ async def run(
     """Serve until told to stop; return the exit code."""
     app = create_app(engine, settings, metrics)
     server = Server(uvicorn_config(app, settings))
-    control = Control(engine, app.state.api.gate, server, settings.drain_timeout_s)
+    control = Control(engine, app.state.api.open_requests, server, settings.drain_timeout_s)
     control.install()
     engine.start()
     watch = asyncio.create_task(control.watch())

@@ -13,7 +13,7 @@ from server.engine.core import Events
 from server.engine.output import RequestOutput, TextOutput
 from server.engine.request import Event, Request
 from server.engine.step.runner import Runner
-from server.engine.types import OutputDelta, SamplingParams
+from server.engine.types import OutputChunk, SamplingParams
 from server.settings import Settings
 
 STEP_TIMEOUT_S = 60.0
@@ -40,7 +40,7 @@ class Recorded:
     request: Request
     output: RequestOutput
     events: list[Event] = field(default_factory=list)  # of the engine
-    deltas: list[OutputDelta] = field(default_factory=list)  # for the client
+    chunks: list[OutputChunk] = field(default_factory=list)  # for the client
 
     def take(self, event: Event) -> None:
         self.events.append(event)
@@ -52,7 +52,7 @@ class Recorded:
 
     @property
     def text(self) -> str:
-        return "".join(delta.text for delta in self.deltas)
+        return "".join(chunk.text for chunk in self.chunks)
 
     @property
     def error(self) -> Exception | None:
@@ -60,7 +60,7 @@ class Recorded:
 
     @property
     def done(self) -> bool:
-        return self.error is not None or any(d.finish_reason is not None for d in self.deltas)
+        return self.error is not None or any(c.finish_reason is not None for c in self.chunks)
 
 
 class CoreHarness:
@@ -101,7 +101,7 @@ class CoreHarness:
         self._count += 1
         output = RequestOutput(
             TextOutput(variant.text, chosen),
-            on_output=lambda: recorded.deltas.extend(output.take()),
+            on_output=lambda: recorded.chunks.extend(output.take()),
             abort=lambda: self.core.abort(request),
         )
         request = Request(

@@ -1,61 +1,148 @@
-"""Who may still come in: a count of open requests, and why new ones are refused."""
+"""The one place that decides who may come in: a count of sequences, and why new ones are refused.
+
+The HTTP edge asks first (`check`, before it reads a body), then takes a `Ticket` for all sequences
+of a request, whose places its generations take with them into the engine.
+"""
 
 from __future__ import annotations
 
 import math
 import threading
 from collections.abc import Callable
+from types import TracebackType
+from typing import Self
 
-from server.errors import Draining, EngineDead, QueueFull
+from server.errors import Draining, EngineDead, InvalidRequest, QueueFull
 
+MIN_RETRY_S = 1
 MAX_RETRY_S = 30
+DRAINING_RETRY_S = 5
+NEWEST_WEIGHT = 0.1  # of a wait in the moving average
 
 
 class Admission:
-    """May be used from any thread.
+    """Counts sequences against a capacity. May be used from any thread.
 
-    max_waiting  requests that may wait beside the `max_running` that run
+    max_waiting  sequences that may wait beside the `max_running` that run
+    n_open       places taken and not given back
+    draining     nobody new comes in; who has a ticket goes on
+    stopped      nobody comes in, with or without a ticket
+    dead         nobody who is in will be answered
     """
 
     def __init__(self, max_waiting: int, max_running: int) -> None:
-        self._max_waiting, self._limit = max_waiting, max_waiting + max_running
+        self._capacity = max_waiting + max_running
         self._lock = threading.Lock()
-        self._queue_wait_s = 1.0  # moving average, for Retry-After
-        self.n_open = 0  # let in and not left
+        self._queue_wait_s: float | None = None  # moving average of those that have left
+        self.n_open = 0
         self.draining = False
+        self.stopped = False
         self.dead = False
 
-    def enter(self, let_in: Callable[[], None]) -> None:
-        """Count a request and call `let_in`. Raises QueueFull, Draining or EngineDead."""
+    @property
+    def retry_after_s(self) -> int:
+        """Whole seconds after which a refused client may try again: what others have waited."""
+        return min(MAX_RETRY_S, max(MIN_RETRY_S, math.ceil(self._queue_wait_s or 0.0)))
+
+    def check(self) -> None:
+        """Refuse what one sequence more would be refused for. Raises as `admit`."""
+        with self._lock:
+            self._check(1)
+
+    def admit(self, n_sequences: int) -> Ticket:
+        """Take places. Raises QueueFull, Draining, EngineDead, InvalidRequest."""
+        if n_sequences > self._capacity:
+            raise InvalidRequest(
+                f"The request asks for {n_sequences} sequences (prompts times n); this server "
+                f"takes at most {self._capacity} at once.",
+                param="n",
+            )
+        with self._lock:
+            self._check(n_sequences)
+            self.n_open += n_sequences
+        return Ticket(self, n_sequences)
+
+    def _check(self, n_sequences: int) -> None:
+        if self.dead:
+            raise EngineDead("The engine has stopped; the server restarts.")
+        if self.draining:
+            raise _draining()
+        if self.n_open + n_sequences > self._capacity:
+            raise QueueFull(
+                "The server is at its limit of waiting requests. Try again.",
+                retry_after_s=self.retry_after_s,
+            )
+
+    def hand_over(self, enqueue: Callable[[], None]) -> None:
+        """Call `enqueue` for a sequence that has a place. Raises Draining, EngineDead."""
         with self._lock:
             if self.dead:
-                raise EngineDead("the engine has stopped; the server is restarting")
-            if self.draining:
-                raise Draining("the server is shutting down", retry_after_s=5)
-            if self.n_open >= self._limit:
-                wait_s = min(MAX_RETRY_S, max(1, math.ceil(self._queue_wait_s)))
-                raise QueueFull(
-                    f"the queue is full ({self._max_waiting} requests wait); "
-                    f"try again in {wait_s} s",
-                    retry_after_s=wait_s,
-                )
-            self.n_open += 1
+                raise EngineDead("The engine has stopped; the server restarts.")
+            if self.stopped:
+                raise _draining()
             # Inside the lock: whoever ends the engine empties its inbox after taking it.
-            let_in()
+            enqueue()
 
     def leave(self, waited_s: float | None) -> None:
-        """A request ended; it had waited so long until it ran, None: it never did."""
+        """A sequence ended; it had waited so long until it ran, None: it never did."""
         with self._lock:
             self.n_open -= 1
-            if waited_s is not None:
-                self._queue_wait_s = 0.9 * self._queue_wait_s + 0.1 * waited_s
+            if waited_s is None:
+                return
+            before = waited_s if self._queue_wait_s is None else self._queue_wait_s
+            self._queue_wait_s = before + NEWEST_WEIGHT * (waited_s - before)
+
+    def give_back(self, n_places: int) -> None:
+        """Take back places that no sequence has used."""
+        with self._lock:
+            self.n_open -= n_places
 
     def drain(self) -> None:
-        """Let nobody in any more."""
+        """Admit nobody any more; who has a ticket goes on."""
         with self._lock:
             self.draining = True
+
+    def stop(self) -> None:
+        """Let nobody into the engine any more, ticket or not."""
+        with self._lock:
+            self.draining = self.stopped = True
 
     def die(self) -> None:
         """Nobody who is in will be answered."""
         with self._lock:
             self.dead = True
+
+
+class Ticket:
+    """The places of one admitted request; see `server.engine.types.Ticket`. For one thread."""
+
+    def __init__(self, admission: Admission, n_places: int) -> None:
+        self._admission = admission
+        self._n_places = n_places
+
+    def hand_over(self, enqueue: Callable[[], None]) -> None:
+        """Call `enqueue` for a sequence, which takes a place with it. Raises Draining, EngineDead.
+
+        Whoever takes the sequence calls `Admission.leave` when it has ended.
+        """
+        if self._n_places == 0:
+            raise RuntimeError("the ticket has no place left for this sequence")
+        self._admission.hand_over(enqueue)
+        self._n_places -= 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Give back the places that no sequence has taken."""
+        n_places, self._n_places = self._n_places, 0
+        self._admission.give_back(n_places)
+
+
+def _draining() -> Draining:
+    return Draining("The server is shutting down. Try again.", retry_after_s=DRAINING_RETRY_S)

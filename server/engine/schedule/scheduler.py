@@ -162,7 +162,7 @@ class Scheduler:
         for request in list(self.waiting):
             if len(self.running) >= self.max_num_seqs:
                 return
-            overdue = now - request.arrived > MAX_OVERTAKEN_S
+            overdue = now - request.queued_at > MAX_OVERTAKEN_S
             missing = self._hold_slot(request, may_hold)
             if missing is not None:
                 may_hold = may_hold and not (missing is Missing.NO_ROOM and overdue)
@@ -184,8 +184,8 @@ class Scheduler:
             self.waiting.remove(request)
             self.running.append(request)
             request.status = Status.RUNNING
-            if request.admitted is None:
-                request.admitted = now
+            if request.started_at is None:
+                request.started_at = now
             variants.add(request.variant.key)
             batch.append(Scheduled(request, n_tokens))
             long_runs = long_runs or is_long
@@ -206,7 +206,7 @@ class Scheduler:
         request.kv_blocks = self.kv_blocks.match(request.cache_key, request.tokens)
         request.n_settled_kv_blocks = len(request.kv_blocks)
         request.n_computed = len(request.kv_blocks) * self.kv_blocks.block_tokens
-        if request.admitted is None:
+        if request.started_at is None:
             request.n_cached_tokens = request.n_computed
 
     def computed(self, request: Request) -> None:

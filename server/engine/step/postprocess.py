@@ -1,4 +1,5 @@
-"""From a sampled token to a step's output: scores, and the reasons to stop that ids can tell.
+"""From a sampled token to an output chunk: log probabilities, and the reasons to stop that ids can
+tell.
 
 Text and stop strings are not the engine thread's business; see `server.engine.output`.
 """
@@ -10,10 +11,10 @@ import time
 import torch
 from torch import Tensor
 
-from server.engine.request import Request, StepOutput, TokenScore
+from server.engine.request import Request
 from server.engine.step.batch import LogitRows
-from server.engine.step.sampler import Sampled, mask_foreign_ids_, token_scores
-from server.engine.types import FinishReason
+from server.engine.step.sampler import Sampled, mask_foreign_ids_, token_logprobs
+from server.engine.types import FinishReason, OutputChunk, TokenLogprob
 
 SCORED_ROWS = 256  # of a prompt at once: float32 copies of their logits
 
@@ -21,7 +22,7 @@ SCORED_ROWS = 256  # of a prompt at once: float32 copies of their logits
 class Postprocessor:
     """Stateless; the state of a request is on the request."""
 
-    def collect_prompt_scores(self, request: Request, rows: LogitRows, logits: Tensor) -> None:
+    def collect_prompt_logprobs(self, request: Request, rows: LogitRows, logits: Tensor) -> None:
         """Keep the log probabilities of the prompt tokens that this chunk's rows predict.
 
         Row i of the chunk predicts token i + 1; the prompt's first token has none.
@@ -29,40 +30,42 @@ class Postprocessor:
         params, prompt = request.params, request.prompt_ids
         if not params.prompt_logprobs or params.logprobs is None:
             return
-        found = request.prompt_scores
-        if not found:
-            found.append(TokenScore(prompt[0], None))
-        # Rows predict the position after their own. Those before `len(found)` are computed again,
-        # after a preemption.
+        collected = request.prompt_logprobs
+        if not collected:
+            collected.append(TokenLogprob(prompt[0], None))
+        # Rows predict the position after their own. Those before `len(collected)` are computed
+        # again, after a preemption.
         first = rows.first - request.n_computed - 1
         end = min(request.n_computed + rows.n + 1, len(prompt))
-        for start in range(len(found), end, SCORED_ROWS):
+        for start in range(len(collected), end, SCORED_ROWS):
             stop = min(start + SCORED_ROWS, end)
             chunk = logits[first + start : first + stop].to(torch.float32, copy=True)
             mask_foreign_ids_(chunk, [request.variant.vocab_size] * len(chunk))
             logprobs = torch.log_softmax(chunk, -1)
-            found += token_scores(logprobs, prompt[start:stop], [params.logprobs] * len(chunk))
+            collected += token_logprobs(
+                logprobs, prompt[start:stop], [params.logprobs] * len(chunk)
+            )
 
-    def token(self, request: Request, sampled: Sampled, max_len: int) -> StepOutput:
+    def chunk(self, request: Request, sampled: Sampled, max_len: int) -> OutputChunk:
         """Append the token to the request and say whether it was the last."""
         params = request.params
-        prompt_scores = tuple(request.prompt_scores) if request.n_output == 0 else ()
+        prompt_logprobs = tuple(request.prompt_logprobs) if request.n_output == 0 else ()
         if params.max_tokens == 0:  # scoring: only the prompt was wanted
-            return StepOutput(None, prompt_scores=prompt_scores, finish_reason="length")
+            return OutputChunk(prompt_logprobs=prompt_logprobs, finish_reason="length")
         token = sampled.token_id
         request.tokens.append(token)
-        if request.first_token is None:
-            request.first_token = time.monotonic()
+        if request.first_token_at is None:
+            request.first_token_at = time.monotonic()
         may_stop = request.n_output > params.min_tokens
         reason, stop_token = self._token_stop(request, token) if may_stop else (None, None)
         if reason is None and (
             request.n_output >= params.max_tokens or len(request.tokens) >= max_len
         ):
             reason = "length"
-        return StepOutput(
-            token,
-            sampled.score,
-            prompt_scores,
+        return OutputChunk(
+            token_ids=(token,),
+            logprobs=() if sampled.logprob is None else (sampled.logprob,),
+            prompt_logprobs=prompt_logprobs,
             may_stop=may_stop,
             finish_reason=reason,
             stop_reason=stop_token,

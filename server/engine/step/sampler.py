@@ -23,13 +23,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from server.engine.request import Request, TokenScore
+from server.engine.request import Request
 from server.engine.schedule.scheduler import Scheduled
 from server.engine.step.batch import LogitRows
-from server.engine.types import SamplingParams
+from server.engine.types import SamplingParams, TokenLogprob
 from server.errors import GenerationFailed
-
-GREEDY_BELOW = 1e-5  # temperatures below this are greedy, as in vLLM
 
 
 @dataclass(slots=True)
@@ -37,7 +35,7 @@ class Sampled:
     """One row's outcome; `error` says why this row has none."""
 
     token_id: int = -1
-    score: TokenScore | None = None
+    logprob: TokenLogprob | None = None
     error: Exception | None = None
 
 
@@ -99,9 +97,9 @@ class Sampler:
         with _failing(*scored):
             logprobs = torch.log_softmax(raw[list(wanted)], -1)
             tokens = [outcome.token_id for outcome in scored]
-            found = token_scores(logprobs, tokens, list(wanted.values()))
-            for outcome, score in zip(scored, found, strict=True):
-                outcome.score = score
+            found = token_logprobs(logprobs, tokens, list(wanted.values()))
+            for outcome, logprob in zip(scored, found, strict=True):
+                outcome.logprob = logprob
 
     def choose(self, requests: list[Request], logits: Tensor) -> Tensor:
         """As `sample` for requests that are all `is_plain`, waiting for nothing: int64 [2, R] on
@@ -173,7 +171,7 @@ def _by_filters(requests: list[Request], rows: Iterable[int]) -> list[list[int]]
     groups: dict[tuple[float, int, float, float], list[int]] = defaultdict(list)
     for row in rows:
         p = requests[row].params
-        if p.temperature >= GREEDY_BELOW:
+        if p.temperature > 0:
             groups[p.temperature, p.top_k, p.top_p, p.min_p].append(row)
     return list(groups.values())
 
@@ -251,9 +249,9 @@ def mask_foreign_ids_(logits: Tensor, vocab_sizes: list[int]) -> None:
             logits[row, size:] = float("-inf")
 
 
-def token_scores(
+def token_logprobs(
     logprobs: Tensor, tokens: Sequence[int], counts: Sequence[int]
-) -> list[TokenScore]:
+) -> list[TokenLogprob]:
     """For every row of ``logprobs [R, V]``: the log probability of its token, and the best ones, as
     many as `counts` says.
 
@@ -263,11 +261,12 @@ def token_scores(
     most = min(max(counts), logprobs.shape[1])
     best = torch.topk(logprobs, most)
     values = torch.cat([logprobs.gather(1, chosen), best.values, best.indices.double()], dim=1)
-    scores = []
+    found = []
     for token, count, (own, *rest) in zip(tokens, counts, values.tolist(), strict=True):
         ids = map(int, rest[most : most + count])
-        scores.append(TokenScore(token, own, tuple(zip(ids, rest[:count], strict=False))))
-    return scores
+        top = tuple(map(TokenLogprob, ids, rest[:count]))
+        found.append(TokenLogprob(token, own, top))
+    return found
 
 
 def _penalise_(row: Tensor, request: Request) -> None:

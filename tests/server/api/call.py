@@ -1,10 +1,16 @@
-"""A client of the bare ASGI callable whose network a test controls."""
+"""A client of the bare ASGI callable whose network a test controls, and an engine that waits."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
+
+from server.api.app import create_app
+from tests.server.api.conftest import make_settings
+from tests.server.api.fake import BASE, FakeEngine
 
 
 class Call:
@@ -16,7 +22,7 @@ class Call:
         self.gone = asyncio.Event()
         self.accept = asyncio.Event()  # cleared: the network takes nothing
         self.accept.set()
-        self._given = False
+        self.read = False  # whether the application has asked for the body
         self._body = json.dumps(body).encode()
         scope = {
             "type": "http",
@@ -35,8 +41,8 @@ class Call:
         self.task = asyncio.create_task(app(scope, self._receive, self._send))
 
     async def _receive(self) -> dict[str, Any]:
-        if not self._given:
-            self._given = True
+        if not self.read:
+            self.read = True
             return {"type": "http.request", "body": self._body, "more_body": False}
         await self.gone.wait()
         return {"type": "http.disconnect"}
@@ -65,3 +71,22 @@ class Call:
     def events(self) -> list[Any]:
         frames = [f for f in self.text.split("\n\n") if f.startswith("data: ")]
         return [json.loads(f[6:]) if f != "data: [DONE]" else "DONE" for f in frames]
+
+
+def body(stream: bool, **fields: Any) -> dict[str, Any]:
+    return {"model": BASE, "prompt": "Hi", "max_tokens": 100, "stream": stream, **fields}
+
+
+@asynccontextmanager
+async def held() -> AsyncIterator[tuple[FakeEngine, Any]]:
+    """An engine that gives three tokens and then waits for `engine.hold`."""
+    engine = FakeEngine(max_open=16)
+    engine.hold = asyncio.Event()
+    engine.hold_after = 3
+    yield engine, create_app(engine, make_settings())
+
+
+async def until(condition: Any) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.engine.types import ModelInfo, OutputDelta, SamplingParams, TokenLogprob, TopLogprob
+from server.engine.limits import check_request
+from server.engine.schedule.admission import Admission, Ticket
+from server.engine.types import EngineStats, ModelInfo, OutputChunk, SamplingParams, TokenLogprob
 from server.errors import (
     DeltaUnusable,
-    Draining,
     GenerationFailed,
     InvalidRequest,
     ModelNotFound,
@@ -35,48 +37,34 @@ class FakeVariant:
     defaults: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass
-class FakeStats:
-    n_running: int = 0
-    n_waiting: int = 0
-    n_kv_blocks: int = 10
-    n_free_kv_blocks: int = 10
-    n_preemptions: int = 0
-    n_prefix_queried: int = 0
-    n_prefix_hit: int = 0
-    base_bytes: int = 0
-    n_static_steps: int = 0
-    n_eager_decode_steps: int = 0
-
-
 class FakeGeneration:
     """Fills itself from an iterator. As in the real one, a slow reader does not stop it."""
 
     def __init__(
         self,
-        tokens: AsyncIterator[OutputDelta],
+        tokens: AsyncIterator[OutputChunk],
         on_output: Callable[[], None],
         ended: Callable[[bool], None],
     ) -> None:
         self.error: Exception | None = None
-        self._pending: list[OutputDelta] = []
+        self._pending: list[OutputChunk] = []
         self._on_output = on_output
         self._done = False
         self._task = asyncio.create_task(self._fill(tokens))
         self._task.add_done_callback(lambda _: ended(self._done))
 
-    async def _fill(self, tokens: AsyncIterator[OutputDelta]) -> None:
+    async def _fill(self, tokens: AsyncIterator[OutputChunk]) -> None:
         try:
-            async for delta in tokens:
-                self._pending.append(delta)
-                self._done = delta.finish_reason is not None
+            async for chunk in tokens:
+                self._pending.append(chunk)
+                self._done = chunk.finish_reason is not None
                 self._on_output()
         except Exception as error:
             self._done = isinstance(error, ServeError)
             self.error = error
             self._on_output()
 
-    def take(self) -> list[OutputDelta]:
+    def take(self) -> list[OutputChunk]:
         taken, self._pending = self._pending, []
         return taken
 
@@ -86,12 +74,15 @@ class FakeGeneration:
 
 class FakeEngine:
     """Knobs: delay_s per token, hold (an Event that must be set before each token after the
-    first `hold_after`), fail_at (token number that raises `error`)."""
+    first `hold_after`), fail_at (token number that raises `error`), waited_s (how long each
+    sequence says that it waited until it ran)."""
 
     base_name = BASE
 
-    def __init__(self, max_model_len: int = 512) -> None:
+    def __init__(self, max_model_len: int = 512, max_open: int = 320) -> None:
         self.max_model_len = max_model_len
+        self.admission = Admission(max_waiting=max_open, max_running=0)
+        self.waited_s = 0.0
         self.delay_s = 0.0
         self.hold: asyncio.Event | None = None
         self.hold_after = 0
@@ -100,7 +91,6 @@ class FakeEngine:
         self.defaults: dict[str, dict[str, Any]] = {}
         self.open_error: ServeError | None = None
         self.alive = True
-        self.draining = False
         self.rescans = 0
         self.n_active = 0
         self.n_encoded = 0
@@ -109,22 +99,34 @@ class FakeEngine:
         self.params: list[SamplingParams] = []
         self.prompts: list[list[int]] = []
         self.salts: list[str] = []
+        self.deadlines: list[float | None] = []
 
     # -- process
 
     def start(self) -> None: ...
 
     async def shutdown(self, drain_timeout_s: float) -> None:
-        self.draining = True
+        self.drain()
 
-    def stats(self) -> FakeStats:
-        return FakeStats(n_running=self.n_active)
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            n_running=self.n_active,
+            n_waiting=0,
+            n_kv_blocks=10,
+            n_free_kv_blocks=10,
+            n_preemptions=0,
+            n_prefix_queried=0,
+            n_prefix_hit=0,
+            base_bytes=0,
+            n_static_steps=0,
+            n_eager_decode_steps=0,
+        )
 
     def is_alive(self) -> bool:
         return self.alive
 
     def is_ready(self) -> bool:
-        return self.alive and not self.draining
+        return self.alive and not self.admission.draining
 
     def rescan(self) -> None:
         self.rescans += 1
@@ -147,8 +149,6 @@ class FakeEngine:
         await asyncio.sleep(0)
         if self.open_error is not None:
             raise self.open_error
-        if self.draining:
-            raise Draining("Shutting down.")
         name = model if model == BASE else model.removeprefix(f"{BASE}:")
         if name == "broken":
             raise DeltaUnusable("`broken` cannot be served.", param="model")
@@ -188,6 +188,15 @@ class FakeEngine:
 
     # -- generation
 
+    def check_open(self) -> None:
+        self.admission.check()
+
+    def admit(self, n_sequences: int) -> Ticket:
+        return self.admission.admit(n_sequences)
+
+    def drain(self) -> None:
+        self.admission.drain()
+
     def generate(
         self,
         variant: FakeVariant,
@@ -196,9 +205,16 @@ class FakeEngine:
         *,
         request_id: str,
         on_output: Callable[[], None],
-        deadline_s: float | None = None,
+        ticket: Ticket | None = None,
+        deadline: float | None = None,
         cache_salt: str = "",
     ) -> FakeGeneration:
+        check_request(
+            prompt_ids, params, vocab_size=variant.vocab_size, max_model_len=self.max_model_len
+        )
+        with self.admission.admit(1) if ticket is None else nullcontext(ticket) as admitted:
+            admitted.hand_over(lambda: None)
+        self.deadlines.append(deadline)
         self.params.append(params)
         self.salts.append(cache_salt)
         self.prompts.append(list(prompt_ids))
@@ -207,17 +223,18 @@ class FakeEngine:
 
         def ended(done: bool) -> None:
             self.n_active -= 1
+            self.admission.leave(self.waited_s)
             (self.finished if done else self.aborted).append(request_id)
 
         return FakeGeneration(tokens, on_output, ended)
 
     async def _tokens(
         self, variant: FakeVariant, prompt_ids: Sequence[int], params: SamplingParams
-    ) -> AsyncIterator[OutputDelta]:
+    ) -> AsyncIterator[OutputChunk]:
         text = ""
         first = self._prompt_logprobs(prompt_ids, params)
         if params.max_tokens == 0:
-            yield OutputDelta("", (), prompt_logprobs=first, finish_reason="length")
+            yield OutputChunk("", (), prompt_logprobs=first, finish_reason="length")
             return
         for i in range(params.max_tokens):
             await asyncio.sleep(self.delay_s)
@@ -229,7 +246,7 @@ class FakeEngine:
             text += token
             stopped = next((stop for stop in params.stop if text.endswith(stop)), None)
             last = i + 1 == params.max_tokens
-            yield OutputDelta(
+            yield OutputChunk(
                 "" if stopped else token,
                 (ord(token),),
                 logprobs=self._logprobs(token, params),
@@ -244,14 +261,16 @@ class FakeEngine:
         if params.logprobs is None:
             return ()
         best = [(ord(token), token, -0.25), (ord("?"), "?", -1.5), (ord("!"), "!", float("-inf"))]
-        top = tuple(TopLogprob(*one) for one in best[: params.logprobs])
-        return (TokenLogprob(ord(token), token, -0.25, top),)
+        top = tuple(
+            TokenLogprob(i, value, token=text) for i, text, value in best[: params.logprobs]
+        )
+        return (TokenLogprob(ord(token), -0.25, top, token),)
 
     def _prompt_logprobs(
         self, ids: Sequence[int], params: SamplingParams
     ) -> tuple[TokenLogprob, ...]:
         if not params.prompt_logprobs:
             return ()
-        first = TokenLogprob(ids[0], chr(ids[0]), None)
+        first = TokenLogprob(ids[0], None, token=chr(ids[0]))
         rest = (self._logprobs(chr(i), params)[0] for i in ids[1:])
         return (first, *rest)

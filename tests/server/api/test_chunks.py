@@ -16,10 +16,10 @@ from server.api.completions import CompletionReply
 from server.api.prompts import Prompt
 from server.api.reply import Choice, Envelope, Reply, usage_of
 from server.api.schemas import ChatRequest, CompletionRequest
-from server.engine.types import OutputDelta, TokenLogprob
+from server.engine.types import OutputChunk, TokenLogprob
 
 ENVELOPE = Envelope("id-1", "chunk", 17, 'a "model"', "print")
-LOGPROB = TokenLogprob(7, "x", -0.5)
+LOGPROB = TokenLogprob(7, -0.5, token="x")
 TEXTS = st.text(st.characters(), max_size=8)  # lone surrogates too
 
 
@@ -31,11 +31,11 @@ def reply_of(kind: str, **fields: Any) -> Reply:
     return CompletionReply(CompletionRequest.model_validate(body | {"prompt": "x"}))
 
 
-def rendered_whole(reply: Reply, choice: Choice, delta: OutputDelta) -> bytes:
+def rendered_whole(reply: Reply, choice: Choice, chunk: OutputChunk) -> bytes:
     """Every piece by way of dicts and the JSON encoder."""
-    choice.count(delta)
-    pieces = reply.opening(choice) if choice.n_events == 1 else []
-    piece = reply.piece(choice, delta)
+    choice.count(chunk)
+    pieces = reply.opening(choice) if choice.n_chunks == 1 else []
+    piece = reply.piece(choice, chunk)
     if piece is not None:
         pieces.append(piece)
     usage = usage_of([choice], 1) if reply.body.continuous_usage else None
@@ -57,34 +57,34 @@ OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("kind", ["chat", "completion"])
 @pytest.mark.parametrize("options", OPTIONS)
 @given(st.lists(st.tuples(st.integers(0, 1), TEXTS, st.booleans()), min_size=1, max_size=8))
-def test_render_any_deltas_equals_rendering_whole(
+def test_render_any_chunks_equals_rendering_whole(
     kind: str, options: dict[str, Any], steps: list[tuple[int, str, bool]]
 ) -> None:
     logprobs = {"logprobs": True if kind == "chat" else 1}
     scored = any(scores for _, _, scores in steps)
     reply = reply_of(kind, **options, **(logprobs if scored else {}))
-    chunks, mine, others = ChunkWriter(reply, ENVELOPE), choices(), choices()
+    writer, mine, others = ChunkWriter(reply, ENVELOPE), choices(), choices()
     for n, (index, text, scores) in enumerate(steps):
         reason = "length" if n == len(steps) - 1 else None
-        delta = OutputDelta(text, (5,), (LOGPROB,) if scores else (), finish_reason=reason)
-        data = chunks.render(mine[index], delta)
-        assert data == rendered_whole(reply, others[index], delta)
+        chunk = OutputChunk(text, (5,), (LOGPROB,) if scores else (), finish_reason=reason)
+        data = writer.render(mine[index], chunk)
+        assert data == rendered_whole(reply, others[index], chunk)
         for event in data.decode().split("\n\n")[:-1]:
             assert json.loads(event.removeprefix("data: "))["id"] == "id-1"
     assert [c.n_tokens for c in mine] == [c.n_tokens for c in others]
 
 
 def test_render_echo_shows_the_prompt_before_the_first_text_only() -> None:
-    chunks = ChunkWriter(reply_of("completion", echo=True), ENVELOPE)
+    writer = ChunkWriter(reply_of("completion", echo=True), ENVELOPE)
     choice, other = choices()
-    events = [chunks.render(c, OutputDelta("a", (1,))) for c in (choice, choice, other)]
+    events = [writer.render(c, OutputChunk("a", (1,))) for c in (choice, choice, other)]
     texts = [json.loads(e.removeprefix(b"data: "))["choices"][0]["text"] for e in events]
     assert texts == ["pr\u00f6mpta", "a", "pr\u00f6mpta"]
 
 
 def test_render_text_equal_to_a_key_of_the_frame_changes_only_the_text() -> None:
-    chunks, choice = ChunkWriter(reply_of("completion"), ENVELOPE), choices()[0]
+    writer, choice = ChunkWriter(reply_of("completion"), ENVELOPE), choices()[0]
     for text in ("first", '"text":"', "data: [DONE]\n\n"):
-        event = chunks.render(choice, OutputDelta(text, (1,)))
+        event = writer.render(choice, OutputChunk(text, (1,)))
         (line,) = event.strip().splitlines()
         assert json.loads(line.removeprefix(b"data: "))["choices"][0]["text"] == text

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import time
 from typing import Any
 
 import pytest
 
 from server.api import sse
 from server.api.app import create_app
-from server.api.context import Api
 from server.errors import (
     DeadlineExceeded,
     DeltaUnusable,
@@ -24,28 +22,9 @@ from server.errors import (
     GenerationFailed,
     QueueFull,
 )
-from tests.server.api.call import Call
+from tests.server.api.call import Call, body, held, until
 from tests.server.api.conftest import make_settings
 from tests.server.api.fake import BASE, FakeEngine
-
-
-def body(stream: bool, **fields: Any) -> dict[str, Any]:
-    return {"model": BASE, "prompt": "Hi", "max_tokens": 100, "stream": stream, **fields}
-
-
-@asynccontextmanager
-async def held() -> AsyncIterator[tuple[FakeEngine, Any]]:
-    """An engine that gives three tokens and then waits for `engine.hold`."""
-    engine = FakeEngine()
-    engine.hold = asyncio.Event()
-    engine.hold_after = 3
-    yield engine, create_app(engine, make_settings(max_num_seqs=8, max_queued_requests=8))
-
-
-async def until(condition: Any) -> None:
-    async with asyncio.timeout(5):
-        while not condition():
-            await asyncio.sleep(0.001)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -62,7 +41,7 @@ async def test_disconnect_aborts_every_generation(stream, fields):
 
         assert engine.n_active == 0
         assert len(engine.aborted) == n
-        assert app.state.api.gate.n_requests == 0
+        assert len(app.state.api.open_requests) == 0
         if not stream:
             assert call.messages == []
 
@@ -84,7 +63,7 @@ async def test_disconnect_while_tokenising_starts_nothing():
 
         assert call.messages == []
         assert engine.prompts == []
-        assert app.state.api.gate.n_requests == 0
+        assert len(app.state.api.open_requests) == 0
 
 
 async def test_disconnect_counts_as_abort_in_the_metrics():
@@ -165,81 +144,56 @@ async def test_unforeseen_error_half_way_is_a_constant_last_event(caplog):
         assert "secret" in caplog.text
 
 
-async def test_drain_refuses_new_requests_and_lets_running_ones_finish():
-    async with held() as (engine, app):
-        api: Api = app.state.api
-        call = Call(app, "/v1/completions", body(True, max_tokens=5))
-        await call.next()
-        api.gate.drain()
-        late = Call(app, "/v1/completions", body(False))
-        await late.finish()
-        engine.hold.set()
-        await call.finish()
+@pytest.mark.parametrize("method", ["open", "encode"])
+async def test_deadline_counts_from_arrival_not_from_the_prompt(method):
+    engine = FakeEngine()
+    app = create_app(engine, make_settings(request_timeout_s=60.0))
+    inner = getattr(engine, method)
 
-        assert late.status == 503
-        assert dict(late.messages[0]["headers"])[b"retry-after"]
-        assert call.events()[-1] == "DONE"
-        assert await api.gate.wait_idle(0.1)
+    async def slow(*arguments: Any) -> Any:
+        await asyncio.sleep(0.05)
+        return await inner(*arguments)
 
+    setattr(engine, method, slow)
+    before = time.monotonic()
+    call = Call(app, "/v1/completions", body(False, max_tokens=1))
+    await asyncio.sleep(0)  # the edge has the request; opening it has begun
+    after = time.monotonic()
+    await call.finish()
 
-@pytest.mark.parametrize("stream", [True, False])
-async def test_drain_timeout_ends_a_request_with_an_error(stream):
-    async with held() as (engine, app):
-        api: Api = app.state.api
-        call = Call(app, "/v1/completions", body(stream, n=2))
-        await until(lambda: engine.n_active == 2)
-        if stream:
-            await call.next()
-        api.gate.drain()
-        assert not await api.gate.wait_idle(0.01)
-        api.gate.fail_all(Draining("The server is shutting down."))
-        await call.finish()
-
-        assert engine.n_active == 0
-        assert call.status == (200 if stream else 503)
-        last = call.events()[-1] if stream else json.loads(call.text)
-        assert last["error"]["type"] == "ServiceUnavailableError"
+    assert call.status == 200
+    (deadline,) = engine.deadlines
+    assert before + 60 <= deadline <= after + 60
 
 
-async def test_drain_timeout_ends_a_request_that_is_still_tokenising():
-    async with held() as (engine, app):
-        never = asyncio.Event()
-        engine.encode = lambda *_: never.wait()
-        call = Call(app, "/v1/completions", body(True))
-        await until(lambda: app.state.api.gate.n_requests == 1)
-        await asyncio.sleep(0.01)
-        app.state.api.gate.fail_all(Draining("The server is shutting down."))
-        await call.finish()
+@pytest.mark.parametrize("method", ["open", "encode"])
+async def test_deadline_passes_while_the_prompt_is_made(method):
+    engine = FakeEngine()
+    app = create_app(engine, make_settings(request_timeout_s=0.01))
 
-        assert call.status == 503
+    async def stuck(*_: Any) -> None:
+        await asyncio.Event().wait()
 
+    setattr(engine, method, stuck)
+    call = Call(app, "/v1/completions", body(True))
+    await call.finish()
 
-async def test_full_house_is_refused_before_tokenising():
-    async with held() as (engine, app):
-        calls = [Call(app, "/v1/completions", body(True, n=4)) for _ in range(4)]
-        await until(lambda: engine.n_active == 16)
-        encoded = engine.n_encoded
-        late = Call(app, "/v1/completions", body(False))
-        await late.finish()
-
-        assert late.status == 503
-        assert dict(late.messages[0]["headers"])[b"retry-after"]
-        assert engine.n_encoded == encoded
-        text = app.state.api.metrics.render().decode()
-        assert "vllm:admission_rejections_total{" in text
-        for call in calls:
-            call.gone.set()
-            await call.finish()
-        again = Call(app, "/v1/completions", body(False, max_tokens=1))
-        await again.finish()
-        assert again.status == 200
+    assert call.status == 504
+    assert json.loads(call.text)["error"]["type"] == "TimeoutError"
+    assert engine.prompts == []
+    engine.admission.admit(320)  # all places are free again
 
 
-async def test_request_larger_than_the_house_is_the_callers_mistake():
-    async with held() as (_, app):
-        call = Call(app, "/v1/completions", body(False, n=16, prompt=["a", "b"]))
-        await call.finish()
-        assert call.status == 400
+async def test_refused_choice_ends_those_that_have_begun():
+    engine = FakeEngine()
+    app = create_app(engine, make_settings())
+    call = Call(app, "/v1/completions", body(False, prompt=[[1], [300]]))
+    await call.finish()
+    await until(lambda: engine.n_active == 0)
+
+    assert call.status == 400
+    assert json.loads(call.text)["error"]["param"] == "prompt"
+    assert engine.admission.n_open == 0
 
 
 async def test_slow_reader_gets_all_that_waits_in_one_write():
@@ -376,7 +330,7 @@ async def test_nan_logprob_fails_the_request_not_the_json():
     app = create_app(engine, make_settings())
     original = engine._logprobs
     engine._logprobs = lambda token, params: tuple(
-        type(t)(t.token_id, t.token, float("nan"), t.top) for t in original(token, params)
+        t._replace(logprob=float("nan")) for t in original(token, params)
     )
     for stream in (True, False):
         call = Call(app, "/v1/completions", body(stream, logprobs=1, max_tokens=2))

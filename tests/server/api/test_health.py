@@ -9,7 +9,7 @@ from tests.server.api.conftest import make_settings
 from tests.server.api.fake import FakeEngine
 
 
-async def test_health_follows_engine_and_gate():
+async def test_health_follows_engine_and_draining():
     engine = FakeEngine()
     app = create_app(engine, make_settings())
     transport = httpx.ASGITransport(app)
@@ -21,7 +21,7 @@ async def test_health_follows_engine_and_gate():
             return live.status_code, ready.status_code
 
         assert await statuses() == (200, 200)
-        app.state.api.gate.drain()
+        engine.drain()
         assert await statuses() == (200, 503)
         engine.alive = False
         assert await statuses() == (503, 503)

@@ -6,6 +6,7 @@ import pytest
 
 from server.api.sampling import output_budget, sampling_params
 from server.api.schemas import CompletionRequest
+from server.engine.limits import check_request
 from server.engine.types import SamplingParams
 from server.errors import InvalidRequest
 
@@ -48,17 +49,18 @@ def test_seed_differs_by_child_and_stays_in_range():
     assert params(child=1).seed is None
 
 
-def test_min_tokens_beyond_what_may_be_generated_is_refused():
-    with pytest.raises(InvalidRequest) as caught:
-        params(min_tokens=11)
-    assert caught.value.param == "min_tokens"
-
-
 def test_output_budget_at_its_borders():
     assert output_budget(10, None, None, 16) == 6
     assert output_budget(10, None, 4, 16) == 4
     assert output_budget(10, None, 40, 16) == 6
     assert output_budget(10, 6, 4, 16) == 6
-    for arguments in ((10, 7, None, 16), (16, None, None, 16), (16, 1, 1, 16)):
-        with pytest.raises(InvalidRequest, match="16 tokens"):
-            output_budget(*arguments)
+    assert output_budget(16, 0, None, 16) == 0  # echo only
+
+
+@pytest.mark.parametrize(
+    ("n_prompt", "asked", "default"), [(10, 7, None), (16, None, None), (16, 1, 1), (17, 0, 4)]
+)
+def test_output_budget_without_room_is_for_the_engine_to_refuse(n_prompt, asked, default):
+    params = SamplingParams(max_tokens=output_budget(n_prompt, asked, default, 16))
+    with pytest.raises(InvalidRequest, match="16 tokens"):
+        check_request([0] * n_prompt, params, vocab_size=1, max_model_len=16)

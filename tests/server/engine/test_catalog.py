@@ -258,7 +258,7 @@ def test_added_tokens_are_for_their_variant_only(zoo: Served, harness: Make, mod
     assert any(token >= 320 for one in sent for token in one.output_ids)
     for one in others:
         assert max(one.output_ids) < 320
-        tops = [t.token_id for d in one.deltas for p in d.logprobs for t in p.top]
+        tops = [t.token_id for d in one.chunks for p in d.logprobs for t in p.top]
         assert max(tops) < 320
     model = AutoModelForCausalLM.from_pretrained(zoo.checkpoints["vocab"], dtype=torch.float32)
     want = model.generate(

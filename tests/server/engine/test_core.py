@@ -247,13 +247,18 @@ def test_heartbeat_beats_in_every_layer_of_a_step(pair: Served, harness: Make) -
 # -- limits ------------------------------------------------------------------------------------
 
 
-def test_submit_queue_full_is_refused_with_a_time_to_wait(pair: Served, harness: Make) -> None:
+def test_submit_queue_full_is_refused_with_the_wait_of_those_that_ended(
+    pair: Served, harness: Make
+) -> None:
     engine = harness(pair, max_num_seqs=1, max_queued_requests=2)
+    first = engine.submit("base", "x", max_tokens=1)
+    first.request.queued_at -= 12.5
+    engine.run(first)
     sent = [engine.submit("base", PROMPT) for _ in range(3)]
     with pytest.raises(QueueFull) as caught:
         engine.submit("base", PROMPT)
     assert caught.value.retry_after_s is not None
-    assert 1 <= caught.value.retry_after_s <= 30
+    assert 13 <= caught.value.retry_after_s <= 30
     engine.run(*sent)
     assert_true_text(pair, *sent)
     engine.run(engine.submit("base", PROMPT))
@@ -280,7 +285,7 @@ def test_drain_refuses_new_requests_and_finishes_running_ones(pair: Served, harn
     engine = harness(pair)
     sent = [engine.submit(name, PROMPT) for name in ("base", "blockdiag")]
     engine.core.turn()
-    engine.core.begin_drain()
+    engine.core.admission.drain()
     with pytest.raises(Draining):
         engine.submit("base", PROMPT)
     engine.run(*sent)

@@ -57,8 +57,8 @@ def ask_all(
 
             async def ask(name: str) -> list[int]:
                 variant = await engine.open(name)
-                deltas = stream(engine, variant, prompt, params)
-                return [token async for delta in deltas for token in delta.token_ids]
+                chunks = stream(engine, variant, prompt, params)
+                return [token async for chunk in chunks for token in chunk.token_ids]
 
             names = list(pair.checkpoints)
             if together:

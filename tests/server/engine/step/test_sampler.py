@@ -14,7 +14,7 @@ from torch import Tensor
 from server.engine.request import Request
 from server.engine.step.sampler import Sampler, draw
 from server.engine.text import TextAssets
-from server.engine.types import OutputDelta, SamplingParams, TokenLogprob
+from server.engine.types import OutputChunk, SamplingParams, TokenLogprob
 from server.engine.variant import Variant
 from tests.server.conftest import PAIR, Served
 from tests.server.helpers import CoreHarness, Recorded
@@ -36,8 +36,8 @@ def hf_logits(served: Served, name: str, ids: list[int]) -> Tensor:
         return served.oracle(name)(torch.tensor([ids])).logits[0]
 
 
-def outputs(one: Recorded) -> list[OutputDelta]:
-    return one.deltas
+def outputs(one: Recorded) -> list[OutputChunk]:
+    return one.chunks
 
 
 def assert_logprobs(found: list[TokenLogprob], ids: list[int], rows: Tensor, k: int) -> None:
