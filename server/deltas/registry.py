@@ -108,6 +108,16 @@ def _shown(error: Exception) -> str:
     return str(error) if isinstance(error, _Refused) else safe_reason(error)
 
 
+def unusable(name: str, error: Exception) -> str:
+    """What a client reads of a variant whose artifact cannot be used, found when it was opened or
+    when its weights were read.
+    """
+    return (
+        f"`{name}` cannot be served: {safe_reason(error)}; "
+        "an operator must compress or copy it again"
+    )
+
+
 def safe_reason(error: Exception) -> str:
     """Why an artifact cannot be used, as a client may read it: no paths."""
     if isinstance(error, WrongBase):  # its own message names the other base, maybe by its path

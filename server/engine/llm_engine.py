@@ -15,6 +15,7 @@ import torch
 from compressor.artifact.identity import base_identity
 from compressor.usable_cpus import product_threads
 from compressor.usable_memory import usable_memory_bytes
+from server.deltas.background import background_pool
 from server.deltas.loader import decode_threads
 from server.deltas.registry import DeltaRegistry, RegisteredDelta
 from server.deltas.slots import Slot
@@ -25,6 +26,7 @@ from server.engine.observer import CoreStats, Observer
 from server.engine.output import RequestOutput, TextOutput
 from server.engine.request import Request
 from server.engine.schedule.pages import PagePool
+from server.engine.single_flight import SingleFlight
 from server.engine.step.runner import Runner
 from server.engine.step.static_step import BUCKETS
 from server.engine.text import load_base_text
@@ -65,6 +67,9 @@ class LLMEngine:
         self._workers = ThreadPoolExecutor(4, thread_name_prefix="text")
         # Their own: a template that hangs must not keep others from tokenising.
         self._templates = ThreadPoolExecutor(2, thread_name_prefix="template")
+        # Their own, of low priority: who opens a variant must not keep others from tokenising.
+        self._openers = background_pool(2, "opener")
+        self._openings: SingleFlight[Variant] = SingleFlight(self._openers)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started = False
 
@@ -135,7 +140,7 @@ class LLMEngine:
                 break
             await asyncio.sleep(0.05)
         await asyncio.to_thread(self.core.stop)
-        for pool in (self._workers, self._templates):
+        for pool in (self._workers, self._templates, self._openers):
             pool.shutdown(wait=False, cancel_futures=True)
 
     # -- names -----------------------------------------------------------------------------------
@@ -182,13 +187,15 @@ class LLMEngine:
         return "failed" if error else "registered"
 
     async def open(self, model: str) -> Variant:
-        """See EngineClient. Reading and verifying an artifact happens on a worker thread."""
+        """See EngineClient. An artifact's configuration and text files are read on a thread of
+        their own, once for all who ask meanwhile; its weights when the engine needs them.
+        """
         if self.core.draining:
             raise Draining("the server is shutting down", retry_after_s=5)
         known = self._catalog.cached(model)
         if known is not None:
             return known
-        return await self._in_thread(lambda: self._catalog.open(model))
+        return await self._openings.run(model, lambda: self._catalog.open(model))
 
     def rescan(self) -> None:
         self._catalog.rescan()
