@@ -37,7 +37,7 @@ from server.errors import DeltaUnusable, ServeError
 log = logging.getLogger(__name__)
 DECODE_THREADS = 8
 MAX_LOADS = 4  # under way at once, those that wait decoded in host memory for a slot included
-ROOM_S = 0.002  # of making room for a variant between two steps of a CPU
+ROOM_SHARE = 0.05  # of a step's time, for making room for a variant before the next on a CPU
 RETRY_AFTER_S = 30  # an operator may have mended the artifact by then
 
 
@@ -148,7 +148,8 @@ class DeltaLoader:
         device = _device_of(parameters)
         self._n_threads = decode_threads(device)
         self._uploader = uploader or SlotUploader(device)
-        self._room_s = ROOM_S if device.type == "cpu" else None
+        self._in_pieces = device.type == "cpu"  # on a GPU every piece would end captured graphs
+        self._last_turn = time.perf_counter()
         self._readers = background_pool(reader_threads(device), "delta-reader")
         self._copier = background_pool(1, "delta-copier")
         self._loading: set[str] = set()
@@ -225,13 +226,16 @@ class DeltaLoader:
 
         beside_steps  a step is about to run: on a CPU, make a piece of the room only
         """
+        turn_s = time.perf_counter() - self._last_turn
         if self._untidy and not self._loading:
             self._untidy = False
             self._copier.submit(trim_heap)
         if self._placing is None and self._waiting_for_room and not self._storing:
             self._placing = self._take_slot(self._waiting_for_room[0])
         if self._placing is not None:
-            self._make_room(self._placing, self._room_s if beside_steps else None)
+            piece = beside_steps and self._in_pieces
+            self._make_room(self._placing, ROOM_SHARE * turn_s if piece else None)
+        self._last_turn = time.perf_counter()
 
     def _take_slot(self, staged: Staged) -> Placing | None:
         victims = self._slots.plan(staged.n_bytes)

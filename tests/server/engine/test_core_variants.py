@@ -148,11 +148,67 @@ def test_loads_under_way_are_bounded(
     engine.until(lambda: holder.request.n_output > 0)
     names = intercept_reads(engine)
     sent = [engine.submit(name, PROMPT) for name in FIVE[1:]]
-    engine.until(lambda: holder.request.n_output > 30)
+    engine.until(lambda: len(engine.core.loader._waiting_for_room) == 2)
+    n_output = holder.request.n_output
+    engine.until(lambda: holder.request.n_output > n_output + 10)
     assert names == FIVE[1:3]  # decoded and waiting for the slot; the others are not in memory
     engine.core.abort(holder.request)
     engine.run(*sent)
     assert_true_text(many, *sent)
+
+
+def test_load_that_nobody_waits_for_any_more_is_not_begun(many: Served, harness: Make) -> None:
+    engine = harness(many)
+    may_read, reading = threading.Event(), threading.Event()
+
+    def wait(name: str) -> None:
+        reading.set()
+        assert may_read.wait(60)
+
+    names = intercept_reads(engine, wait)
+    first = engine.submit(FIVE[0], PROMPT)
+    engine.until(reading.is_set)
+    left, stayed = ([engine.submit(name, PROMPT) for _ in range(2)] for name in FIVE[1:3])
+    engine.until(lambda: len(engine.core.loader._loading) == 3)
+    for one in (*left, stayed[0], first):  # the first's is being read: that goes on
+        engine.core.abort(one.request)
+    engine.core.turn()
+    may_read.set()
+    engine.run(stayed[1])
+    assert names == [FIVE[0], FIVE[2]]
+    again = engine.submit(FIVE[1], PROMPT)
+    engine.run(again)
+    assert names == [FIVE[0], FIVE[2], FIVE[1]]
+    assert_true_text(many, stayed[1], again)
+    engine.assert_idle()
+
+
+def test_room_made_in_pieces_between_steps_leaves_every_stream_true(
+    many: Served, harness: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.deltas.loader.ROOM_SHARE", 0.0)  # one parameter a step
+    engine = harness(many)
+    running = [engine.submit(name, PROMPT, ignore_eos=True) for name in ("base", FIVE[0])]
+    engine.until(lambda: all(one.request.n_output > 0 for one in running))
+    cold = [engine.submit(name, PROMPT) for name in FIVE[1:3]]
+    pieces: set[int] = set()
+
+    def done() -> bool:
+        if engine.core.loader._placing is not None:
+            pieces.add(max(one.request.n_output for one in running))
+            # Whoever runs beside it goes on.
+            if all(one.done for one in running):
+                running.append(engine.submit(FIVE[0], PROMPT, ignore_eos=True))
+        return all(one.done for one in cold)
+
+    engine.until(done)
+    engine.run(*running)
+    assert len(pieces) > 5
+    assert_true_text(many, *cold)
+    for one in running:
+        want = many.truth(one.request.variant.name, one.request.prompt_ids)[:16]
+        assert one.output_ids[: len(want)] == want
+    engine.assert_idle()
 
 
 def test_growing_the_arrays_never_overlaps_with_a_copy_into_them(
