@@ -50,10 +50,10 @@ class DeltaRegistry:
     def get(self, name: str) -> RegisteredDelta | None:
         return self._by_name.get(name)
 
-    def with_digest(self, digest: str | None) -> RegisteredDelta | None:
-        """A servable artifact with these bytes, under whatever name it has now."""
+    def with_digest(self, digest: str | None) -> list[RegisteredDelta]:
+        """Servable artifacts that claim to have these bytes, under whatever names they have now."""
         servable = (d for d in self._by_name.values() if d.error is None)
-        return next((d for d in servable if d.digest == digest), None)
+        return [d for d in servable if d.digest == digest]
 
     def all(self) -> list[RegisteredDelta]:
         return sorted(self._by_name.values(), key=lambda d: d.name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 
 from compressor.artifact.reader import Artifact, OpenedArtifact, open_artifact, read_terms
 from compressor.errors import ArtifactError, Corrupt
@@ -104,14 +105,11 @@ class VariantCatalog:
 
     def job_for(self, variant: Variant) -> LoadJob:
         """How the loader gets this variant's weights, now or after an eviction."""
-        delta = self.registry.with_digest(variant.digest) or self._paths[variant.key]
+        copies = self.registry.with_digest(variant.digest) or [self._paths[variant.key]]
+        copies.sort(key=lambda delta: delta.name != variant.name)  # its own first
 
         def read() -> Artifact:
-            artifact = read_terms(
-                delta.path, base_identity=self._identity, n_threads=self._read_threads
-            )
-            _check_digest(delta, artifact.digest)
-            return artifact
+            return self._read_weights(copies)
 
         return LoadJob(variant.key, variant.name, self._modes[variant.key], read)
 
@@ -126,6 +124,22 @@ class VariantCatalog:
         if delta.error is not None:
             raise DeltaUnusable(f"`{delta.name}` cannot be served: {delta.error}", param="model")
         return delta
+
+    def _read_weights(self, copies: Sequence[RegisteredDelta]) -> Artifact:
+        """From the first copy that is whole; all claim the same digest. A reader's thread."""
+        errors: list[Exception] = []
+        for delta in copies:
+            try:
+                artifact = read_terms(
+                    delta.path, base_identity=self._identity, n_threads=self._read_threads
+                )
+                _check_digest(delta, artifact.digest)
+            except (ArtifactError, OSError, DeltaUnusable) as error:
+                log.warning("the weights of %s cannot be used: %s", delta.name, error)
+                errors.append(error)
+            else:
+                return artifact
+        raise errors[0]
 
     def _text_of(self, opened: OpenedArtifact) -> TextAssets:
         try:

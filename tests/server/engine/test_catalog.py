@@ -245,6 +245,18 @@ def test_same_bytes_under_two_names_share_one_slot(own: Served, harness: Make) -
     assert len(engine.core.stats().resident) == 1
 
 
+def test_damaged_copy_does_not_keep_its_twin_from_being_served(own: Served, harness: Make) -> None:
+    for name in ("a-copy", "z-copy"):
+        put(own.deltas / "impart", own.deltas / name)
+    flip_a_bit(own.deltas / "a-copy" / "delta.safetensors")
+    for name in ("impart", "a-copy"):
+        engine = harness(own)
+        one = engine.submit(name, PROMPT)
+        engine.run(one)
+        assert one.error is None
+        assert one.output_ids == own.truth("impart", one.request.prompt_ids)[:16]
+
+
 # -- what a variant brings along -----------------------------------------------------------------
 
 
