@@ -8,6 +8,7 @@ many times as long as one, and keep the steps' caches cold meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import threading
@@ -23,8 +24,10 @@ def background_pool(n_threads: int, name: str) -> ThreadPoolExecutor:
     started = threading.Barrier(n_threads + 1)
 
     def enter() -> None:
-        make_background()
-        started.wait()
+        try:
+            make_background()
+        finally:
+            started.wait()
 
     pool = ThreadPoolExecutor(n_threads, name, initializer=enter)
     for _ in range(n_threads):
@@ -37,8 +40,9 @@ def make_background() -> None:
     """Give the calling thread low priority and let it compute without helpers."""
     if sys.platform == "linux":  # elsewhere niceness belongs to the process
         thread = threading.get_native_id()
-        niceness = max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread))
-        os.setpriority(os.PRIO_PROCESS, thread, niceness)
+        with contextlib.suppress(OSError):  # a sandbox may forbid it
+            niceness = max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread))
+            os.setpriority(os.PRIO_PROCESS, thread, niceness)
     if "OpenMP" in torch.__config__.parallel_info():
         _without_helpers()
 
