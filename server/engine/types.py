@@ -145,9 +145,7 @@ class EngineClient(Protocol):
     def models(self) -> Sequence[ModelInfo]: ...
 
     async def open(self, model: str) -> VariantHandle:
-        """Resolve a name; the weights are read when a request needs them. Raises ModelNotFound,
-        DeltaUnusable, Draining.
-        """
+        """Resolve a name and begin loading. Raises ModelNotFound, DeltaUnusable, Draining."""
         ...
 
     async def encode(self, variant: VariantHandle, text: str) -> list[int]:
