@@ -4,7 +4,7 @@
     python -m benchmarks.host --serve BASE --port 8000        # a server, for benchmarks.serve
 
 A GPU decodes while Python plans, samples and answers; without one, a thread that sleeps stands in
-for it: the engine (scheduler, page tables, sampler, bookkeeping, over static buffers) is the
+for it: the engine (scheduler, KV block tables, sampler, bookkeeping, over static buffers) is the
 server's own, what is computed is not. So tokens are meaningless and times are the host's:
 ``async_scheduling`` on and off against the device's own time.
 """
@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
@@ -143,11 +142,11 @@ def serve(base: Path, port: int, n_rows: int, step_s: float, *, ahead: bool) -> 
         torch_threads=1,
     )
 
-    def over_static_buffers(engine: LLMEngine, runner: Runner) -> None:
-        runner.use_static(max_rows=n_rows, max_len=engine.max_model_len)
+    def over_static_buffers(runner: Runner, settings: Settings) -> None:
+        assert settings.max_model_len is not None
+        runner.use_static(max_rows=n_rows, max_len=settings.max_model_len)
 
-    with mock.patch.object(LLMEngine, "_choose_steps", over_static_buffers):
-        engine = LLMEngine.from_settings(settings)
+    engine = LLMEngine.from_settings(settings, choose_steps=over_static_buffers)
     put_to_sleep(engine.core, step_s, n_rows + 8)
     run_in_loop(run(engine, settings, Metrics()))
 

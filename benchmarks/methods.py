@@ -70,7 +70,7 @@ class Variant:
 
     def _add(self, delta: TensorDelta) -> None:
         stored = self._base[delta.name]
-        merged = delta.merge((stored.T if delta.transposed else stored).float())
+        merged = delta.reconstruct((stored.T if delta.transposed else stored).float())
         has_added = delta.shape[0] > delta.base_shape[0]
         if has_added and self.model.get_parameter(delta.name).shape[0] < delta.shape[0]:
             self.model.resize_token_embeddings(merged.shape[0], mean_resizing=False)

@@ -26,18 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compressor.artifact.identity import base_identity
-from compressor.usable_cpus import product_threads
-from server.deltas.registry import DeltaRegistry
+from server.engine.build import build_engine, device_of, use_threads
 from server.engine.catalog import VariantCatalog
 from server.engine.core import EngineCore, Events
-from server.engine.llm_engine import allocate_pages
-from server.engine.memory import with_kv_cache
 from server.engine.request import Request
-from server.engine.step.runner import Runner
-from server.engine.text import load_base_text
 from server.engine.types import SamplingParams
-from server.model.base import load_base_model
 from server.ops.blockdiag import BlockDiagOp
 from server.ops.choose import choose_kernels
 from server.ops.kernels import Kernels
@@ -210,22 +203,18 @@ class Bench:
 
 def make_bench(settings: Settings, clock: Clock) -> Bench:
     """Load the base with kernels on the clock; nothing is counted until `clock.on`."""
-    device = torch.device("cpu" if settings.device == "auto" else settings.device)
-    dtype = None if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    dtype = torch.bfloat16 if settings.dtype == "auto" else getattr(torch, settings.dtype)
     # The compute dtype is the checkpoint's; kernels for bfloat16 suit any the CPU has.
-    kernels = choose_kernels(settings.kernels, device, dtype or torch.bfloat16)
-    base = load_base_model(settings.base, device, dtype, TimedKernels(kernels, clock))
-    identity = base_identity(settings.base)
-    registry = DeltaRegistry(settings.deltas, identity, frozenset({"base"}))
-    registry.rescan()
-    text = load_base_text(settings.base)
-    catalog = VariantCatalog(settings, registry, "base", identity, text, base.vocab_size)
-    settings = with_kv_cache(settings, base.device)
-    pages = allocate_pages(base, settings)
-    core = EngineCore(Runner(base), settings, pages, catalog.job_for, _deliver_all)
-    for module in base.model.modules():
+    kernels = TimedKernels(choose_kernels(settings.kernels, device_of(settings), dtype), clock)
+    parts = build_engine(
+        settings,
+        _deliver_all,
+        kernels=kernels,
+        choose_steps=lambda runner, settings: None,  # timers see nothing inside a graph
+    )
+    for module in parts.base.model.modules():
         _time_module(module, clock)
-    return Bench(core, catalog, clock.now)
+    return Bench(parts.core, parts.catalog, clock.now)
 
 
 def _deliver_all(events: Events) -> None:
@@ -300,14 +289,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print output tokens per second and the table."""
     logging.basicConfig(level=logging.WARNING)
     args = parse_args(argv)
-    torch.set_num_threads(product_threads(args.threads).count)
     settings = Settings(
         base=args.base,
         deltas=args.deltas,
+        served_base_name="base",
+        device="cpu",
+        torch_threads=args.threads,
         kernels=args.kernels,
         dtype=args.dtype,
         max_prefill_slowdown=0,  # steps that depend on the time they take cannot be compared
     )
+    use_threads(settings)
     clock = Clock(time.thread_time if args.cpu_time else time.perf_counter)
     bench = make_bench(settings, clock)
     names = [delta.name for delta in bench.catalog.registry.all()][: args.variants] or ["base"]

@@ -35,7 +35,7 @@ class Settings:
     async_scheduling: bool = True  # launch a graph's next step before the last's tokens are read
     mode: Literal["apply", "reconstruct"] = "apply"
     mode_overrides: dict[str, Literal["apply", "reconstruct"]] = field(default_factory=dict)
-    # Device memory for merged weights of variants that have whole steps to themselves; 0: none.
+    # Device memory for weights of variants that have whole steps to themselves; 0: none.
     reconstruct_budget_bytes: int = 0
     delta_budget_bytes: int = 4 * GIB  # device memory for resident deltas, LRU beyond
     max_resident_variants: int = 64  # slots
@@ -44,7 +44,7 @@ class Settings:
     kv_cache_bytes: int | None = None
     gpu_memory_utilization: float = 0.9  # of the GPU's memory; the rest: activations, graphs
     kv_block_tokens: int = 16
-    prefix_cache: bool = True  # requests of one variant share the pages of a common beginning
+    prefix_cache: bool = True  # requests of one variant share the KV blocks of a common beginning
     max_model_len: int | None = None  # default: the base's own limit
     max_num_seqs: int = 64  # running at once
     # Per engine step: decode first, then prefill chunks. Default: 256 on the CPU, 2048 on CUDA.
@@ -99,8 +99,8 @@ class Settings:
                 f"max_prefill_slowdown must be above 1, or 0 for no limit, "
                 f"got {self.max_prefill_slowdown}"
             )
-        merges = "reconstruct" in (self.mode, *self.mode_overrides.values())
-        if self.base_quant != "none" and (merges or self.reconstruct_budget_bytes):
+        reconstructs = "reconstruct" in (self.mode, *self.mode_overrides.values())
+        if self.base_quant != "none" and (reconstructs or self.reconstruct_budget_bytes):
             raise ConfigError(
                 "weights cannot be reconstructed from an 8-bit base: use mode apply without a "
                 "reconstruct budget, or base_quant none"

@@ -17,7 +17,7 @@ from benchmarks.gpu.shapes import Codec, Group
 from server.ops.packed import PackedBlocks, packed_rows
 from server.ops.row_plan import Segment
 
-PAGE = 32
+BLOCK_TOKENS = 32
 
 
 @dataclass(frozen=True)

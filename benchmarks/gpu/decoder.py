@@ -13,21 +13,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.gpu.cases import PAGE, random_blocks
+from benchmarks.gpu.cases import BLOCK_TOKENS, random_blocks
 from benchmarks.gpu.shapes import Codec, ModelShape
 from server.engine.step.static_buffers import StaticBatch
 from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight, quantize_int8
 from server.ops.triton.attention import NewTokens, paged_decode
 from server.ops.triton.blockdiag import (
-    DECODE_ROWS,
     BlockKernel,
     blockdiag_add_,
     plan_kernel,
 )
 from server.ops.triton.linear import linear_
 from server.ops.triton.norm import add_rms_norm, rms_norm, silu_mul
-from server.ops.triton.segments import SegmentArrays
+from server.ops.triton.segments import DECODE_ROWS, SegmentArrays
 
 Weight = Tensor | QuantizedWeight
 
@@ -108,9 +107,9 @@ class Decoder:
         dim, rows = self.shape.head_dim, len(fused)
         cut = [self.shape.heads * dim, self.shape.kv_heads * dim, self.shape.kv_heads * dim]
         q, k, v = (part.view(rows, -1, dim) for part in fused.split(cut, dim=1))
-        new = NewTokens(k, v, cos, sin, batch.places)
+        new = NewTokens(k, v, cos, sin, batch.cache_rows)
         out = paged_decode(
-            *(q, layer.k_cache, layer.v_cache, batch.pages, batch.lengths),
+            *(q, layer.k_cache, layer.v_cache, batch.kv_blocks, batch.lengths),
             scale=dim**-0.5,
             n_splits=self.n_splits,
             new=new,
@@ -131,7 +130,7 @@ def random_decoder(
     shape: ModelShape,
     codec: Codec,
     n_slots: int,
-    n_pages: int,
+    n_kv_blocks: int,
     device: torch.device,
     dtype: torch.dtype,
     *,
@@ -147,7 +146,7 @@ def random_decoder(
         return torch.rand(n_slots + 1, shape.hidden, device=device, dtype=dtype) + 0.5
 
     def cache() -> Tensor:
-        size = (n_pages, PAGE, shape.kv_heads, shape.head_dim)
+        size = (n_kv_blocks, BLOCK_TOKENS, shape.kv_heads, shape.head_dim)
         return torch.zeros(size, device=device, dtype=dtype)
 
     def layer() -> Layer:

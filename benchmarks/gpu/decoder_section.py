@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.gpu.cases import PAGE, even_segments
+from benchmarks.gpu.cases import BLOCK_TOKENS, even_segments
 from benchmarks.gpu.decoder import random_decoder
 from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.predict import step_expected_ms
@@ -17,21 +17,21 @@ from server.ops.triton.blockdiag import PREFILL_ROWS
 from server.ops.triton.segments import segment_arrays
 
 
-def pages_per_row(plan: Plan) -> int:
-    return -(-plan.context // PAGE) + 1
+def kv_blocks_per_row(plan: Plan) -> int:
+    return -(-plan.context // BLOCK_TOKENS) + 1
 
 
 def rows_for(plan: Plan, batch: int, variants: int, at: int) -> list[DecodeRow]:
     """`batch` sequences of length `at`, shared evenly by `variants` variants (0: base only)."""
-    per_row = pages_per_row(plan)
+    per_row = kv_blocks_per_row(plan)
     slots = [-1] * batch
     for segment in even_segments(batch, variants) if variants else []:
         slots[segment.start : segment.end] = [segment.slot] * (segment.end - segment.start)
     rows = []
     for i, slot in enumerate(slots):
-        pages = list(range(i * per_row, i * per_row + -(-at // PAGE)))
-        place = pages[(at - 1) // PAGE] * PAGE + (at - 1) % PAGE
-        rows.append(DecodeRow(i % plan.shape.vocab, at - 1, place, pages, at, slot))
+        kv_blocks = list(range(i * per_row, i * per_row + -(-at // BLOCK_TOKENS)))
+        cache_row = kv_blocks[(at - 1) // BLOCK_TOKENS] * BLOCK_TOKENS + (at - 1) % BLOCK_TOKENS
+        rows.append(DecodeRow(i % plan.shape.vocab, at - 1, cache_row, kv_blocks, at, slot))
     return rows
 
 
@@ -39,11 +39,13 @@ def steps(plan: Plan, report: Report, codec: Codec) -> bool:
     """Captured decode steps with 0 .. k variants against base only and the floor."""
     bandwidth = copy_bandwidth(plan)
     most = max(rows for rows, _ in plan.mixes)
-    n_pages = most * pages_per_row(plan)
+    n_kv_blocks = most * kv_blocks_per_row(plan)
     decoder = random_decoder(
-        plan.shape, codec, max(plan.variants), n_pages, plan.device, plan.dtype
+        plan.shape, codec, max(plan.variants), n_kv_blocks, plan.device, plan.dtype
     )
-    step = StaticStep(decoder, max_rows=most, max_pages=pages_per_row(plan), device=plan.device)
+    step = StaticStep(
+        decoder, max_rows=most, max_kv_blocks=kv_blocks_per_row(plan), device=plan.device
+    )
     report.table(
         f"Kernels' decoder, bf16 base, {codec.name}, {plan.context} tokens of context",
         *("variants", "rows", "step ms", "expected ms", "/ floor", "base only / this"),

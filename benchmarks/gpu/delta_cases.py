@@ -23,7 +23,6 @@ from server.ops.kernels import TorchKernels
 from server.ops.lowrank import PackedLowRank
 from server.ops.packed import packed_rows
 from server.ops.triton.blockdiag import (
-    DECODE_ROWS,
     PREFILL_ROWS,
     blockdiag_add_,
     blockdiag_add_reference_,
@@ -32,7 +31,7 @@ from server.ops.triton.blockdiag import (
 from server.ops.triton.impart import impart_add_, impart_add_reference_
 from server.ops.triton.lowrank import lowrank_add_, lowrank_add_reference_
 from server.ops.triton.packed_lowrank import packed_lowrank_add_, packed_lowrank_add_reference_
-from server.ops.triton.segments import segment_arrays
+from server.ops.triton.segments import DECODE_ROWS, segment_arrays
 
 # From the inner loops' machine code: 2 and 3 bit are bound by instructions (README).
 SHARES = {2: 0.55, 3: 0.45, 4: 0.75, 8: 0.8, 16: 0.8}

@@ -17,8 +17,8 @@ from benchmarks.gpu.plan import Plan
 from benchmarks.gpu.random_model import IDENTITY, random_base
 from compressor.artifact.reader import Artifact, read_artifact
 from server.deltas.loader import LoadJob, Staged, decode_threads, stage_variant
+from server.engine.build import build_core
 from server.engine.core import EngineCore, Events
-from server.engine.llm_engine import allocate_pages
 from server.engine.request import Request
 from server.engine.step.runner import Runner
 from server.engine.text import TextAssets
@@ -98,7 +98,7 @@ class Engine:
         """
         base = self.runner.base
         job = LoadJob(keys[0], keys[0], "apply", lambda: artifact)
-        parameters = stage_variant(artifact, base.parameters, "apply")
+        parameters = stage_variant(artifact, base.parameters)
         n_bytes = sum(p.n_bytes for p in parameters)
         staged = Staged(job, parameters, n_bytes, time.monotonic())
         errors = self.core.loader.errors
@@ -148,15 +148,21 @@ def make_engine(
         max_prefill_slowdown=0.0,
         prefix_cache=False,
     )
-    pages = allocate_pages(base, settings)
-    runner = Runner(base)
-    runner.use_static(max_rows=n_rows, max_len=longest)
     engine: Engine
+
+    def static_steps(runner: Runner, settings: Settings) -> None:
+        runner.use_static(max_rows=n_rows, max_len=longest)
 
     def publish(events: Events) -> None:
         for request, event in events:
             request.deliver(event)
 
-    core = EngineCore(runner, settings, pages, lambda variant: engine.job_for(variant), publish)
-    engine = Engine(plan, core, runner)
+    parts = build_core(
+        settings,
+        base,
+        lambda variant: engine.job_for(variant),
+        publish,
+        choose_steps=static_steps,
+    )
+    engine = Engine(plan, parts.core, parts.runner)
     return engine

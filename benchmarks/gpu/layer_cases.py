@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from benchmarks.gpu.cases import PAGE, Case, Place, Sizes, Spec, relative
+from benchmarks.gpu.cases import BLOCK_TOKENS, Case, Place, Sizes, Spec, relative
 from benchmarks.gpu.shapes import Group, ModelShape
 from server.ops.attention import PrefillChunk
 from server.ops.quantize import linear_reference, quantize_int8
@@ -42,27 +42,30 @@ def decode_spec(shape: ModelShape, batch: int, length: int) -> Spec:
     dim, cut = shape.head_dim, _heads_of(shape)
 
     def make(place: Place) -> Case:
-        per_row = -(-length // PAGE)
-        cache = (batch * per_row, PAGE, shape.kv_heads, dim)
+        per_row = -(-length // BLOCK_TOKENS)
+        cache = (batch * per_row, BLOCK_TOKENS, shape.kv_heads, dim)
         caches = place.randn(*cache), place.randn(*cache)
-        pages = torch.randperm(batch * per_row, device=place.device).int().view(batch, per_row)
+        kv_blocks = torch.randperm(batch * per_row, device=place.device).int().view(batch, per_row)
         sizes = torch.tensor(lengths, device=place.device, dtype=torch.int32)
         fused = place.randn(batch, sum(cut))
         q, k, v = (part.view(batch, -1, dim) for part in fused.split(cut, dim=1))
         last = (sizes - 1).long()
-        places = pages.gather(1, (last // PAGE).unsqueeze(1))[:, 0] * PAGE + last % PAGE
-        new = NewTokens(k, v, *_angles(place, batch, dim), places)
+        cache_rows = (
+            kv_blocks.gather(1, (last // BLOCK_TOKENS).unsqueeze(1))[:, 0] * BLOCK_TOKENS
+            + last % BLOCK_TOKENS
+        )
+        new = NewTokens(k, v, *_angles(place, batch, dim), cache_rows)
         scale = dim**-0.5
 
         def run() -> Tensor:
-            return paged_decode(q, *caches, pages, sizes, scale=scale, new=new)
+            return paged_decode(q, *caches, kv_blocks, sizes, scale=scale, new=new)
 
         def error() -> float:
             got = run()
             wide_q, *wide = q.double(), *(cache.double() for cache in caches)
-            turned = (wide_q, k.double(), v.double(), new.cos, new.sin, *wide, places)
+            turned = (wide_q, k.double(), v.double(), new.cos, new.sin, *wide, cache_rows)
             rope_and_write_reference_(*turned, torch.float64)
-            arguments = (wide_q, *wide, pages, sizes)
+            arguments = (wide_q, *wide, kv_blocks, sizes)
             want = paged_decode_reference(*arguments, scale=scale, compute=torch.float64)
             return max(relative(got, want), *map(relative, caches, wide))
 
@@ -92,12 +95,12 @@ def prefill_spec(shape: ModelShape, tokens: int) -> Spec:
     heads, dim = shape.heads, shape.head_dim
 
     def make(place: Place) -> Case:
-        per_row = -(-2 * half // PAGE)
-        k, v = (place.randn(2 * per_row, PAGE, shape.kv_heads, dim) for _ in range(2))
-        pages = torch.randperm(2 * per_row, device=place.device).view(2, per_row)
+        per_row = -(-2 * half // BLOCK_TOKENS)
+        k, v = (place.randn(2 * per_row, BLOCK_TOKENS, shape.kv_heads, dim) for _ in range(2))
+        kv_blocks = torch.randperm(2 * per_row, device=place.device).view(2, per_row)
         chunks = [
-            PrefillChunk(0, half, 0, pages[0, : -(-half // PAGE)]),
-            PrefillChunk(half, 2 * half, half, pages[1]),
+            PrefillChunk(0, half, 0, kv_blocks[0, : -(-half // BLOCK_TOKENS)]),
+            PrefillChunk(half, 2 * half, half, kv_blocks[1]),
         ]
         tiles = prefill_tiles(chunks, place.device, place.dtype)
         q = place.randn(2 * half, heads, dim)
@@ -134,7 +137,8 @@ def _prefill_error(
     worst = 0.0
     for head in range(q.shape[1]):
         keys, values = (
-            cache[chunk.pages, :, head // group].flatten(0, 1)[:length].double() for cache in (k, v)
+            cache[chunk.kv_blocks, :, head // group].flatten(0, 1)[:length].double()
+            for cache in (k, v)
         )
         scores = (q[rows, head].double() @ keys.T * scale).masked_fill(~seen, float("-inf"))
         worst = max(worst, relative(got[rows, head], scores.softmax(-1) @ values))
@@ -148,12 +152,12 @@ def rope_spec(shape: ModelShape, rows: int) -> Spec:
     def make(place: Place) -> Case:
         fused = place.randn(rows, sum(cut))
         cos, sin = _angles(place, rows, dim)
-        caches = place.randn(2, -(-rows // PAGE), PAGE, shape.kv_heads, dim).zero_()
-        places = torch.arange(rows, device=place.device)
+        caches = place.randn(2, -(-rows // BLOCK_TOKENS), BLOCK_TOKENS, shape.kv_heads, dim).zero_()
+        cache_rows = torch.arange(rows, device=place.device)
 
         def rope(target: Tensor) -> None:
             q, k, v = (part.view(rows, -1, dim) for part in target.split(cut, dim=1))
-            rope_and_write_(q, k, v, cos, sin, caches[0], caches[1], places)
+            rope_and_write_(q, k, v, cos, sin, caches[0], caches[1], cache_rows)
 
         def error() -> float:
             target = fused.clone()
@@ -162,7 +166,7 @@ def rope_spec(shape: ModelShape, rows: int) -> Spec:
             got = torch.cat([target[:, : cut[0]].flatten(), caches.flatten()])
             wide, wide_caches = fused.double(), torch.zeros_like(caches, dtype=torch.float64)
             q, k, v = (part.view(rows, -1, dim) for part in wide.split(cut, dim=1))
-            rope_and_write_reference_(q, k, v, cos, sin, *wide_caches, places, torch.float64)
+            rope_and_write_reference_(q, k, v, cos, sin, *wide_caches, cache_rows, torch.float64)
             want = torch.cat([wide[:, : cut[0]].flatten(), wide_caches.flatten()])
             return relative(got, want)
 

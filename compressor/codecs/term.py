@@ -102,7 +102,7 @@ class TensorDelta:
     terms: tuple[Term, ...]
     exact: DenseRows | None
 
-    def merge(self, base: Tensor) -> Tensor:
+    def reconstruct(self, base: Tensor) -> Tensor:
         """Return ``W_base + dW`` in float32, ``[out, in]`` orientation.
 
         base  the base parameter in ``[out, in]`` orientation, shape `base_shape`.

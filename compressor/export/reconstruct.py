@@ -105,7 +105,7 @@ def _copied(base: Checkpoint, key: str) -> Iterator[Tensor]:
 
 def _merged(base: Checkpoint, key: str, delta: TensorDelta) -> Iterator[Tensor]:
     stored = base.rows(key)
-    merged = delta.merge(stored.T if delta.transposed else stored)
+    merged = delta.reconstruct(stored.T if delta.transposed else stored)
     yield merged.T if delta.transposed else merged
 
 

@@ -86,7 +86,7 @@ def merge_into(model: Any, base: Checkpoint, deltas: Iterable[TensorDelta]) -> N
                     "tensor inside a larger one; compress with no calibration text"
                 )
             stored = base.rows(keys[delta.name])
-            merged = delta.merge(stored.T if delta.transposed else stored)
+            merged = delta.reconstruct(stored.T if delta.transposed else stored)
             parameters[delta.name].copy_(merged.T if delta.transposed else merged)
 
 

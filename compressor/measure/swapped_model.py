@@ -145,7 +145,7 @@ class SwappedModel:
         stored = self._base.rows(self._base_keys[name])
         delta = self._deltas.get(name) if wanted == "variant" else None
         if delta is not None:
-            merged = delta.merge(stored.T if delta.transposed else stored)
+            merged = delta.reconstruct(stored.T if delta.transposed else stored)
             stored = merged.T if delta.transposed else merged
         if stored.ndim != parameter.ndim or stored.shape[1:] != parameter.shape[1:]:
             raise WrongShape(

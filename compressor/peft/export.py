@@ -161,7 +161,7 @@ def _add(
     # The terms themselves where they are all: adding them to the base would round.
     change = sum((term.to_dense() for term in delta.terms), torch.zeros_like(ours))
     if delta.exact is not None:
-        change = delta.merge(ours) - ours
+        change = delta.reconstruct(ours) - ours
     size = _squared(change)
     adapter.total += size
     if _takes_factors(parameter, layout, modules):

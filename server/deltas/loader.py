@@ -5,6 +5,9 @@
                                                has arrived ("stored")
     engine thread   show                    -> rows of the slot get their delta from the next step
 
+A variant of mode `reconstruct` has one stage more before it is shown: a worker makes its whole
+weights, for `WeightsMaker` to install.
+
 Nothing here waits for a step and no step waits for anything here: on a GPU the bytes go through
 pinned memory and a stream of their own (`SlotUploader`). One variant is copied at a time:
 making room for another may replace the arrays that a copy is writing to. On a CPU the engine thread
@@ -18,7 +21,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 
@@ -59,14 +63,16 @@ class Staged:
     parameters: tuple[StagedParameter, ...]
     n_bytes: int
     started: float
+    artifact: Artifact | None = None  # whose weights are to be reconstructed
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """Copied into its slot."""
+    """Copied into its slot, and its weights reconstructed if its mode says so."""
 
     staged: Staged
     slot: Slot
+    weights: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +103,16 @@ class LoadFailed:
 LoaderMessage = Staged | Stored | LoadFailed
 
 
+class WeightsMaker(Protocol):
+    """Makes, installs and forgets a slot's whole weights; `ReconstructedWeights` implements it."""
+
+    def replaces(self, parameter: DeltaParameter) -> bool: ...
+    def bytes_for(self, artifact: Artifact) -> int: ...
+    def build(self, artifact: Artifact) -> Any: ...
+    def install(self, slot: int, ops: Any, *, always: bool) -> None: ...
+    def remove(self, slot: int) -> None: ...
+
+
 def decode_threads(device: torch.device) -> int:
     """Threads for one variant: on a GPU's host cores are idle, on a CPU the steps need them."""
     return min(DECODE_THREADS, usable_cpus().cpus) if device.type == "cuda" else 1
@@ -105,11 +121,13 @@ def decode_threads(device: torch.device) -> int:
 def stage_variant(
     artifact: Artifact,
     parameters: Mapping[str, DeltaParameter],
-    mode: Mode,
     n_threads: int = 1,
+    replaces: Callable[[DeltaParameter], bool] = lambda parameter: False,
 ) -> tuple[StagedParameter, ...]:
     """Decode every tensor of the artifact for this base. Raises ArtifactError or
     UnsupportedTensor if any does not fit: a variant is served whole or not at all.
+
+    replaces  whether the slot's reconstructed weights stand in for a parameter's terms
     """
 
     def stage(delta: TensorDelta) -> StagedParameter:
@@ -119,9 +137,9 @@ def stage_variant(
                 f"{delta.name}: the served model has no such linear, embedding, norm or bias; "
                 "serve the reconstructed checkpoint instead (impart reconstruct)"
             )
-        return parameter.stage(delta, mode)
+        return parameter.stage(delta, without_terms=replaces(parameter))
 
-    if n_threads == 1 or mode == "reconstruct":  # whole float32 matrices: one at a time
+    if n_threads == 1:
         return tuple(map(stage, artifact.tensors))
     with ThreadPoolExecutor(n_threads, "delta-decoder") as pool:
         return tuple(pool.map(stage, artifact.tensors))
@@ -140,11 +158,13 @@ class DeltaLoader:
         parameters: Mapping[str, DeltaParameter],
         slots: SlotTable,
         post: Callable[[LoaderMessage], None],
+        weights: WeightsMaker,
         uploader: Uploader | None = None,
     ) -> None:
         self._parameters = parameters
         self._slots = slots
         self._post = post
+        self._weights = weights
         device = _device_of(parameters)
         self._n_threads = decode_threads(device)
         self._uploader = uploader or SlotUploader(device)
@@ -156,7 +176,7 @@ class DeltaLoader:
         self._reads: dict[str, Future[None]] = {}  # by key, until they have ended
         self._waiting_for_room: list[Staged] = []
         self._placing: Placing | None = None
-        self._storing = False
+        self._storing: Slot | None = None  # where one variant's bytes are, or will be, copied
         self._untidy = False  # loads have ended since the heap was trimmed
         self.errors: dict[str, str] = {}  # by key, until it loads after all; safe to show
 
@@ -170,7 +190,7 @@ class DeltaLoader:
 
     def wants_room(self) -> bool:
         """Whether `place_waiting` may have something to do."""
-        return self._placing is not None or (bool(self._waiting_for_room) and not self._storing)
+        return self._placing is not None or (bool(self._waiting_for_room) and self._storing is None)
 
     def request(self, job: LoadJob) -> None:
         """Begin to load unless that is under way already or `MAX_LOADS` are; ask again then."""
@@ -201,10 +221,16 @@ class DeltaLoader:
                 self._waiting_for_room.append(message)
                 return None
             case Stored(staged=staged, slot=slot):
+                self._copied(slot)
+                if staged.artifact is not None and message.weights is None:
+                    self._readers.submit(self._reconstruct, message, staged.artifact)
+                    return None
+                if message.weights is not None:
+                    self._weights.install(slot.index, message.weights, always=True)
                 for parameter in staged.parameters:
                     parameter.parameter.show(slot.index, parameter)
                 slot.ready = True
-                self._storing, self._untidy = False, True
+                self._untidy = True
                 self._loading.discard(staged.job.key)
                 self.errors.pop(staged.job.key, None)
                 seconds = time.monotonic() - staged.started
@@ -215,7 +241,7 @@ class DeltaLoader:
             case LoadFailed():
                 if message.slot is not None:
                     self._clear(message.slot)
-                    self._storing = False
+                    self._copied(message.slot)
                 return self._end(message)
 
     def place_waiting(self, *, beside_steps: bool = False) -> None:
@@ -230,7 +256,7 @@ class DeltaLoader:
         if self._untidy and not self._loading:
             self._untidy = False
             self._copier.submit(trim_heap)
-        if self._placing is None and self._waiting_for_room and not self._storing:
+        if self._placing is None and self._waiting_for_room and self._storing is None:
             self._placing = self._take_slot(self._waiting_for_room[0])
         if self._placing is not None:
             piece = beside_steps and self._in_pieces
@@ -246,7 +272,7 @@ class DeltaLoader:
             log.info("evicting the delta in slot %d", victim.index)
             self._clear(victim)
         slot = self._slots.place(staged.job.key, staged.n_bytes)
-        self._storing = True
+        self._storing = slot
         return Placing(staged, slot, iter(staged.parameters))
 
     def _make_room(self, placing: Placing, seconds: float | None) -> None:
@@ -274,6 +300,11 @@ class DeltaLoader:
         for pool in (self._readers, self._copier):
             pool.shutdown(wait=True, cancel_futures=True)
 
+    def _copied(self, slot: Slot) -> None:
+        """The next may be copied, if it was this slot's turn."""
+        if self._storing is slot:
+            self._storing = None
+
     def _clear(self, slot: Slot) -> None:
         self._hide(slot)
         self._slots.evict(slot)
@@ -281,6 +312,7 @@ class DeltaLoader:
     def _hide(self, slot: Slot) -> None:
         for parameter in set(self._parameters.values()):
             parameter.hide(slot.index)
+        self._weights.remove(slot.index)
 
     def _fail(self, job: LoadJob, message: str) -> LoadFailed:
         return self._end(LoadFailed(job.key, job.name, message))
@@ -294,11 +326,25 @@ class DeltaLoader:
     def _stage(self, job: LoadJob) -> None:
         started = time.monotonic()
         try:
-            parameters = stage_variant(job.read(), self._parameters, job.mode, self._n_threads)
-            n_bytes = sum(p.n_bytes for p in parameters)
-            self._post(Staged(job, parameters, n_bytes, started))
+            self._post(self._staged(job, job.read(), started))
         except Exception as error:
             self._post(_failed(job, error))
+
+    def _staged(self, job: LoadJob, artifact: Artifact, started: float) -> Staged:
+        if job.mode == "apply":
+            parameters = stage_variant(artifact, self._parameters, self._n_threads)
+            return Staged(job, parameters, sum(p.n_bytes for p in parameters), started)
+        weights = self._weights
+        parameters = stage_variant(artifact, self._parameters, self._n_threads, weights.replaces)
+        n_bytes = sum(p.n_bytes for p in parameters) + weights.bytes_for(artifact)
+        return Staged(job, parameters, n_bytes, started, artifact)
+
+    def _reconstruct(self, stored: Stored, artifact: Artifact) -> None:
+        try:
+            weights = self._weights.build(artifact)
+            self._post(replace(stored, weights=weights))
+        except Exception as error:
+            self._post(_failed(stored.staged.job, error, stored.slot))
 
     def _store(self, staged: Staged, slot: Slot, made: Ready) -> None:
         try:

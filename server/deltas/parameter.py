@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from compressor.codecs.term import TensorDelta
-from compressor.errors import UnsupportedTensor, WrongShape
+from compressor.errors import WrongShape
 from server.deltas.pools.base import Staged, TermPool
 from server.deltas.pools.blockdiag import BlockDiagPool, SharedBlocks
 from server.deltas.pools.layouts import Layout, layout_of, make_pool
@@ -35,22 +35,20 @@ PoolKey = tuple[int, Layout]
 class StagedParameter:
     """A decoded delta of one parameter, on the host, ready to be copied into a slot.
 
-    terms   parts by pool; empty in reconstruct mode
-    merged  [m, n] ``W_base + dW`` over the base's rows (reconstruct mode)
+    terms   parts by pool; empty if the slot's reconstructed weights stand in for them
     extra   [h, n] rows past the base's end (added vocabulary)
     vector  [m] the fine-tune's own 1-D value (norm weight, bias)
     """
 
     parameter: DeltaParameter
     terms: tuple[tuple[PoolKey, Staged], ...] = ()
-    merged: Tensor | None = None
     extra: Tensor | None = None
     vector: Tensor | None = None
 
     @property
     def n_bytes(self) -> int:
         parts = [part for _, staged in self.terms for part in staged]
-        parts += [t for t in (self.merged, self.extra, self.vector) if t is not None]
+        parts += [t for t in (self.extra, self.vector) if t is not None]
         return sum(part.numel() * part.element_size() for part in parts)
 
 
@@ -70,7 +68,6 @@ class DeltaParameter:
         # Parameters of linears that read the same input, this one included (see `Product`).
         self.siblings: tuple[DeltaParameter, ...] = (self,)
         self.pools: dict[PoolKey, TermPool] = {}
-        self.merged: dict[int, Tensor] = {}
         self.extra: dict[int, Tensor] = {}
         self.vectors = base.unsqueeze(0) if base.dim() == 1 else None  # [1 + slots, m]
         self.vector_slots: frozenset[int] = frozenset()
@@ -99,8 +96,11 @@ class DeltaParameter:
         """Forget the base value: its linear keeps it in another layout and can give it back."""
         self._base, self._restore = None, restore
 
-    def stage(self, delta: TensorDelta, mode: Mode) -> StagedParameter:
-        """Decode `delta` on the host. Raises WrongShape if it does not fit this parameter."""
+    def stage(self, delta: TensorDelta, *, without_terms: bool = False) -> StagedParameter:
+        """Decode `delta` on the host. Raises WrongShape if it does not fit this parameter.
+
+        without_terms  the slot's reconstructed weights stand in for a matrix's terms
+        """
         if self.shape != delta.base_shape:
             raise WrongShape(
                 f"{self.name}: this base has shape {self.shape}, "
@@ -108,18 +108,12 @@ class DeltaParameter:
             )
         if len(self.shape) == 1:
             return self._stage_vector(delta)
-        if mode == "reconstruct" and self.residency.base_quant is not None:
-            raise UnsupportedTensor(
-                "weights cannot be reconstructed from an 8-bit base; use --mode apply, or serve "
-                "without --base-quant"
-            )
         extra = self._stage_extra(delta)
-        if mode == "reconstruct" or self._replaces_base_rows(delta):
+        if without_terms:
+            return StagedParameter(self, extra=extra)
+        if self._replaces_base_rows(delta):
             base = self.base.detach().cpu()
-            merged = delta.merge(base)[: len(base)]
-            if mode == "reconstruct":
-                return StagedParameter(self, merged=merged.to(self.dtype), extra=extra)
-            dense = (merged - base.float()).to(self.dtype)
+            dense = (delta.reconstruct(base)[: len(base)] - base.float()).to(self.dtype)
             return StagedParameter(self, terms=(((0, ("dense", ())), (dense,)),), extra=extra)
         terms = []
         for i, term in enumerate(delta.terms):
@@ -183,10 +177,8 @@ class DeltaParameter:
                 room = self.base.expand(missing, -1)
                 self.vectors = torch.cat([self.vectors, room])
                 self.residency.moved(vectors=True)
-
-        for held, part in ((self.merged, staged.merged), (self.extra, staged.extra)):
-            if part is not None:
-                held[slot] = torch.empty_like(part, device=self.device)
+        if staged.extra is not None:
+            self.extra[slot] = torch.empty_like(staged.extra, device=self.device)
 
     def transfers(self, slot: int, staged: StagedParameter) -> Iterator[Transfer]:
         """What to copy into a slot that no step reads yet, once `reserve` has made room."""
@@ -195,9 +187,8 @@ class DeltaParameter:
         if staged.vector is not None:
             assert self.vectors is not None
             yield self.vectors[slot + 1], staged.vector
-        for held, part in ((self.merged, staged.merged), (self.extra, staged.extra)):
-            if part is not None:
-                yield held[slot], part
+        if staged.extra is not None:
+            yield self.extra[slot], staged.extra
 
     def show(self, slot: int, staged: StagedParameter) -> None:
         """Apply the slot from the next step on."""
@@ -205,9 +196,7 @@ class DeltaParameter:
             self.pools[key].show(slot)
             if not self.pools[key].as_data:
                 self.residency.eager[slot] = f"{key[1][0]} terms"
-        if staged.merged is not None:
-            self.residency.eager[slot] = "reconstructed weights"
-        elif staged.extra is not None:
+        if staged.extra is not None:
             self.residency.eager[slot] = "added vocabulary"
         if staged.vector is not None:
             self.vector_slots |= {slot}
@@ -223,7 +212,6 @@ class DeltaParameter:
         if slot in self.vector_slots and self.vectors is not None:
             self.vectors[slot + 1] = self.vectors[0]
         self.vector_slots -= {slot}
-        self.merged.pop(slot, None)
         self.extra.pop(slot, None)
 
     def _drop_pool(self, key: PoolKey, pool: TermPool) -> None:

@@ -20,11 +20,11 @@ from server.deltas.loader import DeltaLoader, LoaderMessage, LoadFailed, LoadJob
 from server.deltas.slots import Slot, SlotTable
 from server.engine.inbox import Inbox
 from server.engine.observer import CoreStats, Observer
-from server.engine.reconstruct.reconstructor import Merged, Reconstructor, only_variant
+from server.engine.reconstruct.reconstructor import BuildEnded, Reconstructor, only_variant
 from server.engine.request import Event, Request, Status, as_serve_error
 from server.engine.schedule.admission import Admission
+from server.engine.schedule.kv_blocks import KVBlockPool
 from server.engine.schedule.pacing import PrefillPacer
-from server.engine.schedule.pages import PagePool
 from server.engine.schedule.scheduler import Missing, Scheduled, Scheduler, load_of
 from server.engine.step.batch import Batch, LogitRows, default_batch_tokens
 from server.engine.step.lookahead import InFlight, Lookahead
@@ -40,7 +40,6 @@ from server.errors import (
     NoSlot,
     ServeError,
 )
-from server.model.reconstructed import MergeableWeights
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -58,7 +57,7 @@ class EngineCore:
         self,
         runner: Runner,
         settings: Settings,
-        pages: PagePool,
+        kv_blocks: KVBlockPool,
         job_for: Callable[[Variant], LoadJob],
         publish: Callable[[Events], None],
         observer: Observer | None = None,
@@ -72,16 +71,16 @@ class EngineCore:
         self._inbox = Inbox()
         self.slots = SlotTable(settings.max_resident_variants, settings.delta_budget_bytes)
         runner.base.residency.n_slots = settings.max_resident_variants
-        self.loader = DeltaLoader(runner.base.parameters, self.slots, self._post_load)
-        weights = MergeableWeights(runner.base.model, runner.base.parameters)
+        weights = runner.reconstructed
+        self.loader = DeltaLoader(runner.base.parameters, self.slots, self._post_load, weights)
         budget = settings.reconstruct_budget_bytes
         self.reconstructor = Reconstructor(
-            weights, self.slots, budget, job_for, self._post_merged, observer
+            weights, self.slots, budget, job_for, self._post_build, observer
         )
         batch_tokens = settings.max_batch_tokens or default_batch_tokens(runner.base.device)
         self._pacer = PrefillPacer(settings.max_prefill_slowdown)
         self.scheduler = Scheduler(
-            pages,
+            kv_blocks,
             max_num_seqs=settings.max_num_seqs,
             max_batch_tokens=batch_tokens,
             long_prefill_tokens=settings.long_prefill_token_threshold or batch_tokens,
@@ -96,7 +95,7 @@ class EngineCore:
         self._busy = False  # the last turn ran a batch
         self._lookahead = Lookahead(
             *(runner, self._sampler, self.scheduler, self.loader, self._max_len),
-            enabled=settings.async_scheduling and runner.is_static and not budget,
+            enabled=settings.async_scheduling and runner.is_static,
         )
         self._failed_steps = 0
         self._admission = Admission(settings.max_queued_requests, settings.max_num_seqs)
@@ -149,18 +148,18 @@ class EngineCore:
         return self._thread.is_alive() and not self.dead and fresh
 
     def stats(self) -> CoreStats:
-        pages = self.scheduler.pages
+        kv_blocks = self.scheduler.kv_blocks
         return CoreStats(
             n_running=len(self.scheduler.running),
             n_waiting=len(self.scheduler.waiting),
-            n_pages=pages.n_pages,
-            n_free_pages=pages.n_free,
+            n_kv_blocks=kv_blocks.n_kv_blocks,
+            n_free_kv_blocks=kv_blocks.n_free,
             n_preemptions=self.scheduler.n_preemptions,
-            n_prefix_queried=pages.counts.n_queried,
-            n_prefix_hit=pages.counts.n_hit,
+            n_prefix_queried=kv_blocks.counts.n_queried,
+            n_prefix_hit=kv_blocks.counts.n_hit,
             **self._runner.stats(),
             resident={s.key: s for s in self.slots.residents()},
-            merged_bytes=self.reconstructor.policy.merged,
+            reconstructed_bytes=self.reconstructor.policy.reconstructed,
         )
 
     # -- the loop ------------------------------------------------------------------------------
@@ -190,12 +189,12 @@ class EngineCore:
     def step(self) -> None:
         """One engine step: schedule, run, sample, publish."""
         self._expire()
+        self.reconstructor.tend()
         if self._lookahead.in_flight is not None:
             self._go_on(self._lookahead.in_flight)
         if self._lookahead.in_flight is None:
             scheduled = self.scheduler.schedule()
             self.loader.place_waiting(beside_steps=bool(scheduled))
-            self.reconstructor.tend()
             self._busy = bool(scheduled)
             if scheduled:
                 self._run_batch(scheduled)
@@ -206,7 +205,7 @@ class EngineCore:
     def _run_batch(self, scheduled: list[Scheduled]) -> None:
         load, alone, started = load_of(scheduled), only_variant(scheduled), time.perf_counter()
         try:
-            batch = self._runner.plan(scheduled, self.reconstructor.merged_slot(alone))
+            batch = self._runner.plan(scheduled)
             if self._lookahead.take(batch):
                 return  # read when the next is under way
             logits = self._runner.forward(batch)
@@ -222,6 +221,7 @@ class EngineCore:
 
     def _go_on(self, last: InFlight) -> None:
         """Read the step in flight; the one after it may be under way by then."""
+        alone = only_variant(last.step.scheduled)  # asked while all of them hold their slots
         try:
             sampled = self._lookahead.advance(last)
         except Exception as error:
@@ -229,7 +229,9 @@ class EngineCore:
             self._step_failed(last.step.scheduled, error)
             return
         self._account(last.step, None, sampled)
-        self._pacer.ran(last.load, self._lookahead.seconds(last))
+        seconds = self._lookahead.seconds(last)
+        self._pacer.ran(last.load, seconds)
+        self.reconstructor.ran(alone, seconds)
         for request in self._lookahead.settled(last, sampled):
             self._release(request)
         if self._lookahead.failed is None:
@@ -311,7 +313,7 @@ class EngineCore:
             self._release(request)
 
     def _release(self, request: Request) -> None:
-        """Pages, slot and generator go back."""
+        """KV blocks, slot and generator go back."""
         self.scheduler.remove(request)
         self._sampler.forget(request)
         if request.slot is None and not self._waiting_for(request.variant.key):
@@ -326,7 +328,7 @@ class EngineCore:
 
     def _expire(self) -> None:
         now = time.monotonic()
-        for request in [*self.scheduler.running, *self.scheduler.waiting]:
+        for request in self._open_requests():
             if request.deadline is not None and now > request.deadline:
                 self._fail(request, self._too_late(request))
 
@@ -363,7 +365,7 @@ class EngineCore:
             if self._observer is not None:
                 self._observer.on_load_failed(ended.name)
 
-    def _post_merged(self, message: Merged) -> None:
+    def _post_build(self, message: BuildEnded) -> None:
         self._inbox.put(lambda: self.reconstructor.on_message(message))
 
     def _waiting_for(self, key: str) -> list[Request]:

@@ -10,124 +10,77 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self, TypeVar
 
-import torch
-
-from compressor.artifact.identity import base_identity
-from compressor.usable_cpus import product_threads
-from compressor.usable_memory import usable_memory_bytes
 from server.deltas.background import background_pool
-from server.deltas.loader import decode_threads
-from server.deltas.registry import DeltaRegistry, RegisteredDelta
+from server.deltas.registry import RegisteredDelta
 from server.deltas.slots import Slot
-from server.engine.catalog import VariantCatalog
-from server.engine.core import EngineCore, Events
-from server.engine.memory import with_kv_cache
+from server.engine.build import (
+    ChooseSteps,
+    EngineParts,
+    build_engine,
+    log_cpu,
+    use_threads,
+)
+from server.engine.core import Events
 from server.engine.observer import CoreStats, Observer
 from server.engine.output import RequestOutput, TextOutput
 from server.engine.request import Request
-from server.engine.schedule.pages import PagePool
 from server.engine.single_flight import SingleFlight
-from server.engine.step.runner import Runner
-from server.engine.step.static_step import BUCKETS
-from server.engine.text import load_base_text
 from server.engine.types import Generation, ModelInfo, SamplingParams, VariantState
 from server.engine.variant import Variant
-from server.errors import ConfigError, Draining, InvalidRequest
-from server.model.base import BaseModel, load_base_model
-from server.ops.precision import host_cpu, name_of
+from server.errors import Draining, InvalidRequest
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+class LoopPublisher:
+    """Takes events on the engine thread, a whole step's at once, to the event loop."""
+
+    def __init__(self) -> None:
+        self.loop: asyncio.AbstractEventLoop | None = None  # until then nobody hears of any
+
+    def __call__(self, events: Events) -> None:
+        if self.loop is not None and not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(_deliver, events)
+
+
 class LLMEngine:
     """Create with `from_settings` (loads the base), then `start` inside the event loop."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        base: BaseModel,
-        catalog: VariantCatalog,
-        observer: Observer | None = None,
-    ) -> None:
-        settings = with_kv_cache(settings, base.device)
-        self._settings = settings
-        self._base = base
-        self._catalog = catalog
-        self.base_name = catalog.base_name
-        pages = allocate_pages(base, settings)
-        # A request must fit into the cache alone, or it could never run.
-        self.max_model_len = min(
-            settings.max_model_len or base.max_len, pages.n_pages * pages.page_tokens
-        )
-        runner = Runner(base)
-        self._choose_steps(runner)
-        self.core = EngineCore(runner, settings, pages, catalog.job_for, self._publish, observer)
+    def __init__(self, parts: EngineParts, publisher: LoopPublisher) -> None:
+        self._settings = parts.settings
+        self._catalog = parts.catalog
+        self.base_name = parts.catalog.base_name
+        assert parts.settings.max_model_len is not None, "see `CoreParts`"
+        self.max_model_len = parts.settings.max_model_len
+        self.core = parts.core
+        self._publisher = publisher
         self._workers = ThreadPoolExecutor(4, thread_name_prefix="text")
         # Their own: a template that hangs must not keep others from tokenising.
         self._templates = ThreadPoolExecutor(2, thread_name_prefix="template")
         # Their own, of low priority: who opens a variant must not keep others from tokenising.
         self._openers = background_pool(2, "opener")
         self._openings: SingleFlight[Variant] = SingleFlight(self._openers)
-        self._loop: asyncio.AbstractEventLoop | None = None
         self._started = False
 
-    def _choose_steps(self, runner: Runner) -> None:
-        """CUDA graphs for decode steps, where the device and the kernels have them."""
-        base, settings = self._base, self._settings
-        if base.device.type != "cuda" or settings.enforce_eager:
-            return
-        if not base.kernels.takes_data(base.device):
-            log.warning("no CUDA graphs with the %s kernels: decoding is slower", base.kernels.name)
-            return
-        max_rows = min(settings.max_num_seqs, BUCKETS[-1])
-        runner.use_static(max_rows=max_rows, max_len=self.max_model_len)
-        runner.capture()
-
     @classmethod
-    def from_settings(cls, settings: Settings, observer: Observer | None = None) -> Self:
-        """Load the base and register the deltas. Raises ConfigError."""
-        if not settings.base.is_dir():
-            raise ConfigError("the base is not a directory; give a Hugging Face model directory")
-        if settings.deltas is not None and not settings.deltas.is_dir():
-            raise ConfigError("the deltas path is not a directory")
-        threads = product_threads(settings.torch_threads)
-        if torch.get_num_threads() != threads.count:  # setting it starts a pool nobody uses
-            torch.set_num_threads(threads.count)
-        base = load_base_model(
-            settings.base,
-            _device(settings),
-            _dtype(settings),
-            settings.kernels,
-            None if settings.base_quant == "none" else settings.base_quant,
-            widened_budget_bytes=_widened_budget(settings),
-        )
-        products = f"{host_cpu().description}; products in {name_of(base.dtype)}; "
-        log.info("CPU: %s%s", products if base.device.type == "cpu" else "", threads)
-        if settings.max_model_len is not None and settings.max_model_len > base.max_len:
-            raise ConfigError(
-                f"max_model_len is {settings.max_model_len}, but the base model has positions for "
-                f"{base.max_len} tokens only; lower it"
-            )
-        name = settings.served_base_name or settings.base.resolve().name
-        identity = base_identity(settings.base)
-        registry = DeltaRegistry(settings.deltas, identity, reserved=frozenset({name}))
-        registry.rescan()
-        catalog = VariantCatalog(
-            settings,
-            registry,
-            name,
-            identity,
-            load_base_text(settings.base),
-            base.vocab_size,
-            read_threads=decode_threads(base.device),
-        )
-        return cls(settings, base, catalog, observer)
+    def from_settings(
+        cls,
+        settings: Settings,
+        observer: Observer | None = None,
+        choose_steps: ChooseSteps | None = None,
+    ) -> Self:
+        """Load the base and register the deltas: see `build_engine`. Raises ConfigError."""
+        threads = use_threads(settings)
+        publisher = LoopPublisher()
+        parts = build_engine(settings, publisher, observer, choose_steps=choose_steps)
+        log_cpu(parts.base, threads)
+        return cls(parts, publisher)
 
     def start(self) -> None:
         """Start the engine thread; events go to the running event loop."""
-        self._loop = asyncio.get_running_loop()
+        self._publisher.loop = asyncio.get_running_loop()
         self.core.start()
         self._started = True
 
@@ -155,12 +108,12 @@ class LLMEngine:
         ]
         for delta in self._catalog.registry.all():
             key = self._catalog.key_of(delta)
-            merged_bytes = stats.merged_bytes.get(key, 0)
-            infos.append(self._info(delta, key, resident.get(key), merged_bytes))
+            reconstructed_bytes = stats.reconstructed_bytes.get(key, 0)
+            infos.append(self._info(delta, key, resident.get(key), reconstructed_bytes))
         return infos
 
     def _info(
-        self, delta: RegisteredDelta, key: str, slot: Slot | None, merged_bytes: int
+        self, delta: RegisteredDelta, key: str, slot: Slot | None, reconstructed_bytes: int
     ) -> ModelInfo:
         error = delta.error or self._catalog.load_error(key) or self.core.loader.errors.get(key)
         return ModelInfo(
@@ -172,7 +125,7 @@ class LLMEngine:
             max_model_len=self.max_model_len,
             n_bytes=delta.n_bytes,
             resident_bytes=0 if slot is None else slot.n_bytes,
-            reconstructed_bytes=merged_bytes,
+            reconstructed_bytes=reconstructed_bytes,
             mode=self._catalog.mode_of(delta.name),
             codec=delta.codec,
             error=error,
@@ -290,11 +243,6 @@ class LLMEngine:
                 param="logit_bias" if bias_ids else "stop_token_ids",
             )
 
-    def _publish(self, events: Events) -> None:
-        """Engine thread: hand a whole step's events to the event loop at once."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_deliver, events)
-
     # -- health ----------------------------------------------------------------------------------
 
     def stats(self) -> CoreStats:
@@ -317,43 +265,3 @@ class LLMEngine:
 def _deliver(events: Events) -> None:
     for request, event in events:
         request.deliver(event)
-
-
-def _device(settings: Settings) -> torch.device:
-    if settings.device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if settings.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device is cuda but torch sees no GPU; use --device cpu")
-    return torch.device(settings.device)
-
-
-def _widened_budget(settings: Settings) -> int:
-    """Half of what this process may use, unless the settings say."""
-    if settings.widened_weights_bytes is not None:
-        return settings.widened_weights_bytes
-    return usable_memory_bytes() // 2
-
-
-def _dtype(settings: Settings) -> torch.dtype | None:
-    names = {
-        "auto": None,
-        "float32": torch.float32,
-        "bfloat16": torch.bfloat16,
-        "float16": torch.float16,
-    }
-    return names[settings.dtype]
-
-
-def allocate_pages(base: BaseModel, settings: Settings) -> PagePool:
-    """Reserve the KV cache. Raises ConfigError if it cannot hold one request of a page."""
-    page_bytes = base.store.bytes_per_token() * settings.kv_block_tokens
-    assert settings.kv_cache_bytes is not None, "see `with_kv_cache`"
-    n_pages = settings.kv_cache_bytes // page_bytes
-    if n_pages < 2:
-        raise ConfigError(
-            f"kv_cache_bytes is {settings.kv_cache_bytes}, but two pages of "
-            f"{settings.kv_block_tokens} tokens need {2 * page_bytes} bytes"
-        )
-    # One more, which nobody is given: padding rows of static steps write there.
-    base.store.allocate(n_pages + 1, settings.kv_block_tokens, base.device)
-    return PagePool(n_pages, settings.kv_block_tokens, reuse=settings.prefix_cache)

@@ -8,7 +8,9 @@ from dataclasses import replace
 import torch
 
 from server.deltas.pools.places import slack
+from server.engine.schedule.kv_blocks import KVBlockPool
 from server.errors import ConfigError
+from server.model.base import BaseModel
 from server.settings import GIB, Settings
 
 log = logging.getLogger(__name__)
@@ -41,6 +43,21 @@ def with_kv_cache(settings: Settings, device: torch.device) -> Settings:
         )
     log.info("KV cache: %s, deltas: %s", _gib(wanted), _gib(deltas))
     return replace(settings, kv_cache_bytes=wanted)
+
+
+def allocate_kv_blocks(base: BaseModel, settings: Settings) -> KVBlockPool:
+    """Reserve the KV cache. Raises ConfigError if it cannot hold one request of a KV block."""
+    block_bytes = base.store.bytes_per_token() * settings.kv_block_tokens
+    assert settings.kv_cache_bytes is not None, "see `with_kv_cache`"
+    n_kv_blocks = settings.kv_cache_bytes // block_bytes
+    if n_kv_blocks < 2:
+        raise ConfigError(
+            f"kv_cache_bytes is {settings.kv_cache_bytes}, but two KV blocks of "
+            f"{settings.kv_block_tokens} tokens need {2 * block_bytes} bytes"
+        )
+    # One more, which nobody is given: padding rows of static steps write there.
+    base.store.allocate(n_kv_blocks + 1, settings.kv_block_tokens, base.device)
+    return KVBlockPool(n_kv_blocks, settings.kv_block_tokens, reuse=settings.prefix_cache)
 
 
 def _gib(n_bytes: int) -> str:

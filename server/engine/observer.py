@@ -18,7 +18,7 @@ class Observer(Protocol):
     def on_load_failed(self, name: str) -> None: ...
     def on_promoted(self, name: str) -> None: ...
     def on_demoted(self, name: str) -> None: ...
-    def on_merge_failed(self, name: str) -> None: ...
+    def on_reconstruct_failed(self, name: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +27,8 @@ class CoreStats:
 
     n_running: int
     n_waiting: int
-    n_pages: int
-    n_free_pages: int
+    n_kv_blocks: int
+    n_free_kv_blocks: int
     n_preemptions: int
     n_prefix_queried: int
     n_prefix_hit: int
@@ -36,4 +36,4 @@ class CoreStats:
     n_static_steps: int
     n_eager_decode_steps: int
     resident: dict[str, Slot]
-    merged_bytes: dict[str, int]  # by key: weights merged automatically
+    reconstructed_bytes: dict[str, int]  # by key: of hot variants

@@ -65,11 +65,11 @@ class Request:
     tokens      prompt, then output
     n_computed  tokens whose keys and values are in the cache
     slot        held from admission (or the arrival of its delta) to the end; None for the base
-    n_settled_pages  leading pages that are findable by others, or never will be
-    cache_salt  only requests of the same salt find each other's pages: who shares none cannot
+    n_settled_kv_blocks  leading KV blocks that are findable by others, or never will be
+    cache_salt  only requests of the same salt find each other's KV blocks: who shares none cannot
                 tell by its time to the first token what others have sent
     n_cached_tokens  prompt tokens whose keys and values were already there at admission
-    unproven    its pages hold keys and values that no finite logits have come from yet
+    unproven    its KV blocks hold keys and values that no finite logits have come from yet
     deliver     takes each event; called by whoever `publish` hands the step's events to
     """
 
@@ -82,13 +82,13 @@ class Request:
     cache_salt: str = ""
     status: Status = Status.WAITING
     tokens: list[int] = field(default_factory=list)
-    pages: list[int] = field(default_factory=list)
+    kv_blocks: list[int] = field(default_factory=list)
     n_computed: int = 0
     slot: Slot | None = None
     prompt_scores: list[TokenScore] = field(default_factory=list)
     n_preemptions: int = 0
     unproven: bool = False
-    n_settled_pages: int = 0
+    n_settled_kv_blocks: int = 0
     n_cached_tokens: int = 0
     arrived: float = field(default_factory=time.monotonic)
     admitted: float | None = None
@@ -100,7 +100,7 @@ class Request:
 
     @property
     def cache_key(self) -> str:
-        """What requests must share to share KV pages, beside the tokens: the delta's digest and
+        """What requests must share to share KV blocks, beside the tokens: the delta's digest and
         mode, which determine keys and values, and the caller's salt.
         """
         return f"{self.variant.key}\n{self.cache_salt}"

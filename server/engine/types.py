@@ -114,7 +114,7 @@ class ModelInfo:
     max_model_len: int
     n_bytes: int = 0  # artifact bytes on disk
     resident_bytes: int = 0  # device bytes held now
-    reconstructed_bytes: int = 0  # device bytes of weights merged automatically, more
+    reconstructed_bytes: int = 0  # device bytes of a hot variant's weights, more
     mode: str = "apply"
     codec: str = ""
     error: str | None = None  # why it failed, safe to show

@@ -24,9 +24,9 @@ class Stats(Protocol):
     @property
     def n_waiting(self) -> int: ...
     @property
-    def n_pages(self) -> int: ...
+    def n_kv_blocks(self) -> int: ...
     @property
-    def n_free_pages(self) -> int: ...
+    def n_free_kv_blocks(self) -> int: ...
     @property
     def n_preemptions(self) -> int: ...
     @property
@@ -97,7 +97,7 @@ class EngineCollector(Collector):
 
     def _load(self) -> Iterator[Metric]:
         stats = self._provider.stats()
-        used = 1 - stats.n_free_pages / stats.n_pages if stats.n_pages else 0.0
+        used = 1 - stats.n_free_kv_blocks / stats.n_kv_blocks if stats.n_kv_blocks else 0.0
         values = {
             "vllm:num_requests_running": (stats.n_running, "Requests in the running batch"),
             "vllm:num_requests_waiting": (stats.n_waiting, "Requests waiting"),
@@ -150,19 +150,19 @@ class EngineCollector(Collector):
             "Variants in device memory",
             labels=["adapter_name", "level", "pinned", "rank"],
         )
-        merged = GaugeMetricFamily(
+        reconstructed = GaugeMetricFamily(
             "impart_reconstructed_bytes",
-            "Device memory held by a variant's merged weights",
+            "Device memory held by a hot variant's reconstructed weights",
             labels=["model_name"],
         )
         for info in variants:
             if info.reconstructed_bytes:
-                merged.add_metric([info.name], info.reconstructed_bytes)
+                reconstructed.add_metric([info.name], info.reconstructed_bytes)
             if info.resident_bytes:
                 resident.add_metric([info.name], info.resident_bytes)
                 loaded.add_metric([info.name, "gpu", "false", "0"], 1)
         yield resident
-        yield merged
+        yield reconstructed
         yield loaded
         yield self._states(variants)
         n_resident = sum(1 for info in variants if info.resident_bytes)

@@ -225,13 +225,17 @@ class Metrics:
         )
         by_name = ("model_name",)
         self.promotions = self._counter(
-            "impart_reconstruct_promotions", "Times a variant's weights were merged", by_name
+            "impart_reconstruct_promotions",
+            "Times a hot variant's weights were reconstructed",
+            by_name,
         )
         self.demotions = self._counter(
-            "impart_reconstruct_demotions", "Times merged weights were dropped", by_name
+            "impart_reconstruct_demotions", "Times reconstructed weights were dropped", by_name
         )
-        self.merge_failures = self._counter(
-            "impart_reconstruct_failures", "Merges that failed; the deltas went on", by_name
+        self.reconstruct_failures = self._counter(
+            "impart_reconstruct_failures",
+            "Reconstructions that failed; the deltas went on",
+            by_name,
         )
 
     def _counter(self, name: str, text: str, labels: Sequence[str] = LABELS) -> Counter:
@@ -292,16 +296,16 @@ class Metrics:
         self.load_failures.labels(self._label(name)).inc()
 
     def on_promoted(self, name: str) -> None:
-        """A variant's merged weights are in use."""
+        """A hot variant's reconstructed weights are in use."""
         self.promotions.labels(self._label(name)).inc()
 
     def on_demoted(self, name: str) -> None:
-        """A variant's merged weights were dropped."""
+        """A hot variant's reconstructed weights were dropped."""
         self.demotions.labels(self._label(name)).inc()
 
-    def on_merge_failed(self, name: str) -> None:
-        """A variant's weights could not be merged; its deltas are applied as before."""
-        self.merge_failures.labels(self._label(name)).inc()
+    def on_reconstruct_failed(self, name: str) -> None:
+        """A variant's weights could not be reconstructed; its deltas are applied as before."""
+        self.reconstruct_failures.labels(self._label(name)).inc()
 
     def _label(self, name: str) -> str:
         self.model(name)

@@ -29,8 +29,8 @@ UNSUPPORTED = ("s_aux", "sinks", "head_mask", "position_bias")
 
 
 @dataclass(slots=True)
-class LayerPages:
-    """One layer's pages ``[n_pages, page, Hkv, D]``."""
+class LayerKVBlocks:
+    """One layer's KV blocks ``[n_kv_blocks, block_tokens, Hkv, D]``."""
 
     k: Tensor
     v: Tensor
@@ -53,7 +53,7 @@ class Seen:
 
 @dataclass(slots=True)
 class KVStore:
-    """All layers' pages and the plan of the step in progress.
+    """All layers' KV blocks and the plan of the step in progress.
 
     Layers are found by a probing forward pass: each attention module that calls `attention_forward`
     registers its ``(Hkv, D)`` here.
@@ -63,9 +63,9 @@ class KVStore:
     plan: AttentionPlan | None = None
     probed: dict[nn.Module, tuple[int, int, torch.dtype]] = field(default_factory=dict)
     seen: dict[nn.Module, Seen] = field(default_factory=dict)
-    layers: dict[nn.Module, LayerPages] = field(default_factory=dict)
-    n_pages: int = 0
-    page_tokens: int = 0
+    layers: dict[nn.Module, LayerKVBlocks] = field(default_factory=dict)
+    n_kv_blocks: int = 0
+    block_tokens: int = 0
 
     def attend(
         self,
@@ -79,33 +79,41 @@ class KVStore:
     ) -> Tensor:
         """Attention of one layer: q [T, H, D]; k, v [T, Hkv, D] -> [T, H, D]."""
         assert self.plan is not None, "attention called outside an engine step"
-        pages = self.layers[module]
+        kv_blocks = self.layers[module]
         call = AttentionCall(
-            *qkv, pages.k, pages.v, self.plan, scale, window, softcap, rotary=rotary, norms=norms
+            *qkv,
+            kv_blocks.k,
+            kv_blocks.v,
+            self.plan,
+            scale,
+            window,
+            softcap,
+            rotary=rotary,
+            norms=norms,
         )
         return paged_attention(call, self.kernels)
 
     def bytes_per_token(self) -> int:
         return sum(2 * heads * dim * dtype.itemsize for heads, dim, dtype in self.probed.values())
 
-    def allocate(self, n_pages: int, page_tokens: int, device: torch.device) -> None:
-        """Create the pages. zeros, not empty: padding is read (masked), so it must be finite."""
-        self.n_pages, self.page_tokens = n_pages, page_tokens
+    def allocate(self, n_kv_blocks: int, block_tokens: int, device: torch.device) -> None:
+        """Create the KV blocks: zeros, for padding is read (masked), so it must be finite."""
+        self.n_kv_blocks, self.block_tokens = n_kv_blocks, block_tokens
         for module, (heads, dim, dtype) in self.probed.items():
-            shape = (n_pages, page_tokens, heads, dim)
-            self.layers[module] = LayerPages(
+            shape = (n_kv_blocks, block_tokens, heads, dim)
+            self.layers[module] = LayerKVBlocks(
                 torch.zeros(shape, dtype=dtype, device=device),
                 torch.zeros(shape, dtype=dtype, device=device),
             )
 
-    def wipe(self, pages: list[int]) -> None:
-        """Zero pages that may hold NaN or infinity before somebody else gets them."""
-        if not pages:
+    def wipe(self, kv_blocks: list[int]) -> None:
+        """Zero KV blocks that may hold NaN or infinity before somebody else gets them."""
+        if not kv_blocks:
             return
         index = None  # on the layers' device: one copy for all
         for layer in self.layers.values():
             if index is None:
-                index = torch.tensor(pages, device=layer.k.device)
+                index = torch.tensor(kv_blocks, device=layer.k.device)
             layer.k.index_fill_(0, index, 0)
             layer.v.index_fill_(0, index, 0)
 

@@ -10,10 +10,10 @@ class StepContext:
 
     rows         plan of the hidden rows
     output_rows  plan of the rows whose logits are wanted (the output embedding sees only those)
-    merged_slot  slot of every row of this step, if its merged weights are to be used
+    reconstructed  slots whose reconstructed weights this step uses
     """
 
     def __init__(self) -> None:
         self.rows: RowPlan | None = None
         self.output_rows: RowPlan | None = None
-        self.merged_slot: int | None = None
+        self.reconstructed: frozenset[int] = frozenset()

@@ -44,11 +44,6 @@ class DeltaEmbedding(nn.Module):
             return F.embedding(ids, base)
         known = ids.clamp(max=len(base) - 1)
         y = F.embedding(known, base)
-        for segment in rows.segments:
-            held = self._weight.merged.get(segment.slot)
-            if held is not None:
-                part = slice(segment.start, segment.end)
-                y[part] = F.embedding(known[part], held)
         for pool in self._weight.pools_for(rows):
             pool.add_rows_(y, known, rows)
         for segment in rows.segments:

@@ -15,12 +15,12 @@ from server.deltas.pools.base import FactorPool, TermPool
 from server.deltas.pools.blockdiag import BlockDiagPool, SharedBlocks
 from server.model.context import StepContext
 from server.ops.linear import LinearOp, TorchLinear
-from server.ops.row_plan import RowPlan
+from server.ops.row_plan import RowPlan, Segment
 
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """The members' pools by how they are applied; places are the members'.
+    """The members' pools by how they are applied, each with its member's index.
 
     blocks   with the first of the product's outputs they are of
     factors  those of one kind together: one call serves them
@@ -43,7 +43,7 @@ class Product:
         self.members = tuple(members)
         weights = tuple(member.delta_weight for member in members)
         self.parameters_in_order = weights
-        self.merged: dict[int, LinearOp] = {}  # by slot, see MergeableWeights
+        self.reconstructed: dict[int, LinearOp] = {}  # by slot, see ReconstructedWeights
         self._sizes = [weight.shape[0] for weight in weights]
         self._linear: LinearOp = TorchLinear(weights[0].base)
         self._bias: Tensor | None = None
@@ -65,11 +65,11 @@ class Product:
         biases = [member.bias for member in self.members]
         present = [bias for bias in biases if bias is not None]
         self._bias = torch.cat(present) if present else None
-        for place, member in enumerate(self.members):
+        for index, member in enumerate(self.members):
             member.product = self
             member.delta_weight.siblings = weights
             if not keep:
-                member.delta_weight.hand_over(_Rows(self._linear, self._sizes, place))
+                member.delta_weight.hand_over(_Rows(self._linear, self._sizes, index))
 
     def take(self, member: DeltaLinear, x: Tensor, rows: RowPlan | None) -> Tensor:
         """The member's ``[T, m]`` for ``x [..., n]``."""
@@ -86,9 +86,12 @@ class Product:
     def _compute(self, x: Tensor, rows: RowPlan | None) -> Sequence[Tensor]:
         if rows is None or not rows.has_deltas:
             return self._split(self._linear(x, self._bias))
-        merged_slot = self.members[0].context.merged_slot
-        whole = None if merged_slot is None else self.merged.get(merged_slot)
-        parts = self._with_deltas(x, rows) if whole is None else self._split(whole(x))
+        own = self._own_weights(rows)
+        if own and len(own) == len(rows.segments):  # no row wants the base's product
+            parts = self._without_base(x, own)
+        else:
+            parts = self._with_deltas(x, rows)
+            self._put(parts, x, own)
         if self._bias is not None:
             for member, part in zip(self.members, parts, strict=True):
                 assert member.delta_bias is not None
@@ -103,41 +106,46 @@ class Product:
 
     def _with_deltas(self, x: Tensor, rows: RowPlan) -> Sequence[Tensor]:
         work = self._current_work()
-        if self._all_merged(rows):
-            return self._put_merged([x.new_empty((len(x), size)) for size in self._sizes], x, rows)
         shares = [blocks.share(first, rows) for blocks, first in work.blocks]
         present = [share for share in shares if share is not None]
         y = self._linear.with_blocks(x, present) if present else self._linear(x)
-        parts = self._put_merged(self._split(y), x, rows)
-        for pool, place in work.others:
+        parts = self._split(y)
+        for pool, index in work.others:
             if pool.as_data or not rows.as_data:  # else `Residency.eager` says so of its slots
-                pool.add_(parts[place], x, rows)
+                pool.add_(parts[index], x, rows)
         for together in work.factors:
             pools = [pool for pool, _ in together]
-            pools[0].add_together_(pools, [parts[place] for _, place in together], x, rows)
+            pools[0].add_together_(pools, [parts[index] for _, index in together], x, rows)
         return parts
 
-    def _put_merged(self, parts: Sequence[Tensor], x: Tensor, rows: RowPlan) -> Sequence[Tensor]:
-        """Overwrite rows of slots whose weights are reconstructed.
-
-        The base's were computed for all rows, one product being cheaper than parts.
-        """
-        for member, part in zip(self.members, parts, strict=True):
-            merged = member.delta_weight.merged
-            for segment in rows.segments if merged else ():
-                if segment.slot in merged:
-                    own = slice(segment.start, segment.end)
-                    part[own] = F.linear(x[own], merged[segment.slot])
-        return parts
-
-    def _all_merged(self, rows: RowPlan) -> bool:
-        if rows.as_data or not self.parameters_in_order[0].merged:
-            return False
-        return all(
-            segment.slot in weight.merged
-            for weight in self.parameters_in_order
+    def _own_weights(self, rows: RowPlan) -> list[tuple[Segment, LinearOp]]:
+        """The segments whose slots' reconstructed weights this step uses, with those weights."""
+        used = self.members[0].context.reconstructed
+        if not used:
+            return []
+        return [
+            (segment, self.reconstructed[segment.slot])
             for segment in rows.segments
-        )
+            if segment.slot in used and segment.slot in self.reconstructed
+        ]
+
+    def _without_base(self, x: Tensor, own: Sequence[tuple[Segment, LinearOp]]) -> Sequence[Tensor]:
+        if len(own) == 1:
+            return self._split(own[0][1](x))
+        parts = [x.new_empty((len(x), size)) for size in self._sizes]
+        self._put(parts, x, own)
+        return parts
+
+    def _put(
+        self, parts: Sequence[Tensor], x: Tensor, own: Sequence[tuple[Segment, LinearOp]]
+    ) -> None:
+        """Overwrite the rows of slots whose weights are reconstructed. The base's product was
+        computed for all rows: one product is cheaper than parts of it.
+        """
+        for segment, op in own:
+            at = slice(segment.start, segment.end)
+            for part, values in zip(parts, self._split(op(x[at])), strict=True):
+                part[at] = values
 
     def _current_work(self) -> _Work:
         """Changes with what is resident: seldom."""
@@ -151,17 +159,17 @@ class Product:
         factors: list[list[tuple[FactorPool, int]]] = []  # by member
         others: list[tuple[TermPool, int]] = []
         first = 0
-        for place, weight in enumerate(self.parameters_in_order):
+        for index, weight in enumerate(self.parameters_in_order):
             factors.append([])
             for pool in weight.pools.values():
                 if isinstance(pool, BlockDiagPool):
                     # A shared one is met first at the group's first member.
                     blocks.setdefault(pool.shared or pool, first)
                 elif isinstance(pool, FactorPool):
-                    factors[-1].append((pool, place))
+                    factors[-1].append((pool, index))
                 else:
-                    others.append((pool, place))
-            first += self._sizes[place]
+                    others.append((pool, index))
+            first += self._sizes[index]
         return _Work(tuple(blocks.items()), tuple(_of_one_kind(factors)), tuple(others))
 
 
@@ -179,11 +187,11 @@ def _of_one_kind(
 class _Rows:
     """One member's rows of a fused weight."""
 
-    def __init__(self, fused: LinearOp, sizes: list[int], place: int) -> None:
-        self._fused, self._sizes, self._place = fused, sizes, place
+    def __init__(self, fused: LinearOp, sizes: list[int], index: int) -> None:
+        self._fused, self._sizes, self._index = fused, sizes, index
 
     def __call__(self) -> Tensor:
-        return torch.split(self._fused.dense(), self._sizes)[self._place]
+        return torch.split(self._fused.dense(), self._sizes)[self._index]
 
 
 class DeltaLinear(nn.Module):

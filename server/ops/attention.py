@@ -1,7 +1,7 @@
-"""Paged attention in plain torch: SDPA on contiguous prefill, page gather for decode.
+"""Paged attention in plain torch: SDPA on contiguous prefill, gathered KV blocks for decode.
 
-Cache layout per layer: ``k, v [n_pages, page, Hkv, D]``. A step's tokens are packed on one axis;
-a sequence with one new token is a decode row, any other a prefill chunk.
+Cache layout per layer: ``k, v [n_kv_blocks, block_tokens, Hkv, D]``. A step's tokens are packed on
+one axis; a sequence with one new token is a decode row, any other a prefill chunk.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ class DecodeBatch:
     """All sequences with one new token.
 
     rows   [B] int64, their rows in the packed batch
-    pages  [B, P] int64, page ids, padded with page 0
+    kv_blocks  [B, P] int64, KV block ids, padded with KV block 0
     lengths [B] int64, context length including the new token
     """
 
     rows: Tensor
-    pages: Tensor
+    kv_blocks: Tensor
     lengths: Tensor
 
 
@@ -35,24 +35,24 @@ class DecodeBatch:
 class PrefillChunk:
     """One sequence's chunk: rows ``[start, end)`` hold positions from `context` on.
 
-    pages  [P] int64, the sequence's pages up to the chunk's end
+    kv_blocks  [P] int64, the sequence's KV blocks up to the chunk's end
     """
 
     start: int
     end: int
     context: int
-    pages: Tensor
+    kv_blocks: Tensor
 
 
 @dataclass(slots=True)
 class AttentionPlan:
     """Where each row's keys and values go, and who reads what.
 
-    places        [T] int64, row in the flattened cache ``[n_pages * page]``
+    cache_rows    [T] int64, row in the flattened cache ``[n_kv_blocks * block_tokens]``
     made          what layers derive from it and share in this step, by what it depends on
     """
 
-    places: Tensor
+    cache_rows: Tensor
     decode: DecodeBatch | None
     prefill: tuple[PrefillChunk, ...]
     made: dict[Hashable, Tensor] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class AttentionCall:
     """One layer's attention in one step; T new tokens.
 
     q [T, H, D]; k, v [T, Hkv, D]: the new tokens', may be slices of one fused tensor, last axis
-    contiguous; k_cache, v_cache [n_pages, page, Hkv, D]
+    contiguous; k_cache, v_cache [n_kv_blocks, block_tokens, Hkv, D]
     rotary   turns q and k first; None if they are turned already, or the model has no such thing
     norms    of q and of k, before they turn; None if they are normed already, or the model has none
     window   each token sees only the last `window` positions
@@ -156,8 +156,8 @@ def rotate_and_write_(call: AttentionCall) -> None:
     if call.rotary is not None:
         for x in (call.q, call.k):
             x.copy_(rotate(x, call.rotary, torch.float32))
-    write_cache_(call.k_cache, call.k, call.plan.places)
-    write_cache_(call.v_cache, call.v, call.plan.places)
+    write_cache_(call.k_cache, call.k, call.plan.cache_rows)
+    write_cache_(call.v_cache, call.v, call.plan.cache_rows)
 
 
 def rotate(x: Tensor, rotary: Rotary, compute: torch.dtype) -> Tensor:
@@ -170,9 +170,9 @@ def rotate(x: Tensor, rotary: Rotary, compute: torch.dtype) -> Tensor:
     return torch.cat([turned, rest], dim=2).to(x.dtype)
 
 
-def write_cache_(cache: Tensor, values: Tensor, places: Tensor) -> None:
-    """``cache [n_pages, page, Hkv, D]``; ``values [T, Hkv, D]`` go to ``places [T]``."""
-    cache.view(-1, *cache.shape[2:]).index_copy_(0, places, values)
+def write_cache_(cache: Tensor, values: Tensor, cache_rows: Tensor) -> None:
+    """``values [T, Hkv, D]`` go to these rows of ``[n_kv_blocks, block_tokens, Hkv, D]``."""
+    cache.view(-1, *cache.shape[2:]).index_copy_(0, cache_rows, values)
 
 
 def decode_(out: Tensor, call: AttentionCall) -> None:
@@ -187,15 +187,15 @@ def decode_(out: Tensor, call: AttentionCall) -> None:
 
 def prefill_(out: Tensor, call: AttentionCall) -> None:
     """Fill the rows of ``out [T, H, D]`` that belong to prefill chunks, one chunk at a time."""
-    for place, chunk in enumerate(call.plan.prefill):
+    for chunk_index, chunk in enumerate(call.plan.prefill):
         part = slice(chunk.start, chunk.end)
         keys, values = call.k[part], call.v[part]
         if chunk.context:
             length = chunk.context + chunk.end - chunk.start
-            # index_select copies whole pages; plain indexing is 5x slower
-            keys = call.k_cache.index_select(0, chunk.pages).flatten(0, 1)[:length]
-            values = call.v_cache.index_select(0, chunk.pages).flatten(0, 1)[:length]
-        out[part] = _prefill(call.q[part], keys, values, place, call)
+            # index_select copies whole KV blocks; plain indexing is 5x slower
+            keys = call.k_cache.index_select(0, chunk.kv_blocks).flatten(0, 1)[:length]
+            values = call.v_cache.index_select(0, chunk.kv_blocks).flatten(0, 1)[:length]
+        out[part] = _prefill(call.q[part], keys, values, chunk_index, call)
 
 
 def _decode(q: Tensor, call: AttentionCall) -> Tensor:
@@ -204,9 +204,9 @@ def _decode(q: Tensor, call: AttentionCall) -> Tensor:
     assert batch is not None
     n, heads, dim = q.shape
     kv_heads = call.k_cache.shape[2]
-    pages = batch.pages.flatten()
-    keys = call.k_cache.index_select(0, pages).view(n, -1, kv_heads, dim).transpose(1, 2)
-    values = call.v_cache.index_select(0, pages).view(n, -1, kv_heads, dim).transpose(1, 2)
+    kv_blocks = batch.kv_blocks.flatten()
+    keys = call.k_cache.index_select(0, kv_blocks).view(n, -1, kv_heads, dim).transpose(1, 2)
+    values = call.v_cache.index_select(0, kv_blocks).view(n, -1, kv_heads, dim).transpose(1, 2)
     packed = q.view(n, kv_heads, heads // kv_heads, dim)
     mask = _decode_mask(call.plan, batch, keys.shape[2], call.window, q.dtype)
     out = _attend(packed, keys, values, mask, call.scale, call.softcap)
@@ -232,11 +232,11 @@ def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~seen, float("-inf"))
 
 
-def _prefill(q: Tensor, k: Tensor, v: Tensor, place: int, call: AttentionCall) -> Tensor:
-    """Chunk number `place`: q [t, H, D] at positions context.., k, v [context + t, Hkv, D]
+def _prefill(q: Tensor, k: Tensor, v: Tensor, chunk_index: int, call: AttentionCall) -> Tensor:
+    """Chunk number `chunk_index`: q [t, H, D] at positions context.., k, v [context + t, Hkv, D]
     -> [t, H, D].
     """
-    t, context = len(q), call.plan.prefill[place].context
+    t, context = len(q), call.plan.prefill[chunk_index].context
     queries, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     window, softcap = call.window, call.softcap
     if context == 0 and softcap is None and (window is None or window >= t):
@@ -244,16 +244,16 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, place: int, call: AttentionCall) -
             queries, keys, values, is_causal=True, scale=call.scale, enable_gqa=True
         )
     else:
-        mask = _prefill_mask(call.plan, place, window, q)
+        mask = _prefill_mask(call.plan, chunk_index, window, q)
         out = _attend(queries, keys, values, mask, call.scale, softcap)
     return out.squeeze(0).transpose(0, 1)
 
 
-def _prefill_mask(plan: AttentionPlan, place: int, window: int | None, q: Tensor) -> Tensor:
+def _prefill_mask(plan: AttentionPlan, chunk_index: int, window: int | None, q: Tensor) -> Tensor:
     """[t, context + t] additive mask of one chunk, made once per step and window."""
-    key = (place, window, q.dtype)
+    key = (chunk_index, window, q.dtype)
     if key not in plan.made:
-        context = plan.prefill[place].context
+        context = plan.prefill[chunk_index].context
         rows = torch.arange(context, context + len(q), device=q.device).unsqueeze(1)
         cols = torch.arange(context + len(q), device=q.device)
         seen = cols <= rows

@@ -225,16 +225,16 @@ def _norms(random: Callable[..., Tensor], device: torch.device) -> Iterator[Case
 
 
 def _attention(random: Callable[..., Tensor], device: torch.device) -> Iterator[Case]:
-    heads, kv_heads, dim, page = 4, 2, 16, 4
+    heads, kv_heads, dim, block_tokens = 4, 2, 16, 4
     qkv = random(2, heads, dim), random(2, kv_heads, dim), random(2, kv_heads, dim)
-    past = random(2, 6, page, kv_heads, dim)
+    past = random(2, 6, block_tokens, kv_heads, dim)
     angles = Rotary(random(2, dim), random(2, dim))
     decode = DecodeBatch(
         rows=torch.arange(2, device=device),
-        pages=torch.tensor([[4, 1, 2], [5, 0, 0]], device=device),
+        kv_blocks=torch.tensor([[4, 1, 2], [5, 0, 0]], device=device),
         lengths=torch.tensor([10, 3], device=device),
     )
-    places = torch.tensor([2 * page + 1, 5 * page + 2], device=device)
+    cache_rows = torch.tensor([2 * block_tokens + 1, 5 * block_tokens + 2], device=device)
 
     weights = random(3, dim)
     norms = tuple(
@@ -243,7 +243,7 @@ def _attention(random: Callable[..., Tensor], device: torch.device) -> Iterator[
     )
 
     def call(window: int | None, softcap: float | None, *, normed: bool = False) -> AttentionCall:
-        caches, plan = past.clone(), AttentionPlan(places, decode, ())
+        caches, plan = past.clone(), AttentionPlan(cache_rows, decode, ())
         q, k, v = (t.clone() for t in qkv)
         how = (plan, 0.25, window, softcap, angles, norms if normed else None)
         return AttentionCall(q, k, v, caches[0], caches[1], *how)  # type: ignore[arg-type]
@@ -272,8 +272,10 @@ def _attention(random: Callable[..., Tensor], device: torch.device) -> Iterator[
     def prefilled(kernels: Kernels) -> Tensor:
         """A chunk of 3 tokens after 6 that are in the cache."""
         chunk = PrefillChunk(0, 3, 6, torch.tensor([4, 1, 2], device=device))
-        places = torch.tensor([page + 2, page + 3, 2 * page], device=device)
-        plan = AttentionPlan(places, None, (chunk,))
+        cache_rows = torch.tensor(
+            [block_tokens + 2, block_tokens + 3, 2 * block_tokens], device=device
+        )
+        plan = AttentionPlan(cache_rows, None, (chunk,))
         caches = past.clone()
         one = AttentionCall(*new, caches[0], caches[1], plan, 0.25)
         out = torch.zeros_like(one.q)
@@ -282,11 +284,14 @@ def _attention(random: Callable[..., Tensor], device: torch.device) -> Iterator[
         return out
 
     def many(kernels: Kernels) -> Tensor:
-        """More sequences than are cut into stretches, each with one page and 1 to 4 tokens."""
+        """More sequences than are cut into stretches, each with one KV block and 1 to 4 tokens."""
         n = 40
-        first, lengths = torch.arange(n, device=device), torch.arange(n, device=device) % page + 1
+        first, lengths = (
+            torch.arange(n, device=device),
+            torch.arange(n, device=device) % block_tokens + 1,
+        )
         plan = AttentionPlan(
-            first * page + lengths - 1, DecodeBatch(first, first.unsqueeze(1), lengths), ()
+            first * block_tokens + lengths - 1, DecodeBatch(first, first.unsqueeze(1), lengths), ()
         )
         q, k, v = (t[:1].repeat(n, 1, 1) for t in qkv)
         one = AttentionCall(

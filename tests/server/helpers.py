@@ -8,23 +8,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from compressor.artifact.identity import base_identity
-from server.deltas.registry import DeltaRegistry
-from server.engine.catalog import VariantCatalog
-from server.engine.core import EngineCore, Events
-from server.engine.llm_engine import allocate_pages
+from server.engine.build import build_engine
+from server.engine.core import Events
 from server.engine.output import RequestOutput, TextOutput
 from server.engine.request import Event, Request
 from server.engine.step.runner import Runner
-from server.engine.text import load_base_text
 from server.engine.types import OutputDelta, SamplingParams
-from server.model.base import load_base_model
 from server.settings import Settings
 
 STEP_TIMEOUT_S = 60.0
 STATIC_LEN = 512  # tokens a sequence may have in static steps
+FIELDS = {
+    "served_base_name": "base",
+    "dtype": "float32",
+    "device": "cpu",
+    "kv_cache_bytes": 8 << 20,
+}
+
+
+def _static_steps(runner: Runner, settings: Settings) -> None:
+    """Decode steps over static buffers; what padding writes there is poison to whoever reads it."""
+    runner.use_static(max_rows=settings.max_num_seqs, max_len=STATIC_LEN)
+    for layer in runner.base.store.layers.values():  # the KV block that padding writes to
+        layer.k[-1] = layer.v[-1] = float("nan")
 
 
 @dataclass(eq=False)
@@ -65,27 +71,13 @@ class CoreHarness:
     def __init__(
         self, base: Path, deltas: Path | None = None, *, static: bool = False, **settings: Any
     ) -> None:
-        fields = {"dtype": "float32", "device": "cpu", "kv_cache_bytes": 8 << 20} | settings
+        fields = FIELDS | settings
         self.settings = Settings(base=base, deltas=deltas, **fields)
-        kernels = self.settings.kernels
-        quant = None if self.settings.base_quant == "none" else self.settings.base_quant
-        dtype = getattr(torch, self.settings.dtype)
-        device = torch.device(self.settings.device)
-        model = load_base_model(base, device, dtype, kernels, quant)
-        identity = base_identity(base)
-        registry = DeltaRegistry(deltas, identity, frozenset({"base"}))
-        registry.rescan()
-        self.catalog = VariantCatalog(
-            self.settings, registry, "base", identity, load_base_text(base), model.vocab_size
+        parts = build_engine(
+            self.settings, self._deliver, choose_steps=_static_steps if static else None
         )
-        pages = allocate_pages(model, self.settings)
-        runner = Runner(model)
-        if static:
-            runner.use_static(max_rows=self.settings.max_num_seqs, max_len=STATIC_LEN)
-            for layer in model.store.layers.values():  # the page that padding writes to
-                layer.k[-1] = layer.v[-1] = float("nan")
-        self.core = EngineCore(runner, self.settings, pages, self.catalog.job_for, self._deliver)
-        self.n_free_at_start = pages.n_free
+        self.catalog, self.core = parts.catalog, parts.core
+        self.n_free_at_start = self.core.stats().n_free_kv_blocks
         self._count = 0
 
     @staticmethod
@@ -138,13 +130,13 @@ class CoreHarness:
         self.until(lambda: all(r.done for r in recorded))
 
     def assert_idle(self) -> None:
-        """No page, slot reference or request is left behind."""
+        """No KV block, slot reference or request is left behind."""
         if not self.core._inbox.empty():  # aborts after stop strings
             self.core.turn()
         while self.core._lookahead.in_flight is not None:
             self.core.turn()
         stats = self.core.stats()
-        assert stats.n_free_pages == self.n_free_at_start
+        assert stats.n_free_kv_blocks == self.n_free_at_start
         assert (stats.n_running, stats.n_waiting, self.core.n_open) == (0, 0, 0)
         assert all(slot.refs == 0 for slot in stats.resident.values())
 

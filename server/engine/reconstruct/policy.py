@@ -1,16 +1,16 @@
-"""Which variants deserve merged weights: an explicit cost model with hysteresis. No tensors here.
+"""Which variants deserve reconstructed weights: a cost model with hysteresis. No tensors here.
 
-A step of one variant alone needs no delta work if the weights are merged: it saves the share
-`GAIN` of its time. In any other step merged weights would be read beside the base's, which costs
-more than applying a delta (on a CPU, SmolLM2-135M, 31 streams: a second pass over the weights is
-about a third of a decode step, a delta an eighth), so they are not used there and what counts is
+A step of one variant alone needs no delta work if its weights are reconstructed: it saves the
+share `GAIN` of its time. In any other step they would be read beside the base's, which costs more
+than applying a delta (on a CPU, SmolLM2-135M, 31 streams: a second pass over the weights is about
+a third of a decode step, a delta an eighth), so they are not used there and what counts is
 
     share = time in steps of the variant alone / time,        over the last `WINDOW_S`
 
-Merging takes `build_s` of the same processor, paid back if ``share * GAIN * HORIZON_S >= build_s``:
+A build takes `build_s` of the same processor, paid back if ``share * GAIN * HORIZON_S >= build_s``:
 
     promote   share >= max(MIN_SHARE, build_s / (GAIN * HORIZON_S)), and the bytes fit
-    demote    share <  DEMOTE * that, and merged for MIN_RESIDENCE_S at least
+    demote    share <  DEMOTE * that, and reconstructed for MIN_RESIDENCE_S at least
     replace   a full budget gives way only to a share of 1 / DEMOTE times the victim's
 """
 
@@ -41,7 +41,7 @@ class Decision:
 class HotPolicy:
     """Times are of one monotonic clock, given by the caller.
 
-    budget_bytes   for all merged weights, those that are being built included
+    budget_bytes   for all reconstructed weights, those that are being built included
     variant_bytes  of one variant at most
     build_bytes    more while one is being built
     """
@@ -53,7 +53,7 @@ class HotPolicy:
     _seconds: dict[str, float] = field(default_factory=dict)  # decayed to `_at`
     _at: float | None = None
     _since: float = 0.0
-    _merged: dict[str, tuple[int, float]] = field(default_factory=dict)  # bytes, since when
+    _kept: dict[str, tuple[int, float]] = field(default_factory=dict)  # bytes, since when
     _building: str | None = None
     _failed: dict[str, float] = field(default_factory=dict)
 
@@ -62,23 +62,13 @@ class HotPolicy:
 
     @property
     def threshold(self) -> float:
-        """Share from which merging pays; above 1 it never does."""
+        """Share from which a build pays; above 1 it never does."""
         return max(MIN_SHARE, self.build_s / (GAIN * HORIZON_S))
 
     @property
-    def used_bytes(self) -> int:
-        """Held, and reserved for the build under way."""
-        held = sum(n_bytes for n_bytes, _ in self._merged.values())
-        return held + (self.variant_bytes + self.build_bytes if self._building else 0)
-
-    @property
-    def building(self) -> str | None:
-        return self._building
-
-    @property
-    def merged(self) -> dict[str, int]:
+    def reconstructed(self) -> dict[str, int]:
         """Bytes by key."""
-        return {key: n_bytes for key, (n_bytes, _) in self._merged.items()}
+        return {key: n_bytes for key, (n_bytes, _) in self._kept.items()}
 
     def ran(self, key: str | None, seconds: float, now: float) -> None:
         """A step ended; `key` is the variant of all its rows, None if they were mixed."""
@@ -97,12 +87,12 @@ class HotPolicy:
 
     def decide(self, now: float) -> Decision:
         """Who leaves and who is built. The caller carries it out and says so."""
-        demote = [k for k in self._merged if self._is_cold(k, now)]
+        demote = [k for k in self._kept if self._is_cold(k, now)]
         shares = {k: self.share(k, now) for k in self._seconds}
         for key in sorted(shares, key=lambda k: -shares[k]):
             if shares[key] < self.threshold or self._building is not None:
                 break
-            if key in self._merged or now - self._failed.get(key, -math.inf) < RETRY_S:
+            if key in self._kept or now - self._failed.get(key, -math.inf) < RETRY_S:
                 continue
             victims = self._room_for(shares[key], demote, now)
             if victims is not None:
@@ -113,11 +103,11 @@ class HotPolicy:
         self._building = key
 
     def finished(self, key: str, n_bytes: int, seconds: float, now: float) -> None:
-        """It is merged and in use."""
+        """Its weights are reconstructed and in use."""
         assert key == self._building
         self._building = None
         self.build_s = 0.5 * self.build_s + 0.5 * seconds
-        self._merged[key] = (n_bytes, now)
+        self._kept[key] = (n_bytes, now)
 
     def abandoned(self, key: str, now: float, *, failed: bool) -> None:
         """The build came to nothing."""
@@ -127,11 +117,11 @@ class HotPolicy:
             self._failed[key] = now
 
     def dropped(self, key: str) -> None:
-        del self._merged[key]
+        del self._kept[key]
 
     def _room_for(self, share: float, leaving: list[str], now: float) -> list[str] | None:
         """Whom else to drop so that one more fits and can be built; None: it does not fit."""
-        held = {k: n for k, (n, _) in self._merged.items() if k not in leaving}
+        held = {k: n for k, (n, _) in self._kept.items() if k not in leaving}
         free = self.budget_bytes - sum(held.values()) - self.variant_bytes - self.build_bytes
         victims: list[str] = []
         for key in sorted(held, key=lambda k: self.share(k, now)):
@@ -147,7 +137,7 @@ class HotPolicy:
         return self._is_settled(key, now) and self.share(key, now) < DEMOTE * self.threshold
 
     def _is_settled(self, key: str, now: float) -> bool:
-        return now - self._merged[key][1] >= MIN_RESIDENCE_S
+        return now - self._kept[key][1] >= MIN_RESIDENCE_S
 
     def _decay(self, now: float) -> None:
         if self._at is None:

@@ -1,10 +1,11 @@
-"""Automatic reconstruct: carries out what `HotPolicy` decides, beside the running engine.
+"""Reconstruct for hot variants: carries out what `HotPolicy` decides, beside the running engine.
 
-    engine thread   tend()                 -> worker: read the artifact, merge unit by unit
-    engine thread   on_message(Merged ...) -> installed between two steps; nothing waits for it
+    engine thread   tend()                     -> worker: read the artifact, build unit by unit
+    engine thread   on_message(BuildEnded ...) -> installed between two steps; nothing waits for it
 
 The variant's deltas stay resident and go on serving steps that it shares with others, and all
-steps while its weights are being merged, if that fails, and after they were dropped.
+steps while its weights are being built, if that fails, and after they were dropped. Variants of
+mode `reconstruct` get theirs from the loader; both have `ReconstructedWeights` make and hold them.
 """
 
 from __future__ import annotations
@@ -25,11 +26,16 @@ from server.engine.observer import Observer
 from server.engine.reconstruct.policy import HotPolicy
 from server.engine.schedule.scheduler import Scheduled
 from server.engine.variant import Variant
-from server.model.reconstructed import MergeableWeights, MergedOps, MergeStopped, ops_bytes
+from server.model.reconstructed import (
+    ReconstructedOps,
+    ReconstructedWeights,
+    ReconstructStopped,
+    ops_bytes,
+)
 
 log = logging.getLogger(__name__)
 DECIDE_S = 0.5
-NICENESS = 10  # of the merging thread: it takes what the steps leave
+NICENESS = 10  # of the building thread: it takes what the steps leave
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +47,12 @@ class Alone:
 
 
 @dataclass(frozen=True, slots=True)
-class Merged:
+class BuildEnded:
     """A build ended; `ops` is None if it failed or was stopped."""
 
     slot: Slot
     name: str
-    ops: MergedOps | None
+    ops: ReconstructedOps | None
     seconds: float
     failed: bool = False
 
@@ -56,11 +62,11 @@ class Reconstructor:
 
     def __init__(
         self,
-        weights: MergeableWeights,
+        weights: ReconstructedWeights,
         slots: SlotTable,
         budget_bytes: int,
         job_for: Callable[[Variant], LoadJob],
-        post: Callable[[Merged], None],
+        post: Callable[[BuildEnded], None],
         observer: Observer | None = None,
     ) -> None:
         self._weights = weights
@@ -69,18 +75,13 @@ class Reconstructor:
         self._post = post
         self._observer = observer
         self.policy = HotPolicy(budget_bytes, weights.n_bytes, weights.build_bytes)
-        self._held: dict[str, tuple[Slot, str]] = {}  # merged, by key: its slot and name
+        self._held: dict[str, tuple[Slot, str]] = {}  # promoted, by key
         self._seen: dict[str, Variant] = {}
         self._next_decision = 0.0
         self._stop = threading.Event()
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="merge", initializer=_lower_priority)
-
-    def merged_slot(self, alone: Alone | None) -> int | None:
-        """The slot whose merged weights a step of `alone` is to use, if there are any."""
-        if alone is None or alone.slot.key not in self._held:
-            return None
-        slot, _ = self._held[alone.slot.key]
-        return slot.index if slot is alone.slot else None
+        self._pool = ThreadPoolExecutor(
+            1, thread_name_prefix="reconstruct", initializer=_lower_priority
+        )
 
     def ran(self, alone: Alone | None, seconds: float) -> None:
         """A step took so long."""
@@ -90,32 +91,37 @@ class Reconstructor:
         self.policy.ran(key, seconds, time.monotonic())
 
     def tend(self) -> None:
-        """Between steps: drop what has left its slot, and now and then decide anew."""
+        """Between steps: note what has left its slot, and now and then decide anew.
+
+        A step may be in flight: those use no reconstructed weights.
+        """
         for key, (slot, _) in list(self._held.items()):
             if self._slots.get(key) is not slot:
-                self._drop(key)
+                self._forget(key)  # the loader has removed the weights with the slot
         now = time.monotonic()
         if now < self._next_decision:
             return
         self._next_decision = now + DECIDE_S
         decision = self.policy.decide(now)
         for key in decision.demote:
-            self._drop(key)
+            slot, _ = self._held[key]
+            self._weights.remove(slot.index)
+            self._forget(key)
         if decision.promote is not None:
             self._start(decision.promote)
 
-    def on_message(self, message: Merged) -> None:
+    def on_message(self, message: BuildEnded) -> None:
         """A build ended."""
         key, now = message.slot.key, time.monotonic()
         if message.ops is None or self._slots.get(key) is not message.slot:
             self.policy.abandoned(key, now, failed=message.failed)
             if message.failed and self._observer is not None:
-                self._observer.on_merge_failed(message.name)
+                self._observer.on_reconstruct_failed(message.name)
             return
-        self._weights.install(message.slot.index, message.ops)
+        self._weights.install(message.slot.index, message.ops, always=False)
         self._held[key] = (message.slot, message.name)
         self.policy.finished(key, ops_bytes(message.ops), message.seconds, now)
-        log.info("variant %s: weights merged in %.1f s", message.name, message.seconds)
+        log.info("variant %s: weights reconstructed in %.1f s", message.name, message.seconds)
         if self._observer is not None:
             self._observer.on_promoted(message.name)
 
@@ -129,7 +135,7 @@ class Reconstructor:
         if slot is None or not slot.ready:
             return
         job = self._job_for(variant)
-        if job.mode != "apply":  # its weights are merged already, by order
+        if job.mode != "apply":  # its weights are reconstructed already, by order
             return
         self.policy.started(key)
         self._pool.submit(self._build, job, slot)
@@ -143,18 +149,17 @@ class Reconstructor:
         ops, failed = None, False
         try:
             ops = self._weights.build(job.read(), may_go_on)
-        except MergeStopped:
-            log.info("variant %s left its slot while its weights were being merged", job.name)
+        except ReconstructStopped:
+            log.info("variant %s left its slot while its weights were being built", job.name)
         except Exception:
-            log.exception("merging the weights of %s failed; its deltas go on", job.name)
+            log.exception("reconstructing the weights of %s failed; its deltas go on", job.name)
             failed = True
-        self._post(Merged(slot, job.name, ops, time.monotonic() - started, failed))
+        self._post(BuildEnded(slot, job.name, ops, time.monotonic() - started, failed))
 
-    def _drop(self, key: str) -> None:
-        slot, name = self._held.pop(key)
-        self._weights.remove(slot.index)
+    def _forget(self, key: str) -> None:
+        _, name = self._held.pop(key)
         self.policy.dropped(key)
-        log.info("variant %s: merged weights dropped", name)
+        log.info("variant %s: reconstructed weights dropped", name)
         if self._observer is not None:
             self._observer.on_demoted(name)
 

@@ -3,11 +3,11 @@
 Continuous batching: every running request decodes one token; what the `PrefillPacer` allows beside
 goes to prefill chunks, oldest request first. One long prompt is computed at a time: until it is
 done half of each step's allowance is its own, shorter prompts share the other half and overtake
-later long ones. When pages run out the youngest request is preempted: its
-pages are freed and it will be recomputed. A waiting request whose variant is being read from disk
-is passed over, never waited for. One that is passed over for another reason is overtaken for
-`MAX_OVERTAKEN_S` at most: where too many variants are mixed already, no later request is admitted
-any more; where every slot is held, no later request takes another hold, so that one comes free.
+later long ones. When KV blocks run out the youngest request is preempted: its KV blocks are freed
+and it will be recomputed. A waiting request whose variant is being read from disk is passed over,
+never waited for. One that is passed over for another reason is overtaken for `MAX_OVERTAKEN_S` at
+most: where too many variants are mixed already, no later request is admitted any more; where every
+slot is held, no later request takes another hold, so that one comes free.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 from server.deltas.slots import Slot
 from server.engine.request import Request, Status
+from server.engine.schedule.kv_blocks import KVBlockPool
 from server.engine.schedule.pacing import Allowance, PrefillPacer, StepLoad
-from server.engine.schedule.pages import PagePool
 from server.engine.variant import BASE_KEY
 
 MAX_OVERTAKEN_S = 2.0
@@ -52,11 +52,11 @@ class Scheduled:
 
 
 class Scheduler:
-    """Queues and page accounting. Engine thread only."""
+    """Queues and KV block accounting. Engine thread only."""
 
     def __init__(
         self,
-        pages: PagePool,
+        kv_blocks: KVBlockPool,
         *,
         max_num_seqs: int,
         max_batch_tokens: int,
@@ -66,7 +66,7 @@ class Scheduler:
         acquire: Acquire,
         wipe: Callable[[list[int]], None],
     ) -> None:
-        self.pages = pages
+        self.kv_blocks = kv_blocks
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.max_num_seqs = max_num_seqs
@@ -95,7 +95,7 @@ class Scheduler:
         return bool(self.waiting) and not self._nobody_fits
 
     def schedule(self) -> list[Scheduled]:
-        """Choose the next step's chunks and make sure their pages exist."""
+        """Choose the next step's chunks and make sure their KV blocks exist."""
         n_preemptions, n_waiting = self.n_preemptions, len(self.waiting)
         batch: list[Scheduled] = []
         # Decodes are single tokens and must not wait behind prompts.
@@ -137,9 +137,9 @@ class Scheduler:
                 batch.append(Scheduled(request, n_tokens))
 
     def _make_room(self, request: Request, n_tokens: int, batch: list[Scheduled]) -> bool:
-        """Grow the request's pages, preempting the youngest others not yet in the batch."""
+        """Grow the request's KV blocks, preempting the youngest others not yet in the batch."""
         chosen = {id(s.request) for s in batch}
-        while not self.pages.grow(request.pages, n_tokens):
+        while not self.kv_blocks.grow(request.kv_blocks, n_tokens):
             younger = self.running[self.running.index(request) :]
             victim = next((r for r in reversed(younger) if id(r) not in chosen), request)
             self._preempt(victim)
@@ -176,7 +176,9 @@ class Scheduler:
             self._reuse_prefix(request)
             is_long = self._is_long(_remaining(request))
             n_tokens = allowance.grant(request.n_computed, _remaining(request))
-            if n_tokens == 0 or not self.pages.grow(request.pages, request.n_computed + n_tokens):
+            if n_tokens == 0 or not self.kv_blocks.grow(
+                request.kv_blocks, request.n_computed + n_tokens
+            ):
                 self._release(request)
                 return
             self.waiting.remove(request)
@@ -194,26 +196,30 @@ class Scheduler:
             return False
         known = 0
         if not request.params.prompt_logprobs:
-            known = self.pages.n_known(request.cache_key, request.tokens)
+            known = self.kv_blocks.n_known(request.cache_key, request.tokens)
         return self._is_long(len(request.tokens) - known)
 
     def _reuse_prefix(self, request: Request) -> None:
-        """Begin with the pages of the longest known prefix. Prompt logprobs need every row."""
+        """Begin with the KV blocks of the longest known prefix. Prompt logprobs need every row."""
         if request.params.prompt_logprobs:
             return
-        request.pages = self.pages.match(request.cache_key, request.tokens)
-        request.n_settled_pages = len(request.pages)
-        request.n_computed = len(request.pages) * self.pages.page_tokens
+        request.kv_blocks = self.kv_blocks.match(request.cache_key, request.tokens)
+        request.n_settled_kv_blocks = len(request.kv_blocks)
+        request.n_computed = len(request.kv_blocks) * self.kv_blocks.block_tokens
         if request.admitted is None:
             request.n_cached_tokens = request.n_computed
 
     def computed(self, request: Request) -> None:
         """Finite logits came from all of the request's keys and values: others may reuse them."""
         request.unproven = False
-        n_full = request.n_computed // self.pages.page_tokens
-        if n_full > request.n_settled_pages:
-            request.n_settled_pages = self.pages.remember(
-                request.cache_key, request.tokens, request.pages, request.n_settled_pages, n_full
+        n_full = request.n_computed // self.kv_blocks.block_tokens
+        if n_full > request.n_settled_kv_blocks:
+            request.n_settled_kv_blocks = self.kv_blocks.remember(
+                request.cache_key,
+                request.tokens,
+                request.kv_blocks,
+                request.n_settled_kv_blocks,
+                n_full,
             )
 
     def _hold_slot(self, request: Request, may_hold: bool) -> Missing | None:
@@ -227,7 +233,7 @@ class Scheduler:
         return None
 
     def remove(self, request: Request) -> None:
-        """Take a request out, wherever it is; its pages go back."""
+        """Take a request out, wherever it is; its KV blocks go back."""
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
@@ -237,13 +243,13 @@ class Scheduler:
         self.changed()
 
     def _release(self, request: Request) -> None:
-        """Give the pages back; nobody may find a NaN in them (padding is read, and 0 * NaN)."""
+        """Give the KV blocks back; nobody may find a NaN in them (padding is read, and 0 * NaN)."""
         if request.unproven:
-            self._wipe(self.pages.private(request.pages))
+            self._wipe(self.kv_blocks.private(request.kv_blocks))
             request.unproven = False
-        self.pages.release(request.pages)
-        request.pages = []  # never used again: page tables know a list by its identity
-        request.n_computed = request.n_settled_pages = 0
+        self.kv_blocks.release(request.kv_blocks)
+        request.kv_blocks = []  # never used again: KV block tables know a list by its identity
+        request.n_computed = request.n_settled_kv_blocks = 0
 
 
 def _remaining(request: Request) -> int:

@@ -32,8 +32,8 @@ class LogitRows:
 class Batch:
     """Tensors of one step; T tokens, sorted by slot.
 
-    merged_slot: every row's slot, if its merged weights are to be used
     input_ids [1, T], position_ids [1, T], logit_rows [R] int64 (rows of the hidden states)
+    reconstructed: slots whose reconstructed weights this step uses
     """
 
     scheduled: tuple[Scheduled, ...]
@@ -44,7 +44,7 @@ class Batch:
     logit_rows: Tensor
     output_rows: RowPlan
     outputs: tuple[LogitRows, ...]
-    merged_slot: int | None = None
+    reconstructed: frozenset[int] = frozenset()
 
 
 def default_batch_tokens(device: torch.device) -> int:
@@ -54,15 +54,15 @@ def default_batch_tokens(device: torch.device) -> int:
 
 def build_batch(
     scheduled: Sequence[Scheduled],
-    page_tokens: int,
+    block_tokens: int,
     device: torch.device,
-    merged_slot: int | None = None,
+    reconstructed: frozenset[int] = frozenset(),
 ) -> Batch:
     """Lay out the chunks by slot (base first) and plan attention, deltas and logits."""
     ordered = tuple(sorted(scheduled, key=lambda s: s.request.slot_index))
     ids: list[int] = []
     positions: list[int] = []
-    places: list[int] = []
+    cache_rows: list[int] = []
     logit_rows: list[int] = []
     outputs: list[LogitRows] = []
     decode: list[tuple[int, Request]] = []
@@ -72,17 +72,17 @@ def build_batch(
         start, end = len(ids), len(ids) + item.n_tokens
         ids.extend(request.tokens[first : first + item.n_tokens])
         positions.extend(range(first, first + item.n_tokens))
-        places.extend(_places(request.pages, first, item.n_tokens, page_tokens))
+        cache_rows.extend(_cache_rows(request.kv_blocks, first, item.n_tokens, block_tokens))
         if item.n_tokens == 1 and first > 0:
             decode.append((start, request))
         else:
-            used = request.pages[: -(-(first + item.n_tokens) // page_tokens)]
+            used = request.kv_blocks[: -(-(first + item.n_tokens) // block_tokens)]
             prefill.append(PrefillChunk(start, end, first, torch.tensor(used, device=device)))
         wanted = _logit_rows(item, start, end)
         outputs.append(LogitRows(len(logit_rows), len(wanted), item.finishes_known_tokens))
         logit_rows.extend(wanted)
     plan = AttentionPlan(
-        places=torch.tensor(places, device=device),
+        cache_rows=torch.tensor(cache_rows, device=device),
         decode=_decode_batch(decode, device),
         prefill=tuple(prefill),
     )
@@ -97,13 +97,13 @@ def build_batch(
             [(s.request.slot_index, o.n) for s, o in zip(ordered, outputs, strict=True)], device
         ),
         outputs=tuple(outputs),
-        merged_slot=merged_slot,
+        reconstructed=reconstructed,
     )
 
 
-def _places(pages: list[int], first: int, n_tokens: int, page_tokens: int) -> list[int]:
+def _cache_rows(kv_blocks: list[int], first: int, n_tokens: int, block_tokens: int) -> list[int]:
     return [
-        pages[p // page_tokens] * page_tokens + p % page_tokens
+        kv_blocks[p // block_tokens] * block_tokens + p % block_tokens
         for p in range(first, first + n_tokens)
     ]
 
@@ -119,11 +119,11 @@ def _logit_rows(item: Scheduled, start: int, end: int) -> list[int]:
 def _decode_batch(decode: list[tuple[int, Request]], device: torch.device) -> DecodeBatch | None:
     if not decode:
         return None
-    longest = max(len(r.pages) for _, r in decode)
-    pages = [r.pages + [0] * (longest - len(r.pages)) for _, r in decode]
+    longest = max(len(r.kv_blocks) for _, r in decode)
+    kv_blocks = [r.kv_blocks + [0] * (longest - len(r.kv_blocks)) for _, r in decode]
     return DecodeBatch(
         rows=torch.tensor([row for row, _ in decode], device=device),
-        pages=torch.tensor(pages, device=device),
+        kv_blocks=torch.tensor(kv_blocks, device=device),
         lengths=torch.tensor([r.n_computed + 1 for _, r in decode], device=device),
     )
 

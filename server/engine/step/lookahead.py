@@ -7,7 +7,7 @@
 A host that reads every token before it plans the next step keeps the device waiting while it does.
 Where all rows of a step go on as they are, what the next one needs is known but for the tokens, and
 those are in the device's memory already. A row that turns out to have ended has computed one token
-for nothing; its pages and slot are kept until then (`Lookahead.keeps`). The tokens are
+for nothing; its KV blocks and slot are kept until then (`Lookahead.keeps`). The tokens are
 the same as without.
 
 Only for steps over static buffers: elsewhere kernels need to know the rows, or run on the host.
@@ -156,10 +156,14 @@ class Lookahead:
         ]
         if not going_on or not self._runner.is_current() or self._somebody_comes(last):
             return None
-        pages = self._scheduler.pages
-        if not all(pages.grow(request.pages, request.n_computed + 2) for _, request in going_on):
-            return None  # somebody has to be preempted
         scheduled = tuple(Scheduled(request, 1) for _, request in going_on)
+        if self._runner.reconstructed_in(scheduled):
+            return None  # such steps run eagerly
+        kv_blocks = self._scheduler.kv_blocks
+        if not all(
+            kv_blocks.grow(request.kv_blocks, request.n_computed + 2) for _, request in going_on
+        ):
+            return None  # somebody has to be preempted
         sources = tuple(i for i, _ in going_on)
         return self._launch(self._runner.plan_after(last.chosen[0], sources, scheduled))
 

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from server.engine.schedule.scheduler import Scheduled
 from server.engine.step.batch import Batch, LogitRows, build_batch
-from server.engine.step.static_buffers import SEGMENT_ROWS, DecodeRow, StaticBatch
+from server.engine.step.static_buffers import DecodeRow, StaticBatch
 from server.engine.step.static_step import StaticStep
 from server.errors import ConfigError
 from server.model.base import BaseModel, weight_bytes
+from server.model.reconstructed import ReconstructedWeights
 from server.ops.attention import AttentionPlan, DecodeBatch
 from server.ops.row_plan import BASE_SLOT, RowPlan
 from server.ops.static_row_plan import StaticRows
+from server.ops.triton.segments import DECODE_ROWS
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +50,7 @@ class Runner:
 
     def __init__(self, base: BaseModel) -> None:
         self.base = base
+        self.reconstructed = ReconstructedWeights(base.model, base.parameters)
         self.counts = StepCounts()
         self._static: StaticStep | None = None
         self._seen = replace(base.residency)  # when graphs were last known to be good
@@ -81,13 +84,13 @@ class Runner:
                 f"the {base.kernels.name} kernels cannot run in graphs on {base.device.type}; "
                 "use --enforce-eager or --kernels triton"
             )
-        page_tokens, spare = base.store.page_tokens, base.store.n_pages - 1
+        block_tokens, spare = base.store.block_tokens, base.store.n_kv_blocks - 1
         self._static = StaticStep(
             self._static_forward,
             max_rows=max_rows,
-            max_pages=-(-max_len // page_tokens),
+            max_kv_blocks=-(-max_len // block_tokens),
             device=base.device,
-            padding_place=spare * page_tokens,
+            padding_row=spare * block_tokens,
         )
 
     def capture(self) -> None:
@@ -96,26 +99,31 @@ class Runner:
             with torch.inference_mode():
                 self._static.prepare(with_deltas=(False,))
 
-    def plan(
-        self, scheduled: Sequence[Scheduled], merged_slot: int | None = None
-    ) -> Batch | DecodeStep:
-        """Lay out a step; `merged_slot`: of all rows, if its merged weights are to be used."""
-        page_tokens = self.base.store.page_tokens
+    def plan(self, scheduled: Sequence[Scheduled]) -> Batch | DecodeStep:
+        """Lay out a step."""
+        block_tokens = self.base.store.block_tokens
+        reconstructed = self.reconstructed_in(scheduled)
         if all(_decodes(item) for item in scheduled):
-            reason = self._why_eager(scheduled, merged_slot)
+            reason = self._why_eager(scheduled, reconstructed)
             if reason is None:
-                return _decode_step(scheduled, page_tokens)
+                return _decode_step(scheduled, block_tokens)
             self.counts.eager += 1
             if self._static is not None and reason not in self._told:
                 self._told.add(reason)
                 log.warning("decode steps with %s run without a CUDA graph, slower", reason)
-        return build_batch(scheduled, page_tokens, self.base.device, merged_slot)
+        return build_batch(scheduled, block_tokens, self.base.device, reconstructed)
 
-    def _why_eager(self, scheduled: Sequence[Scheduled], merged_slot: int | None) -> str | None:
+    def reconstructed_in(self, scheduled: Sequence[Scheduled]) -> frozenset[int]:
+        """Slots whose reconstructed weights a step of these uses."""
+        return self.reconstructed.used_in({item.request.slot_index for item in scheduled})
+
+    def _why_eager(
+        self, scheduled: Sequence[Scheduled], reconstructed: frozenset[int]
+    ) -> str | None:
         """What keeps these decode rows out of a graph."""
         if self._static is None:
             return "graphs switched off"
-        if merged_slot is not None:
+        if reconstructed:
             return "reconstructed weights"
         if len(scheduled) > self._static.max_rows:
             return f"more than {self._static.max_rows} sequences"
@@ -138,18 +146,18 @@ class Runner:
             step.output_rows,
             step.attention,
             step.logit_rows,
-            step.merged_slot,
+            step.reconstructed,
         )
 
     def plan_after(
         self, last_tokens: Tensor, sources: Sequence[int], scheduled: tuple[Scheduled, ...]
     ) -> DecodeStep:
         """A step of `scheduled`, whose last tokens are being computed: see `DecodeStep`. They are
-        sorted by slot, and have pages for one token more than they know.
+        sorted by slot, and have KV blocks for one token more than they know.
         """
-        page_tokens, rows = self.base.store.page_tokens, []
+        block_tokens, rows = self.base.store.block_tokens, []
         for source, item in zip(sources, scheduled, strict=True):
-            rows.append(_decode_row(item, page_tokens, item.request.n_computed + 1, source))
+            rows.append(_decode_row(item, block_tokens, item.request.n_computed + 1, source))
         return DecodeStep(scheduled, tuple(rows), _one_each(len(rows)), last_tokens)
 
     @property
@@ -181,11 +189,11 @@ class Runner:
             batch.vector_rows - 1,
             batch.table,
             batch.segments.count,
-            SEGMENT_ROWS,
+            DECODE_ROWS,
             with_deltas=with_deltas,
         )
-        decode = DecodeBatch(rows=batch.rows, pages=batch.pages, lengths=batch.lengths)
-        plan = AttentionPlan(places=batch.places, decode=decode, prefill=())
+        decode = DecodeBatch(rows=batch.rows, kv_blocks=batch.kv_blocks, lengths=batch.lengths)
+        plan = AttentionPlan(cache_rows=batch.cache_rows, decode=decode, prefill=())
         return self._model(batch.input_ids, batch.position_ids, rows, rows, plan, 0)
 
     def _model(
@@ -196,11 +204,11 @@ class Runner:
         output_rows: RowPlan,
         plan: AttentionPlan,
         logits_to_keep: Tensor | int,
-        merged_slot: int | None = None,
+        reconstructed: frozenset[int] = frozenset(),
     ) -> Tensor:
         base = self.base
         base.context.rows, base.context.output_rows = rows, output_rows
-        base.context.merged_slot = merged_slot
+        base.context.reconstructed = reconstructed
         base.store.plan = plan
         try:
             output = base.model(
@@ -210,8 +218,8 @@ class Runner:
                 logits_to_keep=logits_to_keep,  # 0: all
             )
         finally:
-            base.context.rows = base.context.output_rows = base.context.merged_slot = None
-            base.store.plan = None
+            base.context.rows = base.context.output_rows = base.store.plan = None
+            base.context.reconstructed = frozenset()
         logits: Tensor = output.logits
         return logits[0]
 
@@ -221,19 +229,19 @@ def _decodes(item: Scheduled) -> bool:
     return item.n_tokens == 1 and item.request.n_computed > 0 and item.finishes_known_tokens
 
 
-def _decode_step(scheduled: Sequence[Scheduled], page_tokens: int) -> DecodeStep:
+def _decode_step(scheduled: Sequence[Scheduled], block_tokens: int) -> DecodeStep:
     ordered = tuple(sorted(scheduled, key=lambda s: s.request.slot_index))
-    rows = tuple(_decode_row(item, page_tokens, item.request.n_computed) for item in ordered)
+    rows = tuple(_decode_row(item, block_tokens, item.request.n_computed) for item in ordered)
     return DecodeStep(ordered, rows, _one_each(len(rows)))
 
 
-def _decode_row(item: Scheduled, page_tokens: int, at: int, source: int = 0) -> DecodeRow:
+def _decode_row(item: Scheduled, block_tokens: int, at: int, source: int = 0) -> DecodeRow:
     """The request's token at position `at`, which may not be known yet."""
     request = item.request
-    pages, tokens = request.pages, request.tokens
-    place = pages[at // page_tokens] * page_tokens + at % page_tokens
+    kv_blocks, tokens = request.kv_blocks, request.tokens
+    cache_row = kv_blocks[at // block_tokens] * block_tokens + at % block_tokens
     token = tokens[at] if at < len(tokens) else 0
-    return DecodeRow(token, at, place, pages, at + 1, request.slot_index, source)
+    return DecodeRow(token, at, cache_row, kv_blocks, at + 1, request.slot_index, source)
 
 
 def _one_each(n_rows: int) -> tuple[LogitRows, ...]:

@@ -38,9 +38,9 @@ class StaticStep:
         forward: Forward,
         *,
         max_rows: int,
-        max_pages: int,
+        max_kv_blocks: int,
         device: torch.device,
-        padding_place: int = -1,
+        padding_row: int = -1,
     ) -> None:
         if max_rows > BUCKETS[-1]:
             raise ConfigError(
@@ -50,7 +50,7 @@ class StaticStep:
         self._forward = forward
         wanted = [bucket for bucket in BUCKETS if bucket < max_rows]
         sizes = [*wanted, BUCKETS[len(wanted)]]
-        self._buffers = {t: StaticBuffers(t, max_pages, device, padding_place) for t in sizes}
+        self._buffers = {t: StaticBuffers(t, max_kv_blocks, device, padding_row) for t in sizes}
         self._graphs: dict[GraphKey, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._warm: set[GraphKey] = set()  # whose kernels are compiled
         self._given_up: set[GraphKey] = set()
@@ -62,9 +62,6 @@ class StaticStep:
     @property
     def buckets(self) -> tuple[int, ...]:
         return tuple(self._buffers)
-
-    def buffers(self, bucket: int) -> StaticBuffers:
-        return self._buffers[bucket]
 
     @property
     def max_rows(self) -> int:

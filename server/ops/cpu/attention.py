@@ -1,7 +1,7 @@
 """Decode attention over the paged cache.
 
 A task is one sequence (or one KV head of it, if there are few sequences): it reads the sequence's
-pages once, in the order they lie in memory, for all query heads. Nothing is gathered or padded.
+KV blocks once, in the order they lie in memory, for all query heads. Nothing is gathered or padded.
 Scores, softmax and sums are float32; bfloat16 is only read and written.
 """
 
@@ -30,8 +30,8 @@ from server.ops.cpu.rope import check_rows
 U = np.uint64
 
 # Places in the argument array. Strides are in elements.
-(_Q, _Q_ROW, _Q_HEAD, _OUT, _K_CACHE, _V_CACHE, _PAGE, _KV_HEADS) = range(1, 9)
-(_GROUP, _DIM, _IS_BF16, _ROWS, _LENGTHS, _PAGES, _MAX_PAGES, _N_SEQUENCES) = range(9, 17)
+(_Q, _Q_ROW, _Q_HEAD, _OUT, _K_CACHE, _V_CACHE, _BLOCK_TOKENS, _KV_HEADS) = range(1, 9)
+(_GROUP, _DIM, _IS_BF16, _ROWS, _LENGTHS, _KV_BLOCKS, _MAX_KV_BLOCKS, _N_SEQUENCES) = range(9, 17)
 (_WINDOW, _SCALE, _SOFTCAP, _TASK_HEADS, _N_ARGUMENTS) = range(17, 22)
 
 
@@ -63,8 +63,8 @@ class AttentionKernel:
             q.dtype is torch.bfloat16,
             decode.rows.data_ptr(),
             decode.lengths.data_ptr(),
-            decode.pages.data_ptr(),
-            decode.pages.shape[1],
+            decode.kv_blocks.data_ptr(),
+            decode.kv_blocks.shape[1],
             n,
             0 if call.window is None else call.window,
         )
@@ -84,7 +84,7 @@ def _attend(address):
     queries = np.empty(n_queries * dim, np.float32)
     sums = np.empty(n_queries * dim, np.float32)
     line = np.empty(heads * dim, np.float32)
-    scores = np.empty(n_queries * max(a[_MAX_PAGES] * a[_PAGE], 1), np.float32)
+    scores = np.empty(n_queries * max(a[_MAX_KV_BLOCKS] * a[_BLOCK_TOKENS], 1), np.float32)
     while True:
         task = next_task(address)
         if task >= n_tasks:
@@ -96,25 +96,28 @@ def _attend(address):
 @njit(inline="always", fastmath=FAST_SUMS, error_model="numpy")
 def _decode(address, sequence, first_head, queries, scores, sums, line):
     a = i64_at(address)
-    page, kv_heads, group, dim = a[_PAGE], a[_KV_HEADS], a[_GROUP], a[_DIM]
+    block_tokens, kv_heads, group, dim = a[_BLOCK_TOKENS], a[_KV_HEADS], a[_GROUP], a[_DIM]
     heads = a[_TASK_HEADS]
     is_bf16 = a[_IS_BF16] != 0
     item = 2 if is_bf16 else 4
     row = i64_at(a[_ROWS])[U(sequence)]
     length = i64_at(a[_LENGTHS])[U(sequence)]
-    pages = i64_at(a[_PAGES] + 8 * sequence * a[_MAX_PAGES])
+    kv_blocks = i64_at(a[_KV_BLOCKS] + 8 * sequence * a[_MAX_KV_BLOCKS])
     floats = f64_at(address + 8 * _SCALE)
     scale, softcap = np.float32(floats[U(0)]), np.float32(floats[U(1)])
     for q in range(heads * group):
         source = a[_Q] + (row * a[_Q_ROW] + (first_head * group + q) * a[_Q_HEAD]) * item
         load_row(queries, U(q * dim), source, U(dim), is_bf16)
     first = max(0, length - a[_WINDOW]) if a[_WINDOW] > 0 else 0
-    stride = U(a[_MAX_PAGES] * page)
+    stride = U(a[_MAX_KV_BLOCKS] * block_tokens)
     row_bytes = kv_heads * dim * item
     t = first
-    while t < length:  # page by page: no division per token
-        end = min(length, (t // page + 1) * page)
-        source = a[_K_CACHE] + (pages[U(t // page)] * page + t % page) * row_bytes
+    while t < length:  # KV block by KV block: no division per token
+        end = min(length, (t // block_tokens + 1) * block_tokens)
+        source = (
+            a[_K_CACHE]
+            + (kv_blocks[U(t // block_tokens)] * block_tokens + t % block_tokens) * row_bytes
+        )
         source += first_head * dim * item
         while t < end:
             if dim % LANES != 0:
@@ -133,8 +136,11 @@ def _decode(address, sequence, first_head, queries, scores, sums, line):
         _softmax(scores, q * stride + U(first), U(length - first))
     t = first
     while t < length:
-        end = min(length, (t // page + 1) * page)
-        source = a[_V_CACHE] + (pages[U(t // page)] * page + t % page) * row_bytes
+        end = min(length, (t // block_tokens + 1) * block_tokens)
+        source = (
+            a[_V_CACHE]
+            + (kv_blocks[U(t // block_tokens)] * block_tokens + t % block_tokens) * row_bytes
+        )
         source += first_head * dim * item
         while t < end:
             if dim % LANES != 0:

@@ -3,9 +3,9 @@ arXiv 2205.14135), laid out for vector units.
 
 A task is one KV head and a tile of WIDTH queries: the tokens of a chunk, each with the query heads
 that share the KV head. Every lane is a query, so the softmax never reduces across lanes, keys and
-values are read from their pages in place, and only queries and results are transposed. Keys nobody
-in the tile sees are skipped. Scores, weights' sums and results are float32; weights are rounded to
-bfloat16 (ties upwards) before they multiply the values.
+values are read from their KV blocks in place, and only queries and results are transposed. Keys
+nobody in the tile sees are skipped. Scores, weights' sums and results are float32; weights are
+rounded to bfloat16 (ties upwards) before they multiply the values.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ HIDDEN = -3e38  # the score of a key that a query does not see
 LOG2_E = 1.4426950408889634
 
 # Places in the argument array. Strides are in elements.
-(_Q, _Q_ROW, _Q_HEAD, _OUT, _K_CACHE, _V_CACHE, _PAGE, _KV_HEADS) = range(1, 9)
+(_Q, _Q_ROW, _Q_HEAD, _OUT, _K_CACHE, _V_CACHE, _BLOCK_TOKENS, _KV_HEADS) = range(1, 9)
 (_GROUP, _DIM, _CHUNKS, _N_CHUNKS, _N_TILES, _WINDOW, _SCALE, _N_ARGUMENTS) = range(9, 17)
-# Of each chunk: first row, rows, tokens known before, address of its pages, tiles before it.
+# Of each chunk: first row, rows, tokens known before, address of its KV blocks, tiles before it.
 _CHUNK_FIELDS = 5
 
 
@@ -111,7 +111,7 @@ def _chunk_table(plan: AttentionPlan, group: int) -> tuple[Tensor, int]:
         rows, tiles = [], 0
         for chunk in plan.prefill:
             n = chunk.end - chunk.start
-            rows.append([chunk.start, n, chunk.context, chunk.pages.data_ptr(), tiles])
+            rows.append([chunk.start, n, chunk.context, chunk.kv_blocks.data_ptr(), tiles])
             tiles += -(-n * group // WIDTH)
         plan.made[key] = torch.tensor([*rows, [0, 0, 0, 0, tiles]])
     table = plan.made[key]
@@ -250,7 +250,7 @@ def _prefill(address):
 @njit(inline="always", fastmath=FAST, error_model="numpy")
 def _tile(address, tile, head, space, values, positions, rows, targets, places, moves):
     a = i64_at(address)
-    group, dim, page = a[_GROUP], a[_DIM], a[_PAGE]
+    group, dim, block_tokens = a[_GROUP], a[_DIM], a[_BLOCK_TOKENS]
     pairs = dim // 2
     queries = (space.ctypes.data + 63) // 64 * 64
     scores = queries + pairs * ROW_BYTES
@@ -265,7 +265,7 @@ def _tile(address, tile, head, space, values, positions, rows, targets, places, 
         chunk -= 1
     fields = i64_at(a[_CHUNKS] + 8 * _CHUNK_FIELDS * chunk)
     start, n_tokens, context = fields[U(0)], fields[U(1)], fields[U(2)]
-    pages = i64_at(fields[U(3)])
+    kv_blocks = i64_at(fields[U(3)])
     first_row = (tile - fields[U(4)]) * WIDTH
     n_rows = min(np.int64(WIDTH), n_tokens * group - first_row)
     token, member = first_row // group, first_row % group
@@ -293,13 +293,15 @@ def _tile(address, tile, head, space, values, positions, rows, targets, places, 
     while first <= highest:
         n_keys = min(np.int64(KEYS), highest + 1 - first)
         n_even = (n_keys + STEP - 1) // STEP * STEP  # those past the end are hidden
-        at_page, within = first // page, first % page
+        at_kv_block, within = first // block_tokens, first % block_tokens
         for i in range(U(n_even)):
-            places[i] = (pages[U(at_page)] * page + within) * key_bytes + 2 * dim * head
+            places[i] = (
+                kv_blocks[U(at_kv_block)] * block_tokens + within
+            ) * key_bytes + 2 * dim * head
             if np.int64(i) + 1 < n_keys:
                 within += 1
-                if within == page:
-                    at_page, within = at_page + 1, np.int64(0)
+                if within == block_tokens:
+                    at_kv_block, within = at_kv_block + 1, np.int64(0)
         _score(a[_K_CACHE], places, n_even, queries, pairs, scores)
         hides = first + n_even - 1 > lowest or first <= highest - window
         _soften(

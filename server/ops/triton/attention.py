@@ -4,7 +4,7 @@ It is split-KV: each sequence's keys are cut into `n_splits` stretches, one prog
 KV head, stretch) with the query heads of the group as rows, online softmax; a second kernel joins
 the stretches by their log-sum-exp, if there are several. A step that only decodes norms and turns q
 and k in the same launch: the program whose stretch ends a sequence begins with the new key, from
-registers, and writes it to the cache for later steps. Lengths and pages are data, so a captured
+registers, and writes it to the cache for later steps. Lengths and KV blocks are data, so a captured
 graph serves any lengths.
 
 Source: FlashDecoding (Dao et al., 2023); the combination is eq. 3 of FlashInfer (arXiv 2501.01005).
@@ -34,18 +34,18 @@ MIN_ROWS = 16  # of a tensor-core operand
 class NewTokens:
     """One new token a sequence whose q and k are not turned yet and whose k and v no cache holds.
 
-    k, v      [B, Hkv, D], last axis contiguous
-    cos, sin  [B, R], last axis contiguous: as `rope_and_write_` takes them
-    places    [B] integer: row of the flattened cache, -1 writes nothing
-    norms     of q's and of k's heads, before they turn: of one form, weights contiguous, an index
-              each
+    k, v        [B, Hkv, D], last axis contiguous
+    cos, sin    [B, R], last axis contiguous: as `rope_and_write_` takes them
+    cache_rows  [B] integer: row of the flattened cache, -1 writes nothing
+    norms       of q's and of k's heads, before they turn: of one form, weights contiguous, an
+                index each
     """
 
     k: Tensor
     v: Tensor
     cos: Tensor
     sin: Tensor
-    places: Tensor
+    cache_rows: Tensor
     norms: tuple[HeadNorm, HeadNorm] | None = None
 
 
@@ -63,7 +63,7 @@ def paged_decode(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    pages: Tensor,
+    kv_blocks: Tensor,
     lengths: Tensor,
     *,
     scale: float,
@@ -73,29 +73,29 @@ def paged_decode(
     new: NewTokens | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one new token per sequence over its own pages.
+    """Attention of one new token per sequence over its own KV blocks.
 
-    q [B, H, D], last axis contiguous; caches [n_pages, page, Hkv, D] contiguous; pages [B, P]
-    integer page ids, only those that `lengths` reaches are read; lengths [B] integer, the new token
-    included, 0: a padding row, its output is 0. Returns [B, H, D] in q's dtype: `out`, contiguous,
-    if given.
+    q [B, H, D], last axis contiguous; caches [n_kv_blocks, block_tokens, Hkv, D] contiguous;
+    kv_blocks [B, P] integer ids, only those that `lengths` reaches are read; lengths [B] integer,
+    the new token included, 0: a padding row, its output is 0. Returns [B, H, D] in q's dtype:
+    `out`, contiguous, if given.
     new: norm and turn q on the way (in float32, rounded after each; q itself stays), likewise each
     sequence's new key, and write it and its value; without it q is turned and the cache complete.
     """
     batch, heads, dim = q.shape
-    page, kv_heads = k_cache.shape[1:3]
+    block_tokens, kv_heads = k_cache.shape[1:3]
     splits = splits_for(batch) if n_splits is None else n_splits
     out = torch.empty((batch, heads, dim), dtype=q.dtype, device=q.device) if out is None else out
     partial = lse = out
     if splits > 1:
         partial = torch.empty((batch, heads, splits, dim), dtype=torch.float32, device=q.device)
         lse = torch.empty((batch, heads, splits), dtype=torch.float32, device=q.device)
-    k, v, cos, sin, places = (q, q, q, q, lengths)
+    k, v, cos, sin, cache_rows = (q, q, q, q, lengths)
     rotated = cos_row = 0
     norms: tuple[Tensor | int | float, ...] = (q, lengths, 0, q, lengths, 0, 0.0, 0.0)
     form = None
     if new is not None:
-        k, v, cos, sin, places = new.k, new.v, new.cos, new.sin, new.places
+        k, v, cos, sin, cache_rows = new.k, new.v, new.cos, new.sin, new.cache_rows
         rotated, cos_row = cos.shape[1], cos.stride(0)
         if new.norms is not None:
             norms, form = _norm_arguments(*new.norms), new.norms[0].form
@@ -103,9 +103,9 @@ def paged_decode(
     launch(
         _attend_kernel,
         (batch, kv_heads, splits),
-        *(out, partial, lse, q, k_cache, v_cache, pages, lengths, k, v, cos, sin, places),
+        *(out, partial, lse, q, k_cache, v_cache, kv_blocks, lengths, k, v, cos, sin, cache_rows),
         *(scale, 0.0 if softcap is None else softcap, 0 if window is None else window),
-        *(heads, kv_heads, dim, page, *pages.stride(), q.stride(0), q.stride(1)),
+        *(heads, kv_heads, dim, block_tokens, *kv_blocks.stride(), q.stride(0), q.stride(1)),
         *(k.stride(0), k.stride(1), v.stride(0), v.stride(1), cos_row, rotated),
         *norms,
         TURN=new is not None,
@@ -151,7 +151,7 @@ def paged_decode_reference(
     q: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    pages: Tensor,
+    kv_blocks: Tensor,
     lengths: Tensor,
     *,
     scale: float,
@@ -165,7 +165,7 @@ def paged_decode_reference(
     for row, length in enumerate(lengths.tolist()):
         if length == 0:
             continue
-        used = pages[row, : -(-length // k_cache.shape[1])].long()
+        used = kv_blocks[row, : -(-length // k_cache.shape[1])].long()
         first = 0 if window is None else max(0, length - window)
         keys = k_cache[used].flatten(0, 1)[first:length].to(compute).repeat_interleave(group, 1)
         values = v_cache[used].flatten(0, 1)[first:length].to(compute).repeat_interleave(group, 1)
@@ -178,8 +178,8 @@ def paged_decode_reference(
 
 @triton.jit
 def visit(
-    acc, top, total, queries, k_cache, v_cache, pages, pages_column, position, seen, from_row,
-    kv_head, kv_heads, dim, page, scale, softcap,
+    acc, top, total, queries, k_cache, v_cache, kv_blocks, kv_blocks_column, position, seen,
+    from_row, kv_head, kv_heads, dim, block_tokens, scale, softcap,
     SOFTCAP: tl.constexpr, TILE_D: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys joins the online softmax of `queries [G, D]`.
@@ -187,8 +187,8 @@ def visit(
     position, seen [L]: of the keys, and whether they exist; from_row [G, L]: who may see them.
     """
     d = tl.arange(0, TILE_D)
-    number = tl.load(pages + position // page * pages_column, mask=seen, other=0)
-    place = (number.to(tl.int64) * page + position % page) * kv_heads + kv_head
+    number = tl.load(kv_blocks + position // block_tokens * kv_blocks_column, mask=seen, other=0)
+    place = (number.to(tl.int64) * block_tokens + position % block_tokens) * kv_heads + kv_head
     mask = seen[:, None] & (d < dim)[None, :]
     keys = tl.load(k_cache + place[:, None] * dim + d[None, :], mask=mask, other=0.0)
     values = tl.load(v_cache + place[:, None] * dim + d[None, :], mask=mask, other=0.0)
@@ -226,9 +226,9 @@ def _scaled(x, inverse, weight, ROUND: tl.constexpr):
 
 @triton.jit
 def _attend_kernel(
-    out, partial, lse, q, k_cache, v_cache, pages, lengths, k, v, cos, sin, places,
+    out, partial, lse, q, k_cache, v_cache, kv_blocks, lengths, k, v, cos, sin, cache_rows,
     scale, softcap, window,
-    heads, kv_heads, dim, page, pages_row, pages_column, q_row, q_head,
+    heads, kv_heads, dim, block_tokens, kv_blocks_row, kv_blocks_column, q_row, q_head,
     k_row, k_head, v_row, v_head, cos_row, rotated,
     q_weights, q_index, q_index_row, k_weights, k_index, k_index_row, eps, offset,
     TURN: tl.constexpr, NORM: tl.constexpr, ROUND: tl.constexpr,
@@ -289,7 +289,7 @@ def _attend_kernel(
             turned = (long * c + cross * s).to(k_cache.dtype.element_ty)
             value = tl.load(v + row * v_row + kv_head * v_head + d, mask=d_mask, other=0.0)
             value = value.to(v_cache.dtype.element_ty)
-            place = tl.load(places + row).to(tl.int64)
+            place = tl.load(cache_rows + row).to(tl.int64)
             if place >= 0:
                 target = (place * kv_heads + kv_head) * dim + d
                 tl.store(k_cache + target, turned, mask=d_mask)
@@ -305,8 +305,9 @@ def _attend_kernel(
         position = at + tl.arange(0, TILE_L)
         seen = position < end
         acc, top, total = visit(
-            acc, top, total, queries, k_cache, v_cache, pages + row * pages_row, pages_column,
-            position, seen, seen[None, :], kv_head, kv_heads, dim, page, scale, softcap,
+            acc, top, total, queries, k_cache, v_cache,
+            kv_blocks + row * kv_blocks_row, kv_blocks_column,
+            position, seen, seen[None, :], kv_head, kv_heads, dim, block_tokens, scale, softcap,
             SOFTCAP, TILE_D, UPCAST,
         )  # fmt: skip
 

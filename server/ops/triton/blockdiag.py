@@ -54,7 +54,6 @@ from server.ops.triton.segments import (
 )
 from server.ops.triton.unpack import unpack_assembly
 
-DECODE_ROWS = 16
 PREFILL_ROWS = 64
 MIN_TILE = 16  # of a tensor-core operand
 MAX_MATRICES = 3  # that read one x

@@ -21,7 +21,6 @@ from server.ops.quantize import QuantizedWeight, TorchQuantizedLinear
 from server.ops.row_plan import RowPlan, SlotSegments
 from server.ops.triton.attention import NewTokens, paged_decode
 from server.ops.triton.blockdiag import (
-    DECODE_ROWS,
     PREFILL_ROWS,
     blockdiag_add_,
     plan_kernel,
@@ -33,7 +32,7 @@ from server.ops.triton.norm import add_rms_norm, rms_norm, silu_mul
 from server.ops.triton.packed_lowrank import packed_lowrank_add_
 from server.ops.triton.prefill import PrefillTiles, paged_prefill_, prefill_tiles, tokens_of
 from server.ops.triton.rope import rope_and_write_
-from server.ops.triton.segments import SegmentArrays, from_table
+from server.ops.triton.segments import DECODE_ROWS, SegmentArrays, from_table
 
 
 class TritonBlockDiag:
@@ -86,7 +85,7 @@ def _decode(
         q,
         call.k_cache,
         call.v_cache,
-        batch.pages,
+        batch.kv_blocks,
         batch.lengths,
         scale=call.scale,
         window=call.window,
@@ -139,7 +138,7 @@ class TritonKernels(TorchKernels):
             super().rotate_and_write_(call)
             return
         angles, caches = (call.rotary.cos, call.rotary.sin), (call.k_cache, call.v_cache)
-        rope_and_write_(call.q, call.k, call.v, *angles, *caches, call.plan.places)
+        rope_and_write_(call.q, call.k, call.v, *angles, *caches, call.plan.cache_rows)
 
     def decode_(self, out: Tensor, call: AttentionCall) -> None:
         batch = call.plan.decode
@@ -160,7 +159,7 @@ class TritonKernels(TorchKernels):
                 return False
             norms = q_norm, k_norm
         angles = call.rotary.cos, call.rotary.sin
-        new = NewTokens(call.k, call.v, *angles, call.plan.places, norms)
+        new = NewTokens(call.k, call.v, *angles, call.plan.cache_rows, norms)
         _decode(call.q, call, call.plan.decode, out=out, new=new)
         return True
 
@@ -173,8 +172,8 @@ class TritonKernels(TorchKernels):
         plan, dtype = call.plan, call.q.dtype
         if "tile_table" not in plan.made:
             made = prefill_tiles(plan.prefill, call.q.device, dtype)
-            plan.made["tile_table"], plan.made["tile_pages"] = made.table, made.pages
-        tables = plan.made["tile_table"], plan.made["tile_pages"]
+            plan.made["tile_table"], plan.made["tile_kv_blocks"] = made.table, made.kv_blocks
+        tables = plan.made["tile_table"], plan.made["tile_kv_blocks"]
         tiles = PrefillTiles(*tables, tokens_of(dtype))
         options = {"scale": call.scale, "window": call.window, "softcap": call.softcap}
         caches = (call.k_cache, call.v_cache)

@@ -4,7 +4,7 @@ All chunks of a step are one launch, one program per (tile of a chunk's tokens, 
 the keys that its tokens may see.
 
 Source: FlashAttention-2 (arXiv 2307.08691, algorithm 1). torch's `varlen_attn` is not used: it has
-no softcap, on 2.11 no pages (every chunk after the first would gather its whole context), and
+no softcap, on 2.11 no paged cache (every chunk after the first would gather its whole context), and
 cannot be tested without a GPU.
 Numerics: as in `server.ops.triton.attention`.
 Bytes: k and v of every position in the window once a tile, from the cache mostly.
@@ -33,13 +33,13 @@ class PrefillTiles:
     """The chunks of one step as data.
 
     table  int32 [n_tiles, 4]: first row, end of the chunk's rows, position of the first row, where
-           in `pages` the chunk's own begin
-    pages  integer: page ids, chunk after chunk
+           in `kv_blocks` the chunk's own begin
+    kv_blocks  integer: KV block ids, chunk after chunk
     tokens of a tile at most
     """
 
     table: Tensor
-    pages: Tensor
+    kv_blocks: Tensor
     tokens: int
 
 
@@ -54,14 +54,14 @@ def prefill_tiles(
     """Cut a step's chunks into tiles of tokens of this dtype; one host-to-device copy, once a
     step.
     """
-    table, first_page, tokens = [], 0, tokens_of(dtype)
+    table, first_kv_block, tokens = [], 0, tokens_of(dtype)
     for chunk in chunks:
         for start in range(chunk.start, chunk.end, tokens):
             position = chunk.context + start - chunk.start
-            table.append((start, chunk.end, position, first_page))
-        first_page += len(chunk.pages)
-    pages = torch.cat([chunk.pages for chunk in chunks])
-    return PrefillTiles(torch.tensor(table, dtype=torch.int32).to(device), pages, tokens)
+            table.append((start, chunk.end, position, first_kv_block))
+        first_kv_block += len(chunk.kv_blocks)
+    kv_blocks = torch.cat([chunk.kv_blocks for chunk in chunks])
+    return PrefillTiles(torch.tensor(table, dtype=torch.int32).to(device), kv_blocks, tokens)
 
 
 def paged_prefill_(
@@ -78,17 +78,17 @@ def paged_prefill_(
     """Causal attention of each chunk's tokens over their sequence, their own keys included.
 
     out, q [T, H, D], last axis contiguous: the tiles' rows are read and written, no others; caches
-    [n_pages, page, Hkv, D] contiguous, hold the new tokens already.
+    [n_kv_blocks, block_tokens, Hkv, D] contiguous, hold the new tokens already.
     """
     _, heads, dim = q.shape
     assert tiles.tokens <= tokens_of(q.dtype), "tiles made for another dtype"
-    page, kv_heads = k_cache.shape[1:3]
+    block_tokens, kv_heads = k_cache.shape[1:3]
     launch(
         _prefill_kernel,
         (len(tiles.table), heads),
-        *(out, q, k_cache, v_cache, tiles.table, tiles.pages),
+        *(out, q, k_cache, v_cache, tiles.table, tiles.kv_blocks),
         *(scale, 0.0 if softcap is None else softcap, 0 if window is None else window),
-        *(heads // kv_heads, kv_heads, dim, page),
+        *(heads // kv_heads, kv_heads, dim, block_tokens),
         *(q.stride(0), q.stride(1), out.stride(0), out.stride(1)),
         WINDOW=window is not None,
         SOFTCAP=softcap is not None,
@@ -103,8 +103,8 @@ def paged_prefill_(
 
 @triton.jit
 def _prefill_kernel(
-    out, q, k_cache, v_cache, tiles, pages, scale, softcap, window,
-    group, kv_heads, dim, page, q_row, q_head, out_row, out_head,
+    out, q, k_cache, v_cache, tiles, kv_blocks, scale, softcap, window,
+    group, kv_heads, dim, block_tokens, q_row, q_head, out_row, out_head,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
     TILE_Q: tl.constexpr, TILE_D: tl.constexpr, TILE_L: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
@@ -114,7 +114,7 @@ def _prefill_kernel(
     row = tl.load(tile) + i
     inside = row < tl.load(tile + 1)
     position = tl.load(tile + 2) + i
-    pages += tl.load(tile + 3)
+    kv_blocks += tl.load(tile + 3)
     d = tl.arange(0, TILE_D)
     mask = inside[:, None] & (d < dim)[None, :]
     wide = row[:, None].to(tl.int64)
@@ -132,8 +132,8 @@ def _prefill_kernel(
         if WINDOW:
             visible &= key[None, :] > position[:, None] - window
         acc, top, total = visit(
-            acc, top, total, queries, k_cache, v_cache, pages, 1, key, key < end, visible,
-            head // group, kv_heads, dim, page, scale, softcap, SOFTCAP, TILE_D, UPCAST,
+            acc, top, total, queries, k_cache, v_cache, kv_blocks, 1, key, key < end, visible,
+            head // group, kv_heads, dim, block_tokens, scale, softcap, SOFTCAP, TILE_D, UPCAST,
         )  # fmt: skip
     result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     target = out + wide * out_row + head * out_head + d[None, :]

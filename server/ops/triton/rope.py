@@ -21,14 +21,15 @@ def rope_and_write_(
     sin: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    places: Tensor,
+    cache_rows: Tensor,
 ) -> None:
-    """Rotate q in place; write rotated k and v to their places in the cache.
+    """Rotate q in place; write rotated k and v to their rows of the cache.
 
     q [T, H, D], k, v [T, Hkv, D]: last axis contiguous, may be slices of one fused tensor;
     cos, sin [T, R], R <= D even: the first R dimensions turn, halves ``[0, R/2)`` and
-    ``[R/2, R)`` paired as in Hugging Face's Llama; caches [n_pages, page, Hkv, D] contiguous;
-    places [T] integer: row of the flattened cache, -1 writes nothing (padding).
+    ``[R/2, R)`` paired as in Hugging Face's Llama; caches contiguous,
+    [n_kv_blocks, block_tokens, Hkv, D]; cache_rows [T] integer: of the flattened cache, -1 writes
+    nothing (padding).
     Numerics: float32, one rounding. Bytes: q twice, k and v read and written.
     """
     tokens, heads, dim = q.shape
@@ -36,7 +37,7 @@ def rope_and_write_(
     launch(
         _rope_kernel,
         (tokens, heads + kv_heads),
-        *(q, k, v, cos, sin, k_cache, v_cache, places, heads, kv_heads, dim, rotated),
+        *(q, k, v, cos, sin, k_cache, v_cache, cache_rows, heads, kv_heads, dim, rotated),
         *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
         cos.stride(0),
         TILE=next_power_of_two(dim),
@@ -52,15 +53,15 @@ def rope_and_write_reference_(
     sin: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
-    places: Tensor,
+    cache_rows: Tensor,
     compute: torch.dtype = torch.float32,
 ) -> None:
     """The same in torch, in `compute`."""
     q.copy_(_rotate(q, cos, sin, compute))
-    kept = places >= 0
+    kept = cache_rows >= 0
     flat = (-1, *k_cache.shape[2:])
-    k_cache.view(flat)[places[kept].long()] = _rotate(k, cos, sin, compute)[kept]
-    v_cache.view(flat)[places[kept].long()] = v[kept]
+    k_cache.view(flat)[cache_rows[kept].long()] = _rotate(k, cos, sin, compute)[kept]
+    v_cache.view(flat)[cache_rows[kept].long()] = v[kept]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype) -> Tensor:
@@ -88,7 +89,7 @@ def _turn(row, cos, sin, dim, rotated, TILE: tl.constexpr):
 
 @triton.jit
 def _rope_kernel(
-    q, k, v, cos, sin, k_cache, v_cache, places, heads, kv_heads, dim, rotated,
+    q, k, v, cos, sin, k_cache, v_cache, cache_rows, heads, kv_heads, dim, rotated,
     q_token, q_head, k_token, k_head, v_token, v_head, cos_stride, TILE: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
@@ -103,10 +104,10 @@ def _rope_kernel(
         tl.debug_barrier()  # every lane has read its partner before any writes
         tl.store(row + i, turned.to(q.dtype.element_ty), mask=mask)
     else:
-        place = tl.load(places + token).to(tl.int64)
-        if place >= 0:
+        cache_row = tl.load(cache_rows + token).to(tl.int64)
+        if cache_row >= 0:
             kv_head = head - heads
-            target = (place * kv_heads + kv_head) * dim
+            target = (cache_row * kv_heads + kv_head) * dim
             turned = _turn(k + token * k_token + kv_head * k_head, cos, sin, dim, rotated, TILE)
             tl.store(k_cache + target + i, turned.to(k_cache.dtype.element_ty), mask=mask)
             value = tl.load(v + token * v_token + kv_head * v_head + i, mask=mask, other=0.0)

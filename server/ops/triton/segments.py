@@ -15,6 +15,8 @@ from torch import Tensor
 from server.ops.packed import PackedBlocks
 from server.ops.row_plan import BASE_SLOT, Segment, SlotSegments
 
+DECODE_ROWS = 16  # that a program takes at once where every row is one sequence's new token
+
 
 def word_bytes(blocks: PackedBlocks) -> int:
     """Outputs a kernel loads as one number: 2 where every matrix allows it, else 1.

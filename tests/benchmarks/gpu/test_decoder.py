@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu.cases import PAGE
+from benchmarks.gpu.cases import BLOCK_TOKENS
 from benchmarks.gpu.decoder import Decoder, GroupWeights, Layer
 from benchmarks.gpu.shapes import ModelShape
 from compressor.codecs.blockdiag import BlockDiagTerm
@@ -54,7 +54,7 @@ def merged(model: LlamaForCausalLM, path: Path, slot: int) -> LlamaForCausalLM:
     return copy
 
 
-def decoder_of(model: LlamaForCausalLM, n_pages: int) -> Decoder:
+def decoder_of(model: LlamaForCausalLM, n_kv_blocks: int) -> Decoder:
     """The same weights in the kernels' layout; the caches begin as NaN."""
     config = model.config
     shape = ModelShape(
@@ -81,7 +81,9 @@ def decoder_of(model: LlamaForCausalLM, n_pages: int) -> Decoder:
             base = torch.cat([layer.get_submodule(path).weight.data for path in members])
             variants = {s: [t[f"{i}.{path}"] for path in members] for s, t in terms.items()}
             groups[name] = GroupWeights(base, *pack(variants, SLOTS))
-        cache = torch.full((n_pages, PAGE, shape.kv_heads, shape.head_dim), float("nan"))
+        cache = torch.full(
+            (n_kv_blocks, BLOCK_TOKENS, shape.kv_heads, shape.head_dim), float("nan")
+        )
         norm_in, norm_mlp = norms(layer.input_layernorm), norms(layer.post_attention_layernorm)
         layers.append(Layer(norm_in, norm_mlp, groups, cache, cache.clone()))
     return Decoder(
@@ -96,9 +98,9 @@ def decoder_of(model: LlamaForCausalLM, n_pages: int) -> Decoder:
     )
 
 
-def row(tokens: list[int], at: int, page: int, slot: int) -> DecodeRow:
-    """Token number `at` of a sequence that lives on one page."""
-    return DecodeRow(tokens[at], at, page * PAGE + at, [page], at + 1, slot)
+def row(tokens: list[int], at: int, kv_block: int, slot: int) -> DecodeRow:
+    """Token number `at` of a sequence that lives on one KV block."""
+    return DecodeRow(tokens[at], at, kv_block * BLOCK_TOKENS + at, [kv_block], at + 1, slot)
 
 
 @pytest.mark.slow  # half a minute: three hundred launches under the interpreter
@@ -107,12 +109,12 @@ def test_mixed_steps_equal_hugging_face_on_merged_weights(
 ) -> None:
     oracles = {-1: model, 0: merged(model, tiny_llama, 0), 2: merged(model, tiny_llama, 2)}
     prompts = {-1: [7, 300], 0: [19, 22], 2: [7, 300]}
-    step = StaticStep(decoder_of(model, 4), max_rows=3, max_pages=1, device=CPU)
+    step = StaticStep(decoder_of(model, 4), max_rows=3, max_kv_blocks=1, device=CPU)
     assert step.buckets == (1, 2, 4)
     with torch.inference_mode():
         want = {s: oracles[s](torch.tensor([ids])).logits[0] for s, ids in prompts.items()}
     for at in range(2):
-        rows = [row(prompts[s], at, page, s) for page, s in enumerate((-1, 0, 2))]
+        rows = [row(prompts[s], at, kv_block, s) for kv_block, s in enumerate((-1, 0, 2))]
         logits = step.run(rows)
         for i, slot in enumerate((-1, 0, 2)):
             torch.testing.assert_close(logits[i], want[slot][at], rtol=1e-3, atol=1e-3)

@@ -130,7 +130,7 @@ def test_reconstruct_writes_a_model(delta: Path, tiny_llama: Path, tmp_path: Pat
     assert (code, stderr) == (0, "")
     weights = load_file(out / "model.safetensors")
     base = load_file(tiny_llama / "model.safetensors")
-    merged = {d.name: d.merge(base[d.name]) for d in read_artifact(delta).tensors}
+    merged = {d.name: d.reconstruct(base[d.name]) for d in read_artifact(delta).tensors}
     assert all(torch.equal(weights[name], merged[name].bfloat16()) for name in merged)
     assert "exists" in one_line_error("reconstruct", tiny_llama, delta, out)
 

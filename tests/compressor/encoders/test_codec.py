@@ -109,8 +109,8 @@ def test_tensor_delta_merge_adds_terms_and_replaces_exact_rows() -> None:
     terms = encode(encoder, dense, {"bits": 32, "rank": 4})
     rows = torch.full((2, 4), 7.0, dtype=torch.bfloat16)
     delta = TensorDelta("w", (8, 4), (6, 4), False, terms, DenseRows(6, rows))
-    merged = delta.merge(base)
+    merged = delta.reconstruct(base)
     torch.testing.assert_close(merged[:6], base + dense)
     assert torch.equal(merged[6:], rows.float())
     with pytest.raises(WrongShape):
-        delta.merge(base[:5])
+        delta.reconstruct(base[:5])

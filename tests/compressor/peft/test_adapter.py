@@ -125,8 +125,8 @@ def test_deltas_modules_saved_whole_are_exact_from_the_first_changed_row(
     assert (grown.shape, grown.base_shape, grown.terms) == ((322, 64), (320, 64), ())
     assert grown.exact is not None
     assert grown.exact.row_start == 317
-    assert torch.equal(grown.merge(base[f"{EMBED}.weight"]), embed)
-    assert torch.equal(deltas["model.norm.weight"].merge(base["model.norm.weight"]), norm)
+    assert torch.equal(grown.reconstruct(base[f"{EMBED}.weight"]), embed)
+    assert torch.equal(deltas["model.norm.weight"].reconstruct(base["model.norm.weight"]), norm)
 
 
 def test_deltas_untrained_factors_are_skipped(tiny_llama: Path, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def test_deltas_resized_embedding_with_factors_has_exact_added_rows(
     delta = imported(tiny_llama, adapter(tmp_path / "a", tensors))[f"{EMBED}.weight"]
     assert (delta.shape, delta.base_shape) == ((323, 64), (320, 64))
     expected = under.double() + (b.double() @ a.double()).T * 2
-    assert_equal(delta.merge(base).double(), expected)
+    assert_equal(delta.reconstruct(base).double(), expected)
     del tensors[f"{EMBED}.base_layer.weight"]
     with pytest.raises(CheckpointError, match="do not fit"):
         imported(tiny_llama, adapter(tmp_path / "b", tensors))

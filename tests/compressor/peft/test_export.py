@@ -44,7 +44,9 @@ def differences(delta: Path, base: Path) -> dict[str, Tensor]:
         if tensor.terms:
             found[tensor.name] = sum(term.to_dense() for term in tensor.terms).double()
         else:
-            found[tensor.name] = tensor.merge(stored[tensor.name]).double() - stored[tensor.name]
+            found[tensor.name] = (
+                tensor.reconstruct(stored[tensor.name]).double() - stored[tensor.name]
+            )
     return found
 
 

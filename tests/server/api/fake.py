@@ -39,8 +39,8 @@ class FakeVariant:
 class FakeStats:
     n_running: int = 0
     n_waiting: int = 0
-    n_pages: int = 10
-    n_free_pages: int = 10
+    n_kv_blocks: int = 10
+    n_free_kv_blocks: int = 10
     n_preemptions: int = 0
     n_prefix_queried: int = 0
     n_prefix_hit: int = 0

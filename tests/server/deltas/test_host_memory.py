@@ -6,6 +6,7 @@ import platform
 import resource
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def test_heap_is_trimmed_once_after_the_last_load(monkeypatch: pytest.MonkeyPatc
     trimmed: list[bool] = []
     monkeypatch.setattr(loader, "trim_heap", lambda: trimmed.append(True))
     slots = SlotTable(2, 1000)
-    loads = DeltaLoader({}, slots, lambda message: None)
+    loads = DeltaLoader({}, slots, lambda message: None, Mock())
 
     def unreadable() -> Artifact:
         raise AssertionError("not read here")

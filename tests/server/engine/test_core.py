@@ -88,8 +88,8 @@ def test_abort_while_decoding_gives_everything_back(pair: Served, harness: Make)
 
 
 def test_abort_of_a_preempted_request_gives_everything_back(pair: Served, harness: Make) -> None:
-    page_bytes = harness(pair).core._runner.base.store.bytes_per_token() * 8
-    engine = harness(pair, kv_block_tokens=8, kv_cache_bytes=page_bytes * 7)
+    block_bytes = harness(pair).core._runner.base.store.bytes_per_token() * 8
+    engine = harness(pair, kv_block_tokens=8, kv_cache_bytes=block_bytes * 7)
     sent = [engine.submit("blockdiag", "The quick brown fox", ignore_eos=True) for _ in range(2)]
     engine.until(lambda: engine.core.stats().n_preemptions > 0)
     preempted = next(r for r in sent if r.request.n_preemptions)
@@ -111,7 +111,7 @@ def test_row_not_finite_fails_alone_and_leaves_no_trace(poisoned: Served, harnes
     assert "finite" in bad[0].error.message
     assert_true_text(poisoned, *neighbours)
     engine.assert_idle()
-    again = [engine.submit(name, PROMPT) for name in names * 2]  # on the recycled pages
+    again = [engine.submit(name, PROMPT) for name in names * 2]  # on the recycled KV blocks
     engine.run(*again)
     assert_true_text(poisoned, *again)
 
@@ -120,7 +120,7 @@ def test_row_not_finite_fails_alone_and_leaves_no_trace(poisoned: Served, harnes
 def test_prefill_not_finite_ended_early_leaves_no_trace(
     poisoned: Served, harness: Make, end: str
 ) -> None:
-    """Its logits were never looked at, so nothing says that its pages are bad."""
+    """Its logits were never looked at, so nothing says that its KV blocks are bad."""
     engine = harness(poisoned, max_batch_tokens=8, kv_block_tokens=8)
     bad = engine.submit("poison", PROMPT)
     engine.until(lambda: bad.request.n_computed > 0)

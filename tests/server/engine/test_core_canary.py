@@ -1,6 +1,6 @@
 """No request ever gets another variant's tokens, whatever comes, goes and is evicted around it.
 
-The oracle's texts of all variants differ within eight tokens, so a foreign delta, page or slot
+The oracle's texts of all variants differ within eight tokens, so a foreign delta, KV block or slot
 shows without any tolerance.
 """
 
@@ -15,7 +15,7 @@ from tests.server.conftest import ALL_CODECS, N_TRUTH, Served
 from tests.server.helpers import CoreHarness, Recorded
 
 NAMES = ["base", *ALL_CODECS]
-# Some begin alike, so that pages are shared within a variant (and must not be across variants).
+# Some begin alike, so that KV blocks are shared within a variant (and must not be across variants).
 PROMPTS = [
     "The quick brown fox jumps over the lazy dog",
     "The quick brown fox jumps over the lazy cat",
@@ -30,7 +30,7 @@ def test_random_submit_abort_and_evict_never_mixes_owners(
     served: Callable[..., Served], harness: Callable[..., CoreHarness], seed: int
 ) -> None:
     many = served("llama", ALL_CODECS)
-    page_bytes = harness(many).core._runner.base.store.bytes_per_token() * 8
+    block_bytes = harness(many).core._runner.base.store.bytes_per_token() * 8
     engine = harness(
         many,
         max_resident_variants=2,
@@ -38,7 +38,7 @@ def test_random_submit_abort_and_evict_never_mixes_owners(
         max_num_seqs=6,
         max_batch_tokens=24,
         kv_block_tokens=8,
-        kv_cache_bytes=page_bytes * 14,
+        kv_cache_bytes=block_bytes * 14,
     )
     rng = random.Random(seed)
     sent: list[Recorded] = []

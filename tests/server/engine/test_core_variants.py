@@ -189,14 +189,15 @@ def test_room_made_in_pieces_between_steps_leaves_every_stream_true(
     monkeypatch.setattr("server.deltas.loader.ROOM_SHARE", 0.0)  # one parameter a step
     engine = harness(many)
     engine.run(engine.submit(FIVE[0], "x"))
-    engine.core.loader._storing = True  # nothing is placed before the streams run
+    nobody = Slot(63, "nobody", 0)
+    engine.core.loader._storing = nobody  # nothing is placed before the streams run
     cold = [engine.submit(name, PROMPT) for name in FIVE[1:3]]
     engine.until(lambda: len(engine.core.loader._waiting_for_room) == 2)
     running = [
         engine.submit(name, PROMPT, ignore_eos=True, max_tokens=400) for name in ("base", FIVE[0])
     ]
     engine.until(lambda: all(one.request.n_output > 0 for one in running))
-    engine.core.loader._storing = False
+    engine.core.loader._storing = None
     pieces: set[int] = set()
 
     def done() -> bool:

@@ -102,7 +102,7 @@ def is_empty(engine: LLMEngine) -> bool:
     stats = engine.stats()
     return (
         (stats.n_running, stats.n_waiting, engine.core.n_open) == (0, 0, 0)
-        and stats.n_free_pages == stats.n_pages
+        and stats.n_free_kv_blocks == stats.n_kv_blocks
         and all(slot.refs == 0 for slot in stats.resident.values())
     )
 
@@ -364,7 +364,7 @@ def test_max_model_len_beyond_the_bases_positions_is_refused(pair: Served) -> No
         LLMEngine.from_settings(Settings(base=pair.base, device="cpu", max_model_len=513))
 
 
-def test_cache_too_small_for_two_pages_is_refused(pair: Served) -> None:
+def test_cache_too_small_for_two_kv_blocks_is_refused(pair: Served) -> None:
     with pytest.raises(ConfigError, match="kv_cache_bytes"):
         LLMEngine.from_settings(Settings(base=pair.base, device="cpu", kv_cache_bytes=1))
 

@@ -11,7 +11,7 @@ PROMPTS = [
     "The quick brown fox",
     "book a table for four people at seven in the evening, please. Classify the request: my card",
     "x",
-    "def add(left, right): return left + right and then some more words to cross a page",
+    "def add(left, right): return left + right and then some more words to cross a KV block",
 ]
 
 
@@ -74,8 +74,8 @@ def test_engine_chunked_prefill_equals_generate(served, harness, kind: str) -> N
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
 def test_engine_preemption_equals_generate(served, harness, kind: str) -> None:
     pair = served(kind, PAIR)
-    page_bytes = harness(pair).core._runner.base.store.bytes_per_token() * 8
-    small = harness(pair, kv_block_tokens=8, kv_cache_bytes=page_bytes * 18)
+    block_bytes = harness(pair).core._runner.base.store.bytes_per_token() * 8
+    small = harness(pair, kv_block_tokens=8, kv_cache_bytes=block_bytes * 18)
     assert_parity(small, pair)
     assert small.core.stats().n_preemptions > 0
 
@@ -134,7 +134,7 @@ def test_engine_reused_prefix_equals_generate(served, harness, kind: str) -> Non
         again = one.submit(name, prompt, max_tokens=N_TRUTH)
         longer = one.submit(name, [*first.request.tokens[:-1], 7], max_tokens=4)
         one.run(again, longer)
-        assert first.request.n_cached_tokens == 0, "another variant's pages must not be found"
+        assert first.request.n_cached_tokens == 0, "another variant's KV blocks must not be found"
         assert again.request.n_cached_tokens >= len(first.request.prompt_ids) - 4
         assert longer.request.n_cached_tokens > len(first.request.prompt_ids)
         want = pair.truth(name, first.request.prompt_ids)

@@ -75,7 +75,7 @@ def test_length_is_known_ahead_and_costs_no_row(pair: Served, harness: Make, log
     engine.assert_idle()
 
 
-def test_row_that_had_ended_is_dropped_and_its_pages_kept_until_then(
+def test_row_that_had_ended_is_dropped_and_its_kv_blocks_kept_until_then(
     pair: Served, harness: Make, log: LOG
 ) -> None:
     engine = static(harness, pair)
@@ -86,17 +86,17 @@ def test_row_that_had_ended_is_dropped_and_its_pages_kept_until_then(
     log.clear()
     stays = engine.submit("base", PROMPT, max_tokens=12, ignore_eos=True)
     ends = engine.submit("base", PROMPT, max_tokens=12, ignore_eos=True, stop_token_ids=(stop,))
-    n_before = engine.core.scheduler.pages.n_free
+    n_before = engine.core.scheduler.kv_blocks.n_free
     engine.until(lambda: ends.done)
     assert ends.request in engine.core._lookahead.in_flight.requests, "one row for nothing"
-    assert ends.request.pages, "which still writes there"
+    assert ends.request.kv_blocks, "which still writes there"
     engine.core.turn()
-    assert not ends.request.pages
+    assert not ends.request.kv_blocks
     assert ends.output_ids == plain.output_ids[: at + 1]
     engine.run(stays)
     assert stays.output_ids == plain.output_ids
     engine.assert_idle()
-    assert engine.core.scheduler.pages.n_free >= n_before
+    assert engine.core.scheduler.kv_blocks.n_free >= n_before
 
 
 def test_request_that_comes_is_admitted_in_the_very_next_step(
@@ -185,14 +185,18 @@ def test_who_waits_without_hope_does_not_hold_steps_up(
 
 
 @pytest.mark.parametrize("ahead", [True, False])
-def test_request_put_back_and_admitted_anew_reads_its_new_pages(
+def test_request_put_back_and_admitted_anew_reads_its_new_kv_blocks(
     pair: Served, harness: Make, ahead: bool
 ) -> None:
     """With prompt log probabilities, which take no known prefix; and in the row it had before."""
 
-    def texts(n_pages: int) -> tuple[list[list[int]], int]:
-        page_bytes = harness(pair).core._runner.base.store.bytes_per_token() * 4
-        few = {"kv_block_tokens": 4, "kv_cache_bytes": page_bytes * n_pages, "prefix_cache": False}
+    def texts(n_kv_blocks: int) -> tuple[list[list[int]], int]:
+        block_bytes = harness(pair).core._runner.base.store.bytes_per_token() * 4
+        few = {
+            "kv_block_tokens": 4,
+            "kv_cache_bytes": block_bytes * n_kv_blocks,
+            "prefix_cache": False,
+        }
         engine = static(harness, pair, async_scheduling=ahead, max_num_seqs=4, **few)
         load_all(engine, "blockdiag")
         first = engine.submit("base", list(range(5, 11)), max_tokens=26, ignore_eos=True)
@@ -271,10 +275,10 @@ def test_any_mix_has_the_texts_of_an_engine_that_reads_every_step(
     assert ahead == served_texts(static(harness, pair, **limits, async_scheduling=False), jobs)
 
 
-def test_few_pages_preempt_and_the_texts_stay(pair: Served, harness: Make, log: LOG) -> None:
+def test_few_kv_blocks_preempt_and_the_texts_stay(pair: Served, harness: Make, log: LOG) -> None:
     jobs = [job | {"aborts": False} for job in workload(random.Random(9), 16)]
-    page_bytes = harness(pair).core._runner.base.store.bytes_per_token() * 4
-    few = {"kv_block_tokens": 4, "kv_cache_bytes": page_bytes * 12, "prefix_cache": False}
+    block_bytes = harness(pair).core._runner.base.store.bytes_per_token() * 4
+    few = {"kv_block_tokens": 4, "kv_cache_bytes": block_bytes * 12, "prefix_cache": False}
     small = static(harness, pair, **few)
     texts = served_texts(small, jobs)
     assert small.core.stats().n_preemptions > 0

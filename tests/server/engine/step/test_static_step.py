@@ -26,7 +26,7 @@ from server.ops.triton.norm import rms_norm_reference
 from tests.server.ops.triton.helpers import CPU, generator, pack, random_term
 from tests.simulated_cuda import simulated_cuda
 
-PAGE, DIM, VOCAB = 4, 8, 20
+BLOCK_TOKENS, DIM, VOCAB = 4, 8, 20
 SLOTS = (0, 2)  # slot 1 holds garbage and NaN
 
 
@@ -40,16 +40,18 @@ class Toy:
         self.norms[2] = float("nan")  # slot 1's
         terms = {slot: [random_term((VOCAB, DIM), 2, 4, slot)] for slot in SLOTS}
         self.blocks, self.present = pack(terms, 3)
-        self.cache = torch.full((6, PAGE, 1, DIM), float("nan"))
+        self.cache = torch.full((6, BLOCK_TOKENS, 1, DIM), float("nan"))
+        self.batches: dict[int, StaticBatch] = {}  # the last one of each bucket
 
     def __call__(self, batch: StaticBatch, with_deltas: bool) -> Tensor:
+        self.batches[len(batch.lengths)] = batch
         h = F.embedding(batch.input_ids[0], self.embedding)
         h = h + batch.position_ids[0].unsqueeze(1).cos()
-        kept = batch.places >= 0
-        self.cache.view(-1, 1, DIM)[batch.places[kept]] = h[kept].unsqueeze(1)
+        kept = batch.cache_rows >= 0
+        self.cache.view(-1, 1, DIM)[batch.cache_rows[kept]] = h[kept].unsqueeze(1)
         q = h.unsqueeze(1)
         h = paged_decode_reference(
-            q, self.cache, self.cache, batch.pages, batch.lengths, scale=1.0
+            q, self.cache, self.cache, batch.kv_blocks, batch.lengths, scale=1.0
         ).flatten(1)
         x = rms_norm_reference(h, self.norms, batch.vector_rows, 1e-5)
         y = x @ self.weight.T
@@ -58,22 +60,43 @@ class Toy:
         return y
 
 
-def row(token: int, at: int, page: int, slot: int) -> DecodeRow:
-    return DecodeRow(token, at, page * PAGE + at, [page], at + 1, slot)
+def row(token: int, at: int, kv_block: int, slot: int) -> DecodeRow:
+    return DecodeRow(token, at, kv_block * BLOCK_TOKENS + at, [kv_block], at + 1, slot)
 
 
-def new_step(max_rows: int) -> StaticStep:
-    return StaticStep(Toy(), max_rows=max_rows, max_pages=3, device=CPU)
+def new_step(max_rows: int, toy: Toy | None = None) -> StaticStep:
+    return StaticStep(toy or Toy(), max_rows=max_rows, max_kv_blocks=3, device=CPU)
+
+
+def fields_of(batch: StaticBatch) -> list[Tensor]:
+    """Every array that a step is filled into."""
+    segments = batch.segments
+    return [
+        batch.input_ids,
+        batch.position_ids,
+        batch.cache_rows,
+        batch.vector_rows,
+        batch.kv_blocks,
+        batch.lengths,
+        segments.slots,
+        segments.starts,
+        segments.ends,
+        segments.count,
+    ]
 
 
 def test_padding_stale_rows_and_garbage_change_nothing() -> None:
     rows = [row(5, 0, 0, -1), row(5, 0, 1, 0), row(5, 0, 2, 2)]
     want = [new_step(1).run([one])[0].clone() for one in rows]  # no padding, fresh buffers
-    step = new_step(8)
-    step.run([row(i, 0, i % 6, slot) for i, slot in enumerate((-1, -1, 0, 0, 2, 2, 2))])
+    toy = Toy()
+    step = new_step(8, toy)
+    many = [row(i, 0, i % 6, slot) for i, slot in enumerate((-1, -1, 0, 0, 2, 2, 2, 2))]
     for bucket in step.buckets:
-        step.buffers(bucket).wide.fill_(10**9)
-        step.buffers(bucket).small.fill_(10**9)
+        step.run(many[:bucket])
+    assert tuple(toy.batches) == step.buckets
+    for batch in toy.batches.values():
+        for array in fields_of(batch):
+            array.fill_(10**9)
     for i, one in enumerate(rows):
         torch.testing.assert_close(step.run([one])[0], want[i])
     together = step.run(rows)
@@ -92,28 +115,28 @@ def test_rows_of_a_sequence_see_its_earlier_tokens() -> None:
     assert not torch.allclose(first, second)
 
 
-def test_a_step_copies_as_many_pages_as_its_longest_sequence_has() -> None:
+def test_a_step_copies_as_many_kv_blocks_as_its_longest_sequence_has() -> None:
     buffers = StaticBuffers(4, 1000, CPU, -1)
-    long = DecodeRow(1, 899 * PAGE, 0, list(range(900)), 899 * PAGE + 1)
+    long = DecodeRow(1, 899 * BLOCK_TOKENS, 0, list(range(900)), 899 * BLOCK_TOKENS + 1)
     few = buffers.fill([row(1, 0, 7, -1)])
     assert few < 300
     assert buffers.fill([long]) > few + 4 * 4 * 890
-    assert buffers.batch.pages[0, :900].tolist() == list(range(900))
+    assert buffers.batch.kv_blocks[0, :900].tolist() == list(range(900))
     shorter = buffers.fill([row(1, 0, 7, -1), row(1, 0, 9, -1)])
     assert shorter > 4 * 4 * 890, "once more, to clear what the long one left"
     assert buffers.fill([row(1, 0, 7, -1)]) == few
-    assert int(buffers.batch.pages.sum()) == 7
+    assert int(buffers.batch.kv_blocks.sum()) == 7
 
 
-def test_page_tables_hold_what_their_rows_hold_whoever_was_there_before() -> None:
+def test_kv_block_tables_hold_what_their_rows_hold_whoever_was_there_before() -> None:
     """Rows come, go, change places and grow; every table is compared with one written at once."""
     chosen = random.Random(0)
     buffers = StaticBuffers(8, 40, CPU, -1)
-    alive = [[page] for page in range(1, 6)]
+    alive = [[kv_block] for kv_block in range(1, 6)]
     for turn in range(200):
-        for pages in alive:
-            if len(pages) < 40 and chosen.random() < 0.7:
-                pages.append(chosen.randrange(1, 1000))
+        for kv_blocks in alive:
+            if len(kv_blocks) < 40 and chosen.random() < 0.7:
+                kv_blocks.append(chosen.randrange(1, 1000))
         if chosen.random() < 0.4:
             alive.pop(chosen.randrange(len(alive)))
             alive += [[chosen.randrange(1, 1000)] for _ in range(chosen.randrange(8 - len(alive)))]
@@ -121,11 +144,11 @@ def test_page_tables_hold_what_their_rows_hold_whoever_was_there_before() -> Non
             alive.append([turn + 1])
         alive = alive[:8]
         chosen.shuffle(alive)
-        buffers.fill([DecodeRow(0, 0, 0, pages, 1) for pages in alive])
+        buffers.fill([DecodeRow(0, 0, 0, kv_blocks, 1) for kv_blocks in alive])
         want = torch.zeros(8, 40, dtype=torch.int32)
-        for i, pages in enumerate(alive):
-            want[i, : len(pages)] = torch.tensor(pages)
-        assert torch.equal(buffers.batch.pages, want), turn
+        for i, kv_blocks in enumerate(alive):
+            want[i, : len(kv_blocks)] = torch.tensor(kv_blocks)
+        assert torch.equal(buffers.batch.kv_blocks, want), turn
 
 
 @pytest.mark.parametrize("rows", BUCKETS)
@@ -133,7 +156,13 @@ def test_every_field_begins_at_16_bytes_in_every_bucket(rows: int) -> None:
     """Or Triton compiles its kernels once more for this bucket, while streams wait."""
     batch = StaticBuffers(rows, 3, CPU, -1).batch
     parts = batch.segments
-    fields = [batch.input_ids, batch.position_ids, batch.places, batch.vector_rows, batch.pages]
+    fields = [
+        batch.input_ids,
+        batch.position_ids,
+        batch.cache_rows,
+        batch.vector_rows,
+        batch.kv_blocks,
+    ]
     fields += [batch.lengths, batch.rows, parts.slots, parts.starts, parts.ends, parts.count]
     assert [field.data_ptr() % 16 for field in fields] == [0] * len(fields)
     assert torch.equal(batch.table, torch.stack([parts.slots, parts.starts, parts.ends], 1))
@@ -163,7 +192,7 @@ def adder() -> Iterator[Adder]:
 
 
 def on_gpu(adder: Adder) -> StaticStep:
-    return StaticStep(adder, max_rows=4, max_pages=3, device=torch.device("cuda"))
+    return StaticStep(adder, max_rows=4, max_kv_blocks=3, device=torch.device("cuda"))
 
 
 def test_graphs_are_captured_once_and_replayed(adder: Adder) -> None:
@@ -207,13 +236,12 @@ def test_a_graph_that_cannot_be_captured_runs_eagerly_and_is_tried_again(
 
 
 def test_addresses_never_change() -> None:
-    step = new_step(4)
-    before = step.buffers(4).batch
-    places = [getattr(before, name).data_ptr() for name in ("input_ids", "pages", "lengths")]
-    step.run([row(1, 0, 0, -1)] * 3)
-    after = step.buffers(4).batch
-    assert [getattr(after, n).data_ptr() for n in ("input_ids", "pages", "lengths")] == places
-    assert after.segments.slots.data_ptr() == before.segments.slots.data_ptr()
+    toy = Toy()
+    step, seen = new_step(4, toy), []
+    for n_rows in (4, 3):
+        step.run([row(1, 0, 0, -1)] * n_rows)
+        seen.append([array.data_ptr() for array in fields_of(toy.batches[4])])
+    assert seen[0] == seen[1]
 
 
 def test_segments_are_runs_of_one_slot() -> None:

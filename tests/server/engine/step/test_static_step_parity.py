@@ -1,13 +1,12 @@
 """The engine over static buffers, as a CUDA graph would replay them, without a GPU.
 
 Greedy tokens are those of Hugging Face `generate` on the reconstructed weights, whatever is in the
-padding: its cache page is NaN from the start.
+padding: its cache KV block is NaN from the start.
 """
 
 from __future__ import annotations
 
 import pytest
-import torch
 
 from compressor.compress.options import Options
 from server.errors import ConfigError
@@ -58,8 +57,8 @@ def test_static_batches_across_buckets_and_chunked_prefill_equal_generate(
 
 def test_static_preemption_equals_generate(served, harness) -> None:
     pair = served("llama", PAIR)
-    page_bytes = harness(pair).core._runner.base.store.bytes_per_token() * 8
-    small = static(harness, pair, kv_block_tokens=8, kv_cache_bytes=page_bytes * 18)
+    block_bytes = harness(pair).core._runner.base.store.bytes_per_token() * 8
+    small = static(harness, pair, kv_block_tokens=8, kv_cache_bytes=block_bytes * 18)
     assert_parity(small, pair)
     assert small.core.stats().n_preemptions > 0
     assert small.core.stats().n_static_steps > 0
@@ -126,4 +125,3 @@ def test_loading_a_variant_makes_earlier_graphs_stale(served, harness) -> None:
         request = engine.submit("blockdiag", PROMPTS[0], max_tokens=3)
         engine.run(request)
     assert forgotten == [True], "once, when its arrays were made"
-    assert torch.is_tensor(step.buffers(1).batch.rows)

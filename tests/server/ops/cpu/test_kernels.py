@@ -21,7 +21,7 @@ from server.ops.cpu.kernels import NumbaKernels
 from server.ops.kernels import Kernels, TorchKernels
 from server.ops.norm import RmsForm, rms_norm
 
-PAGE = 4
+BLOCK_TOKENS = 4
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -38,21 +38,21 @@ def close(ours: Tensor, wanted: Tensor) -> None:
 
 
 def plan_for(lengths: list[int], n_prefill: int) -> AttentionPlan:
-    """Decode rows first, then a chunk; every sequence on shuffled pages of its own."""
-    n_pages = [-(-n // PAGE) for n in lengths]
-    order = torch.randperm(sum(n_pages) + 2, generator=torch.Generator().manual_seed(0))
-    tables = list(torch.split(order[: sum(n_pages)], n_pages))
-    widest = max(n_pages, default=0)
-    pages = torch.stack([F.pad(t, (0, widest - len(t))) for t in tables])
-    places = [
-        int(t[(n - 1) // PAGE]) * PAGE + (n - 1) % PAGE
+    """Decode rows first, then a chunk; every sequence on shuffled KV blocks of its own."""
+    n_kv_blocks = [-(-n // BLOCK_TOKENS) for n in lengths]
+    order = torch.randperm(sum(n_kv_blocks) + 2, generator=torch.Generator().manual_seed(0))
+    tables = list(torch.split(order[: sum(n_kv_blocks)], n_kv_blocks))
+    widest = max(n_kv_blocks, default=0)
+    kv_blocks = torch.stack([F.pad(t, (0, widest - len(t))) for t in tables])
+    cache_rows = [
+        int(t[(n - 1) // BLOCK_TOKENS]) * BLOCK_TOKENS + (n - 1) % BLOCK_TOKENS
         for t, n in zip(tables, lengths, strict=True)
     ]
-    places += [int(order[-1]) * PAGE + i for i in range(n_prefill)]
+    cache_rows += [int(order[-1]) * BLOCK_TOKENS + i for i in range(n_prefill)]
     rows = torch.arange(len(lengths))
     return AttentionPlan(
-        places=torch.tensor(places),
-        decode=DecodeBatch(rows, pages, torch.tensor(lengths)),
+        cache_rows=torch.tensor(cache_rows),
+        decode=DecodeBatch(rows, kv_blocks, torch.tensor(lengths)),
         prefill=(),
     )
 
@@ -72,9 +72,11 @@ def test_decode_and_cache_equal_the_torch_reference(
     softcap: float | None,
 ) -> None:
     plan = plan_for(lengths, n_prefill=3)
-    n_rows, n_pages = len(lengths) + 3, int(plan.decode.pages.max()) + 3  # type: ignore[union-attr]
+    n_rows, n_kv_blocks = len(lengths) + 3, int(plan.decode.kv_blocks.max()) + 3  # type: ignore[union-attr]
     generator = torch.Generator().manual_seed(1)
-    k_cache = torch.randn(n_pages + 9, PAGE, kv_heads, dim, generator=generator).to(dtype)
+    k_cache = torch.randn(n_kv_blocks + 9, BLOCK_TOKENS, kv_heads, dim, generator=generator).to(
+        dtype
+    )
     v_cache = torch.randn(k_cache.shape, generator=generator).to(dtype)
     q = torch.randn(heads, n_rows, dim, generator=generator).to(dtype).transpose(0, 1)
     k = torch.randn(kv_heads, n_rows, dim, generator=generator).to(dtype).transpose(0, 1)
@@ -95,7 +97,7 @@ def test_decode_one_sequence_of_nan_spoils_no_other(kernels: NumbaKernels) -> No
     plan = plan_for([6, 6, 6, 6, 6], n_prefill=0)
     q, k, v = (torch.randn(5, 2, 16) for _ in range(3))
     q[2], k[2] = float("nan"), float("nan")
-    caches = [torch.randn(12, PAGE, 2, 16) for _ in range(2)]
+    caches = [torch.randn(12, BLOCK_TOKENS, 2, 16) for _ in range(2)]
     out = paged_attention(AttentionCall(q, k, v, *caches, plan, 0.25), kernels)
     assert out[2].isnan().all()
     assert out[[0, 1, 3, 4]].isfinite().all()
@@ -129,23 +131,23 @@ def test_rotate_and_write_slices_of_one_tensor_equal_the_element_loop(
     )
     angles = torch.randn(n, rotated, generator=generator)
     rotary = Rotary(angles.cos().to(dtype), angles.sin().to(dtype))
-    places = torch.randperm(5 * PAGE, generator=generator)[:n]
-    plan = AttentionPlan(places=places, decode=None, prefill=())
-    caches = [torch.zeros(5, PAGE, kv_heads, dim, dtype=dtype) for _ in range(2)]
+    cache_rows = torch.randperm(5 * BLOCK_TOKENS, generator=generator)[:n]
+    plan = AttentionPlan(cache_rows=cache_rows, decode=None, prefill=())
+    caches = [torch.zeros(5, BLOCK_TOKENS, kv_heads, dim, dtype=dtype) for _ in range(2)]
     old_q, old_k, old_v = (t.clone() for t in (q, k, v))
     chosen.rotate_and_write_(AttentionCall(q, k, v, *caches, plan, 1.0, rotary=rotary))
     close(q, turned(old_q, rotary.cos, rotary.sin).to(dtype))
     close(k, turned(old_k, rotary.cos, rotary.sin).to(dtype))
     assert torch.equal(v, old_v)
-    assert torch.equal(caches[0].flatten(0, 1)[places], k)
-    assert torch.equal(caches[1].flatten(0, 1)[places], v)
+    assert torch.equal(caches[0].flatten(0, 1)[cache_rows], k)
+    assert torch.equal(caches[1].flatten(0, 1)[cache_rows], v)
     assert not torch.equal(fused, before)
 
 
 def test_rotate_and_write_strided_last_axis_is_refused(kernels: NumbaKernels) -> None:
     q = torch.randn(3, 16, 2).transpose(1, 2)
-    plan = AttentionPlan(places=torch.arange(3), decode=None, prefill=())
-    caches = [torch.zeros(1, PAGE, 2, 16) for _ in range(2)]
+    plan = AttentionPlan(cache_rows=torch.arange(3), decode=None, prefill=())
+    caches = [torch.zeros(1, BLOCK_TOKENS, 2, 16) for _ in range(2)]
     with pytest.raises(ValueError, match="contiguous"):
         kernels.rotate_and_write_(AttentionCall(q, q, q, *caches, plan, 1.0))
 

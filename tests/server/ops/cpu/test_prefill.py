@@ -28,29 +28,34 @@ def make_call(
     chunks: list[tuple[int, int]],
     heads: tuple[int, int] = (6, 2),
     dim: int = 32,
-    page: int = 4,
+    block_tokens: int = 4,
     window: int | None = None,
     softcap: float | None = None,
     dtype: torch.dtype = torch.bfloat16,
 ) -> AttentionCall:
-    """Chunks of (tokens, tokens known before), each on shuffled pages of its own."""
+    """Chunks of (tokens, tokens known before), each on shuffled KV blocks of its own."""
     generator = torch.Generator().manual_seed(0)
     n_heads, kv_heads = heads
-    n_pages = [-(-(tokens + known) // page) for tokens, known in chunks]
-    order = torch.randperm(sum(n_pages), generator=generator)
-    tables = torch.split(order, n_pages)
-    prefill, places, row = [], [], 0
-    for (tokens, known), pages in zip(chunks, tables, strict=True):
-        prefill.append(PrefillChunk(row, row + tokens, known, pages))
-        places += [int(pages[t // page]) * page + t % page for t in range(known, known + tokens)]
+    n_kv_blocks = [-(-(tokens + known) // block_tokens) for tokens, known in chunks]
+    order = torch.randperm(sum(n_kv_blocks), generator=generator)
+    tables = torch.split(order, n_kv_blocks)
+    prefill, cache_rows, row = [], [], 0
+    for (tokens, known), kv_blocks in zip(chunks, tables, strict=True):
+        prefill.append(PrefillChunk(row, row + tokens, known, kv_blocks))
+        cache_rows += [
+            int(kv_blocks[t // block_tokens]) * block_tokens + t % block_tokens
+            for t in range(known, known + tokens)
+        ]
         row += tokens
     fused = torch.randn(row, (n_heads + 2 * kv_heads) * dim, generator=generator).to(dtype)
     q, k, v = (
         t.view(row, -1, dim)
         for t in fused.split([n * dim for n in (n_heads, kv_heads, kv_heads)], 1)
     )
-    caches = torch.randn(2, sum(n_pages), page, kv_heads, dim, generator=generator).to(dtype)
-    plan = AttentionPlan(torch.tensor(places), None, tuple(prefill))
+    caches = torch.randn(2, sum(n_kv_blocks), block_tokens, kv_heads, dim, generator=generator).to(
+        dtype
+    )
+    plan = AttentionPlan(torch.tensor(cache_rows), None, tuple(prefill))
     call = AttentionCall(q, k, v, caches[0], caches[1], plan, 0.3, window, softcap)
     attention.rotate_and_write_(call)
     return call
@@ -62,7 +67,7 @@ def softmax_in_float64(call: AttentionCall) -> Tensor:
     for chunk in call.plan.prefill:
         n = chunk.context + chunk.end - chunk.start
         k, v = (
-            cache[chunk.pages].flatten(0, 1)[:n].double().repeat_interleave(repeats, 1)
+            cache[chunk.kv_blocks].flatten(0, 1)[:n].double().repeat_interleave(repeats, 1)
             for cache in (call.k_cache, call.v_cache)
         )
         q = call.q[chunk.start : chunk.end].double()
@@ -98,18 +103,18 @@ def test_prefill_equals_the_oracle(
 @settings(max_examples=40, deadline=None)
 @given(
     chunks=st.lists(st.tuples(st.integers(1, 90), st.integers(0, 150)), min_size=1, max_size=4),
-    page=st.integers(1, 17),
+    block_tokens=st.integers(1, 17),
     group=st.integers(1, 5),
     window=st.none() | st.integers(1, 200),
 )
-def test_prefill_any_chunks_and_pages_equal_the_oracle(
+def test_prefill_any_chunks_and_kv_blocks_equal_the_oracle(
     kernel: PrefillKernel,
     chunks: list[tuple[int, int]],
-    page: int,
+    block_tokens: int,
     group: int,
     window: int | None,
 ) -> None:
-    check(kernel, make_call(chunks, (2 * group, 2), 8, page, window))
+    check(kernel, make_call(chunks, (2 * group, 2), 8, block_tokens, window))
 
 
 def test_prefill_scores_of_any_size_neither_overflow_nor_vanish(kernel: PrefillKernel) -> None:
@@ -121,7 +126,7 @@ def test_prefill_scores_of_any_size_neither_overflow_nor_vanish(kernel: PrefillK
 
 def test_prefill_one_prompt_of_nan_spoils_no_other(kernel: PrefillKernel) -> None:
     call = make_call([(20, 0), (20, 0), (20, 0)])
-    call.k_cache[call.plan.prefill[1].pages] = float("nan")
+    call.k_cache[call.plan.prefill[1].kv_blocks] = float("nan")
     out = computed(kernel, call)
     assert out[20:40].isnan().all()
     assert out[:20].isfinite().all()
@@ -131,7 +136,7 @@ def test_prefill_one_prompt_of_nan_spoils_no_other(kernel: PrefillKernel) -> Non
 def test_prefill_decode_rows_beside_it_are_left_alone(kernel: PrefillKernel) -> None:
     call = make_call([(3, 0), (9, 4)])
     first, second = call.plan.prefill
-    plan = AttentionPlan(call.plan.places, None, (second,))
+    plan = AttentionPlan(call.plan.cache_rows, None, (second,))
     call = AttentionCall(call.q, call.k, call.v, call.k_cache, call.v_cache, plan, call.scale)
     out = computed(kernel, call)
     assert out[first.start : first.end].isnan().all()

@@ -93,8 +93,8 @@ from server.ops.triton.prefill import paged_prefill_, prefill_tiles
 arch, dim, dtype = int(sys.argv[1]), int(sys.argv[2]), getattr(torch, sys.argv[3])
 q = torch.zeros(100, 8, dim, dtype=dtype)
 caches = torch.zeros(2, 8, 16, 4, dim, dtype=dtype)
-pages = torch.zeros(8, dtype=torch.int64)
-tiles = prefill_tiles([PrefillChunk(0, 100, 0, pages)], torch.device("cpu"), dtype)
+kv_blocks = torch.zeros(8, dtype=torch.int64)
+tiles = prefill_tiles([PrefillChunk(0, 100, 0, kv_blocks)], torch.device("cpu"), dtype)
 options = {"scale": 0.1, "window": 4096, "softcap": 50.0}
 with compiling(arch) as found:
     paged_prefill_(torch.empty_like(q), q, caches[0], caches[1], tiles, **options)

@@ -30,8 +30,8 @@ def test_rotation_and_places_equal_hugging_face(write: object, dim: int, rotated
     before = q.clone()
     k_cache = torch.full((3, 4, kv_heads, dim), CANARY)
     v_cache = k_cache.clone()
-    places = torch.tensor([7, 0, -1, 11, 3])
-    write(q, k, v, cos, sin, k_cache, v_cache, places)  # type: ignore[operator]
+    cache_rows = torch.tensor([7, 0, -1, 11, 3])
+    write(q, k, v, cos, sin, k_cache, v_cache, cache_rows)  # type: ignore[operator]
     turned_q, turned_k = apply_rotary_pos_emb(
         before[..., :rotated].double().transpose(0, 1).unsqueeze(0),
         k[..., :rotated].double().transpose(0, 1).unsqueeze(0),
@@ -42,10 +42,12 @@ def test_rotation_and_places_equal_hugging_face(write: object, dim: int, rotated
     want_k = torch.cat([turned_k[0].transpose(0, 1), k[..., rotated:].double()], dim=-1)
     torch.testing.assert_close(q.double(), want_q, rtol=1e-5, atol=1e-6)
     flat_k, flat_v = k_cache.view(12, kv_heads, dim), v_cache.view(12, kv_heads, dim)
-    for token, place in enumerate(places.tolist()):
-        if place >= 0:
-            torch.testing.assert_close(flat_k[place].double(), want_k[token], rtol=1e-5, atol=1e-6)
-            assert torch.equal(flat_v[place], v[token])
-    untouched = [i for i in range(12) if i not in places.tolist()]
+    for token, cache_row in enumerate(cache_rows.tolist()):
+        if cache_row >= 0:
+            torch.testing.assert_close(
+                flat_k[cache_row].double(), want_k[token], rtol=1e-5, atol=1e-6
+            )
+            assert torch.equal(flat_v[cache_row], v[token])
+    untouched = [i for i in range(12) if i not in cache_rows.tolist()]
     assert bool((flat_k[untouched] == CANARY).all())
     assert bool((flat_v[untouched] == CANARY).all())

@@ -1,0 +1,185 @@
+"""From settings to an engine: the one place that puts base, variants, KV cache and core together.
+
+The server, the tests and the benchmarks all build theirs here. What they want otherwise - kernels
+on a clock, a base without a directory, steps over static buffers on a CPU - is a parameter.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from compressor.artifact.identity import base_identity
+from compressor.usable_cpus import Threads, product_threads
+from compressor.usable_memory import usable_memory_bytes
+from server.deltas.loader import LoadJob, decode_threads
+from server.deltas.registry import DeltaRegistry
+from server.engine.catalog import VariantCatalog
+from server.engine.core import EngineCore, Events
+from server.engine.memory import allocate_kv_blocks, with_kv_cache
+from server.engine.observer import Observer
+from server.engine.step.runner import Runner
+from server.engine.step.static_step import BUCKETS
+from server.engine.text import load_base_text
+from server.engine.variant import Variant
+from server.errors import ConfigError
+from server.model.base import BaseModel, load_base_model
+from server.ops.kernels import Kernels
+from server.ops.precision import host_cpu, name_of
+from server.settings import Settings
+
+log = logging.getLogger(__name__)
+Publish = Callable[[Events], None]
+ChooseSteps = Callable[[Runner, Settings], None]
+
+
+@dataclass(frozen=True, slots=True)
+class CoreParts:
+    """An engine core and what it runs.
+
+    settings  with `max_model_len` decided: a request must fit into the KV cache alone
+    """
+
+    settings: Settings
+    runner: Runner
+    core: EngineCore
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """A core that serves the variants of a directory; `settings` as in `CoreParts`."""
+
+    settings: Settings
+    base: BaseModel
+    catalog: VariantCatalog
+    core: EngineCore
+
+
+def build_engine(
+    settings: Settings,
+    publish: Publish,
+    observer: Observer | None = None,
+    *,
+    kernels: Kernels | None = None,
+    choose_steps: ChooseSteps | None = None,
+) -> EngineParts:
+    """Load the base, register the deltas and make a core, which nobody has started.
+
+    kernels       instead of those that the settings name
+    choose_steps  instead of `graphs_on_cuda`
+
+    Raises ConfigError.
+    """
+    base = build_base(settings, kernels)
+    catalog = build_catalog(settings, base)
+    settings = with_kv_cache(settings, base.device)
+    parts = build_core(settings, base, catalog.job_for, publish, observer, choose_steps)
+    return EngineParts(parts.settings, base, catalog, parts.core)
+
+
+def build_base(settings: Settings, kernels: Kernels | None = None) -> BaseModel:
+    """Load the base onto its device. Raises ConfigError."""
+    if not settings.base.is_dir():
+        raise ConfigError("the base is not a directory; give a Hugging Face model directory")
+    if settings.deltas is not None and not settings.deltas.is_dir():
+        raise ConfigError("the deltas path is not a directory")
+    base = load_base_model(
+        settings.base,
+        device_of(settings),
+        None if settings.dtype == "auto" else getattr(torch, settings.dtype),
+        kernels or settings.kernels,
+        None if settings.base_quant == "none" else settings.base_quant,
+        widened_budget_bytes=_widened_budget(settings),
+    )
+    if settings.max_model_len is not None and settings.max_model_len > base.max_len:
+        raise ConfigError(
+            f"max_model_len is {settings.max_model_len}, but the base model has positions for "
+            f"{base.max_len} tokens only; lower it"
+        )
+    return base
+
+
+def build_catalog(settings: Settings, base: BaseModel) -> VariantCatalog:
+    """Register the variants of the deltas directory, none of them opened."""
+    name = settings.served_base_name or settings.base.resolve().name
+    identity = base_identity(settings.base)
+    registry = DeltaRegistry(settings.deltas, identity, reserved=frozenset({name}))
+    registry.rescan()
+    return VariantCatalog(
+        settings,
+        registry,
+        name,
+        identity,
+        load_base_text(settings.base),
+        base.vocab_size,
+        read_threads=decode_threads(base.device),
+    )
+
+
+def build_core(
+    settings: Settings,
+    base: BaseModel,
+    job_for: Callable[[Variant], LoadJob],
+    publish: Publish,
+    observer: Observer | None = None,
+    choose_steps: ChooseSteps | None = None,
+) -> CoreParts:
+    """Reserve the KV cache, whose size the settings know, and make a core over it.
+
+    job_for  how the loader gets a variant's bytes
+    """
+    kv_blocks = allocate_kv_blocks(base, settings)
+    room = kv_blocks.n_kv_blocks * kv_blocks.block_tokens
+    longest = min(settings.max_model_len or base.max_len, room)
+    settings = replace(settings, max_model_len=longest)
+    runner = Runner(base)
+    (choose_steps or graphs_on_cuda)(runner, settings)
+    core = EngineCore(runner, settings, kv_blocks, job_for, publish, observer)
+    return CoreParts(settings, runner, core)
+
+
+def graphs_on_cuda(runner: Runner, settings: Settings) -> None:
+    """CUDA graphs for decode steps, where the device and the kernels have them."""
+    base = runner.base
+    if base.device.type != "cuda" or settings.enforce_eager:
+        return
+    if not base.kernels.takes_data(base.device):
+        log.warning("no CUDA graphs with the %s kernels: decoding is slower", base.kernels.name)
+        return
+    assert settings.max_model_len is not None, "see `build_core`"
+    max_rows = min(settings.max_num_seqs, BUCKETS[-1])
+    runner.use_static(max_rows=max_rows, max_len=settings.max_model_len)
+    runner.capture()
+
+
+def use_threads(settings: Settings) -> Threads:
+    """Set torch's number of threads, which is the process's; return it and the reason for it."""
+    threads = product_threads(settings.torch_threads)
+    if torch.get_num_threads() != threads.count:  # setting it starts a pool nobody uses
+        torch.set_num_threads(threads.count)
+    return threads
+
+
+def log_cpu(base: BaseModel, threads: Threads) -> None:
+    """Say what computes the products."""
+    products = f"{host_cpu().description}; products in {name_of(base.dtype)}; "
+    log.info("CPU: %s%s", products if base.device.type == "cpu" else "", threads)
+
+
+def device_of(settings: Settings) -> torch.device:
+    """Where the settings want the model. Raises ConfigError if it is not there."""
+    if settings.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is cuda but torch sees no GPU; use --device cpu")
+    return torch.device(settings.device)
+
+
+def _widened_budget(settings: Settings) -> int:
+    """Half of what this process may use, unless the settings say."""
+    if settings.widened_weights_bytes is not None:
+        return settings.widened_weights_bytes
+    return usable_memory_bytes() // 2
