@@ -14,6 +14,7 @@ from compressor.errors import Corrupt
 from server.deltas.loader import LoadJob
 from server.deltas.parameter import DeltaParameter
 from server.deltas.pools.base import TermPool
+from server.deltas.slots import Slot
 from server.deltas.upload import SlotUploader, Upload
 from server.engine.variant import Variant
 from server.errors import DeltaUnusable, NoSlot
@@ -345,11 +346,11 @@ def test_out_of_memory_in_a_load_fails_that_load_only(
     engine.until(lambda: running.request.n_output > 0)
     inner, calls = getattr(DeltaParameter, where), [0]
 
-    def out_of_memory(self: DeltaParameter, *args: object) -> object:
+    def out_of_memory(self: DeltaParameter, *args: object, **named: object) -> object:
         calls[0] += 1
         if calls[0] == 4:  # some parameters are done, others are not
             raise torch.OutOfMemoryError("no memory")
-        return inner(self, *args)
+        return inner(self, *args, **named)
 
     monkeypatch.setattr(DeltaParameter, where, out_of_memory)
     failed = engine.submit("blockdiag", PROMPT)
