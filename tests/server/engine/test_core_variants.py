@@ -70,6 +70,7 @@ def resident(engine: CoreHarness) -> set[str]:
 
 def test_more_variants_than_fit_in_a_step_are_served_in_turn(many: Served, harness: Make) -> None:
     engine = harness(many, max_variants_per_step=2)
+    engine.run(*(engine.submit(name, "x", max_tokens=1) for name in FIVE))  # all are there
     sent = [engine.submit(name, PROMPT) for name in ["base", *FIVE] * 2]
     mixed = []
 
