@@ -28,13 +28,17 @@ class ChildError(RuntimeError):
 class ServerChild:
     """Runs `command` and expects it to serve `url`; its output goes to `log`.
 
-    Use as a context manager: leaving it sends SIGTERM and waits for the drain.
+    Use as a context manager: leaving it sends SIGTERM and waits for the drain. `folder` is where
+    the command runs: with ``python -m server``, the checkout whose server it is.
     """
 
-    def __init__(self, command: Sequence[str], url: str, log: Path) -> None:
+    def __init__(
+        self, command: Sequence[str], url: str, log: Path, folder: Path | None = None
+    ) -> None:
         self.command = list(command)
         self.url = url.rstrip("/")
         self.log = log
+        self.folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -63,6 +67,7 @@ class ServerChild:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                cwd=self.folder,
                 start_new_session=True,
             )
 

@@ -10,7 +10,9 @@ An artifact is a directory:
     SHA256SUMS           of all the others; its own sha256 is the artifact's digest, its identity
 
 Every file is read once into memory, compared with its checksum, and that buffer is parsed: what
-was verified is what is used, whatever happens to the file meanwhile.
+was verified is what is used, whatever happens to the file meanwhile. A server opens an artifact
+before it needs the weights: `open_artifact` reads all but the tensors, `read_terms` the tensors.
+Both return the digest, so that the caller can tell whether they have read the same artifact.
 """
 
 from __future__ import annotations
@@ -49,15 +51,29 @@ __all__ = [
     "Artifact",
     "BaseInfo",
     "DeltaConfig",
+    "OpenedArtifact",
     "TensorEntry",
     "TermEntry",
     "base_identity",
+    "open_artifact",
     "read_artifact",
     "read_config",
     "read_digest",
+    "read_terms",
 ]
 
 _INDEX = re.compile(r"0|[1-9][0-9]{0,8}")
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedArtifact:
+    """All of an artifact but its tensors, verified: see `Artifact`, whose fields these are."""
+
+    config: DeltaConfig
+    digest: str
+    path: Path
+    n_bytes: int
+    aux: dict[str, bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +110,24 @@ def read_config(path: str | Path) -> DeltaConfig:
         return parse_config(bytes(read_verified(directory, CONFIG, sums)))
 
 
+def open_artifact(path: str | Path, *, base_identity: str | None = None) -> OpenedArtifact:
+    """Read and verify the configuration and the text files; `delta.safetensors` is not touched.
+
+    Raises as `read_artifact` does for these files.
+    """
+    with open_directory(Path(path)) as directory:
+        return _open(directory, Path(path), base_identity, with_text=True)[0]
+
+
+def read_terms(
+    path: str | Path, *, base_identity: str | None = None, n_threads: int = 1
+) -> Artifact:
+    """Read and validate the configuration and the tensors. The text files are not touched, `aux` is
+    empty. Raises as `read_artifact` does for the files that are read.
+    """
+    return _read(Path(path), base_identity, n_threads, with_text=False)
+
+
 def read_artifact(
     path: str | Path, *, base_identity: str | None = None, n_threads: int = 1
 ) -> Artifact:
@@ -105,21 +139,34 @@ def read_artifact(
     Raises NotADelta, Corrupt, TooLarge, UnsupportedVersion, WrongBase, WrongShape or NonFinite;
     the base and every declared size are checked before the tensors are decoded.
     """
-    path = Path(path)
+    return _read(Path(path), base_identity, n_threads, with_text=True)
+
+
+def _open(
+    directory: int, path: Path, base_identity: str | None, *, with_text: bool
+) -> tuple[OpenedArtifact, dict[str, str]]:
+    """Everything but the tensors, and the checksums to verify those with."""
+    sums, digest = read_checksums(directory)
+    n_bytes = check_listing(directory, sums)
+    config = parse_config(bytes(read_verified(directory, CONFIG, sums)))
+    if base_identity is not None and config.base.identity != base_identity:
+        raise WrongBase(
+            f"made for base {config.base.name_or_path!r:.80} "
+            f"({config.base.identity[:12]}), not for this one ({base_identity[:12]})"
+        )
+    texts = sorted(set(sums) - {CONFIG, TENSORS}) if with_text else []
+    aux = {name: bytes(read_verified(directory, name, sums)) for name in texts}
+    return OpenedArtifact(config, digest, path, n_bytes, aux), sums
+
+
+def _read(path: Path, base_identity: str | None, n_threads: int, *, with_text: bool) -> Artifact:
     with open_directory(path) as directory:
-        sums, digest = read_checksums(directory)
-        n_bytes = check_listing(directory, sums)
-        config = parse_config(bytes(read_verified(directory, CONFIG, sums)))
-        if base_identity is not None and config.base.identity != base_identity:
-            raise WrongBase(
-                f"made for base {config.base.name_or_path!r:.80} "
-                f"({config.base.identity[:12]}), not for this one ({base_identity[:12]})"
-            )
-        others = sorted(set(sums) - {CONFIG, TENSORS})
-        aux = {name: bytes(read_verified(directory, name, sums)) for name in others}
+        opened, sums = _open(directory, path, base_identity, with_text=with_text)
         stored = parse_tensor_file(read_verified(directory, TENSORS, sums))
+    config = opened.config
     stored = _uncoded(stored, coded=config.coding is not None, n_threads=n_threads)
-    return Artifact(config, _decode(config, stored, n_threads), digest, path, n_bytes, aux)
+    tensors = _decode(config, stored, n_threads)
+    return Artifact(config, tensors, opened.digest, path, opened.n_bytes, opened.aux)
 
 
 def _uncoded(stored: TensorFile, *, coded: bool, n_threads: int) -> TensorFile:

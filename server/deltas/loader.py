@@ -1,7 +1,7 @@
 """Bring a variant from disk into a slot, beside the running engine.
 
-    engine thread   request(key)            -> worker: read, verify, decode ("staged")
-    engine thread   place in the slot table -> worker: copy into the slot, wait until every byte
+    engine thread   request(key)            -> reader: read, verify, decode ("staged")
+    engine thread   place in the slot table -> copier: copy into the slot, wait until every byte
                                                has arrived ("stored")
     engine thread   show                    -> rows of the slot get their delta from the next step
 
@@ -10,15 +10,17 @@ weights, for `WeightsMaker` to install.
 
 Nothing here waits for a step and no step waits for anything here: on a GPU the bytes go through
 pinned memory and a stream of their own (`SlotUploader`). One variant is copied at a time:
-making room for another may replace the arrays that a copy is writing to.
+making room for another may replace the arrays that a copy is writing to. On a CPU the engine thread
+makes room in pieces between the steps, and readers are few and of low priority (`background`):
+the cores that decode artifacts are those that the steps need.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -28,21 +30,24 @@ from compressor.artifact.reader import Artifact
 from compressor.codecs.term import TensorDelta
 from compressor.errors import ArtifactError, UnsupportedTensor
 from compressor.usable_cpus import usable_cpus
+from server.deltas.background import background_pool
 from server.deltas.host_memory import trim_heap
 from server.deltas.parameter import DeltaParameter, Mode, StagedParameter
-from server.deltas.registry import safe_reason
+from server.deltas.registry import unusable
 from server.deltas.slots import Slot, SlotTable
 from server.deltas.upload import Ready, SlotUploader, Uploader
-from server.errors import ServeError
+from server.errors import DeltaUnusable, ServeError
 
 log = logging.getLogger(__name__)
 DECODE_THREADS = 8
 MAX_LOADS = 4  # under way at once, those that wait decoded in host memory for a slot included
+ROOM_SHARE = 0.05  # of a step's time, for making room for a variant before the next on a CPU
+RETRY_AFTER_S = 30  # an operator may have mended the artifact by then
 
 
 @dataclass(frozen=True, slots=True)
 class LoadJob:
-    """What to load. `read` runs on a worker thread and returns the verified artifact."""
+    """What to load. `read` runs on a reader's thread and returns the verified weights."""
 
     key: str
     name: str
@@ -71,6 +76,15 @@ class Stored:
 
 
 @dataclass(frozen=True, slots=True)
+class Placing:
+    """A variant for which room is being made; `rest` are the parameters that have none yet."""
+
+    staged: Staged
+    slot: Slot
+    rest: Iterator[StagedParameter]
+
+
+@dataclass(frozen=True, slots=True)
 class LoadFailed:
     """`message` is safe to show to clients."""
 
@@ -78,6 +92,12 @@ class LoadFailed:
     name: str
     message: str
     slot: Slot | None = None
+    retry_after_s: int = RETRY_AFTER_S
+
+    @property
+    def error(self) -> DeltaUnusable:
+        """What each request that waited for the variant ends with."""
+        return DeltaUnusable(self.message, param="model", retry_after_s=self.retry_after_s)
 
 
 LoaderMessage = Staged | Stored | LoadFailed
@@ -125,8 +145,13 @@ def stage_variant(
         return tuple(pool.map(stage, artifact.tensors))
 
 
+def reader_threads(device: torch.device) -> int:
+    """Variants that are read at once."""
+    return 2 if device.type == "cuda" else 1
+
+
 class DeltaLoader:
-    """State of all loads. Methods are for the engine thread; `post` may be called by workers."""
+    """State of all loads. Methods are for the engine thread; `post` may be called by others."""
 
     def __init__(
         self,
@@ -134,7 +159,6 @@ class DeltaLoader:
         slots: SlotTable,
         post: Callable[[LoaderMessage], None],
         weights: WeightsMaker,
-        n_workers: int = 2,
         uploader: Uploader | None = None,
     ) -> None:
         self._parameters = parameters
@@ -144,10 +168,15 @@ class DeltaLoader:
         device = _device_of(parameters)
         self._n_threads = decode_threads(device)
         self._uploader = uploader or SlotUploader(device)
-        self._pool = ThreadPoolExecutor(n_workers, thread_name_prefix="delta-loader")
+        self._in_pieces = device.type == "cpu"  # on a GPU every piece would end captured graphs
+        self._last_turn = time.perf_counter()
+        self._readers = background_pool(reader_threads(device), "delta-reader")
+        self._copier = background_pool(1, "delta-copier")
         self._loading: set[str] = set()
+        self._reads: dict[str, Future[None]] = {}  # by key, until they have ended
         self._waiting_for_room: list[Staged] = []
-        self._storing: Slot | None = None  # where one variant's bytes are being copied
+        self._placing: Placing | None = None
+        self._storing: Slot | None = None  # where one variant's bytes are, or will be, copied
         self._untidy = False  # loads have ended since the heap was trimmed
         self.errors: dict[str, str] = {}  # by key, until it loads after all; safe to show
 
@@ -161,18 +190,28 @@ class DeltaLoader:
 
     def wants_room(self) -> bool:
         """Whether `place_waiting` may have something to do."""
-        return bool(self._waiting_for_room) and self._storing is None
+        return self._placing is not None or (bool(self._waiting_for_room) and self._storing is None)
 
     def request(self, job: LoadJob) -> None:
         """Begin to load unless that is under way already or `MAX_LOADS` are; ask again then."""
         if job.key not in self._loading and len(self._loading) < MAX_LOADS:
             self._loading.add(job.key)
-            self._pool.submit(self._stage, job)
+            self._reads[job.key] = self._readers.submit(self._stage, job)
+
+    def forget(self, key: str) -> None:
+        """Nobody waits for this variant any more: do not begin to read it. What has begun goes on,
+        so that a client who asks again finds it.
+        """
+        read = self._reads.get(key)
+        if read is not None and read.cancel():
+            del self._reads[key]
+            self._loading.discard(key)
 
     def handle(self, message: LoaderMessage) -> LoadFailed | Stored | None:
         """Take a worker's message; return it if a load ended by it."""
         match message:
             case Staged(job=job):
+                self._reads.pop(job.key, None)
                 if message.n_bytes > self._slots.budget_bytes:
                     return self._fail(
                         job,
@@ -184,7 +223,7 @@ class DeltaLoader:
             case Stored(staged=staged, slot=slot):
                 self._copied(slot)
                 if staged.artifact is not None and message.weights is None:
-                    self._pool.submit(self._reconstruct, message, staged.artifact)
+                    self._readers.submit(self._reconstruct, message, staged.artifact)
                     return None
                 if message.weights is not None:
                     self._weights.install(slot.index, message.weights, always=True)
@@ -205,40 +244,61 @@ class DeltaLoader:
                     self._copied(message.slot)
                 return self._end(message)
 
-    def place_waiting(self) -> None:
+    def place_waiting(self, *, beside_steps: bool = False) -> None:
         """Give the first staged variant a slot if there is room, evicting idle ones.
 
         Call it after requests had their chance to take a variant that has just arrived: an idle
         slot is fair game. In order of arrival, so that a large variant cannot starve.
+
+        beside_steps  a step is about to run: on a CPU, make a piece of the room only
         """
+        turn_s = time.perf_counter() - self._last_turn
         if self._untidy and not self._loading:
             self._untidy = False
-            self._pool.submit(trim_heap)
-        if not self.wants_room():
-            return
-        staged = self._waiting_for_room[0]
+            self._copier.submit(trim_heap)
+        if self._placing is None and self._waiting_for_room and self._storing is None:
+            self._placing = self._take_slot(self._waiting_for_room[0])
+        if self._placing is not None:
+            piece = beside_steps and self._in_pieces
+            self._make_room(self._placing, ROOM_SHARE * turn_s if piece else None)
+        self._last_turn = time.perf_counter()
+
+    def _take_slot(self, staged: Staged) -> Placing | None:
         victims = self._slots.plan(staged.n_bytes)
         if victims is None:
-            return
+            return None
         del self._waiting_for_room[0]
         for victim in victims:
             log.info("evicting the delta in slot %d", victim.index)
             self._clear(victim)
         slot = self._slots.place(staged.job.key, staged.n_bytes)
         self._storing = slot
+        return Placing(staged, slot, iter(staged.parameters))
+
+    def _make_room(self, placing: Placing, seconds: float | None) -> None:
+        """Reserve arrays for the rest of the parameters, or for some of them in so much time; once
+        all have theirs the copy begins.
+        """
+        staged, slot = placing.staged, placing.slot
+        began = time.perf_counter()
         try:
             room = min(1 << slot.index.bit_length(), self._slots.n_slots)
-            for parameter in staged.parameters:
+            for parameter in placing.rest:
                 parameter.parameter.reserve(slot.index, parameter, room)
+                if seconds is not None and time.perf_counter() - began > seconds:
+                    return
             made = self._uploader.ready()
         except Exception as error:  # out of memory: this load fails, serving goes on
+            self._placing = None
             self._hide(slot)  # now: the step to come must not meet arrays that were never made
             self._post(_failed(staged.job, error, slot))
             return
-        self._pool.submit(self._store, staged, slot, made)
+        self._placing = None
+        self._copier.submit(self._store, staged, slot, made)
 
     def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        for pool in (self._readers, self._copier):
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def _copied(self, slot: Slot) -> None:
         """The next may be copied, if it was this slot's turn."""
@@ -259,6 +319,7 @@ class DeltaLoader:
 
     def _end(self, failed: LoadFailed) -> LoadFailed:
         self._loading.discard(failed.key)
+        self._reads.pop(failed.key, None)
         self.errors[failed.key] = failed.message
         return failed
 
@@ -304,14 +365,16 @@ def _device_of(parameters: Mapping[str, DeltaParameter]) -> torch.device:
 
 
 def _failed(job: LoadJob, error: Exception, slot: Slot | None = None) -> LoadFailed:
-    return LoadFailed(job.key, job.name, _explain(job.name, error), slot)
+    retry_after_s = error.retry_after_s if isinstance(error, ServeError) else None
+    message = _explain(job.name, error)
+    return LoadFailed(job.key, job.name, message, slot, retry_after_s or RETRY_AFTER_S)
 
 
 def _explain(name: str, error: Exception) -> str:
     if isinstance(error, ServeError):
         return error.message
     if isinstance(error, ArtifactError | OSError):
-        return f"the delta of `{name}` cannot be used: {safe_reason(error)}"
+        return unusable(name, error)
     if isinstance(error, UnsupportedTensor):
         return f"the delta of `{name}` cannot be used: {error}"
     log.exception("loading %s failed", name, exc_info=error)

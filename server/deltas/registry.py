@@ -50,10 +50,10 @@ class DeltaRegistry:
     def get(self, name: str) -> RegisteredDelta | None:
         return self._by_name.get(name)
 
-    def with_digest(self, digest: str | None) -> RegisteredDelta | None:
-        """A servable artifact with these bytes, under whatever name it has now."""
+    def with_digest(self, digest: str | None) -> list[RegisteredDelta]:
+        """Servable artifacts that claim to have these bytes, under whatever names they have now."""
         servable = (d for d in self._by_name.values() if d.error is None)
-        return next((d for d in servable if d.digest == digest), None)
+        return [d for d in servable if d.digest == digest]
 
     def all(self) -> list[RegisteredDelta]:
         return sorted(self._by_name.values(), key=lambda d: d.name)
@@ -106,6 +106,16 @@ class _Refused(Exception):
 
 def _shown(error: Exception) -> str:
     return str(error) if isinstance(error, _Refused) else safe_reason(error)
+
+
+def unusable(name: str, error: Exception) -> str:
+    """What a client reads of a variant whose artifact cannot be used, found when it was opened or
+    when its weights were read.
+    """
+    return (
+        f"`{name}` cannot be served: {safe_reason(error)}; "
+        "an operator must compress or copy it again"
+    )
 
 
 def safe_reason(error: Exception) -> str:

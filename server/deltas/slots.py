@@ -1,8 +1,9 @@
 """Which digest sits in which slot, who uses it, and what may be evicted.
 
-A slot is held by a reference count: nothing with a reference is ever evicted, and a slot is reused
-only after its last holder released it. `generation` rises with every reuse, so that a stale handle
-is noticed. Used by the engine thread only.
+A slot is held by a reference count: nothing with a reference is ever evicted, and a slot's index is
+given away only after its last holder released it. A `Slot` is one stay of one variant: whoever kept
+it compares it with `SlotTable.get` to learn whether that stay has ended. Used by the engine thread
+only.
 """
 
 from __future__ import annotations
@@ -11,12 +12,11 @@ import itertools
 from dataclasses import dataclass
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Slot:
     """One resident (or arriving) variant."""
 
     index: int
-    generation: int
     key: str
     n_bytes: int
     refs: int = 0
@@ -31,7 +31,6 @@ class SlotTable:
         self.n_slots = n_slots
         self.budget_bytes = budget_bytes
         self._by_key: dict[str, Slot] = {}
-        self._generations = [0] * n_slots
         self._clock = itertools.count(1)
 
     @property
@@ -82,7 +81,6 @@ class SlotTable:
         """Give `key` the lowest free slot. Call `plan` and `evict` first."""
         taken = {slot.index for slot in self._by_key.values()}
         index = next(i for i in range(self.n_slots) if i not in taken)
-        self._generations[index] += 1
-        slot = Slot(index, self._generations[index], key, n_bytes, last_used=next(self._clock))
+        slot = Slot(index, key, n_bytes, last_used=next(self._clock))
         self._by_key[key] = slot
         return slot

@@ -1,17 +1,21 @@
-"""From a model name in a request to a Variant: artifacts opened, verified and given their text."""
+"""From a model name in a request to a Variant: artifacts opened, verified and given their text.
+
+Opening reads an artifact's configuration and text files. Its weights are read where they are
+needed, by the loader (`VariantCatalog.job_for`), and must belong to the digest that was opened.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections.abc import Sequence
 
-from compressor.artifact.reader import Artifact, read_artifact
+from compressor.artifact.reader import Artifact, OpenedArtifact, open_artifact, read_terms
 from compressor.errors import ArtifactError, Corrupt
 from server.deltas.loader import LoadJob
 from server.deltas.parameter import Mode
-from server.deltas.registry import DeltaRegistry, RegisteredDelta, safe_reason
+from server.deltas.registry import DeltaRegistry, RegisteredDelta, safe_reason, unusable
 from server.engine.text import TextAssets, load_variant_text
 from server.engine.variant import BASE_KEY, Variant
 from server.errors import DeltaUnusable, ModelNotFound
@@ -19,7 +23,6 @@ from server.settings import Settings
 
 log = logging.getLogger(__name__)
 FINGERPRINT_CHARS = 12
-MAX_HELD_ARTIFACTS = 4  # opened and not yet decoded into a slot
 
 
 class VariantCatalog:
@@ -49,7 +52,6 @@ class VariantCatalog:
         self._opened: dict[str, Variant] = {}
         self._paths: dict[str, RegisteredDelta] = {}
         self._modes: dict[str, Mode] = {}
-        self._held: OrderedDict[str, Artifact] = OrderedDict()
         self._errors: dict[str, str] = {}
         self._lock = threading.Lock()
 
@@ -73,28 +75,25 @@ class VariantCatalog:
         return _renamed(variant, delta.name)
 
     def open(self, model: str) -> Variant:
-        """Read and verify the artifact behind a name. Worker thread."""
+        """Read and verify all of the artifact behind a name but its weights. Worker thread."""
         known = self.cached(model)
         if known is not None:
             return known
         delta = self._registered(model)
         key = self.key_of(delta)
         try:
-            artifact = self._read(delta)
-            text = self._text_of(artifact)
+            opened = open_artifact(delta.path, base_identity=self._identity)
+            _check_digest(delta, opened.digest)
+            text = self._text_of(opened)
         except (ArtifactError, OSError) as error:
             self._errors[key] = safe_reason(error)
-            raise DeltaUnusable(
-                f"`{delta.name}` cannot be served: {self._errors[key]}; "
-                "an operator must compress or copy it again",
-                param="model",
-            ) from error
+            raise DeltaUnusable(unusable(delta.name, error), param="model") from error
         variant = Variant(
             name=delta.name,
             key=key,
             digest=delta.digest,
             fingerprint=self._fingerprint(delta.digest),
-            vocab_size=max(self._base_vocab_size, *_vocabulary_rows(artifact)),
+            vocab_size=max(self._base_vocab_size, *_vocabulary_rows(opened)),
             text=text,
         )
         with self._lock:
@@ -102,19 +101,15 @@ class VariantCatalog:
             self._paths[key] = delta
             self._modes[key] = self.mode_of(delta.name)
             self._opened[key] = variant
-            self._held[key] = artifact
-            while len(self._held) > MAX_HELD_ARTIFACTS:
-                self._held.popitem(last=False)
         return variant
 
     def job_for(self, variant: Variant) -> LoadJob:
-        """How the loader gets this variant's bytes, now or after an eviction."""
-        delta = self.registry.with_digest(variant.digest) or self._paths[variant.key]
+        """How the loader gets this variant's weights, now or after an eviction."""
+        copies = self.registry.with_digest(variant.digest) or [self._paths[variant.key]]
+        copies.sort(key=lambda delta: delta.name != variant.name)  # its own first
 
         def read() -> Artifact:
-            with self._lock:
-                held = self._held.pop(variant.key, None)
-            return self._read(delta) if held is None else held
+            return self._read_weights(copies)
 
         return LoadJob(variant.key, variant.name, self._modes[variant.key], read)
 
@@ -130,23 +125,27 @@ class VariantCatalog:
             raise DeltaUnusable(f"`{delta.name}` cannot be served: {delta.error}", param="model")
         return delta
 
-    def _read(self, delta: RegisteredDelta) -> Artifact:
-        artifact = read_artifact(
-            delta.path, base_identity=self._identity, n_threads=self._read_threads
-        )
-        if artifact.digest != delta.digest:
-            raise DeltaUnusable(
-                f"the files of `{delta.name}` changed after they were registered; "
-                "rescan and try again",
-                retry_after_s=1,
-            )
-        return artifact
+    def _read_weights(self, copies: Sequence[RegisteredDelta]) -> Artifact:
+        """From the first copy that is whole; all claim the same digest. A reader's thread."""
+        errors: list[Exception] = []
+        for delta in copies:
+            try:
+                artifact = read_terms(
+                    delta.path, base_identity=self._identity, n_threads=self._read_threads
+                )
+                _check_digest(delta, artifact.digest)
+            except (ArtifactError, OSError, DeltaUnusable) as error:
+                log.warning("the weights of %s cannot be used: %s", delta.name, error)
+                errors.append(error)
+            else:
+                return artifact
+        raise errors[0]
 
-    def _text_of(self, artifact: Artifact) -> TextAssets:
+    def _text_of(self, opened: OpenedArtifact) -> TextAssets:
         try:
-            return load_variant_text(self._settings.base, self._base_text, artifact)
+            return load_variant_text(self._settings.base, self._base_text, opened)
         except Exception as error:  # tokenizers raises Exception itself
-            log.exception("the text files of %s cannot be used", artifact.path.name)
+            log.exception("the text files of %s cannot be used", opened.path.name)
             raise Corrupt("its tokenizer or generation config cannot be used") from error
 
     def _fingerprint(self, digest: str | None) -> str:
@@ -154,9 +153,17 @@ class VariantCatalog:
         return f"impart-{self._identity[:FINGERPRINT_CHARS]}-{delta}"
 
 
-def _vocabulary_rows(artifact: Artifact) -> list[int]:
+def _check_digest(delta: RegisteredDelta, digest: str) -> None:
+    if digest != delta.digest:
+        raise DeltaUnusable(
+            f"the files of `{delta.name}` changed after they were registered; rescan and try again",
+            retry_after_s=1,
+        )
+
+
+def _vocabulary_rows(opened: OpenedArtifact) -> list[int]:
     """Rows of every matrix that grew: the fine-tune's vocabulary if tokens were added."""
-    return [0, *(d.shape[0] for d in artifact.tensors if d.shape != d.base_shape)]
+    return [0, *(e.shape[0] for e in opened.config.tensors if e.shape != e.base_shape)]
 
 
 def _renamed(variant: Variant, name: str) -> Variant:

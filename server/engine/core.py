@@ -35,7 +35,6 @@ from server.engine.step.sampler import Sampled, Sampler
 from server.engine.variant import BASE_KEY, Variant
 from server.errors import (
     DeadlineExceeded,
-    DeltaUnusable,
     Draining,
     EngineDead,
     GenerationFailed,
@@ -193,7 +192,7 @@ class EngineCore:
             self._go_on(self._lookahead.in_flight)
         if self._lookahead.in_flight is None:
             scheduled = self.scheduler.schedule()
-            self.loader.place_waiting()
+            self.loader.place_waiting(beside_steps=bool(scheduled))
             self._busy = bool(scheduled)
             if scheduled:
                 self._run_batch(scheduled)
@@ -315,6 +314,8 @@ class EngineCore:
         """KV blocks, slot and generator go back."""
         self.scheduler.remove(request)
         self._sampler.forget(request)
+        if request.slot is None and not self._waiting_for(request.variant.key):
+            self.loader.forget(request.variant.key)
         if request.slot is not None:
             self.slots.release(request.slot)
             request.slot = None
@@ -358,7 +359,7 @@ class EngineCore:
                 self._observer.on_loaded(staged.job.name, time.monotonic() - staged.started)
         if isinstance(ended, LoadFailed):
             for request in self._waiting_for(ended.key):
-                self._fail(request, DeltaUnusable(ended.message, retry_after_s=30))
+                self._fail(request, ended.error)
             if self._observer is not None:
                 self._observer.on_load_failed(ended.name)
 

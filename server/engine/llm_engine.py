@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Self, TypeVar
 
+from server.deltas.background import background_pool
 from server.deltas.registry import RegisteredDelta
 from server.deltas.slots import Slot
 from server.engine.build import (
@@ -24,6 +25,7 @@ from server.engine.observer import CoreStats, Observer
 from server.engine.output import RequestOutput, TextOutput
 from server.engine.request import Request
 from server.engine.schedule.admission import Ticket
+from server.engine.single_flight import SingleFlight
 from server.engine.types import Generation, ModelInfo, SamplingParams, VariantState
 from server.engine.variant import Variant
 from server.errors import InvalidRequest
@@ -58,6 +60,9 @@ class LLMEngine:
         self._workers = ThreadPoolExecutor(4, thread_name_prefix="text")
         # Their own: a template that hangs must not keep others from tokenising.
         self._templates = ThreadPoolExecutor(2, thread_name_prefix="template")
+        # Their own, of low priority: who opens a variant must not keep others from tokenising.
+        self._openers = background_pool(2, "opener")
+        self._openings: SingleFlight[Variant] = SingleFlight(self._openers)
         self._started = False
 
     @classmethod
@@ -89,7 +94,7 @@ class LLMEngine:
                 break
             await asyncio.sleep(0.05)
         await asyncio.to_thread(self.core.stop)
-        for pool in (self._workers, self._templates):
+        for pool in (self._workers, self._templates, self._openers):
             pool.shutdown(wait=False, cancel_futures=True)
 
     # -- names -----------------------------------------------------------------------------------
@@ -136,11 +141,13 @@ class LLMEngine:
         return "failed" if error else "registered"
 
     async def open(self, model: str) -> Variant:
-        """See EngineClient. Reading and verifying an artifact happens on a worker thread."""
+        """See EngineClient. An artifact's configuration and text files are read on a thread of
+        their own, once for all who ask meanwhile; its weights when the engine needs them.
+        """
         known = self._catalog.cached(model)
         if known is not None:
             return known
-        return await self._in_thread(lambda: self._catalog.open(model))
+        return await self._openings.run(model, lambda: self._catalog.open(model))
 
     def rescan(self) -> None:
         self._catalog.rescan()

@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from compressor.artifact.reader import Artifact
+from compressor.artifact.reader import OpenedArtifact
 from server.errors import ConfigError, InvalidRequest
 
 TOKENIZER_FILES = (
@@ -97,12 +97,12 @@ def load_base_text(base_dir: Path) -> TextAssets:
     )
 
 
-def load_variant_text(base_dir: Path, base: TextAssets, artifact: Artifact) -> TextAssets:
+def load_variant_text(base_dir: Path, base: TextAssets, opened: OpenedArtifact) -> TextAssets:
     """Overlay an artifact's own files (already verified, in memory) on the base's.
 
     Raises whatever transformers and tokenizers make of files they cannot use.
     """
-    aux, details = artifact.aux, artifact.config.finetuned_details
+    aux, details = opened.aux, opened.config.finetuned_details
     dropped: list[str] = details.get("dropped_files", [])  # the fine-tune lives without them
     tokenizer = base.tokenizer
     if any(name in aux or name in dropped for name in TOKENIZER_FILES):

@@ -9,6 +9,7 @@ import shutil
 import socket
 import struct
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,18 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from compressor.artifact.config import dump_config, parse_config
-from compressor.artifact.reader import read_artifact, read_config, read_digest
+from compressor.artifact.reader import (
+    open_artifact,
+    read_artifact,
+    read_config,
+    read_digest,
+    read_terms,
+)
 from compressor.errors import (
     Corrupt,
     NotADelta,
     TooLarge,
+    WrongBase,
 )
 from tests.compressor.artifacts import (
     AUX,
@@ -50,6 +58,45 @@ def test_read_artifact_returns_what_was_written(pristine: Path, n_threads: int) 
     assert all(entry.error == 0.5 for entry in artifact.config.tensors)
     assert read_config(pristine) == artifact.config
     assert read_artifact(str(pristine)).digest == artifact.digest
+
+
+def test_open_artifact_returns_all_but_the_tensors_and_does_not_touch_them(artifact: Path) -> None:
+    whole = read_artifact(artifact)
+    tensors = artifact / "delta.safetensors"
+    tensors.write_bytes(b"x" * tensors.stat().st_size)
+    opened = open_artifact(str(artifact), base_identity=BASE)
+    assert (opened.config, opened.digest, opened.aux) == (whole.config, whole.digest, AUX)
+    assert (opened.path, opened.n_bytes) == (artifact, whole.n_bytes)
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_read_terms_returns_the_tensors_and_does_not_touch_the_text_files(
+    artifact: Path, n_threads: int
+) -> None:
+    whole = read_artifact(artifact)
+    for name in AUX:
+        (artifact / name).unlink()
+    read = read_terms(artifact, base_identity=BASE, n_threads=n_threads)
+    assert (read.config, read.digest, read.aux) == (whole.config, whole.digest, {})
+    for got, want in zip(read.tensors, whole.tensors, strict=True):
+        same_delta(got, want)
+
+
+@pytest.mark.parametrize("read", [open_artifact, read_terms, read_artifact])
+def test_reading_a_part_is_as_strict_as_reading_all(
+    artifact: Path, read: Callable[..., object]
+) -> None:
+    with pytest.raises(WrongBase):
+        read(artifact, base_identity="cd" * 32)
+    file = "tokenizer.json" if read is open_artifact else "delta.safetensors"
+    content = bytearray((artifact / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (artifact / file).write_bytes(content)
+    with pytest.raises(Corrupt, match="checksum"):
+        read(artifact)
+    (artifact / "unlisted").touch()
+    with pytest.raises(Corrupt, match="not listed"):
+        read(artifact)
 
 
 def test_read_digest_is_sha256_of_the_checksum_file(pristine: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from compressor.compress.options import Options
@@ -12,6 +14,7 @@ from compressor.compress.pipeline import compress
 from server.engine.llm_engine import LLMEngine
 from server.metrics.series import Metrics
 from server.settings import Settings
+from tests.compressor.artifacts import seal
 from tests.server.api.conftest import Live, serve
 from tests.server.api.test_openai_client import *  # noqa: F403
 
@@ -33,3 +36,35 @@ def live(tiny_llama: Path, tiny_llama_ft: Path, tmp_path_factory) -> Iterator[Li
     metrics.watch(engine, settings.max_variants_per_step)
     with serve(engine, settings, metrics=metrics) as url:
         yield Live(url, engine, "tiny", "tuned")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_damaged_weights_answer_503_until_they_are_mended(live: Live, stream: bool) -> None:
+    deltas = live.engine._settings.deltas
+    copy = shutil.copytree(deltas / "tuned", deltas / f"copy-{stream}")
+    config = copy / "delta_config.json"
+    config.write_bytes(config.read_bytes() + b"\n" * (1 + stream))  # another digest than tuned's
+    seal(copy)
+    weights = copy / "delta.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    live.engine.rescan()
+    body = {"model": copy.name, "prompt": "The", "max_tokens": 2, "stream": stream}
+
+    def answer(**changes: object) -> httpx.Response:
+        return httpx.post(f"{live.url}/v1/completions", json=body | changes, timeout=60)
+
+    try:
+        for _ in range(2):
+            bad = answer()
+            assert bad.status_code == 503
+            error = bad.json()["error"]
+            assert (error["type"], error["param"]) == ("ServiceUnavailableError", "model")
+            assert error["message"].startswith(f"`{copy.name}` cannot be served: Corrupt: ")
+            assert int(bad.headers["retry-after"]) > 0
+            assert answer(model="tuned").status_code == 200
+        weights.write_bytes(whole)
+        assert answer().status_code == 200
+    finally:
+        shutil.rmtree(copy)
+        live.engine.rescan()

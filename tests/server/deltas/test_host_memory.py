@@ -54,5 +54,5 @@ def test_heap_is_trimmed_once_after_the_last_load(monkeypatch: pytest.MonkeyPatc
     assert not trimmed
     for _ in range(2):
         loads.place_waiting()
-    loads._pool.shutdown(wait=True)  # `close` would cancel what has not begun
+    loads._copier.shutdown(wait=True)  # `close` would cancel what has not begun
     assert trimmed == [True]

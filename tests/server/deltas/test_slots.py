@@ -44,14 +44,16 @@ def test_acquire_slot_that_is_still_being_stored_is_refused() -> None:
     assert table.acquire("a") is None
 
 
-def test_place_reused_slot_gets_a_new_generation() -> None:
+def test_place_same_variant_again_is_another_stay() -> None:
     table = SlotTable(1, 100)
     first = load(table, "a", 10)
-    second = load(table, "b", 10)
+    assert load(table, "b", 10) is not None
+    second = load(table, "a", 10)
     assert first is not None
     assert second is not None
-    assert first.index == second.index
-    assert second.generation == first.generation + 1
+    assert (first.index, first.key) == (second.index, second.key)
+    assert table.get("a") is second is not first
+    assert first != second
 
 
 def test_release_more_often_than_acquired_is_a_bug() -> None:

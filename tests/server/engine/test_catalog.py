@@ -71,14 +71,14 @@ def test_open_with_the_bases_prefix_is_the_same_variant(zoo: Served, harness: Ma
     assert catalog.open("impart").fingerprint != catalog.open("blockdiag").fingerprint
 
 
-@pytest.mark.parametrize("file", ["delta.safetensors", "tokenizer.json"])
-def test_open_damaged_artifact_is_refused_without_a_path(
-    own: Served, harness: Make, file: str
-) -> None:
-    path = own.deltas / "vocab" / file
+def flip_a_bit(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def test_open_damaged_artifact_is_refused_without_a_path(own: Served, harness: Make) -> None:
+    flip_a_bit(own.deltas / "vocab" / "tokenizer.json")
     engine = harness(own)
     for _ in range(2):
         with pytest.raises(DeltaUnusable) as caught:
@@ -90,6 +90,58 @@ def test_open_damaged_artifact_is_refused_without_a_path(
     good = engine.submit("impart", PROMPT)
     engine.run(good)
     assert_true_text(own, good)
+
+
+def test_open_does_not_touch_the_weights(own: Served, harness: Make) -> None:
+    want = harness(own).catalog.open("vocab")
+    (own.deltas / "vocab" / "delta.safetensors").unlink()
+    got = harness(own).catalog.open("vocab")
+    assert (got.key, got.vocab_size) == (want.key, want.vocab_size)
+    assert got.text.encode("<extra_1> fox") == want.text.encode("<extra_1> fox")
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, Path.unlink])
+def test_damaged_weights_fail_their_requests_and_are_served_once_mended(
+    own: Served, harness: Make, damage: Callable[[Path], None]
+) -> None:
+    weights = own.deltas / "vocab" / "delta.safetensors"
+    whole = weights.read_bytes()
+    damage(weights)
+    engine = harness(own)
+    for _ in range(2):
+        bad = [engine.submit("vocab", PROMPT) for _ in range(2)]
+        good = engine.submit("impart", PROMPT)
+        engine.run(*bad, good)
+        for one in bad:
+            assert isinstance(one.error, DeltaUnusable)
+            assert (one.error.status, one.error.param) == (503, "model")
+            assert one.error.message.startswith("`vocab` cannot be served: Corrupt: delta.safe")
+            assert str(own.deltas) not in one.error.message
+            assert one.output_ids == []
+        assert_true_text(own, good)
+        engine.assert_idle()
+    weights.write_bytes(whole)  # the digest is the same: nothing needs to be scanned
+    mended = engine.submit("vocab", PROMPT)
+    engine.run(mended)
+    assert mended.error is None
+    assert mended.output_ids == own.truth("vocab", mended.request.prompt_ids)[:16]
+    engine.assert_idle()
+
+
+def test_damaged_weights_replaced_by_another_artifact_are_served_after_rescan(
+    own: Served, harness: Make
+) -> None:
+    flip_a_bit(own.deltas / "impart" / "delta.safetensors")
+    engine = harness(own)
+    bad = engine.submit("impart", PROMPT)
+    engine.run(bad)
+    assert isinstance(bad.error, DeltaUnusable)
+    put(own.deltas / "blockdiag", own.deltas / "impart")
+    engine.catalog.rescan()
+    good = engine.submit("impart", PROMPT)
+    engine.run(good)
+    assert good.output_ids == own.truth("blockdiag", good.request.prompt_ids)[:16]
+    engine.assert_idle()
 
 
 @pytest.mark.parametrize(
@@ -191,6 +243,18 @@ def test_same_bytes_under_two_names_share_one_slot(own: Served, harness: Make) -
     assert [r.request.variant.name for r in sent] == ["impart", "twin"]
     assert sent[0].output_ids == sent[1].output_ids
     assert len(engine.core.stats().resident) == 1
+
+
+def test_damaged_copy_does_not_keep_its_twin_from_being_served(own: Served, harness: Make) -> None:
+    for name in ("a-copy", "z-copy"):
+        put(own.deltas / "impart", own.deltas / name)
+    flip_a_bit(own.deltas / "a-copy" / "delta.safetensors")
+    for name in ("impart", "a-copy"):
+        engine = harness(own)
+        one = engine.submit(name, PROMPT)
+        engine.run(one)
+        assert one.error is None
+        assert one.output_ids == own.truth("impart", one.request.prompt_ids)[:16]
 
 
 # -- what a variant brings along -----------------------------------------------------------------

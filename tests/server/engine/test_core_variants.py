@@ -14,6 +14,7 @@ from compressor.errors import Corrupt
 from server.deltas.loader import LoadJob
 from server.deltas.parameter import DeltaParameter
 from server.deltas.pools.base import TermPool
+from server.deltas.slots import Slot
 from server.deltas.upload import SlotUploader, Upload
 from server.engine.variant import Variant
 from server.errors import DeltaUnusable, NoSlot
@@ -69,6 +70,7 @@ def resident(engine: CoreHarness) -> set[str]:
 
 def test_more_variants_than_fit_in_a_step_are_served_in_turn(many: Served, harness: Make) -> None:
     engine = harness(many, max_variants_per_step=2)
+    engine.run(*(engine.submit(name, "x", max_tokens=1) for name in FIVE))  # all are there
     sent = [engine.submit(name, PROMPT) for name in ["base", *FIVE] * 2]
     mixed = []
 
@@ -148,11 +150,73 @@ def test_loads_under_way_are_bounded(
     engine.until(lambda: holder.request.n_output > 0)
     names = intercept_reads(engine)
     sent = [engine.submit(name, PROMPT) for name in FIVE[1:]]
-    engine.until(lambda: holder.request.n_output > 30)
+    engine.until(lambda: len(engine.core.loader._waiting_for_room) == 2)
+    n_output = holder.request.n_output
+    engine.until(lambda: holder.request.n_output > n_output + 10)
     assert names == FIVE[1:3]  # decoded and waiting for the slot; the others are not in memory
     engine.core.abort(holder.request)
     engine.run(*sent)
     assert_true_text(many, *sent)
+
+
+def test_load_that_nobody_waits_for_any_more_is_not_begun(many: Served, harness: Make) -> None:
+    engine = harness(many)
+    may_read, reading = threading.Event(), threading.Event()
+
+    def wait(name: str) -> None:
+        reading.set()
+        assert may_read.wait(60)
+
+    names = intercept_reads(engine, wait)
+    first = engine.submit(FIVE[0], PROMPT)
+    engine.until(reading.is_set)
+    left, stayed = ([engine.submit(name, PROMPT) for _ in range(2)] for name in FIVE[1:3])
+    engine.until(lambda: len(engine.core.loader._loading) == 3)
+    for one in (*left, stayed[0], first):  # the first's is being read: that goes on
+        engine.core.abort(one.request)
+    engine.core.turn()
+    may_read.set()
+    engine.run(stayed[1])
+    assert names == [FIVE[0], FIVE[2]]
+    again = engine.submit(FIVE[1], PROMPT)
+    engine.run(again)
+    assert names == [FIVE[0], FIVE[2], FIVE[1]]
+    assert_true_text(many, stayed[1], again)
+    engine.assert_idle()
+
+
+def test_room_made_in_pieces_between_steps_leaves_every_stream_true(
+    many: Served, harness: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.deltas.loader.ROOM_SHARE", 0.0)  # one parameter a step
+    engine = harness(many)
+    engine.run(engine.submit(FIVE[0], "x"))
+    nobody = Slot(63, "nobody", 0)
+    engine.core.loader._storing = nobody  # nothing is placed before the streams run
+    cold = [engine.submit(name, PROMPT) for name in FIVE[1:3]]
+    engine.until(lambda: len(engine.core.loader._waiting_for_room) == 2)
+    running = [
+        engine.submit(name, PROMPT, ignore_eos=True, max_tokens=400) for name in ("base", FIVE[0])
+    ]
+    engine.until(lambda: all(one.request.n_output > 0 for one in running))
+    engine.core.loader._storing = None
+    pieces: set[int] = set()
+
+    def done() -> bool:
+        if engine.core.loader._placing is not None:
+            pieces.add(running[0].request.n_output)
+        return all(one.done for one in cold)
+
+    engine.until(done)
+    assert len(pieces) > 5
+    assert_true_text(many, *cold)
+    for one in running:
+        want = many.truth(one.request.variant.name, one.request.prompt_ids)
+        n = min(len(want), len(one.output_ids))
+        assert one.output_ids[:n] == want[:n]
+        engine.core.abort(one.request)
+    engine.core.turn()
+    engine.assert_idle()
 
 
 def test_growing_the_arrays_never_overlaps_with_a_copy_into_them(
@@ -283,11 +347,11 @@ def test_out_of_memory_in_a_load_fails_that_load_only(
     engine.until(lambda: running.request.n_output > 0)
     inner, calls = getattr(DeltaParameter, where), [0]
 
-    def out_of_memory(self: DeltaParameter, *args: object) -> object:
+    def out_of_memory(self: DeltaParameter, *args: object, **named: object) -> object:
         calls[0] += 1
         if calls[0] == 4:  # some parameters are done, others are not
             raise torch.OutOfMemoryError("no memory")
-        return inner(self, *args)
+        return inner(self, *args, **named)
 
     monkeypatch.setattr(DeltaParameter, where, out_of_memory)
     failed = engine.submit("blockdiag", PROMPT)

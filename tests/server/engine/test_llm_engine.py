@@ -15,12 +15,14 @@ from typing import Any
 import pytest
 import torch
 
+from compressor.artifact.reader import open_artifact, read_terms
 from server.engine.detokenizer import Detokenizer
 from server.engine.llm_engine import LLMEngine
 from server.engine.types import OutputChunk, SamplingParams
 from server.engine.variant import Variant
 from server.errors import (
     ConfigError,
+    DeltaUnusable,
     Draining,
     EngineDead,
     GenerationFailed,
@@ -212,10 +214,34 @@ async def test_open_unknown_model_is_not_found(pair: Served) -> None:
             await engine.open("nobody")
 
 
+async def test_concurrent_first_requests_for_a_variant_open_and_read_it_once(
+    pair: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[tuple[str, str]] = []  # what, and by whom
+
+    def noting(function: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            read.append((function.__name__, threading.current_thread().name.split("_")[0]))
+            return function(*args, **kwargs)
+
+        return noted
+
+    for function in (open_artifact, read_terms):
+        monkeypatch.setattr(f"server.engine.catalog.{function.__name__}", noting(function))
+    async with running(pair) as engine:
+        answers = await asyncio.gather(*(ask(engine, "impart") for _ in range(6)))
+        prompt = await engine.encode(await engine.open("base"), PROMPT)
+    assert read == [("open_artifact", "opener"), ("read_terms", "delta-reader")]
+    assert answers == [pair.truth("impart", prompt)[:12]] * 6
+
+
 async def test_models_show_state_mode_bytes_and_failure(pair: Served, tmp_path: Path) -> None:
     deltas = shutil.copytree(pair.deltas, tmp_path / "deltas")
-    shutil.copytree(deltas / "impart", deltas / "bad")
-    (deltas / "bad" / "delta.safetensors").write_bytes(b"")
+    bad = shutil.copytree(deltas / "impart", deltas / "bad")
+    with (bad / "delta_config.json").open("ab") as config:
+        config.write(b"\n")  # of a digest of its own: no other copy can stand in
+    seal(bad)
+    (bad / "delta.safetensors").write_bytes(b"")
     modes = {"impart": "reconstruct"}
     async with running(replace(pair, deltas=deltas), mode_overrides=modes) as engine:
         assert {i.name: i.state for i in engine.models()} == {
@@ -225,8 +251,8 @@ async def test_models_show_state_mode_bytes_and_failure(pair: Served, tmp_path: 
             "impart": "registered",
         }
         answers = [await ask(engine, name) for name in ("impart", "blockdiag")]
-        with pytest.raises(Exception, match="Corrupt"):
-            await engine.open("bad")
+        with pytest.raises(DeltaUnusable, match="Corrupt"):
+            await ask(engine, "bad")
         infos = {i.name: i for i in engine.models()}
         assert [infos[n].state for n in ("base", "impart", "blockdiag", "bad")] == [
             *["ready"] * 3,
