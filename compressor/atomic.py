@@ -8,15 +8,27 @@ Every OSError becomes an OutputError that says what could not be done.
 
 from __future__ import annotations
 
-import fcntl
+import errno
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from compressor.errors import OutputError
+
+try:
+    import fcntl
+except ImportError:  # systems other than Unix
+    fcntl: Any = None  # type: ignore[no-redef]
+
+# What file systems say that have no locks, or do not flush directories.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_NO_FLUSH = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+log = logging.getLogger(__name__)
 
 
 def write_new(path: Path, chunks: Iterable[bytes | memoryview], *, sync: bool = True) -> int:
@@ -47,6 +59,9 @@ def sync_directory(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in _NO_FLUSH:
+                raise
         finally:
             os.close(descriptor)
 
@@ -98,6 +113,7 @@ class RunLock:
     """An exclusive lock on writing `target`; a second run gets OutputError at once.
 
     The kernel drops it when the process ends, however it ends, so there are no stale locks.
+    Where there are none (some network file systems) it says so and goes on without.
     """
 
     def __init__(self, target: Path) -> None:
@@ -110,7 +126,7 @@ class RunLock:
             while True:
                 descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._lock(descriptor)
                 except BlockingIOError:
                     os.close(descriptor)
                     raise OutputError(
@@ -129,6 +145,16 @@ class RunLock:
         with suppress(OSError):
             self._path.unlink()
         os.close(self._descriptor)
+
+    def _lock(self, descriptor: int) -> None:
+        try:
+            if fcntl is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+        log.warning("%s: no locks here; do not write it from two runs at once", self._target.name)
 
     def _is_current(self, descriptor: int) -> bool:
         try:
