@@ -23,7 +23,7 @@ from tests.compressor.codec_oracles import random_matrix
 
 pytest.importorskip("zstandard")
 ROOT = Path(__file__).resolve().parents[3]
-PAGE = (ROOT / "compressor" / "artifact" / "FORMAT.md").read_text()
+PAGE = (ROOT / "compressor" / "artifact" / "FORMAT.md").read_text(encoding="utf-8")
 DEMO = sorted((ROOT / "deploy" / "demo" / "deltas").iterdir())
 # Artifacts of `every_codec`, written by the releases that wrote these versions.
 OLD = sorted((Path(__file__).parent / "data").iterdir())
@@ -80,7 +80,7 @@ def test_format_reader_of_stored_artifacts_decodes_the_projects_values(path: Pat
 
 def test_format_reader_of_a_base_finds_its_identity(tmp_path: Path) -> None:
     config = {"torch_dtype": "x", "b": [{"dtype": "y", "c": "é"}], "a": 1, "_name_or_path": "z"}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     large = random_matrix((130, 141))
     save_file({"z": large, "a": large[0].half()}, tmp_path / "model-00001-of-00002.safetensors")
     save_file({"m": large[:, 0].bfloat16()}, tmp_path / "model-00002-of-00002.safetensors")
@@ -93,7 +93,7 @@ def test_format_reader_of_a_base_finds_its_identity(tmp_path: Path) -> None:
 
 
 def test_format_reader_uses_nothing_but_the_page() -> None:
-    source = Path(format_reader.__file__).read_text()
+    source = Path(format_reader.__file__).read_text(encoding="utf-8")
     imported = {
         name.partition(".")[0]
         for node in ast.walk(ast.parse(source))
