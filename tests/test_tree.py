@@ -98,7 +98,6 @@ ELSEWHERE = {
     "server.deltas.pools.dense": "tests/server/deltas/pools/test_layouts.py",
     "server.deltas.pools.impart": "tests/server/deltas/pools/test_layouts.py",
     "server.deltas.pools.lowrank": "tests/server/deltas/pools/test_layouts.py",
-    "server.deltas.pools.places": "tests/server/deltas/pools/test_layouts.py",
     "server.deltas.pools.rows": "tests/server/deltas/pools/test_layouts.py",
     "server.deltas.residency": "tests/server/engine/step/test_static_step_parity.py",
     "server.engine.inbox": "tests/server/engine/test_core.py",

@@ -1,1 +1,1 @@
-"""The delta artifact on disk: read, checked, written, described."""
+"""The delta artifact on disk: written, read, described. FORMAT.md beside this says each byte."""

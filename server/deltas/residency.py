@@ -15,7 +15,7 @@ class Residency:
     vectors  likewise, of the arrays that steps of the base alone read too
     kinds    rises when arrays of another layout appear: other kernels will read them
     eager    why a slot's rows cannot run in a graph, by slot
-    n_slots  slots there are: length of the maps from slots to places (`TermPool.place_of`)
+    n_slots  slots there are: length of the maps from slots to places (`SlotPlaces.place_of`)
     base_quant  how the base's linears are stored, None: as they are
     """
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from compressor.codecs.term import Shape, Term
-from server.deltas.pools.places import PlaceTable, grown
+from server.deltas.pools.places import SlotPlaces, grown
 from server.ops.row_plan import Places, RowPlan
 from server.ops.static_row_plan import StaticRows
 
@@ -28,12 +28,9 @@ class TermPool(ABC):
         self.shape = shape
         self.dtype = dtype
         self.device = device
-        self.places = PlaceTable()
-        self.present: Places = frozenset()
-        self.slots: frozenset[int] = frozenset()  # of `present`
+        self.places = SlotPlaces()
         self.capacity = 0
         self.arrays: Staged = ()
-        self.place_of: Tensor | None = None  # `present` as data, see `PackedBlocks`
 
     @property
     def as_data(self) -> bool:
@@ -42,16 +39,16 @@ class TermPool(ABC):
 
     def map_slots(self, place_of: Tensor) -> None:
         """Keep ``place_of int32 [slots]`` (zeros) up to date. Before anything is reserved."""
-        self.place_of = place_of
+        self.places.place_of = place_of
 
     @property
     def idle(self) -> bool:
         """Whether no slot has a place here: the pool may go."""
-        return not self.places
+        return self.places.idle
 
     def reserve(self, slot: int, example: Staged) -> None:
         """Give `slot` a place; the others keep their values."""
-        place = self.places.add(slot)
+        place = self.places.reserve(slot)
         if place >= self.capacity:
             self._grow(example, grown(self.capacity, place, self.device))
 
@@ -75,31 +72,23 @@ class TermPool(ABC):
 
     def show(self, slot: int) -> None:
         """From the next step on, rows of `slot` get this pool's terms."""
-        self.present |= {(slot, self.places[slot])}
-        self.slots |= {slot}
-        if self.place_of is not None:
-            self.place_of[slot] = self.places[slot] + 1
+        self.places.show(slot)
 
     def hide(self, slot: int) -> None:
         """The slot's terms are no longer applied; its place may be given away."""
-        if slot in self.places:
-            self.present -= {(slot, self.places[slot])}
-            self.slots -= {slot}
-            self.places.remove(slot)
-            if self.place_of is not None:
-                self.place_of[slot] = 0
+        self.places.release(slot)
 
     @property
     def slot_map(self) -> Tensor:
-        """`place_of`; asked once the pool has a place for some slot."""
-        assert self.place_of is not None
-        return self.place_of
+        """Places by slot as data; asked once the pool has a place for some slot."""
+        assert self.places.place_of is not None
+        return self.places.place_of
 
     def places_of(self, rows: RowPlan) -> Tensor:
         """[T] int64: place of each row's slot in the arrays, -1 where it has none."""
         if isinstance(rows, StaticRows):
             return rows.places(self.slot_map)
-        return rows.held_rows(self.present)
+        return rows.held_rows(self.places.shown)
 
     @abstractmethod
     def stage(self, term: Term) -> Staged:
@@ -144,7 +133,7 @@ class FactorPool(TermPool):
             held = rows.places(self.slot_map)
             add_where_(y, self.look_up(ids, held.clamp(min=0)).float(), held >= 0)
             return
-        for place, part in segments_at(rows, self.present):
+        for place, part in segments_at(rows, self.places.shown):
             y[part] += self.look_up(ids[part], torch.tensor([place], device=y.device))
 
 
@@ -154,9 +143,9 @@ def copy_into(arrays: Staged, old: Staged) -> None:
         new[: len(smaller)] = smaller
 
 
-def segments_at(rows: RowPlan, present: Places) -> list[tuple[int, slice]]:
+def segments_at(rows: RowPlan, shown: Places) -> list[tuple[int, slice]]:
     """Place and rows of each segment."""
-    places = dict(present)
+    places = dict(shown)
     return [(places[s.slot], slice(s.start, s.end)) for s in rows.segments if s.slot in places]
 
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from compressor.codecs.blockdiag import BlockDiagTerm
 from compressor.codecs.term import Shape, Term
 from server.deltas.pools.base import Staged, TermPool, copy_into
-from server.deltas.pools.places import PlaceTable, grown
+from server.deltas.pools.places import SlotPlaces
 from server.ops.blockdiag import BlockDiagOp
 from server.ops.kernels import Kernels
 from server.ops.linear import BlockShare
 from server.ops.packed import PackedBlocks, pack_columns, packed_rows
-from server.ops.row_plan import Places, RowPlan
+from server.ops.row_plan import RowPlan
 
 
 class BlockLayout(NamedTuple):
@@ -47,11 +47,11 @@ class BlockDiagPool(TermPool):
     def block_shape(self) -> Shape:
         return -(-self.shape[0] // self.n_blocks), -(-self.shape[1] // self.n_blocks)
 
-    def reserve(self, slot: int, example: Staged) -> None:
+    def _grow(self, example: Staged, capacity: int) -> None:
         if self.shared is None:
-            super().reserve(slot, example)
+            super()._grow(example, capacity)
         else:
-            self.shared.reserve(slot, self)
+            self.shared.grow(capacity)
 
     def _take(self, arrays: Staged) -> None:
         self._op = self.kernels.blockdiag(self._blocks_in(arrays))
@@ -62,34 +62,22 @@ class BlockDiagPool(TermPool):
         unit = torch.tensor([term.unit], dtype=torch.float32)
         return pack_columns(codes.transpose(1, 2), self.bits).contiguous(), scales, unit
 
-    def show(self, slot: int) -> None:
-        super().show(slot)
-        if self.shared is not None:
-            self.shared.update(slot)
-
     @property
     def as_data(self) -> bool:
         return True
 
     def hide(self, slot: int) -> None:
-        if self.shared is None:
-            super().hide(slot)
-        elif slot in self.places:
-            place = self.places[slot]
-            self.present -= {(slot, place)}
-            self.slots -= {slot}
-            if self.place_of is not None:
-                self.place_of[slot] = 0
-            # The group's product may go on for this slot: a unit of 0 takes this member out of it.
-            if place < self.capacity:  # else there was no memory for it
-                self.arrays[2][place] = 0
-            self.shared.release(slot, self)
+        # The group's product may go on for this slot: a unit of 0 takes this member out of it.
+        # Beyond the capacity there was no memory for it.
+        if self.shared is not None and slot in self.places and self.places[slot] < self.capacity:
+            self.arrays[2][self.places[slot]] = 0
+        super().hide(slot)
 
     def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
         if self.shared is not None:
             self.shared.add_([y if pool is self else None for pool in self.shared.pools], x, rows)
             return
-        segments = rows.table(self.present)
+        segments = rows.table(self.places.shown)
         if segments.n and self._op is not None:
             self._op.add_([y], x, segments)
 
@@ -97,12 +85,12 @@ class BlockDiagPool(TermPool):
         """What these rows need of it, in a product whose outputs from `first` on are this
         matrix's; None if nothing.
         """
-        if self._op is None or not _meet(rows, self.slots):
+        if self._op is None or not _meet(rows, self.places.slots):
             return None
-        return BlockShare(self._op, (self.shape[0],), first, rows, self.present)
+        return BlockShare(self._op, (self.shape[0],), first, rows, self.places.shown)
 
     def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
-        if _meet(rows, self.slots):
+        if _meet(rows, self.places.slots):
             self.kernels.blockdiag_rows_add_(
                 y, ids, self.places_of(rows), self._blocks_in(self.arrays)
             )
@@ -110,55 +98,28 @@ class BlockDiagPool(TermPool):
     def _blocks_in(self, arrays: Staged) -> PackedBlocks:
         codes, scales, units = arrays
         m, n = self.shape
-        return PackedBlocks(codes, scales, units, (m,), n, self.bits, self.place_of)
+        return PackedBlocks(codes, scales, units, (m,), n, self.bits, self.places.place_of)
 
 
 class SharedBlocks:
     """One set of arrays for matrices that read the same input (q, k, v): outputs side by side.
 
     Each member pool's own arrays are slices of them, so loading stays per parameter while one
-    product serves them all. A slot has one place in all members, free again when none holds it.
+    product serves them all. A slot has one place in all members (`SlotPlaces`).
     """
 
     def __init__(self, pools: Sequence[BlockDiagPool], place_of: Tensor | None = None) -> None:
         self.pools = tuple(pools)
-        self.place_of = place_of
-        self.places = PlaceTable()
-        self.present: Places = frozenset()
-        self.slots: frozenset[int] = frozenset()
-        self._holders: dict[int, set[BlockDiagPool]] = {}
+        self.places = SlotPlaces(place_of, [pool.places for pool in pools])
         self._sizes = tuple(pool.shape[0] for pool in pools)
         self._ends = list(itertools.accumulate(p.block_shape[0] for p in pools))
         self._arrays: Staged = ()
-        self._capacity = 0
         self._op: BlockDiagOp | None = None
         for pool in pools:
-            pool.shared, pool.places = self, self.places
+            pool.shared = self
 
-    def reserve(self, slot: int, member: BlockDiagPool) -> None:
-        """Give `slot` a place, in every member, and note who holds it."""
-        self._holders.setdefault(slot, set()).add(member)
-        place = self.places.add(slot)
-        if place >= self._capacity:
-            self._grow(grown(self._capacity, place, member.device))
-
-    def release(self, slot: int, member: BlockDiagPool) -> None:
-        """`member` no longer holds the slot (if it did)."""
-        holders = self._holders[slot]
-        holders.discard(member)
-        if not holders:
-            del self._holders[slot]
-            self.places.remove(slot)
-        self.update(slot)
-
-    def update(self, slot: int) -> None:
-        """A member has shown or hidden the slot."""
-        self.present = frozenset[tuple[int, int]]().union(*(pool.present for pool in self.pools))
-        self.slots = frozenset(slot for slot, _ in self.present)
-        if self.place_of is not None:
-            self.place_of[slot] = dict(self.present).get(slot, -1) + 1
-
-    def _grow(self, capacity: int) -> None:
+    def grow(self, capacity: int) -> None:
+        """Make room for that many places, in every member."""
         first, width = self.pools[0], self._ends[-1]
         s, nb = first.n_blocks, first.block_shape[1]
         code_rows = packed_rows(nb, first.bits)
@@ -174,9 +135,9 @@ class SharedBlocks:
         copy_into(arrays, self._arrays)
         codes, scales, units = arrays
         n, bits = first.shape[1], first.bits
-        blocks = PackedBlocks(codes, scales, units, self._sizes, n, bits, self.place_of)
+        blocks = PackedBlocks(codes, scales, units, self._sizes, n, bits, self.places.place_of)
         self._op = first.kernels.blockdiag(blocks)  # the last that may find no memory
-        self._arrays, self._capacity = arrays, capacity
+        self._arrays = arrays
         for i, (pool, end) in enumerate(zip(self.pools, self._ends, strict=True)):
             own = slice(end - pool.block_shape[0], end)
             pool.arrays = (codes[..., own], scales[..., own], units[:, i : i + 1])
@@ -184,15 +145,15 @@ class SharedBlocks:
 
     def add_(self, outputs: Sequence[Tensor | None], x: Tensor, rows: RowPlan) -> None:
         """Add each member's deltas to its own ``[T, m]`` of `outputs`; None leaves it out."""
-        segments = rows.table(self.present)
+        segments = rows.table(self.places.shown)
         if segments.n and self._op is not None:
             self._op.add_(outputs, x, segments)
 
     def share(self, first: int, rows: RowPlan) -> BlockShare | None:
         """As `BlockDiagPool.share`, of the matrices of all members."""
-        if self._op is None or not _meet(rows, self.slots):
+        if self._op is None or not _meet(rows, self.places.slots):
             return None
-        return BlockShare(self._op, self._sizes, first, rows, self.present)
+        return BlockShare(self._op, self._sizes, first, rows, self.places.shown)
 
 
 def _meet(rows: RowPlan, slots: frozenset[int]) -> bool:

@@ -17,9 +17,9 @@ class DensePool(TermPool):
         return (term.to_dense().to(self.dtype),)
 
     def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
-        for run in rows.runs(self.present):
+        for run in rows.runs(self.places.shown):
             ops.dense_add_(y, x, run, self.arrays[0])
 
     def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
-        for place, part in segments_at(rows, self.present):
+        for place, part in segments_at(rows, self.places.shown):
             y[part] += self.arrays[0][place, ids[part]]

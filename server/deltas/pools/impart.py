@@ -48,7 +48,7 @@ class ImpartPool(FactorPool):
     def factors(self) -> ImpartFactors:
         u, u_index, v, v_index, order, first, sigma = self.arrays
         lists = (v_index, order, first)
-        return ImpartFactors(u, u_index, v, *lists, sigma, self.present, self.slot_map)
+        return ImpartFactors(u, u_index, v, *lists, sigma, self.places.shown, self.slot_map)
 
     def add_together_(
         self, pools: Sequence[Self], outputs: Sequence[Tensor], x: Tensor, rows: RowPlan

@@ -47,7 +47,7 @@ class PackedLowRankPool(FactorPool):
             n=self.shape[1],
             bits=self.bits,
             make_op=self.kernels.blockdiag,
-            place_of=self.place_of,
+            place_of=self.places.place_of,
         )
 
     @property
@@ -75,7 +75,7 @@ class PackedLowRankPool(FactorPool):
     @property
     def held(self) -> HeldLowRank:
         assert self._op is not None
-        return HeldLowRank(self._op, self.present)
+        return HeldLowRank(self._op, self.places.shown)
 
     def look_up(self, ids: Tensor, places: Tensor) -> Tensor:
         return self.held.factors.look_up(ids, places)
@@ -97,7 +97,7 @@ class LowRankPool(FactorPool):
     @property
     def factors(self) -> LowRankFactors:
         a, b = self.arrays
-        return LowRankFactors(a, b, self.present, self.slot_map)
+        return LowRankFactors(a, b, self.places.shown, self.slot_map)
 
     def add_together_(
         self, pools: Sequence[Self], outputs: Sequence[Tensor], x: Tensor, rows: RowPlan

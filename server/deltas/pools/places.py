@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
+from server.ops.row_plan import Places
 
 
-class PlaceTable:
-    """Which place of some arrays each slot has: the lowest free one. Slots are many, the variants
-    of one layout few; arrays by slot would be as long as the highest slot for a single variant.
+class SlotPlaces:
+    """The one map of a pool: which place of its arrays each slot has, and which slots are shown.
+
+    A slot gets the lowest free place. Slots are many, the variants of one layout few; arrays by
+    slot would be as long as the highest slot for a single variant.
+
+    shown     (slot, place) of the slots that steps apply, and `slots`, those slots alone
+    place_of  `shown` as data, see `PackedBlocks`; None where no step needs it so
+    members   the maps of pools whose arrays are slices of one set: this map is then the set's. A
+              slot has one place in all of them; it is taken while any member has the slot, and
+              shown while any member shows it
     """
 
-    def __init__(self) -> None:
+    def __init__(self, place_of: Tensor | None = None, members: Sequence[SlotPlaces] = ()) -> None:
+        self.shown: Places = frozenset()
+        self.slots: frozenset[int] = frozenset()
+        self.place_of = place_of
         self._places: dict[int, int] = {}
-
-    def __len__(self) -> int:
-        return len(self._places)
+        self._members = tuple(members)
+        self._whole: SlotPlaces | None = None
+        for member in members:
+            member._whole = self
 
     def __contains__(self, slot: int) -> bool:
         return slot in self._places
@@ -24,16 +40,50 @@ class PlaceTable:
     def __getitem__(self, slot: int) -> int:
         return self._places[slot]
 
-    def add(self, slot: int) -> int:
-        """The slot's place, a free one if it has none."""
+    @property
+    def idle(self) -> bool:
+        """Whether no slot has a place in the arrays."""
+        return not (self._whole or self)._places
+
+    def reserve(self, slot: int) -> int:
+        """Return the slot's place; it gets a free one if it has none."""
         if slot not in self._places:
-            taken = set(self._places.values())
-            self._places[slot] = next(i for i in itertools.count() if i not in taken)
+            self._places[slot] = self._free() if self._whole is None else self._whole.reserve(slot)
         return self._places[slot]
 
-    def remove(self, slot: int) -> None:
-        """Free the slot's place, if it has one."""
-        self._places.pop(slot, None)
+    def show(self, slot: int) -> None:
+        """Name the slot to steps from now on; it has a place."""
+        place = self._places[slot]
+        self.shown |= {(slot, place)}
+        self.slots |= {slot}
+        if self.place_of is not None:
+            self.place_of[slot] = place + 1
+        if self._whole is not None:
+            self._whole.show(slot)
+
+    def release(self, slot: int) -> None:
+        """Hide the slot and free its place, if it has one."""
+        if slot in self._places:
+            self._hide(slot)
+            del self._places[slot]
+            if self._whole is not None:
+                self._whole._released_by_member(slot)
+
+    def _hide(self, slot: int) -> None:
+        self.shown -= {(slot, self._places[slot])}
+        self.slots -= {slot}
+        if self.place_of is not None:
+            self.place_of[slot] = 0
+
+    def _released_by_member(self, slot: int) -> None:
+        if not any(slot in member for member in self._members):
+            self.release(slot)
+        elif not any(slot in member.slots for member in self._members):
+            self._hide(slot)
+
+    def _free(self) -> int:
+        taken = set(self._places.values())
+        return next(place for place in itertools.count() if place not in taken)
 
 
 def slack(device: torch.device) -> float:

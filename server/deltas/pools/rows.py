@@ -55,7 +55,9 @@ class RowsPool(TermPool):
     def _blocks_in(self, arrays: Staged) -> PackedBlocks:
         codes, scales, units, _ = arrays
         sizes = (self.n_rows,)
-        return PackedBlocks(codes, scales, units, sizes, self.shape[1], self.bits, self.place_of)
+        return PackedBlocks(
+            codes, scales, units, sizes, self.shape[1], self.bits, self.places.place_of
+        )
 
     def stage(self, term: Term) -> Staged:
         assert isinstance(term, RowsTerm)
@@ -68,7 +70,7 @@ class RowsPool(TermPool):
         return pack_columns(codes.T, self.bits).contiguous()[None], scales, unit, index
 
     def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
-        segments = rows.table(self.present)
+        segments = rows.table(self.places.shown)
         if not segments.n or self._op is None:
             return
         added = x.new_zeros((len(x), self.n_rows))
@@ -86,7 +88,7 @@ class RowsPool(TermPool):
                 y, stored.clamp(min=0), torch.where(stored < 0, -1, places), blocks
             )
             return
-        for place, part in segments_at(rows, self.present):
+        for place, part in segments_at(rows, self.places.shown):
             stored = _find(index[place], ids[part])
             places = torch.where(stored < 0, -1, place)
             self.kernels.blockdiag_rows_add_(y[part], stored.clamp(min=0), places, blocks)
