@@ -153,7 +153,6 @@ ELSEWHERE = {
     "server.ops.triton.segments": "tests/server/ops/triton/test_blockdiag.py",
     "server.ops.selfcheck": "tests/server/ops/triton/test_kernels.py",
     "server.process.logs": "tests/server/process/test_run.py",
-    "server.settings": "tests/server/test_cli.py",
 }
 
 
