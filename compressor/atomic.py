@@ -8,13 +8,14 @@ Every OSError becomes an OutputError that says what could not be done.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Self
+
+from filelock import FileLock, Timeout
 
 from compressor.errors import OutputError
 
@@ -97,44 +98,33 @@ def replaced_name(final: Path) -> Path:
 class RunLock:
     """An exclusive lock on writing `target`; a second run gets OutputError at once.
 
-    The kernel drops it when the process ends, however it ends, so there are no stale locks.
+    The kernel drops it when the process ends, however it ends, so there are no stale locks. Where
+    the file system knows no such locks the run fails: a mere file would outlive a killed run.
     """
 
     def __init__(self, target: Path) -> None:
         self._target = target
         self._path = target.with_name(f".{target.name}.lock")
-        self._descriptor = -1
+        self._lock = FileLock(
+            self._path, blocking=False, thread_local=False, fallback_to_soft=False
+        )
 
     def __enter__(self) -> Self:
         with _as_output_error(f"cannot lock {self._target.name}"):
-            while True:
-                descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    os.close(descriptor)
-                    raise OutputError(
-                        f"{self._target} is being written by another run; wait for it, "
-                        "or choose another output"
-                    ) from None
-                except BaseException:
-                    os.close(descriptor)
-                    raise
-                if self._is_current(descriptor):
-                    self._descriptor = descriptor
-                    return self
-                os.close(descriptor)  # its last holder removed it between our open and lock
+            try:
+                self._lock.acquire()
+            except Timeout:
+                raise OutputError(
+                    f"{self._target} is being written by another run; wait for it, "
+                    "or choose another output"
+                ) from None
+        return self
 
     def __exit__(self, *_: object) -> None:
+        # While it is held: whoever opened the file before this will find that it has no name.
         with suppress(OSError):
             self._path.unlink()
-        os.close(self._descriptor)
-
-    def _is_current(self, descriptor: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(self._path))
-        except FileNotFoundError:
-            return False
+        self._lock.release()
 
 
 @contextmanager
