@@ -17,7 +17,7 @@ CHUNK_ELEMENTS = 4 << 20
 _FIRST_LOOK_BYTES = 64 << 10  # what a full fine-tune changed shows at once
 
 # Settings of config.json that say nothing about the computation: neither compared nor kept.
-_VOLATILE = frozenset(
+_NOT_COMPARED = frozenset(
     {
         "_attn_implementation",
         "_commit_hash",
@@ -127,7 +127,7 @@ def config_changes(base: Checkpoint, tuned: Checkpoint) -> dict[str, Any]:
     changed = {
         key: theirs.get(key)
         for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key) and key not in _VOLATILE
+        if ours.get(key) != theirs.get(key) and key not in _NOT_COMPARED
     }
     for key in changed:
         if key not in _RECORDED or (key == "max_position_embeddings" and _scaled_rope(ours)):
