@@ -1,7 +1,7 @@
 """``delta.safetensors``: a strict reader of a buffer, and an assembler that streams.
 
-The safetensors layout (`compressor.safetensors_header`), with data without holes. Written here with
-the widest dtypes first, so that every tensor is aligned in the file.
+A safetensors file (`compressor.safetensors_header`) whose data has no holes. Written here with the
+widest dtypes first, so that every tensor is aligned in the file.
 """
 
 from __future__ import annotations

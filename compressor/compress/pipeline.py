@@ -22,7 +22,7 @@ from compressor.artifact.card import model_card, own_facts
 from compressor.artifact.config import CODER, Coding, DeltaConfig
 from compressor.artifact.identity import base_identity
 from compressor.artifact.writer import ArtifactWriter
-from compressor.auto.goal import Choice, Inputs
+from compressor.auto.goal import CodecChoice, Inputs
 from compressor.auto.search import choose
 from compressor.checkpoint.companions import changed_companions, dropped_companions
 from compressor.checkpoint.difference import DeltaSource
@@ -124,7 +124,7 @@ class _Run:
         return source if hessian is None else WithInputs(source, hessian)
 
 
-def _choose(run: _Run, codec: Codec | None, progress: Progress) -> Choice:
+def _choose(run: _Run, codec: Codec | None, progress: Progress) -> CodecChoice:
     """Settings of every tensor, and the configuration that describes them; no codec: auto."""
     options = run.options
     if codec is None:
@@ -149,7 +149,7 @@ def _choose(run: _Run, codec: Codec | None, progress: Progress) -> Choice:
         config = replace(config, fidelity=room)
     encode = partial(_encode_afresh, run, codec=codec)
     plan = plan_coded(run.jobs, codec, config, run.companions, encode)
-    return Choice(codec, plan.jobs, plan.config, (), gain=plan.gain)
+    return CodecChoice(codec, plan.jobs, plan.config, (), gain=plan.gain)
 
 
 def relative_error(terms: Iterable[Term], source: MatrixSource) -> float:
@@ -223,7 +223,7 @@ def _describe(run: _Run, codec: Codec, options: dict[str, Any], ratio: float) ->
     )
 
 
-def _encode_all(run: _Run, chosen: Choice, writer: ArtifactWriter, progress: Progress) -> None:
+def _encode_all(run: _Run, chosen: CodecChoice, writer: ArtifactWriter, progress: Progress) -> None:
     sizes = [math.prod(job.pair.shape) for job in chosen.jobs]
     staged = writer.staged()
     for index, job in enumerate(chosen.jobs):
@@ -255,7 +255,9 @@ def _encode(run: _Run, job: Job, codec: Codec, source: MatrixSource | None) -> T
     return TensorDelta(pair.name, pair.shape, pair.base_shape, pair.transposed, terms, exact)
 
 
-def _replan(run: _Run, chosen: Choice, written: DeltaConfig, n_bytes: int) -> Choice | None:
+def _replan(
+    run: _Run, chosen: CodecChoice, written: DeltaConfig, n_bytes: int
+) -> CodecChoice | None:
     """A better plan where this one missed the size; what `auto` measured stays as it is."""
     if chosen.deltas:
         return None

@@ -18,7 +18,7 @@ from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.layout import read_layout
 from compressor.codecs import TensorDelta
 from compressor.errors import CheckpointError, InputError, UnsupportedTensor
-from compressor.measure.comparison import Batch, Comparer, padded
+from compressor.measure.comparison import Comparer, SampleBatch, padded
 from compressor.measure.samples import Sample
 from compressor.measure.texts import MAX_TEXT_TOKENS
 
@@ -114,7 +114,7 @@ def compare(reference: Any, candidate: Any, samples: Sequence[Sequence[int]]) ->
     )
 
 
-def _log_probs(model: Any, batch: Batch) -> Tensor:
+def _log_probs(model: Any, batch: SampleBatch) -> Tensor:
     ids, mask, wanted = (tensor.to(model.device) for tensor in padded(batch.samples))
     logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return logits[wanted].float().log_softmax(-1)

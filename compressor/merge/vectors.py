@@ -193,7 +193,7 @@ class ImpartVector:
         usual = make_encoder("impart").options()["beta"]
         beta = max(0.0, min(usual, 1 - kept / smaller))  # no more than leaves `kept` of them
         codec = make_encoder("impart", beta=beta)
-        params = codec.plan((m, n), 0.0) | {"kept": kept}
+        params = codec.fit((m, n), 0.0) | {"kept": kept}
         source = VectorSource(self._inner, parameter.name, (m, n))
         return codec.encode(parameter.name, source, params, self._seed)
 

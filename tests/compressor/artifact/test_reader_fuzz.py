@@ -239,7 +239,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path
         shape = (8192, 256)
         options = {} if codec == "impart" else {"bits": bits}
         encoder = make_encoder(codec, **options)
-        terms = encode(encoder, random_matrix(shape), encoder.plan(shape, 1 << 20))
+        terms = encode(encoder, random_matrix(shape), encoder.fit(shape, 1 << 20))
         with ArtifactWriter(path, run_key="key") as writer:
             writer.add(TensorDelta("a", shape, shape, False, terms, None))
             writer.finish(CONFIG)
