@@ -121,7 +121,7 @@ class TensorFiles:
             )
         return DTYPES[stored.dtype]
 
-    def rows(self, name: str, row_start: int = 0, row_end: int | None = None) -> Tensor:
+    def read_rows(self, name: str, row_start: int = 0, row_end: int | None = None) -> Tensor:
         """Return rows ``[row_start, row_end)`` in the stored dtype (all of it by default)."""
         stored = self.tensors[name]
         dtype = self.dtype(name)
@@ -145,7 +145,7 @@ class TensorFiles:
         step = max(1, _CHUNK_BYTES // (4 * n))
         for start in range(row_start, row_end, step):
             end = min(start + step, row_end)
-            out[start - row_start : end - row_start] = self.rows(name, start, end)[
+            out[start - row_start : end - row_start] = self.read_rows(name, start, end)[
                 :, col_start:col_end
             ]
         return out
@@ -153,7 +153,7 @@ class TensorFiles:
     def oriented_rows(self, name: str, row_start: int, row_end: int, transposed: bool) -> Tensor:
         """Return rows of a tensor in ``[out, in]`` orientation; float32 if it is `transposed`."""
         if not transposed:
-            return self.rows(name, row_start, row_end)
+            return self.read_rows(name, row_start, row_end)
         return self.slice(name, 0, self.tensors[name].shape[0], row_start, row_end).T
 
     def _read(self, stored: StoredTensor, first: int, count: int, dtype: torch.dtype) -> Tensor:

@@ -164,7 +164,7 @@ def relative_error(terms: Iterable[Term], source: MatrixSource) -> float:
         wanted += _square_sum(part)
         for term in terms:
             rows = torch.arange(start, end)
-            part -= term.to_dense() if end - start == m else term.rows(rows)
+            part -= term.to_dense() if end - start == m else term.dense_rows(rows)
         off += _square_sum(part)
     if not math.isfinite(wanted):
         raise CheckpointError("NaN or infinity in the base or the fine-tune; save it again")
@@ -249,7 +249,7 @@ def _encode(run: _Run, job: Job, codec: Codec, source: MatrixSource | None) -> T
     if job.params is not None and source is not None:
         terms = codec.encode(pair.name, source, job.params, run.options.seed)
     if job.exact_start is not None:
-        exact = DenseRows(job.exact_start, tuned.rows(pair.tuned_key, job.exact_start))
+        exact = DenseRows(job.exact_start, tuned.read_rows(pair.tuned_key, job.exact_start))
         if not bool(torch.isfinite(exact.values).all()):
             raise CheckpointError(f"{pair.name}: NaN or infinity in {tuned.name}; save it again")
     return TensorDelta(pair.name, pair.shape, pair.base_shape, pair.transposed, terms, exact)

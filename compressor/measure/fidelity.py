@@ -85,7 +85,7 @@ def merge_into(model: Any, base: Checkpoint, deltas: Iterable[TensorDelta]) -> N
                     f"{delta.name}: KL cannot be measured here, because transformers keeps this "
                     "tensor inside a larger one; compress with no calibration text"
                 )
-            stored = base.rows(keys[delta.name])
+            stored = base.read_rows(keys[delta.name])
             merged = delta.merge(stored.T if delta.transposed else stored)
             parameters[delta.name].copy_(merged.T if delta.transposed else merged)
 

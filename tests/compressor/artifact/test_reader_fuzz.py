@@ -74,7 +74,7 @@ def check_usable(delta: TensorDelta) -> None:
             assert dense.shape == (m, n)
             assert torch.isfinite(dense).all()
             row = torch.tensor([m - 1])
-            torch.testing.assert_close(term.rows(row), dense[-1:], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(term.dense_rows(row), dense[-1:], rtol=1e-4, atol=1e-6)
     if delta.exact is not None:
         assert torch.isfinite(delta.exact.values).all()
 

@@ -230,7 +230,7 @@ def test_blockdiag_zero_matrix_round_trips_to_zero() -> None:
 @pytest.mark.parametrize("ids", [[-1], [6], [0, 7]])
 def test_blockdiag_rows_outside_the_matrix_raise(ids: list[int]) -> None:
     with pytest.raises(IndexError):
-        make((6, 6), 2, 4).rows(torch.tensor(ids))
+        make((6, 6), 2, 4).dense_rows(torch.tensor(ids))
 
 
 def _parts(bits: int = 3) -> tuple[dict, dict[str, Tensor]]:
