@@ -5,11 +5,11 @@ bytes. The header maps ``__metadata__`` to texts by name, and every tensor's nam
 ``shape`` and ``data_offsets``, ``[start, end)`` in what follows the header.
 
 The safetensors library (0.8.0) was measured against this on hostile files and is not used to read
-them. It takes headers of up to 100 MB and has no smaller limit: one shape of 49 million ones is
-accepted after 15 s with a peak of 2.2 GB, 7.5 million entries of metadata after 48 s with 1.7 GB.
-It keeps the last of two tensors of one name, accepts any number of dimensions, fields it does not
-know, and empty tensors whose other sizes have no bound. Holes, overlaps, cut files and sizes that
-overflow it refuses as we do.
+them. It takes headers of up to 100 MB and has no smaller limit: a shape of 49 million ones is
+accepted with a peak of 2.2 GB of memory, 7.5 million entries of metadata with 1.7 GB, each after
+many seconds. It keeps the last of two tensors of one name, accepts any number of dimensions, fields
+it does not know, and empty tensors whose other sizes have no bound. Holes, overlaps, cut files and
+sizes that overflow it refuses as we do.
 """
 
 from __future__ import annotations
