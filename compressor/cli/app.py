@@ -6,6 +6,7 @@ error of ours, 130 interrupted.
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated
 
@@ -35,6 +36,8 @@ app = typer.Typer(
 def main() -> None:
     """Entry point of the console script."""
     set_thread_defaults()  # the commands import torch
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what the locale cannot print is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="impart")
     except KeyboardInterrupt:

@@ -128,7 +128,7 @@ def export_peft(
             save_file(adapter.tensors, folder / WEIGHTS, metadata={"format": "pt"})
             config = json.dumps(_config(artifact, adapter, rank), indent=2) + "\n"
             (folder / CONFIG_FILE).write_text(config)
-            (folder / "README.md").write_text(_card(artifact, made))
+            (folder / "README.md").write_text(_card(artifact, made), "utf-8")
     return made
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import io
 import os
 import signal
 import sys
@@ -38,6 +39,7 @@ RESTAURANT = (
 )
 CHAT = "In one sentence: what is a good name for a friendly bakery?"
 MAX_TOKENS = 48
+READY_S = 900  # the first start compiles kernels: minutes on one slow core
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,12 +187,14 @@ def main() -> int:
     url = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "server", "--base", str(args.base)]
     command += ["--deltas", str(args.deltas), "--host", "127.0.0.1", "--port", str(port)]
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what the locale cannot print is escaped
+        sys.stdout.reconfigure(errors="backslashreplace")
     console = Console()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the child is stopped too
     try:
         with ServerChild(command, url, Path(".cache/demo/server.log")) as child:
             console.print(f"server starting at {url} (log: {child.log})")
-            console.print(f"ready after {child.wait_ready():.1f} s")
+            console.print(f"ready after {child.wait_ready(READY_S):.1f} s")
             asyncio.run(converse(url, console))
             if os.environ.get("DEMO_ONCE") != "1":
                 console.print(f"the server goes on at {url}; Ctrl-C stops it")

@@ -12,8 +12,7 @@ import asyncio
 import logging
 import signal
 import socket
-import sys
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol, TypeVar
 
@@ -63,10 +62,9 @@ class Control:
 
     def install(self) -> None:
         """Take over the process's signals; for the main thread."""
-        loop = asyncio.get_running_loop()
-        for name in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(name, self.stop)
-        loop.add_signal_handler(signal.SIGHUP, self.rescan)
+        for name in ("SIGTERM", "SIGINT"):
+            _on_signal(name, self.stop)
+        _on_signal("SIGHUP", self.rescan)
 
     def stop(self) -> None:
         """Drain; when already draining, end now."""
@@ -118,16 +116,28 @@ class Control:
         task.add_done_callback(self._tasks.discard)
 
 
+def _on_signal(name: str, action: Callable[[], None]) -> None:
+    """Call `action` in the running loop on a signal, if this system has it."""
+    number = getattr(signal, name, None)
+    if number is None:
+        return
+    loop = asyncio.get_running_loop()
+    try:
+        loop.add_signal_handler(number, action)
+    except NotImplementedError:  # a loop that cannot wait for signals
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(action))
+
+
 def run_in_loop(work: Coroutine[Any, Any, T]) -> T:
     """Run `work` to its end in uvloop: a streamed token costs less CPU there.
 
-    There is none for Windows; asyncio's own loop serves there.
+    Where there is none (it has no build for Windows), asyncio's own loop serves.
     """
-    if sys.platform == "win32":
+    try:
+        from uvloop import new_event_loop
+    except ImportError:
         return asyncio.run(work)
-    import uvloop
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(work)
 
 

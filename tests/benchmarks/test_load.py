@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shlex
 import sys
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -177,7 +178,8 @@ def test_main_spawns_measures_and_writes_json(
     out = tmp_path / "out.json"
     status = main(
         [
-            *("--url", f"http://127.0.0.1:{port}", "--spawn", f"{sys.executable} {script} {port}"),
+            *("--url", f"http://127.0.0.1:{port}"),
+            *("--spawn", shlex.join([sys.executable, str(script), str(port)])),
             *("--concurrency", "2", "--requests", "6", "--max-tokens", "4", "--json", str(out)),
             *("--log", str(tmp_path / "log")),
         ]
@@ -198,7 +200,7 @@ def test_main_server_that_dies_shows_its_log(
     status = main(
         [
             *("--url", f"http://127.0.0.1:{free_port()}", "--log", str(tmp_path / "log")),
-            *("--spawn", f"{sys.executable} {script}"),
+            *("--spawn", shlex.join([sys.executable, str(script)])),
         ]
     )
     assert status == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -22,7 +23,8 @@ def test_main_measures_every_rate_and_writes_json(
     port = free_port()
     status = main(
         [
-            *("--url", f"http://127.0.0.1:{port}", "--spawn", f"{sys.executable} {script} {port}"),
+            *("--url", f"http://127.0.0.1:{port}"),
+            *("--spawn", shlex.join([sys.executable, str(script), str(port)])),
             *("--rate", "0", "--rate", "20", "--duration-s", "0.4", "--repeats", "2"),
             *("--streams", "3", "--max-tokens", "6", "--long-tokens", "50"),
             *("--json", str(out), "--log", str(tmp_path / "log")),

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import errno
-import fcntl
 import multiprocessing
 import os
 import signal
@@ -153,13 +151,4 @@ def test_run_lock_is_left_by_whoever_ends_it(tmp_path: Path) -> None:
 def test_run_lock_below_a_file_raises_output_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot lock x"), RunLock(tmp_path / "file" / "x"):
-        pass
-
-
-def test_run_lock_where_the_file_system_has_no_locks_raises(tmp_path: Path, monkeypatch) -> None:
-    def no_locks(*_: object) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.raises(OutputError, match="cannot lock x"), RunLock(tmp_path / "x"):
         pass

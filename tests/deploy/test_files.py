@@ -113,12 +113,9 @@ def test_dockerfile_copies_only_what_the_ignore_file_lets_in(dockerfile: str) ->
 
 
 def test_constraints_pin_every_requirement() -> None:
-    pins = dict(
-        line.split("==")
-        for line in (ROOT / "constraints.txt").read_text().splitlines()
-        if line and not line.startswith("#")
-    )
-    pins = {_normal(name): version for name, version in pins.items()}
+    lines = (ROOT / "constraints.txt").read_text("utf-8").splitlines()
+    pinned = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    pins = {_normal(pin.name): str(pin.specifier).removeprefix("==") for pin in pinned}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = chain(project["dependencies"], *project["optional-dependencies"].values())
     for requirement in map(Requirement, wanted):

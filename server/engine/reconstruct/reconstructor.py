@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 from server.deltas.loader import LoadJob
@@ -168,4 +169,5 @@ def only_variant(scheduled: Sequence[Scheduled]) -> Alone | None:
 
 def _lower_priority() -> None:
     if sys.platform == "linux":  # elsewhere niceness belongs to the process
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        with suppress(OSError):  # a sandbox may forbid it
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -8,7 +8,10 @@ compiled ``#pragma omp parallel`` calls.
 from __future__ import annotations
 
 import ctypes
+import logging
+import os
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-_OPENMP = re.compile(r"/lib(gomp|omp|iomp5)[-.\w]*\.so[.\d]*$")
+_OPENMP = re.compile(r"/lib(gomp|omp|iomp5)[-.\w]*\.(so[.\d]*|dylib)$")
+_MAPS = Path("/proc/self/maps")
+
+log = logging.getLogger(__name__)
 
 
 def torch_openmp() -> ctypes.PyDLL | None:
@@ -25,17 +31,35 @@ def torch_openmp() -> ctypes.PyDLL | None:
     PyDLL keeps the interpreter lock during a call: kernels take microseconds, handing the lock
     over and back takes longer.
     """
-    try:
-        mapped = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return None
-    paths = sorted({line.split(maxsplit=5)[-1] for line in mapped if _OPENMP.search(line)})
-    ours = [path for path in paths if "/torch/" in path or "/torch.libs/" in path] or paths
-    for path in ours:
-        library = ctypes.PyDLL(path)
+    mapped = _mapped()
+    ours = [path for path in mapped if "/torch/" in path or "/torch.libs/" in path] or mapped
+    # Never load what is not there yet: that would be a second pool beside torch's.
+    mode = getattr(os, "RTLD_NOLOAD", 0)
+    for path in ours or _shipped():
+        try:
+            library = ctypes.PyDLL(path, mode)
+        except OSError:
+            continue
         if hasattr(library, "GOMP_parallel"):
             return library
     return None
+
+
+def _mapped() -> list[str]:
+    """OpenMP libraries in this process; none where the system has no list of what is mapped."""
+    try:
+        lines = os.fsdecode(_MAPS.read_bytes()).splitlines()
+    except OSError:
+        return []
+    return sorted({line.split(maxsplit=5)[-1] for line in lines if _OPENMP.search(line)})
+
+
+def _shipped() -> list[str]:
+    """Where torch's wheels (and conda, beside Python) keep OpenMP libraries."""
+    package = Path(torch.__file__).parent
+    folders = (package / "lib", package.with_name("torch.libs"), Path(sys.prefix, "lib"))
+    files = (str(file) for folder in folders for file in sorted(folder.glob("lib*omp*")))
+    return [file for file in files if _OPENMP.search(file)]
 
 
 class Parallel:
@@ -49,6 +73,8 @@ class Parallel:
             self._start = _entry(library)
             self._start_unlocked = _entry(ctypes.CDLL(library._name))
         self.n_threads = torch.get_num_threads() if self._start is not None else 1
+        if self._start is None and torch.get_num_threads() > 1:
+            log.warning("torch's OpenMP library was not found: kernels run on one thread")
 
     def run(
         self, kernel: Kernel, arguments: np.ndarray, n_tasks: int, *, unlocked: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def site(
     out = tmp_path_factory.mktemp("site")
     python = out / "transformers" / "bin" / "python"
     python.parent.mkdir(parents=True)
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
     python.chmod(0o755)
     tuned = ["--finetuned", str(tiny_llama_ft), "--finetuned", str(tiny_llama_ft2)]
     common = ["--base", str(tiny_llama), "--dir", str(out), "--ratio", "8", "--rank", "4"]
