@@ -88,7 +88,7 @@ def encode_variants(
 ) -> Iterator[tuple[Variant, int, Term]]:
     """Encode one matrix in every way, from one decomposition."""
     parts = spectrum(name, tall(source)[0])
-    kept = codec.plan(source.shape, budget_bytes)["kept"]
+    kept = codec.fit(source.shape, budget_bytes)["kept"]
     for variant in VARIANTS:
         allocation = allocate(variant, parts.sigma.numpy(), kept, codec.beta, codec.C)
         for seed in range(seeds):

@@ -103,7 +103,7 @@ def child(codec: str, name: str, base: str, tuned: str, ratio: float, threads: i
         before, cpu, clock = peak_rss_bytes(), time.process_time(), time.perf_counter()
         source = DeltaSource(ours, theirs, pair)
         m, n = source.shape
-        params = encoder.plan((m, n), 2 * m * n / ratio)
+        params = encoder.fit((m, n), 2 * m * n / ratio)
         terms = encoder.encode(name, source, params, 0)
         relative_error(terms, source)
     found = {

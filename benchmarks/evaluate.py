@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.tasks import Item
-from compressor.measure.comparison import Batch, Comparer, LogProbs, padded
+from compressor.measure.comparison import Comparer, LogProbs, SampleBatch, padded
 from compressor.measure.samples import Sample, completion_sample
 
 _CHUNK = 64  # predictions whose logits are computed at once: they stay near the processor
@@ -96,7 +96,7 @@ class Reference(Comparer):
         bias = None if getattr(head, "bias", None) is None else head.bias.float()
         cache = prefix_cache(model, self._prefix)
 
-        def run(batch: Batch) -> Iterator[Tensor]:
+        def run(batch: SampleBatch) -> Iterator[Tensor]:
             hidden = hidden_states(model, batch.samples, len(self._prefix), cache)
             for part in hidden.float().split(_CHUNK):
                 with torch.no_grad():

@@ -118,7 +118,7 @@ class Pair:
         """Rows that are stored exactly."""
         if job.exact_start is None:
             return None
-        rows = self._tuned_files.rows(job.pair.tuned_key, job.exact_start)
+        rows = self._tuned_files.read_rows(job.pair.tuned_key, job.exact_start)
         return DenseRows(job.exact_start, rows)
 
     def surroundings_bytes(self, ratio: float) -> int:

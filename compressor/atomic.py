@@ -15,14 +15,11 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
+
+from filelock import FileLock, Timeout
 
 from compressor.errors import OutputError
-
-try:
-    import fcntl
-except ImportError:  # systems other than Unix
-    fcntl: Any = None  # type: ignore[no-redef]
 
 # What file systems say that have no locks, or do not flush directories.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -119,48 +116,31 @@ class RunLock:
     def __init__(self, target: Path) -> None:
         self._target = target
         self._path = target.with_name(f".{target.name}.lock")
-        self._descriptor = -1
+        self._lock = FileLock(
+            self._path, blocking=False, thread_local=False, fallback_to_soft=False
+        )
 
     def __enter__(self) -> Self:
         with _as_output_error(f"cannot lock {self._target.name}"):
-            while True:
-                descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                try:
-                    self._lock(descriptor)
-                except BlockingIOError:
-                    os.close(descriptor)
-                    raise OutputError(
-                        f"{self._target} is being written by another run; wait for it, "
-                        "or choose another output"
-                    ) from None
-                except BaseException:
-                    os.close(descriptor)
+            try:
+                self._lock.acquire()
+            except Timeout:
+                raise OutputError(
+                    f"{self._target} is being written by another run; wait for it, "
+                    "or choose another output"
+                ) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
                     raise
-                if self._is_current(descriptor):
-                    self._descriptor = descriptor
-                    return self
-                os.close(descriptor)  # its last holder removed it between our open and lock
+                name = self._target.name
+                log.warning("%s: no locks here; do not write it from two runs at once", name)
+        return self
 
     def __exit__(self, *_: object) -> None:
+        # While it is held: whoever opened the file before this will find that it has no name.
         with suppress(OSError):
             self._path.unlink()
-        os.close(self._descriptor)
-
-    def _lock(self, descriptor: int) -> None:
-        try:
-            if fcntl is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-        except OSError as error:
-            if error.errno not in _NO_LOCKS:
-                raise
-        log.warning("%s: no locks here; do not write it from two runs at once", self._target.name)
-
-    def _is_current(self, descriptor: int) -> bool:
-        try:
-            return os.path.samestat(os.fstat(descriptor), os.stat(self._path))
-        except FileNotFoundError:
-            return False
+        self._lock.release()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import typer
 from prometheus_client import disable_created_metrics
 
 from compressor.usable_cpus import set_thread_defaults
-from server.cli import command
+from server.cli import app
 from server.errors import ConfigError
 from server.metrics.series import Metrics
 from server.process import logs
@@ -54,9 +54,7 @@ def main() -> None:
     """Console script."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # what the locale cannot print is escaped
         sys.stdout.reconfigure(errors="backslashreplace")
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(command(serve))
-    app()
+    app(serve)()
 
 
 if __name__ == "__main__":

@@ -1,137 +1,146 @@
-"""Command line and environment -> Settings. Every field is a flag and an ``IMPART_*`` variable."""
+"""Command line and environment -> Settings: a flag and an ``IMPART_*`` variable for each.
+
+typer shows the flags and pydantic-settings reads the variables; both hand over text, which
+Settings alone parses and checks. pydantic-settings has a command line of its own, which is not
+used: it names types of Python where a person wants SIZE or SECONDS, shows 4294967296 for 4GiB and
+answers a wrong value with a traceback.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import re
 import typing
-from collections.abc import Callable
-from typing import Annotated, Any
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
+from pydantic import create_model
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from server.errors import ConfigError
-from server.settings import Settings
+from server.settings import Settings, Unit, WhenUnset, size_text
 
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
-HELP = {
-    "base": "Base model: a Hugging Face directory.",
-    "deltas": "Directory of delta artifacts; a variant's name is its folder's name.",
-    "served_base_name": "Name of the base in requests.  [default: its folder's name]",
-    "host": "Address to listen on.",
-    "port": "Port to listen on.",
-    "device": "Where the model runs.",
-    "dtype": "Number format of weights; auto: as stored, on CPUs without units for that float32.",
-    "widened_weights_bytes": "With --dtype auto: the most that weights may take in float32.  "
-    "[default: half of the memory]",
-    "kernels": "numba (CPU), triton (CUDA) or plain torch; auto: what fits the device.",
-    "base_quant": "Keep the base's linears in 8 bits (lm_head and embeddings stay).",
-    "enforce_eager": "Run every step eagerly: no CUDA graphs.",
-    "async_scheduling": "With CUDA graphs: launch a step before the last one's tokens are read.",
-    "mode": "How variants are served: deltas applied beside the base, or reconstructed weights.",
-    "mode_overrides": "VARIANT=MODE for a variant that differs from --mode; may be repeated.",
-    "reconstruct_budget_bytes": "Device memory for reconstructed weights of hot variants; 0: none.",
-    "delta_budget_bytes": "Device memory for resident deltas; least recently used go first.",
-    "max_resident_variants": "Slots for resident variants.",
-    "max_variants_per_step": "Distinct variants mixed in one engine step.",
-    "kv_cache_bytes": "Device memory for the KV cache.  [default: 1GiB on the CPU, on CUDA what "
-    "base and deltas leave]",
-    "gpu_memory_utilization": "Share of the GPU's memory to use.",
-    "kv_block_tokens": "Tokens per KV cache block.",
-    "prefix_cache": "Requests of one variant share the KV blocks of a common beginning.",
-    "max_model_len": "Longest prompt plus output.  [default: the base's own limit]",
-    "max_num_seqs": "Sequences running at once.",
-    "max_batch_tokens": "Tokens per engine step.  [default: 256 on the CPU, 2048 on CUDA]",
-    "max_prefill_slowdown": "Longest step while streams run, relative to one without prefill.",
-    "long_prefill_token_threshold": "Prompts longer than this are prefilled one at a time, shorter "
-    "ones overtake them.  [default: max_batch_tokens]",
-    "max_queued_requests": "Sequences waiting; beyond that 503 with Retry-After.",
-    "request_timeout_s": "Seconds until a request fails with 504.",
-    "drain_timeout_s": "Seconds that running requests get after SIGTERM.",
-    "max_body_bytes": "Largest request body.",
-    "template_timeout_s": "Seconds that a chat template may take.",
-    "heartbeat_timeout_s": "Seconds without a finished layer until the engine counts as hung.",
-    "torch_threads": "CPU threads for products.  [default: OMP_NUM_THREADS, or the physical cores "
-    "that CPU affinity and the cgroup's limit leave]",
-    "log_level": "debug, info, warning, error or critical.",
-    "log_format": "Log lines for people or for machines.",
-}
+PREFIX = "IMPART_"
+SWITCH = "SWITCH"
+FLAGS = {"mode_overrides": "--mode-override"}  # takes one of them; the others are named as they are
 
 
-def parse_size(text: str | int) -> int:
-    """Return bytes from ``4GiB``, ``500MB``, ``1.5 GB`` or a plain number."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", str(text).strip().lower())
-    if match is None or match[2] not in UNITS:
-        raise typer.BadParameter(f"{text!r} is not a size; write 4GiB, 500MB or a number of bytes")
-    return round(float(match[1]) * UNITS[match[2]])
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """What Settings says about one setting, as text for people."""
+
+    name: str
+    kind: str  # SIZE, SECONDS, auto|cpu|cuda, ...
+    default: str
+    meaning: str
+    is_required: bool
+
+    @property
+    def flag(self) -> str:
+        """The flag; of a switch that is on, also the one that turns it off."""
+        flag = FLAGS.get(self.name, f"--{self.name.replace('_', '-')}")
+        return f"{flag}/--no-{flag[2:]}" if self.default == "on" else flag
 
 
-def size_text(n_bytes: int) -> str:
-    """Return the shortest exact binary size, so that --help is readable."""
-    for unit in ("TiB", "GiB", "MiB", "KiB"):
-        if n_bytes and n_bytes % UNITS[unit.lower()] == 0:
-            return f"{n_bytes // UNITS[unit.lower()]}{unit}"
-    return str(n_bytes)
+def declarations() -> Iterator[Declaration]:
+    """Every setting, in the order of Settings."""
+    hints = typing.get_type_hints(Settings, include_extras=True)
+    for name, field in Settings.__pydantic_fields__.items():  # type: ignore[attr-defined]
+        notes = list(_notes(hints[name]))
+        unset = next((note.meaning for note in notes if isinstance(note, WhenUnset)), None)
+        default = unset or _default_text(name, field.default)
+        kind = next(note for note in notes if isinstance(note, str))
+        yield Declaration(name, kind, default, field.description, field.is_required())
 
 
-def parse_overrides(items: list[str]) -> dict[str, Any]:
-    """Return ``{"a": "reconstruct"}`` from ``["a=reconstruct"]``."""
-    modes = typing.get_args(typing.get_type_hints(Settings)["mode"])
-    overrides = {}
-    for item in items:
-        name, equals, mode = item.partition("=")
-        if not equals or not name or mode not in modes:
-            raise typer.BadParameter(f"{item!r} is not VARIANT=MODE with MODE {' or '.join(modes)}")
-        overrides[name] = mode
-    return overrides
+def app(serve: Callable[[Settings], None]) -> typer.Typer:
+    """Return the command line that ends in `serve`.
+
+    In plain text: rich's table of four columns cuts long flags short on a usual terminal.
+    """
+    line = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    line.command()(command(serve))
+    return line
 
 
 def command(serve: Callable[[Settings], None]) -> Callable[..., None]:
-    """Return `serve` with one keyword parameter per field of Settings, as typer wants it."""
-    hints = typing.get_type_hints(Settings)
-    fields = dataclasses.fields(Settings)
+    """Return `serve` with one keyword parameter per setting, as typer wants it."""
 
-    def entry(**values: Any) -> None:
-        if "mode_overrides" in values:
-            values["mode_overrides"] = parse_overrides(values["mode_overrides"])
+    def entry(**flags: Any) -> None:
+        given = {name: value for name, value in flags.items() if value not in (None, [])}
         try:
-            settings = Settings(**values)
+            settings = Settings(**with_environment(given))
         except ConfigError as error:
             raise typer.BadParameter(error.message) from None
         serve(settings)
 
-    parameters = [_parameter(field, hints[field.name]) for field in fields]
+    parameters = [_parameter(declared) for declared in declarations()]
     entry.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     entry.__annotations__ = {p.name: p.annotation for p in parameters}
-    entry.__doc__ = "Serve one base model and every delta of a directory over HTTP."
+    entry.__doc__ = (
+        "Serve one base model and every delta of a directory over HTTP.\n\n"
+        f"A flag --like-this can also be given as a variable {PREFIX}LIKE_THIS (a switch as 1 or "
+        "0); the flag wins. A SIZE is 500MB, 4GiB or a number of bytes."
+    )
     return entry
 
 
-def _parameter(field: dataclasses.Field[Any], kind: Any) -> inspect.Parameter:
-    flag = "--mode-override" if field.name == "mode_overrides" else f"--{_dashed(field.name)}"
-    options: dict[str, Any] = {
-        "help": HELP.get(field.name),
-        "envvar": f"IMPART_{field.name.upper()}",
-    }
-    default: Any = field.default
-    if default is True:
-        flag += f"/--no-{_dashed(field.name)}"
-    if field.name.endswith("_bytes"):
-        options |= {"parser": parse_size, "metavar": "SIZE"}
-        default = None if default is None else size_text(default)
-    elif field.name == "mode_overrides":
-        kind, default = list[str], []
-    elif default is dataclasses.MISSING:
-        default = inspect.Parameter.empty
-    return inspect.Parameter(
-        field.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=default,
-        annotation=Annotated[kind, typer.Option(flag, **options)],
+def with_environment(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what flags gave, and the text of ``IMPART_*`` variables for the other settings."""
+    names: dict[str, Any] = {declared.name: (Any, None) for declared in declarations()}
+    merged = create_model("Merged", __base__=_Environment, **names)(**given)
+    return merged.model_dump(exclude_none=True)
+
+
+class _Environment(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, enable_decoding=False
     )
 
 
-def _dashed(name: str) -> str:
-    return name.replace("_", "-")
+def _notes(hint: Any) -> Iterator[str | WhenUnset]:
+    """What a type says of itself for people: its kind, and what is done if it is not given."""
+    if typing.get_origin(hint) is Literal:
+        yield "|".join(typing.get_args(hint))
+    elif typing.get_origin(hint) is Annotated:
+        for note in hint.__metadata__:
+            if isinstance(note, Unit):
+                yield note.name
+            elif isinstance(note, WhenUnset):
+                yield note
+        yield from _notes(hint.__origin__)
+    elif hint in (bool, Path, str):
+        yield {bool: SWITCH, Path: "PATH", str: "TEXT"}[hint]
+    else:
+        for part in typing.get_args(hint):
+            yield from _notes(part)
+
+
+def _default_text(name: str, default: Any) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if name.endswith("_bytes"):
+        return size_text(default)
+    if isinstance(default, int | float):
+        return f"{default:g}"
+    return default if isinstance(default, str) else "none"
+
+
+def _parameter(declared: Declaration) -> inspect.Parameter:
+    is_switch, is_list = declared.kind == SWITCH, declared.name in FLAGS
+    default = "required" if declared.is_required else f"default: {declared.default}"
+    option = typer.Option(
+        declared.flag,
+        help=f"{declared.meaning}  [{default}]",
+        metavar=None if is_switch else declared.kind,
+        show_default=False,
+    )
+    kind: Any = bool if is_switch else list[str] if is_list else str
+    return inspect.Parameter(
+        declared.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[kind | None, option],
+    )

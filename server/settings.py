@@ -1,99 +1,240 @@
-"""All server settings in one frozen dataclass. Read from flags and ``IMPART_*`` only here."""
+"""All server settings, each told once: name, type, default, bounds and what it is.
+
+The flags of ``impart-serve``, the ``IMPART_*`` variables, ``--help`` and the settings table of the
+documentation are made from this class. It is checked by pydantic whenever it is made, and it is
+frozen. To its readers it is a plain dataclass: the engine needs nothing of pydantic.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
 
 from server.errors import ConfigError
 
 GIB = 1 << 30
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
+
+# What pydantic calls a broken rule, and how we say it.
+SENTENCES = {
+    "missing": "is required",
+    "unexpected_keyword_argument": "is not a setting",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than_equal": "must be at most {le}",
+    "literal_error": "must be {expected}",
+    "int_parsing": "must be a whole number",
+    "float_parsing": "must be a number",
+    "bool_parsing": "must be true or false",
+}
 
 
-@dataclass(frozen=True, slots=True)
+def parse_size(size: object) -> object:
+    """Return bytes from ``4GiB``, ``500MB``, ``1.5 GB`` or digits; what is no text as it is."""
+    if not isinstance(size, str):
+        return size
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", size.strip().lower())
+    if match is None or match[2] not in UNITS:
+        raise ValueError(f"{size!r} is not a size; write 4GiB, 500MB or a number of bytes")
+    return round(float(match[1]) * UNITS[match[2]])
+
+
+def size_text(n_bytes: int) -> str:
+    """Return the shortest exact binary size, for people."""
+    for unit in ("TiB", "GiB", "MiB", "KiB"):
+        if n_bytes and n_bytes % UNITS[unit.lower()] == 0:
+            return f"{n_bytes // UNITS[unit.lower()]}{unit}"
+    return str(n_bytes)
+
+
+def parse_overrides(overrides: object) -> object:
+    """Return ``{"a": "apply"}`` from ``["a=apply"]`` (flags) or ``"a=apply"`` (a variable)."""
+    items = overrides.split() if isinstance(overrides, str) else overrides
+    if not isinstance(items, list):
+        return items
+    modes = {}
+    for item in items:
+        name, _, mode = str(item).partition("=")
+        if not name or mode not in ("apply", "reconstruct"):
+            raise ValueError(f"{item!r} is not VARIANT=MODE with MODE apply or reconstruct")
+        modes[name] = mode
+    return modes
+
+
+@plain_dataclass(frozen=True, slots=True)
+class Unit:
+    """What a value counts, as ``--help`` shows it in place of the value."""
+
+    name: str
+
+
+@plain_dataclass(frozen=True, slots=True)
+class WhenUnset:
+    """What happens where a setting without a default is not given."""
+
+    meaning: str
+
+
+Bytes = Annotated[int, BeforeValidator(parse_size), Unit("SIZE")]
+Seconds = Annotated[float, Unit("SECONDS")]
+Tokens = Annotated[int, Unit("TOKENS")]
+Count = Annotated[int, Unit("N")]
+Ratio = Annotated[float, Unit("RATIO")]
+Mode = Literal["apply", "reconstruct"]
+Overrides = Annotated[dict[str, Mode], BeforeValidator(parse_overrides), Unit("VARIANT=MODE")]
+
+
+@dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
 class Settings:
-    """Every field has a unit and a reason.
+    """How one server runs."""
 
-    mode_overrides maps a variant name to its mode where it differs from `mode`.
-    """
+    base: Path = Field(description="Base model: a Hugging Face directory.")
+    deltas: Annotated[Path | None, WhenUnset("none")] = Field(
+        default=None,
+        description="Folder of delta artifacts; a variant's name is its folder's name.",
+    )
+    served_base_name: Annotated[str | None, WhenUnset("the folder's name")] = Field(
+        default=None, description="Name of the base in requests."
+    )
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: Count = Field(default=8000, ge=0, le=65535, description="Port to listen on.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="Where the model runs."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Number format of weights; auto: as stored, but float32 on a CPU without "
+        "units for that (the same values, several times as fast).",
+    )
+    widened_weights_bytes: Annotated[Bytes | None, WhenUnset("half of the memory")] = Field(
+        default=None,
+        gt=0,
+        description="With --dtype auto: the most that weights may take in float32.",
+    )
+    kernels: Literal["auto", "torch", "numba", "triton"] = Field(
+        default="auto",
+        description="auto: numba (compiled for the CPU) or triton (CUDA), else plain torch.",
+    )
+    base_quant: Literal["none", "int8", "float8"] = Field(
+        default="none",
+        description="Keep the base's linears in 8 bits (lm_head and embeddings stay).",
+    )
+    enforce_eager: bool = Field(
+        default=False, description="Run every step eagerly: no CUDA graphs."
+    )
+    async_scheduling: bool = Field(
+        default=True,
+        description="With CUDA graphs: launch a decode step before the last one's tokens are read.",
+    )
+    mode: Mode = Field(
+        default="apply",
+        description="Apply deltas beside the base, or reconstruct full weights for each variant.",
+    )
+    mode_overrides: Overrides = Field(
+        default_factory=dict,
+        description="Mode of a variant that differs from --mode; the flag may be repeated, the "
+        "variable takes several with spaces between.",
+    )
+    reconstruct_budget_bytes: Bytes = Field(
+        default=0, ge=0, description="Device memory for full weights of hot variants; 0: none."
+    )
+    delta_budget_bytes: Bytes = Field(
+        default=4 * GIB,
+        gt=0,
+        description="Device memory for resident deltas; the least recently used go first.",
+    )
+    max_resident_variants: Count = Field(
+        default=64, gt=0, description="Slots for resident variants."
+    )
+    max_variants_per_step: Count = Field(
+        default=32, gt=0, description="Distinct variants mixed in one engine step."
+    )
+    kv_cache_bytes: Annotated[
+        Bytes | None, WhenUnset("1GiB on the CPU; on CUDA what base and deltas leave")
+    ] = Field(default=None, gt=0, description="Device memory for the KV cache.")
+    gpu_memory_utilization: Ratio = Field(
+        default=0.9,
+        gt=0,
+        le=1,
+        description="Share of the GPU's memory for base, deltas and KV cache; the rest is for "
+        "activations and graphs.",
+    )
+    kv_block_tokens: Tokens = Field(default=16, gt=0, description="Tokens of one KV block.")
+    prefix_cache: bool = Field(
+        default=True,
+        description="Requests of one variant and cache_salt share the KV blocks of a common "
+        "beginning.",
+    )
+    max_model_len: Annotated[Tokens | None, WhenUnset("the base's own limit")] = Field(
+        default=None, description="Longest prompt plus output."
+    )
+    max_num_seqs: Count = Field(default=64, gt=0, description="Sequences that run at once.")
+    max_batch_tokens: Annotated[Tokens | None, WhenUnset("256 on the CPU, 2048 on CUDA")] = Field(
+        default=None,
+        gt=0,
+        description="Tokens of one engine step: decode first, then prefill chunks.",
+    )
+    max_prefill_slowdown: Ratio = Field(
+        default=2.0,
+        description="Longest step while streams run, relative to one without prefill (p99 / p50 of "
+        "the time between tokens stays below it); 0: no limit.",
+    )
+    long_prefill_token_threshold: Annotated[Tokens | None, WhenUnset("max_batch_tokens")] = Field(
+        default=None,
+        gt=0,
+        description="Longer prompts are prefilled one at a time, shorter ones overtake them.",
+    )
+    max_queued_requests: Count = Field(
+        default=256, gt=0, description="Sequences that wait; more get 503 and Retry-After."
+    )
+    request_timeout_s: Seconds = Field(
+        default=300.0, gt=0, description="Time after which a request fails with 504."
+    )
+    drain_timeout_s: Seconds = Field(
+        default=30.0, ge=0, description="Time that running requests get after SIGTERM."
+    )
+    max_body_bytes: Bytes = Field(default=4 << 20, gt=0, description="Largest request body.")
+    template_timeout_s: Seconds = Field(
+        default=5.0, gt=0, description="Time a chat template may take."
+    )
+    heartbeat_timeout_s: Seconds = Field(
+        default=10.0,
+        ge=1,  # an idle engine beats twice per second
+        description="Time without a finished layer until the engine counts as hung.",
+    )
+    torch_threads: Annotated[
+        Count | None,
+        WhenUnset("OMP_NUM_THREADS, or the cores that CPU affinity and the cgroup's limit leave"),
+    ] = Field(default=None, gt=0, description="CPU threads for products.")
+    log_level: str = Field(default="info", description="debug, info, warning, error or critical.")
+    log_format: Literal["plain", "json"] = Field(
+        default="plain", description="Log lines for people or for machines."
+    )
 
-    base: Path
-    deltas: Path | None = None
-    served_base_name: str | None = None  # default: the base folder's name
-    host: str = "127.0.0.1"
-    port: int = 8000
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: see below
-    # The most that weights may take in float32 where they are widened: with dtype auto, on a CPU
-    # that multiplies the stored format slowly. Default: half of the memory this process may use.
-    widened_weights_bytes: int | None = None
-    kernels: Literal["auto", "torch", "numba", "triton"] = "auto"  # auto: see choose_kernels
-    base_quant: Literal["none", "int8", "float8"] = "none"  # linears in 8 bits, a scale per output
-    enforce_eager: bool = False  # no CUDA graphs for decode steps
-    async_scheduling: bool = True  # launch a graph's next step before the last's tokens are read
-    mode: Literal["apply", "reconstruct"] = "apply"
-    mode_overrides: dict[str, Literal["apply", "reconstruct"]] = field(default_factory=dict)
-    # Device memory for weights of variants that have whole steps to themselves; 0: none.
-    reconstruct_budget_bytes: int = 0
-    delta_budget_bytes: int = 4 * GIB  # device memory for resident deltas, LRU beyond
-    max_resident_variants: int = 64  # slots
-    max_variants_per_step: int = 32  # distinct variants mixed in one engine step
-    # Default: 1 GiB on the CPU; on CUDA what base and deltas leave of the share below.
-    kv_cache_bytes: int | None = None
-    gpu_memory_utilization: float = 0.9  # of the GPU's memory; the rest: activations, graphs
-    kv_block_tokens: int = 16
-    prefix_cache: bool = True  # requests of one variant share the KV blocks of a common beginning
-    max_model_len: int | None = None  # default: the base's own limit
-    max_num_seqs: int = 64  # running at once
-    # Per engine step: decode first, then prefill chunks. Default: 256 on the CPU, 2048 on CUDA.
-    max_batch_tokens: int | None = None
-    # Longest step while streams run, relative to one without prefill (then p99 / p50 of the time
-    # between tokens stays below it); 0: only max_batch_tokens limits prefill.
-    max_prefill_slowdown: float = 2.0
-    # Prompts with more tokens to compute are prefilled one at a time, shorter ones overtake them.
-    long_prefill_token_threshold: int | None = None  # default: max_batch_tokens
-    max_queued_requests: int = 256  # waiting; beyond: 503 + Retry-After
-    request_timeout_s: float = 300.0
-    drain_timeout_s: float = 30.0
-    max_body_bytes: int = 4 << 20
-    template_timeout_s: float = 5.0
-    heartbeat_timeout_s: float = 10.0  # no layer finished for so long: the engine hangs
-    torch_threads: int | None = None  # default: see compressor.usable_cpus
-    log_level: str = "info"
-    log_format: Literal["plain", "json"] = "plain"
+    @model_validator(mode="wrap")
+    @classmethod
+    def _refuse_in_sentences(cls, values: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(values)
+        except ValidationError as error:
+            raise ConfigError("; ".join(map(_sentence, error.errors()))) from None
 
-    def __post_init__(self) -> None:
-        positive = (
-            "delta_budget_bytes",
-            "max_resident_variants",
-            "max_variants_per_step",
-            "widened_weights_bytes",
-            "kv_cache_bytes",
-            "kv_block_tokens",
-            "max_num_seqs",
-            "max_batch_tokens",
-            "long_prefill_token_threshold",
-            "max_queued_requests",
-            "request_timeout_s",
-            "max_body_bytes",
-            "template_timeout_s",
-            "torch_threads",
-        )
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ConfigError(f"{name} must be positive, got {value}")
-        if not 0 < self.gpu_memory_utilization <= 1:
-            raise ConfigError(
-                f"gpu_memory_utilization must be within 0..1, got {self.gpu_memory_utilization}"
-            )
-        if self.heartbeat_timeout_s < 1:  # an idle engine beats twice per second
-            raise ConfigError(f"heartbeat_timeout_s must be >= 1, got {self.heartbeat_timeout_s}")
-        for name in ("drain_timeout_s", "reconstruct_budget_bytes"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
         if self.max_prefill_slowdown != 0 and not 1 < self.max_prefill_slowdown < math.inf:
             raise ConfigError(
                 f"max_prefill_slowdown must be above 1, or 0 for no limit, "
@@ -105,5 +246,16 @@ class Settings:
                 "weights cannot be reconstructed from an 8-bit base: use mode apply without a "
                 "reconstruct budget, or base_quant none"
             )
-        if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port must be within 0..65535, got {self.port}")
+        return self
+
+
+def _sentence(error: Any) -> str:
+    """One broken rule with subject and verb: ``port must be at most 65535, got 70000``."""
+    name = ".".join(str(part) for part in error["loc"])
+    rule, given = error["type"], error["input"]
+    if rule == "value_error":
+        return f"{name}: {error['ctx']['error']}"
+    if rule in ("missing", "unexpected_keyword_argument"):
+        return f"{name} {SENTENCES[rule]}"
+    says = SENTENCES.get(rule)
+    return f"{name} {says.format(**error.get('ctx', {})) if says else error['msg']}, got {given!r}"

@@ -12,10 +12,16 @@ ROOT = Path(__file__).resolve().parent.parent
 # The format, and what tells how much of the machine may be used.
 COMPRESSOR = (
     *("compressor.artifact", "compressor.codecs", "compressor.errors"),
+    "compressor.safetensors_header",
     *("compressor.usable_cpus", "compressor.usable_memory", "compressor.cgroups"),
 )
-# The base's identity is read off the base's checkpoint.
-FOR_IDENTITY = {"compressor.checkpoint", "compressor.checkpoint.files", "compressor.checkpoint.hub"}
+# The base's identity is read off the base's checkpoint; and the names of tokenizer files.
+FROM_CHECKPOINTS = {
+    "compressor.checkpoint",
+    "compressor.checkpoint.companions",
+    "compressor.checkpoint.files",
+    "compressor.checkpoint.hub",
+}
 
 
 def modules_of(folder: str) -> list[str]:
@@ -42,7 +48,7 @@ def strangers(loaded: set[str]) -> list[str]:
     known = (*COMPRESSOR, *(f"{name}." for name in COMPRESSOR))
     return sorted(
         name
-        for name in of_the_compressor(loaded) - FOR_IDENTITY
+        for name in of_the_compressor(loaded) - FROM_CHECKPOINTS
         if name not in known and not name.startswith(known[len(COMPRESSOR) :])
     )
 

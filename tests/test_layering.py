@@ -49,6 +49,7 @@ HELPERS = {
     "compressor.atomic": {"compressor.errors"},
     "compressor.printable": set[str](),
     "compressor.progress": set[str](),
+    "compressor.safetensors_header": set[str](),
     "compressor.cgroups": set[str](),
     "compressor.usable_cpus": {"compressor.cgroups"},
     "compressor.usable_memory": {"compressor.cgroups"},

@@ -1,15 +1,12 @@
-"""What the pages show exists: settings and defaults, metrics, links, files, commands, code."""
+"""What the pages show exists: metrics, links, files, commands, code."""
 
 from __future__ import annotations
 
 import ast
 import re
-from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
-
-from server.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 SKIPPED = {".git", ".venv", ".cache", "build", "dist", "node_modules"}
@@ -60,41 +57,10 @@ def section(page: Path, title: str) -> str:
     return text[start : text.index("\n## ", start + 1)]
 
 
-def settings_table() -> dict[str, str]:
-    rows = re.findall(r"^\| (`.*?) \| (.*?) \|", section(SERVER, "Settings"), re.MULTILINE)
-    table = {}
-    for names, defaults in rows:
-        keys = re.findall(r"`(\w+)`", names)
-        values = defaults.split(", ") if len(keys) > 1 else [defaults]
-        table |= dict(zip(keys, values, strict=True))
-    return table
-
-
 def anchors(page: Path) -> set[str]:
     """The anchors that GitHub makes of a page's headings."""
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", page.read_text()), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
-def test_settings_table_names_every_setting() -> None:
-    assert set(settings_table()) == {field.name for field in fields(Settings)}
-
-
-@pytest.mark.parametrize("field", fields(Settings), ids=lambda field: field.name)
-def test_settings_table_default_is_the_real_one(field: object) -> None:
-    shown = settings_table()[field.name]  # type: ignore[attr-defined]
-    default = field.default  # type: ignore[attr-defined]
-    if default is MISSING or default is None:
-        assert not re.search(r"\d", shown), "a number where the setting has no default of its own"
-        return
-    if isinstance(default, bool):
-        assert shown == ("on" if default else "off")
-    elif match := re.fullmatch(r"(\d+) ([GM])iB", shown):
-        assert int(match[1]) << (30 if match[2] == "G" else 20) == default
-    elif isinstance(default, int | float):
-        assert float(shown) == default
-    else:
-        assert shown == default
 
 
 def test_metrics_table_names_every_metric_and_no_other() -> None:

@@ -21,7 +21,6 @@ ELSEWHERE = {
     "compressor.__main__": "tests/compressor/cli/test_app.py",
     "compressor.artifact.config": "tests/compressor/artifact/test_reader.py",
     "compressor.artifact.entropy": "tests/compressor/artifact/test_coded_file.py",
-    "compressor.artifact.files": "tests/compressor/artifact/test_reader_attacks.py",
     "compressor.artifact.inspection": "tests/compressor/cli/test_app.py",
     "compressor.artifact.json_fields": "tests/compressor/artifact/test_reader_attacks.py",
     "compressor.artifact.tensor_file": "tests/compressor/artifact/test_coded_file.py",
@@ -149,7 +148,6 @@ ELSEWHERE = {
     "server.ops.triton.segments": "tests/server/ops/triton/test_blockdiag.py",
     "server.ops.selfcheck": "tests/server/ops/triton/test_kernels.py",
     "server.process.logs": "tests/server/process/test_run.py",
-    "server.settings": "tests/server/test_cli.py",
 }
 
 

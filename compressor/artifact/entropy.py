@@ -79,7 +79,7 @@ def code_tensors(
     """
     keys = sorted(tensors, key=lambda key: (*_run_of(key, group_of), _index_of(key), key))
     text = header_text({key: tensors[key] for key in keys}, METADATA)
-    index = compress(text)
+    index = code_frame(text)
     tally, sizes = Tally(), [len(index)]
 
     def frames() -> Iterator[Chunk]:
@@ -113,14 +113,14 @@ def coded_frames(runs: Iterable[tuple[str, Iterable[Chunk]]], tally: Tally) -> I
 
         for group, chunks in runs:
             for piece in _pieces(chunks):
-                pending.append((group, len(piece), pool.submit(compress, piece)))
+                pending.append((group, len(piece), pool.submit(code_frame, piece)))
                 if len(pending) > 2 * n_threads:
                     yield oldest()
         while pending:
             yield oldest()
 
 
-def compress(raw: bytes | bytearray) -> bytes:
+def code_frame(raw: bytes | bytearray) -> bytes:
     """Return one frame that declares its size. Raises InputError if the coder is not installed."""
     zstandard = coder()
     parameters = zstandard.ZstdCompressionParameters.from_level(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import os
 import re
@@ -11,37 +10,22 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from compressor.checkpoint.companions import COMPANIONS
+from compressor.checkpoint.companions import TOKENIZER_FILES as TOKENIZER_FILES  # for the server
 from compressor.errors import Corrupt, NotADelta, TooLarge
 
 TENSORS = "delta.safetensors"
 CONFIG = "delta_config.json"
 CHECKSUMS = "SHA256SUMS"
 README = "README.md"
-# What a fine-tune may bring beside its weights. All of it is data that transformers parses.
-AUXILIARY = (
-    "tokenizer*.json",
-    "tokenizer*.model",
-    "*.tiktoken",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "added_tokens.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
-
 _MAX_BYTES = {TENSORS: 1 << 36, CONFIG: 64 << 20, CHECKSUMS: 1 << 16}
 _MAX_AUXILIARY_BYTES = 256 << 20
 _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]{0,127})")
 
 
 def is_auxiliary(name: str) -> bool:
-    """Whether a file of this name may travel in an artifact."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in AUXILIARY)
+    """Whether a file of this name may travel in an artifact: data that transformers parses."""
+    return name in COMPANIONS
 
 
 @contextmanager

@@ -20,7 +20,7 @@ _CHUNK_BYTES = 4096
 _N_CHUNKS = 16
 _WHOLE_BYTES = _CHUNK_BYTES * _N_CHUNKS  # tensors up to this are hashed entirely
 # Keys that differ between copies of one model: where it came from and who wrote the file.
-_VOLATILE = frozenset(
+_OF_ONE_COPY = frozenset(
     {
         "_name_or_path",
         "_model_name_or_path",
@@ -57,7 +57,7 @@ def identity_of(checkpoint: Checkpoint) -> str:
 def _stable(value: Any) -> Any:
     """The configuration without its volatile keys, at any depth."""
     if isinstance(value, dict):
-        return {key: _stable(item) for key, item in value.items() if key not in _VOLATILE}
+        return {key: _stable(item) for key, item in value.items() if key not in _OF_ONE_COPY}
     if isinstance(value, list):
         return [_stable(item) for item in value]
     return value

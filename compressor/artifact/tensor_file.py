@@ -1,23 +1,21 @@
 """``delta.safetensors``: a strict reader of a buffer, and an assembler that streams.
 
-The safetensors layout: u64 little-endian header length, JSON header, data without holes. Written
-here with the widest dtypes first, so that every tensor is aligned in the file, and the header
-padded with spaces to a multiple of 8 bytes.
+A safetensors file (`compressor.safetensors_header`) whose data has no holes. Written here with the
+widest dtypes first, so that every tensor is aligned in the file.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from compressor import safetensors_header
 from compressor.errors import Corrupt, TooLarge, UnsupportedVersion, WrongShape
+from compressor.safetensors_header import LENGTH_BYTES, BadHeader, HeaderEntry
 
 MAX_HEADER_BYTES = 8 << 20
 VERSION_KEY = "impart_format_version"
@@ -74,47 +72,47 @@ def parse_tensor_file(buffer: bytes | bytearray, what: str = "delta.safetensors"
     disagree; UnsupportedVersion for a dtype that is not ours.
     """
     view = memoryview(buffer)
-    if len(view) < 8:
-        raise Corrupt(f"{what}: shorter than its own header")
-    (length,) = struct.unpack("<Q", view[:8])
+    try:
+        length = safetensors_header.parse_length(view)
+    except BadHeader as error:
+        raise Corrupt(f"{what}: {error}") from None
     if length > MAX_HEADER_BYTES:
         raise TooLarge(f"{what}: header of {length} bytes, the limit is {MAX_HEADER_BYTES}")
-    if 8 + length > len(view):
+    end = LENGTH_BYTES + length
+    if end > len(view):
         raise Corrupt(f"{what}: cut short inside its header")
-    return parse_header(bytes(view[8 : 8 + length]), view[8 + length :], what)
+    return parse_header(bytes(view[LENGTH_BYTES:end]), view[end:], what)
 
 
 def parse_header(text: bytes, data: memoryview, what: str) -> TensorFile:
     """Parse a header's JSON and check that it describes exactly `data`; see `parse_tensor_file`."""
-    header = _load_header(text, what)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise Corrupt(f"{what}: metadata must map text to text")
-    tensors = {key: _parse_stored(key, entry, what) for key, entry in header.items()}
-    _check_layout(tensors, len(data), what)
-    return TensorFile(metadata, tensors, data)
+    try:
+        header = safetensors_header.parse_header(text)
+    except BadHeader as error:
+        raise Corrupt(f"{what}: {error}") from error
+    tensors = {key: _stored(key, entry, what) for key, entry in header.tensors.items()}
+    _check_no_holes(tensors, len(data), what)
+    return TensorFile(header.metadata, tensors, data)
 
 
 def header_bytes(tensors: Mapping[str, Tensor | Stored], metadata: Mapping[str, str]) -> bytes:
     """Return length and header of a file that holds `tensors` in `storage_order`."""
-    text = header_text({key: tensors[key] for key in storage_order(tensors)}, metadata)
-    text += b" " * (-len(text) % 8)
-    return struct.pack("<Q", len(text)) + text
+    ordered = {key: tensors[key] for key in storage_order(tensors)}
+    return safetensors_header.framed(header_text(ordered, metadata))
 
 
 def header_text(tensors: Mapping[str, Tensor | Stored], metadata: Mapping[str, str]) -> bytes:
     """Return the JSON that describes `tensors` one after another in the order given."""
-    record: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for key, tensor in tensors.items():
-        size = tensor.n_bytes if isinstance(tensor, Stored) else tensor.nbytes
-        record[key] = {
-            "dtype": _NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
-        offset += size
-    return json.dumps(record, separators=(",", ":")).encode()
+    entries = (
+        (
+            key,
+            _NAMES[tensor.dtype],
+            tensor.shape,
+            tensor.n_bytes if isinstance(tensor, Stored) else tensor.nbytes,
+        )
+        for key, tensor in tensors.items()
+    )
+    return safetensors_header.header_json(entries, metadata)
 
 
 def storage_order(tensors: Mapping[str, Tensor | Stored]) -> list[str]:
@@ -142,52 +140,19 @@ def is_storable(dtype: torch.dtype) -> bool:
     return dtype in _NAMES
 
 
-def _load_header(text: bytes, what: str) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        record = dict(pairs)
-        if len(record) != len(pairs):
-            raise Corrupt(f"{what}: a tensor occurs twice in the header")
-        return record
-
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise Corrupt(f"{what}: the header does not parse") from error
-    if not isinstance(header, dict):
-        raise Corrupt(f"{what}: the header is not an object")
-    return header
-
-
-def _parse_stored(key: str, entry: Any, what: str) -> Stored:
-    def corrupt() -> NoReturn:
-        raise Corrupt(f"{what}: the header's entry of {key!r:.80} does not parse")
-
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        corrupt()
-    shape, offsets, name = entry["shape"], entry["data_offsets"], entry["dtype"]
-    if not _are_sizes(shape) or not _are_sizes(offsets) or not isinstance(name, str):
-        corrupt()
-    if len(offsets) != 2 or offsets[0] > offsets[1] or len(shape) > 8:
-        corrupt()
-    dtype = _DTYPES.get(name)
+def _stored(key: str, entry: HeaderEntry, what: str) -> Stored:
+    dtype = _DTYPES.get(entry.dtype)
     if dtype is None:
         raise UnsupportedVersion(
-            f"{what}: {key!r:.80} has dtype {name!r:.20}, not one of {', '.join(_DTYPES)}"
+            f"{what}: {key!r:.80} has dtype {entry.dtype!r:.20}, not one of {', '.join(_DTYPES)}"
         )
     # Empty tensors have no use here, and their other sizes would have no bound.
-    if not 0 < math.prod(shape) * dtype.itemsize == offsets[1] - offsets[0]:
+    if not 0 < math.prod(entry.shape) * dtype.itemsize == entry.end - entry.start:
         raise WrongShape(f"{what}: {key!r:.80} has a shape that does not fill its bytes")
-    return Stored(dtype, tuple(shape), offsets[0], offsets[1])
+    return Stored(dtype, entry.shape, entry.start, entry.end)
 
 
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(size, int) and not isinstance(size, bool) and 0 <= size < 1 << 62
-        for size in value
-    )
-
-
-def _check_layout(tensors: Mapping[str, Stored], n_bytes: int, what: str) -> None:
+def _check_no_holes(tensors: Mapping[str, Stored], n_bytes: int, what: str) -> None:
     position = 0
     for stored in sorted(tensors.values(), key=lambda stored: (stored.start, stored.end)):
         if stored.start != position:

@@ -69,7 +69,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class CodecChoice:
     """What `auto` settled on. `deltas` are the encoded tensors by name, if it encoded them."""
 
     codec: Codec

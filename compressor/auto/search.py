@@ -24,7 +24,7 @@ from typing import Any
 from compressor.artifact.config import DeltaConfig
 from compressor.auto.allocate import HeadCosts, NoiseAllotter, byte_shares
 from compressor.auto.bench import Bench, open_bench, rounded
-from compressor.auto.goal import Choice, Goal, Inputs
+from compressor.auto.goal import CodecChoice, Goal, Inputs
 from compressor.auto.kept import ROOM_FOR_TUNING, Kept, Measured
 from compressor.auto.self_written import SELF
 from compressor.auto.shrink import shrink
@@ -75,7 +75,7 @@ class _Trial:
         return f"{self.candidate.label} at ratio {self.ratio:.4g}:\n     KL {kl}"
 
 
-def choose(inputs: Inputs, goal: Goal, progress: Progress) -> Choice:
+def choose(inputs: Inputs, goal: Goal, progress: Progress) -> CodecChoice:
     """Return settings for every tensor that meet `goal`.
 
     Raises BudgetError if they cannot, InputError if a KL is asked for that cannot be measured.
@@ -92,7 +92,7 @@ def choose(inputs: Inputs, goal: Goal, progress: Progress) -> Choice:
     kept = search.tune(best)
     notes = search.notes(best, kept, time.perf_counter() - started)
     config = search.config(best.candidate.codec, best.ratio, bench.fidelity(kept.found), kept)
-    return Choice(best.candidate.codec, best.jobs, config, notes, kept.tuned.deltas)
+    return CodecChoice(best.candidate.codec, best.jobs, config, notes, kept.tuned.deltas)
 
 
 def candidates(costs: Mapping[str, HeadCosts], *, has_own_texts: bool) -> list[_Candidate]:
@@ -311,7 +311,7 @@ def _guess(last: _Trial, kept: _Trial | None, failed: _Trial | None, kl: float, 
     return last.ratio * math.exp(math.log(kl / max(last.found.kl[name], 1e-9)) / slope)
 
 
-def _unmeasured(inputs: Inputs, goal: Goal, reason: str) -> Choice:
+def _unmeasured(inputs: Inputs, goal: Goal, reason: str) -> CodecChoice:
     """Fixed settings, and why."""
     if goal.max_kl is not None:
         raise InputError(f"--max-kl needs the model to run here: {reason}; give --ratio instead")
@@ -329,7 +329,7 @@ def _unmeasured(inputs: Inputs, goal: Goal, reason: str) -> Choice:
         inputs.companions,
         lambda job: inputs.encode(job, UNMEASURED),
     )
-    return Choice(UNMEASURED, plan.jobs, plan.config, (f"auto took {basis}",), gain=plan.gain)
+    return CodecChoice(UNMEASURED, plan.jobs, plan.config, (f"auto took {basis}",), gain=plan.gain)
 
 
 def _room(bench: Bench) -> Measured:

@@ -11,10 +11,9 @@ from pathlib import Path
 
 from compressor.errors import CheckpointError
 
-COMPANIONS = (
+TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
-    "generation_config.json",
     "merges.txt",
     "special_tokens_map.json",
     "spiece.model",
@@ -24,6 +23,7 @@ COMPANIONS = (
     "vocab.json",
     "vocab.txt",
 )
+COMPANIONS = tuple(sorted((*TOKENIZER_FILES, "generation_config.json")))
 _NOISE = ("transformers_version", "_from_model_config", "_commit_hash", "name_or_path")
 _HAS_TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 

@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,13 @@ from compressor.checkpoint.hub import (
     parse_ref,
 )
 from compressor.errors import CheckpointError
+from compressor.safetensors_header import (
+    LENGTH_BYTES,
+    BadHeader,
+    HeaderEntry,
+    parse_header,
+    parse_length,
+)
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
@@ -115,7 +121,7 @@ class TensorFiles:
             )
         return DTYPES[stored.dtype]
 
-    def rows(self, name: str, row_start: int = 0, row_end: int | None = None) -> Tensor:
+    def read_rows(self, name: str, row_start: int = 0, row_end: int | None = None) -> Tensor:
         """Return rows ``[row_start, row_end)`` in the stored dtype (all of it by default)."""
         stored = self.tensors[name]
         dtype = self.dtype(name)
@@ -139,7 +145,7 @@ class TensorFiles:
         step = max(1, _CHUNK_BYTES // (4 * n))
         for start in range(row_start, row_end, step):
             end = min(start + step, row_end)
-            out[start - row_start : end - row_start] = self.rows(name, start, end)[
+            out[start - row_start : end - row_start] = self.read_rows(name, start, end)[
                 :, col_start:col_end
             ]
         return out
@@ -147,7 +153,7 @@ class TensorFiles:
     def oriented_rows(self, name: str, row_start: int, row_end: int, transposed: bool) -> Tensor:
         """Return rows of a tensor in ``[out, in]`` orientation; float32 if it is `transposed`."""
         if not transposed:
-            return self.rows(name, row_start, row_end)
+            return self.read_rows(name, row_start, row_end)
         return self.slice(name, 0, self.tensors[name].shape[0], row_start, row_end).T
 
     def _read(self, stored: StoredTensor, first: int, count: int, dtype: torch.dtype) -> Tensor:
@@ -294,31 +300,29 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
     try:
         with file.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
-            start = stream.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 2 <= length <= min(_MAX_HEADER_BYTES, size - 8):
+            length = parse_length(stream.read(LENGTH_BYTES))
+            if not 2 <= length <= min(_MAX_HEADER_BYTES, size - LENGTH_BYTES):
                 raise CheckpointError(f"{file} is not a complete safetensors file")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        data = 8 + length
-        tensors = {name: _stored(file, entry, data) for name, entry in header.items()}
+            header = parse_header(stream.read(length))
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: the safetensors header does not parse") from error
+    except BadHeader as error:
+        raise CheckpointError(f"{file} is not a safetensors file: {error}") from error
+    data = LENGTH_BYTES + length
+    tensors = {name: _stored(file, name, entry, data) for name, entry in header.tensors.items()}
     for name, tensor in tensors.items():
-        if tensor.offset < data or tensor.offset + tensor.n_bytes > size:
+        if tensor.offset + tensor.n_bytes > size:
             raise CheckpointError(
                 f"{file} is cut short: tensor {name} lies beyond its end; download it again"
             )
     return tensors
 
 
-def _stored(file: Path, entry: dict[str, Any], data_start: int) -> StoredTensor:
-    begin, end = (int(offset) for offset in entry["data_offsets"])
-    shape = tuple(int(size) for size in entry["shape"])
-    dtype = str(entry["dtype"])
-    known = DTYPES.get(dtype)
-    if known is not None and math.prod(shape) * known.itemsize != end - begin:
-        raise ValueError("size and shape disagree")
-    return StoredTensor(file, dtype, shape, data_start + begin, end - begin)
+def _stored(file: Path, name: str, entry: HeaderEntry, data_start: int) -> StoredTensor:
+    n_bytes = entry.end - entry.start
+    known = DTYPES.get(entry.dtype)
+    if known is not None and math.prod(entry.shape) * known.itemsize != n_bytes:
+        raise CheckpointError(
+            f"{file} is not a safetensors file: size and shape of {name} disagree"
+        )
+    return StoredTensor(file, entry.dtype, entry.shape, data_start + entry.start, n_bytes)

@@ -17,7 +17,7 @@ CHUNK_ELEMENTS = 4 << 20
 _FIRST_LOOK_BYTES = 64 << 10  # what a full fine-tune changed shows at once
 
 # Settings of config.json that say nothing about the computation: neither compared nor kept.
-_VOLATILE = frozenset(
+_NOT_COMPARED = frozenset(
     {
         "_attn_implementation",
         "_commit_hash",
@@ -127,7 +127,7 @@ def config_changes(base: Checkpoint, tuned: Checkpoint) -> dict[str, Any]:
     changed = {
         key: theirs.get(key)
         for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key) and key not in _VOLATILE
+        if ours.get(key) != theirs.get(key) and key not in _NOT_COMPARED
     }
     for key in changed:
         if key not in _RECORDED or (key == "max_position_embeddings" and _scaled_rope(ours)):
@@ -146,12 +146,14 @@ def is_unchanged(base: Checkpoint, tuned: Checkpoint, pair: TensorPair) -> bool:
     """
     stored = base.tensors[pair.base_key].shape
     if not stored:
-        return _same(base.rows(pair.base_key), tuned.rows(pair.tuned_key))
+        return _same(base.read_rows(pair.base_key), tuned.read_rows(pair.tuned_key))
     per_row = max(1, base.tensors[pair.base_key].n_bytes // max(1, stored[0]))
     start, n_bytes = 0, _FIRST_LOOK_BYTES
     while start < stored[0]:
         end = min(start + max(1, n_bytes // per_row), stored[0])
-        if not _same(base.rows(pair.base_key, start, end), tuned.rows(pair.tuned_key, start, end)):
+        if not _same(
+            base.read_rows(pair.base_key, start, end), tuned.read_rows(pair.tuned_key, start, end)
+        ):
             return False
         start, n_bytes = end, min(2 * n_bytes, 2 * CHUNK_ELEMENTS)
     return True
@@ -255,8 +257,8 @@ def _check_stored_ties(checkpoint: Checkpoint, layout: Layout, keys: Mapping[str
         first, second = (checkpoint.tensors[keys[name]] for name in (alias, target))
         same = first.shape == second.shape and all(
             _same(
-                checkpoint.rows(keys[alias], start, min(start + 4096, first.shape[0])),
-                checkpoint.rows(keys[target], start, min(start + 4096, first.shape[0])),
+                checkpoint.read_rows(keys[alias], start, min(start + 4096, first.shape[0])),
+                checkpoint.read_rows(keys[target], start, min(start + 4096, first.shape[0])),
             )
             for start in range(0, first.shape[0], 4096)
         )

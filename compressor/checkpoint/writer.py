@@ -6,7 +6,6 @@ import json
 import math
 import os
 import shutil
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from compressor.checkpoint.files import slice_name
 from compressor.checkpoint.layout import Layout
 from compressor.errors import InputError, OutputError
 from compressor.progress import Progress
+from compressor.safetensors_header import framed, header_json
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers splits
@@ -155,19 +155,9 @@ def _split(tensors: Sequence[Outgoing], max_bytes: int) -> list[list[Outgoing]]:
 
 
 def _write(file: Path, tensors: Sequence[Outgoing]) -> Iterator[Outgoing]:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for tensor in tensors:
-        header[tensor.name] = {
-            "dtype": _CODES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [position, position + tensor.n_bytes],
-        }
-        position += tensor.n_bytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    entries = ((t.name, _CODES[t.dtype], t.shape, t.n_bytes) for t in tensors)
     with file.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
+        stream.write(framed(header_json(entries, {"format": "pt"})))
         for tensor in tensors:
             for piece in tensor.load():
                 values = piece.to(tensor.dtype).contiguous()

@@ -11,14 +11,15 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 from compressor.errors import ImpartError
 from compressor.printable import printable
+from compressor.progress import Progress
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Report = Callable[[str, int, int], None]
 
 BaseArg = Annotated[
     str, typer.Argument(help="Base model: directory or Hub id[@revision].", metavar="BASE")
@@ -49,7 +50,7 @@ def reporting(command: Callable[P, R]) -> Callable[P, R]:
 
 
 @contextmanager
-def progress_bar(quiet: bool) -> Iterator[Report]:
+def progress_bar(quiet: bool) -> Iterator[Progress]:
     """Yield a callback that draws bars on stderr, or nothing when that is no terminal."""
     console = Console(stderr=True)
     columns: tuple[Any, ...] = (
@@ -59,7 +60,7 @@ def progress_bar(quiet: bool) -> Iterator[Report]:
         TimeRemainingColumn(elapsed_when_finished=True),
     )
     tasks: dict[str, TaskID] = {}
-    with Progress(*columns, console=console, disable=quiet or not console.is_terminal) as bars:
+    with Bars(*columns, console=console, disable=quiet or not console.is_terminal) as bars:
 
         def report(stage: str, done: int, total: int) -> None:
             if stage not in tasks:

@@ -16,12 +16,12 @@ from compressor.cli.common import (
     BaseArg,
     DeltaArg,
     Quiet,
-    Report,
     progress_bar,
     reporting,
     silence_libraries,
 )
 from compressor.printable import printable
+from compressor.progress import Progress
 
 if TYPE_CHECKING:
     from compressor.measure.comparison import Comparison, Estimate
@@ -88,7 +88,7 @@ def run(
     max_texts: int,
     max_tokens: int,
     layer_texts: int,
-    progress: Report,
+    progress: Progress,
 ) -> list[Evaluation]:
     """Evaluate each delta; layer_texts 0: without the tables by layer."""
     from compressor.artifact.inspection import check

@@ -60,7 +60,7 @@ class BlockFactors:
             dense[start : start + self.block_rows] = rows @ right[self.u_index[block].long()]
         return dense
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def dense_rows(self, ids: Tensor) -> Tensor:
         """Return ``dW[ids]``: ``ids [T]`` int64 -> ``[T, n]`` float32."""
         check_ids(ids, self.shape[0])
         index = self.u_index[ids // self.block_rows].long()

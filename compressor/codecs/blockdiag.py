@@ -118,7 +118,7 @@ class BlockDiagTerm:
                 dense[row : row + band.rows, col : col + band.cols] = values[block]
         return dense
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def dense_rows(self, ids: Tensor) -> Tensor:
         check_ids(ids, self.shape[0])
         out = torch.zeros(len(ids), self.shape[1], dtype=torch.float32)
         for band in bands(self.shape, self.n_blocks):

@@ -125,8 +125,8 @@ class ImpartTerm:
     def to_dense(self) -> Tensor:
         return self.factors().to_dense()
 
-    def rows(self, ids: Tensor) -> Tensor:
-        return self.factors().rows(ids)
+    def dense_rows(self, ids: Tensor) -> Tensor:
+        return self.factors().dense_rows(ids)
 
 
 def impart_size(shape: Shape, kept: int, block_rows: int) -> int:

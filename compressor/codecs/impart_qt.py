@@ -157,8 +157,8 @@ class ImpartQtTerm:
     def to_dense(self) -> Tensor:
         return self.factors().to_dense()
 
-    def rows(self, ids: Tensor) -> Tensor:
-        return self.factors().rows(ids)
+    def dense_rows(self, ids: Tensor) -> Tensor:
+        return self.factors().dense_rows(ids)
 
     def _levels(self, codes: Tensor) -> Tensor:
         """Float32 ``[size, S]`` of the order of 1."""

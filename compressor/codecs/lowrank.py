@@ -117,7 +117,7 @@ class LowRankTerm:
     def to_dense(self) -> Tensor:
         return self.b.T @ self.a
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def dense_rows(self, ids: Tensor) -> Tensor:
         check_ids(ids, self.shape[0])
         return self.b[:, ids].T @ self.a
 

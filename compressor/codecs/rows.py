@@ -87,7 +87,7 @@ class RowsTerm:
         dense[self.index] = self._values()
         return dense
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def dense_rows(self, ids: Tensor) -> Tensor:
         check_ids(ids, self.shape[0])
         place = torch.searchsorted(self.index, ids).clamp(max=len(self.index) - 1)
         values = dequantize(self.codes[place], self.scales[place], self.bits)

@@ -65,7 +65,7 @@ class Term(Protocol):
         """Return ``dW [m, n]`` in float32."""
         ...
 
-    def rows(self, ids: Tensor) -> Tensor:
+    def dense_rows(self, ids: Tensor) -> Tensor:
         """Return ``dW[ids]``: ``ids [T]`` int64 -> ``[T, n]`` float32 (embedding look-up)."""
         ...
 

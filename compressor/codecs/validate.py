@@ -51,7 +51,7 @@ def int_param(codec: str, params: Params, key: str, low: int, high: int) -> int:
 
 
 def bits_param(codec: str, params: Params, key: str, allowed: tuple[int, ...]) -> int:
-    """Return the bit width `key`; one this reader has no layout for is a version problem."""
+    """Return the bit width `key`; one that this reader cannot unpack is a version problem."""
     bits = int_param(codec, params, key, 1, 64)
     if bits not in allowed:
         raise UnsupportedVersion(f"{codec}: {key} {bits} is not one of {list(allowed)}")

@@ -22,7 +22,7 @@ from compressor.artifact.card import model_card, own_facts
 from compressor.artifact.config import CODER, Coding, DeltaConfig
 from compressor.artifact.identity import base_identity
 from compressor.artifact.writer import ArtifactWriter
-from compressor.auto.goal import Choice, Inputs
+from compressor.auto.goal import CodecChoice, Inputs
 from compressor.auto.search import choose
 from compressor.checkpoint.companions import changed_companions, dropped_companions
 from compressor.checkpoint.difference import DeltaSource
@@ -124,7 +124,7 @@ class _Run:
         return source if hessian is None else WithInputs(source, hessian)
 
 
-def _choose(run: _Run, codec: Codec | None, progress: Progress) -> Choice:
+def _choose(run: _Run, codec: Codec | None, progress: Progress) -> CodecChoice:
     """Settings of every tensor, and the configuration that describes them; no codec: auto."""
     options = run.options
     if codec is None:
@@ -149,7 +149,7 @@ def _choose(run: _Run, codec: Codec | None, progress: Progress) -> Choice:
         config = replace(config, fidelity=room)
     encode = partial(_encode_afresh, run, codec=codec)
     plan = plan_coded(run.jobs, codec, config, run.companions, encode)
-    return Choice(codec, plan.jobs, plan.config, (), gain=plan.gain)
+    return CodecChoice(codec, plan.jobs, plan.config, (), gain=plan.gain)
 
 
 def relative_error(terms: Iterable[Term], source: MatrixSource) -> float:
@@ -164,7 +164,7 @@ def relative_error(terms: Iterable[Term], source: MatrixSource) -> float:
         wanted += _square_sum(part)
         for term in terms:
             rows = torch.arange(start, end)
-            part -= term.to_dense() if end - start == m else term.rows(rows)
+            part -= term.to_dense() if end - start == m else term.dense_rows(rows)
         off += _square_sum(part)
     if not math.isfinite(wanted):
         raise CheckpointError("NaN or infinity in the base or the fine-tune; save it again")
@@ -223,7 +223,7 @@ def _describe(run: _Run, codec: Codec, options: dict[str, Any], ratio: float) ->
     )
 
 
-def _encode_all(run: _Run, chosen: Choice, writer: ArtifactWriter, progress: Progress) -> None:
+def _encode_all(run: _Run, chosen: CodecChoice, writer: ArtifactWriter, progress: Progress) -> None:
     sizes = [math.prod(job.pair.shape) for job in chosen.jobs]
     staged = writer.staged()
     for index, job in enumerate(chosen.jobs):
@@ -249,13 +249,15 @@ def _encode(run: _Run, job: Job, codec: Codec, source: MatrixSource | None) -> T
     if job.params is not None and source is not None:
         terms = codec.encode(pair.name, source, job.params, run.options.seed)
     if job.exact_start is not None:
-        exact = DenseRows(job.exact_start, tuned.rows(pair.tuned_key, job.exact_start))
+        exact = DenseRows(job.exact_start, tuned.read_rows(pair.tuned_key, job.exact_start))
         if not bool(torch.isfinite(exact.values).all()):
             raise CheckpointError(f"{pair.name}: NaN or infinity in {tuned.name}; save it again")
     return TensorDelta(pair.name, pair.shape, pair.base_shape, pair.transposed, terms, exact)
 
 
-def _replan(run: _Run, chosen: Choice, written: DeltaConfig, n_bytes: int) -> Choice | None:
+def _replan(
+    run: _Run, chosen: CodecChoice, written: DeltaConfig, n_bytes: int
+) -> CodecChoice | None:
     """A better plan where this one missed the size; what `auto` measured stays as it is."""
     if chosen.deltas:
         return None

@@ -89,12 +89,12 @@ class BlockDiagCodec:
         """Equal numbers of blocks let a server apply siblings in one product."""
         return True
 
-    def plan(self, shape: Shape, budget_bytes: float) -> Params:
+    def fit(self, shape: Shape, budget_bytes: float) -> Params:
         """Return the setting whose size is nearest `budget_bytes`."""
-        (params,) = self.plan_siblings((shape,), budget_bytes)
+        (params,) = self.fit_siblings((shape,), budget_bytes)
         return params
 
-    def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> tuple[Params, ...]:
+    def fit_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> tuple[Params, ...]:
         """Return settings for all of `shapes` together, nearest `budget_bytes`.
 
         Heads share the bytes by elements; the number of blocks is the same for all.

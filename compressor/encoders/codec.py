@@ -28,17 +28,17 @@ class Codec(Protocol):
 
     @property
     def joins_siblings(self) -> bool:
-        """Whether matrices that read the same input should be planned together."""
+        """Whether matrices that read the same input should be fitted together."""
         ...
 
-    def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> tuple[Params, ...]:
-        """Return a setting for each of `shapes`, of equal width; as `plan` for a single one.
+    def fit_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> tuple[Params, ...]:
+        """Return a setting for each of `shapes`, of equal width; as `fit` for a single one.
 
         The settings agree in what a server needs to apply the matrices in one product.
         """
         ...
 
-    def plan(self, shape: Shape, budget_bytes: float) -> Params:
+    def fit(self, shape: Shape, budget_bytes: float) -> Params:
         """Return the setting whose size is nearest `budget_bytes`; it may exceed it a little.
 
         JSON-able and complete: with the seed it determines what `encode` does.

@@ -45,7 +45,7 @@ class ImpartCodec(SingleMatrixCodec):
         """Resolved options, JSON-able."""
         return {"beta": self.beta, "C": self.C, "block_rows": self.block_rows}
 
-    def plan(self, shape: Shape, budget_bytes: float) -> Params:
+    def fit(self, shape: Shape, budget_bytes: float) -> Params:
         """Return the number of components a block keeps whose size is nearest the budget.
 
         At least 1, at most what beta leaves.

@@ -67,7 +67,7 @@ class ImpartQtCodec(SingleMatrixCodec):
         """Whether sources should be `WithInputs` where that is possible."""
         return self.gptq
 
-    def plan(self, shape: Shape, budget_bytes: float) -> Params:
+    def fit(self, shape: Shape, budget_bytes: float) -> Params:
         """Return the budget itself: it is met to the byte once the spectrum is known.
 
         Within what one component takes and what beta leaves.

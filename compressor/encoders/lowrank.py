@@ -27,7 +27,7 @@ class LowRankCodec(SingleMatrixCodec):
         """Resolved options, JSON-able."""
         return asdict(self)
 
-    def plan(self, shape: Shape, budget_bytes: float) -> Params:
+    def fit(self, shape: Shape, budget_bytes: float) -> Params:
         """Return the rank whose size is nearest `budget_bytes`, at least 1."""
         ideal = round(budget_bytes / (lowrank_size(shape, 8, self.bits) / 8))
         return {"bits": self.bits, "rank": min(max(ideal, 1), min(shape))}

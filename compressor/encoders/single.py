@@ -16,22 +16,22 @@ class SingleMatrixCodec(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def plan(self, shape: Shape, budget_bytes: float) -> Params:
-        """See `Codec.plan`."""
+    def fit(self, shape: Shape, budget_bytes: float) -> Params:
+        """See `Codec.fit`."""
 
     @property
     def joins_siblings(self) -> bool:
         """No: ranks are chosen matrix by matrix."""
         return False
 
-    def plan_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> tuple[Params, ...]:
+    def fit_siblings(self, shapes: Sequence[Shape], budget_bytes: float) -> tuple[Params, ...]:
         """Plan the one matrix given."""
         (shape,) = shapes
-        return (self.plan(shape, budget_bytes),)
+        return (self.fit(shape, budget_bytes),)
 
     def probes(self, shape: Shape) -> tuple[Params, ...]:
         """Any setting."""
-        return (self.plan(shape, shape[0] * shape[1] / 4),)
+        return (self.fit(shape, shape[0] * shape[1] / 4),)
 
     def terms_of(self, params: Params) -> tuple[str, ...]:
         """The one."""

@@ -100,11 +100,11 @@ def _plan_one(
 
 
 def _copied(base: Checkpoint, key: str) -> Iterator[Tensor]:
-    yield base.rows(key)
+    yield base.read_rows(key)
 
 
 def _merged(base: Checkpoint, key: str, delta: TensorDelta) -> Iterator[Tensor]:
-    stored = base.rows(key)
+    stored = base.read_rows(key)
     merged = delta.reconstruct(stored.T if delta.transposed else stored)
     yield merged.T if delta.transposed else merged
 

@@ -22,11 +22,11 @@ BATCH_TOKENS = 1024  # of padded input; bounds what is in memory
 
 # Of the samples of a batch: float32 log-probabilities [t, V] of every counted token, in order, in
 # one or several parts; a reference's parts are as long as those it is compared with.
-LogProbs = Callable[["Batch"], Iterable[Tensor]]
+LogProbs = Callable[["SampleBatch"], Iterable[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class SampleBatch:
     """Samples of like length that run together. indices: their places among all samples."""
 
     number: int
@@ -89,7 +89,7 @@ class Comparer:
     def __init__(self, samples: Sequence[Sample], reference: LogProbs) -> None:
         self.samples = list(samples)
         self.batches = [
-            Batch(number, tuple(indices), tuple(self.samples[index] for index in indices))
+            SampleBatch(number, tuple(indices), tuple(self.samples[index] for index in indices))
             for number, indices in enumerate(batches(self.samples))
         ]
         self._reference = reference

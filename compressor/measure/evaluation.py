@@ -19,7 +19,7 @@ from compressor.artifact.reader import Artifact
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.groups import group_of
 from compressor.checkpoint.layout import read_layout
-from compressor.measure.comparison import Batch, Comparer, Comparison, Estimate, Outputs
+from compressor.measure.comparison import Comparer, Comparison, Estimate, Outputs, SampleBatch
 from compressor.measure.samples import Sample
 from compressor.measure.swapped_model import SwappedModel, Weights
 from compressor.progress import Progress, silent
@@ -93,7 +93,7 @@ class Reference(Comparer):
         """KL of the weights that the model has now."""
         return self.estimate(self.outputs().kl)
 
-    def _recall(self, batch: Batch) -> Iterator[Tensor]:
+    def _recall(self, batch: SampleBatch) -> Iterator[Tensor]:
         for logits in self._model.logits(self._hidden[batch.number], finetuned=True):
             yield logits.log_softmax(-1)
 

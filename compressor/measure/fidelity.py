@@ -18,7 +18,7 @@ from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.layout import read_layout
 from compressor.codecs import TensorDelta
 from compressor.errors import CheckpointError, InputError, UnsupportedTensor
-from compressor.measure.comparison import Batch, Comparer, padded
+from compressor.measure.comparison import Comparer, SampleBatch, padded
 from compressor.measure.samples import Sample
 from compressor.measure.texts import MAX_TEXT_TOKENS
 
@@ -85,7 +85,7 @@ def merge_into(model: Any, base: Checkpoint, deltas: Iterable[TensorDelta]) -> N
                     f"{delta.name}: KL cannot be measured here, because transformers keeps this "
                     "tensor inside a larger one; compress with no calibration text"
                 )
-            stored = base.rows(keys[delta.name])
+            stored = base.read_rows(keys[delta.name])
             merged = delta.reconstruct(stored.T if delta.transposed else stored)
             parameters[delta.name].copy_(merged.T if delta.transposed else merged)
 
@@ -114,7 +114,7 @@ def compare(reference: Any, candidate: Any, samples: Sequence[Sequence[int]]) ->
     )
 
 
-def _log_probs(model: Any, batch: Batch) -> Tensor:
+def _log_probs(model: Any, batch: SampleBatch) -> Tensor:
     ids, mask, wanted = (tensor.to(model.device) for tensor in padded(batch.samples))
     logits: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return logits[wanted].float().log_softmax(-1)

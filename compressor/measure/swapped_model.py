@@ -131,7 +131,7 @@ class SwappedModel:
                 continue
             parameter = self._parameters[name]
             with torch.no_grad():
-                tuned = self._tuned.rows(self._tuned_keys[name])
+                tuned = self._tuned.read_rows(self._tuned_keys[name])
                 parameter.copy_(tuned)
                 if wanted != "finetuned":
                     before = parameter.clone()
@@ -142,7 +142,7 @@ class SwappedModel:
 
     def _overwrite(self, name: str, parameter: Tensor, wanted: Weights) -> None:
         """Rows that the base lacks (added vocabulary) stay the fine-tune's under ``base``."""
-        stored = self._base.rows(self._base_keys[name])
+        stored = self._base.read_rows(self._base_keys[name])
         delta = self._deltas.get(name) if wanted == "variant" else None
         if delta is not None:
             merged = delta.reconstruct(stored.T if delta.transposed else stored)

@@ -168,7 +168,7 @@ class _Merge:
             if not changed:
                 yield rows
                 continue
-            deltas = [vector.rows(name, start, end) for vector in self.vectors]
+            deltas = [vector.read_rows(name, start, end) for vector in self.vectors]
             yield rows.float().add_(self._combine(name, deltas, thresholds).mul_(self.config.scale))
 
     def _combine(self, name: str, deltas: list[Tensor], thresholds: Sequence[float]) -> Tensor:
@@ -240,7 +240,7 @@ def _threshold(pieces: partial[Iterator[Tensor]], density: float, size: int) -> 
 
 def _strips(vector: TaskVector, parameter: Parameter) -> Iterator[Tensor]:
     for start, end in _row_ranges(parameter):
-        yield vector.rows(parameter.name, start, end)
+        yield vector.read_rows(parameter.name, start, end)
 
 
 def _row_ranges(parameter: Parameter) -> Iterator[tuple[int, int]]:

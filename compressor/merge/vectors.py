@@ -40,7 +40,7 @@ class TaskVector(Protocol):
         """Whether any of the base's rows of this parameter differs."""
         ...
 
-    def rows(self, name: str, start: int, end: int) -> Tensor:
+    def read_rows(self, name: str, start: int, end: int) -> Tensor:
         """Return rows of the difference: float32 ``[end - start, n]`` or ``[end - start]``."""
         ...
 
@@ -62,18 +62,18 @@ class CheckpointVector:
     def changes(self, name: str) -> bool:
         return not is_unchanged(self._base, self._tuned, self._pairs[name])
 
-    def rows(self, name: str, start: int, end: int) -> Tensor:
+    def read_rows(self, name: str, start: int, end: int) -> Tensor:
         pair = self._pairs[name]
         if len(pair.base_shape) == 2:
             return self._matrix(pair).block(start, end, 0, pair.base_shape[1])
-        ours = self._base.rows(pair.base_key, start, end)
-        return self._tuned.rows(pair.tuned_key, start, end).float() - ours.float()
+        ours = self._base.read_rows(pair.base_key, start, end)
+        return self._tuned.read_rows(pair.tuned_key, start, end).float() - ours.float()
 
     def added(self, name: str) -> Tensor | None:
         pair = self._pairs[name]
         if pair.shape == pair.base_shape:
             return None
-        return self._tuned.rows(pair.tuned_key, pair.base_shape[0])
+        return self._tuned.read_rows(pair.tuned_key, pair.base_shape[0])
 
     def _matrix(self, pair: TensorPair) -> DeltaSource:
         """Remembered for the rows of one matrix: a small one is read once."""
@@ -99,13 +99,13 @@ class DeltaVector:
         delta = self._deltas.get(name)
         return delta is not None and (bool(delta.terms) or self._start(delta) < delta.base_shape[0])
 
-    def rows(self, name: str, start: int, end: int) -> Tensor:
+    def read_rows(self, name: str, start: int, end: int) -> Tensor:
         delta = self._deltas.get(name)
         if delta is None:
             return torch.zeros(end - start, *self._base.tensors[self._keys[name]].shape[1:])
         rows = torch.zeros(end - start, *delta.base_shape[1:])
         for term in delta.terms:
-            rows += term.rows(torch.arange(start, end))
+            rows += term.dense_rows(torch.arange(start, end))
         first = max(start, self._start(delta))
         if delta.exact is not None and first < end:
             shift = delta.exact.row_start
@@ -143,8 +143,8 @@ class DareVector:
         self.companions = inner.companions
         self.changes, self.added = inner.changes, inner.added
 
-    def rows(self, name: str, start: int, end: int) -> Tensor:
-        rows = self._inner.rows(name, start, end)
+    def read_rows(self, name: str, start: int, end: int) -> Tensor:
+        rows = self._inner.read_rows(name, start, end)
         density = self._density.at(name)
         if density >= 1 or not rows.numel():
             return rows
@@ -174,17 +174,17 @@ class ImpartVector:
         self.companions = inner.companions
         self.changes, self.added = inner.changes, inner.added
 
-    def rows(self, name: str, start: int, end: int) -> Tensor:
+    def read_rows(self, name: str, start: int, end: int) -> Tensor:
         parameter = self._layout.parameters[name]
         density = self._density.at(name)
         if density >= 1 or parameter.kind not in ("linear", "embedding"):
-            return self._inner.rows(name, start, end)
+            return self._inner.read_rows(name, start, end)
         if not self._inner.changes(name):
             return torch.zeros(end - start, parameter.shape[1])
         if self._terms[0] != name:
             self._terms = (name, self._encode(parameter, density))
         ids = torch.arange(start, end)
-        return torch.stack([term.rows(ids) for term in self._terms[1]]).sum(0)
+        return torch.stack([term.dense_rows(ids) for term in self._terms[1]]).sum(0)
 
     def _encode(self, parameter: Parameter, density: float) -> tuple[Term, ...]:
         m, n = parameter.shape
@@ -193,7 +193,7 @@ class ImpartVector:
         usual = make_encoder("impart").options()["beta"]
         beta = max(0.0, min(usual, 1 - kept / smaller))  # no more than leaves `kept` of them
         codec = make_encoder("impart", beta=beta)
-        params = codec.plan((m, n), 0.0) | {"kept": kept}
+        params = codec.fit((m, n), 0.0) | {"kept": kept}
         source = VectorSource(self._inner, parameter.name, (m, n))
         return codec.encode(parameter.name, source, params, self._seed)
 
@@ -206,7 +206,7 @@ class VectorSource:
 
     def block(self, row_start: int, row_end: int, col_start: int, col_end: int) -> Tensor:
         """Return a new float32 tensor."""
-        return self._vector.rows(self._name, row_start, row_end)[:, col_start:col_end].clone()
+        return self._vector.read_rows(self._name, row_start, row_end)[:, col_start:col_end].clone()
 
 
 def open_vector(name: str, base: Checkpoint, layout: Layout, stack: ExitStack) -> TaskVector:

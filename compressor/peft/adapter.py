@@ -114,7 +114,7 @@ class Adapter(TensorFiles):
         if b.shape[1] != shape[0]:
             raise self._misfit(parameter)
         weight = base.oriented_rows(base_key, 0, shape[0], parameter.transposed).float()
-        split = dora_parts(name, weight, a, b, self.rows(parts["magnitude"]).float())
+        split = dora_parts(name, weight, a, b, self.read_rows(parts["magnitude"]).float())
         if rescale is None:
             whole = weight + split.rest + split.b.T @ a
             exact = DenseRows(0, whole)
@@ -127,7 +127,7 @@ class Adapter(TensorFiles):
         for alias, target in layout.tied:
             first, second = parts.get(target, {}), parts.get(alias, {})
             if first.keys() == second.keys() == {"full"} and torch.equal(
-                self.rows(first["full"]), self.rows(second["full"])
+                self.read_rows(first["full"]), self.read_rows(second["full"])
             ):
                 continue
             if first or second:
@@ -169,10 +169,10 @@ class Adapter(TensorFiles):
                 "one pair of LoRA factors is needed"
             )
         if "A" in parts:
-            a, b = self.rows(parts["A"]).float(), self.rows(parts["B"]).float().T
+            a, b = self.read_rows(parts["A"]).float(), self.read_rows(parts["B"]).float().T
         else:
-            a = self.rows(parts["embedding_B"]).float().T
-            b = self.rows(parts["embedding_A"]).float()
+            a = self.read_rows(parts["embedding_B"]).float().T
+            b = self.read_rows(parts["embedding_A"]).float()
         if a.ndim != 2 or a.shape[0] != b.shape[0] or a.shape[1] != parameter.shape[1]:
             raise self._misfit(parameter)
         module = parameter.name.removesuffix(".weight")
@@ -192,10 +192,10 @@ class Adapter(TensorFiles):
         PEFT saves the weight under the factors of an embedding or lm_head as well; its first
         rows must be the base's.
         """
-        rows, under = parameter.shape[0], self.rows(key)
+        rows, under = parameter.shape[0], self.read_rows(key)
         if under.shape[1:] != parameter.shape[1:] or under.shape[0] < rows:
             raise self._misfit(parameter)
-        if _first_difference(base.rows(base_key), under) != rows:
+        if _first_difference(base.read_rows(base_key), under) != rows:
             raise UnsupportedTensor(
                 f"{parameter.name}: the weight saved under the adapter's factors is not the "
                 "base's; is this the right base?"
@@ -209,7 +209,7 @@ class Adapter(TensorFiles):
         self, parameter: Parameter, key: str, base: Checkpoint, base_key: str
     ) -> TensorDelta | None:
         """A module saved whole: stored exactly, from its first row that differs."""
-        ours, theirs = base.rows(base_key), self.rows(key)
+        ours, theirs = base.read_rows(base_key), self.read_rows(key)
         if parameter.transposed:
             ours, theirs = ours.T, theirs.T
         grown = theirs.ndim == ours.ndim and theirs.shape[1:] == ours.shape[1:]

@@ -74,7 +74,7 @@ class RescaleEncoder:
     errors: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def plan(
+    def fit(
         cls, shapes: Mapping[str, Shape], itemsize: int, ratio: float, bits: int, seed: int
     ) -> RescaleEncoder:
         """Choose the settings of all layers; `itemsize` is that of the base's values."""
@@ -83,7 +83,7 @@ class RescaleEncoder:
         for group in _groups(shapes):
             members = [shapes[name] for name in group]
             budget = sum(m * n for m, n in members) * itemsize / ratio
-            chosen = codec.plan_siblings(members, budget)
+            chosen = codec.fit_siblings(members, budget)
             params |= dict(zip(group, chosen, strict=True))
         return cls(ratio, seed, codec, params)
 

@@ -82,7 +82,7 @@ def _plan_rescaling(base: Checkpoint, adapter: Adapter, options: Options) -> Res
     itemsize = DTYPES[checkpoint_dtype(base)].itemsize
     bits = options.codec_options.get("bits", RESCALE_BITS)
     ratio = options.ratio if options.ratio is not None else DEFAULT_RATIO
-    return RescaleEncoder.plan(shapes, itemsize, ratio, bits, options.seed)
+    return RescaleEncoder.fit(shapes, itemsize, ratio, bits, options.seed)
 
 
 def _rescale_options(rescale: RescaleEncoder | None) -> dict[str, Any]:

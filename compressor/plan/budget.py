@@ -45,7 +45,7 @@ def share_out(codec: Codec, sites: Sequence[Site], budget_bytes: float) -> list[
 
     Beyond what the codec can do, the smallest or largest total: the caller compares.
     """
-    planner = _Planner(codec, sites)
+    planner = _Fitter(codec, sites)
     low, high = 0.0, max(budget_bytes, 1.0) / max(1, planner.n_elements)
     best = planner.diffuse(low)
     if _total(best) >= budget_bytes:
@@ -86,8 +86,8 @@ def check_ratio(requested: float, possible: float, reason: str) -> None:
     )
 
 
-class _Planner:
-    """Plans of one codec for fixed sites; remembers them, for equal sites recur."""
+class _Fitter:
+    """Settings of one codec for fixed sites; remembers them, for equal sites recur."""
 
     def __init__(self, codec: Codec, sites: Sequence[Site]) -> None:
         self._codec = codec
@@ -96,16 +96,16 @@ class _Planner:
         self._order = sorted(range(len(sites)), key=lambda i: (-_elements(sites[i]), sites[i], i))
         self._known: dict[tuple[Site, int], Allotment] = {}
 
-    def plan(self, site: Site, budget_bytes: float) -> Allotment:
+    def fit(self, site: Site, budget_bytes: float) -> Allotment:
         key = (site, max(0, round(budget_bytes)))
         if key not in self._known:
-            settings = self._codec.plan_siblings(site, key[1])
+            settings = self._codec.fit_siblings(site, key[1])
             self._known[key] = allotment(self._codec, site, settings)
         return self._known[key]
 
     def largest(self) -> list[Allotment]:
         """The most the codec can spend, asked for with 8 bytes an element."""
-        return [self.plan(site, 8 * _elements(site)) for site in self._sites]
+        return [self.fit(site, 8 * _elements(site)) for site in self._sites]
 
     def diffuse(self, bytes_per_element: float) -> list[Allotment]:
         found: dict[int, Allotment] = {}
@@ -114,14 +114,14 @@ class _Planner:
             site = self._sites[index]
             share = bytes_per_element * _elements(site)
             allowed = _MAX_CARRY * share
-            found[index] = given = self.plan(site, share + min(max(carry, -allowed), allowed))
+            found[index] = given = self.fit(site, share + min(max(carry, -allowed), allowed))
             # What a matrix at its smallest setting overdraws is for the bisection to recover.
-            if given.n_bytes > self.plan(site, 0).n_bytes:
+            if given.n_bytes > self.fit(site, 0).n_bytes:
                 carry += share - given.n_bytes
         return [found[index] for index in range(len(self._sites))]
 
     def settle(self, allotments: list[Allotment], budget_bytes: float) -> list[Allotment]:
-        """Replan single matrices, each time the one that brings the total nearest."""
+        """Fit single matrices again, each time the one that brings the total nearest."""
         settled = list(allotments)
         rest = budget_bytes - _total(settled)
         for _ in range(_SETTLEMENTS):
@@ -130,7 +130,7 @@ class _Planner:
             options = [
                 (abs(rest - (given.n_bytes - old.n_bytes)), index, given)
                 for index, old in enumerate(settled)
-                if (given := self._replan(index, old, rest)).n_bytes != old.n_bytes
+                if (given := self._fit_again(index, old, rest)).n_bytes != old.n_bytes
             ]
             if not options or min(options, key=_first_two)[0] >= abs(rest):
                 break
@@ -139,9 +139,9 @@ class _Planner:
             settled[index] = given
         return settled
 
-    def _replan(self, index: int, old: Allotment, rest: float) -> Allotment:
+    def _fit_again(self, index: int, old: Allotment, rest: float) -> Allotment:
         wanted = min(max(old.n_bytes + rest, old.n_bytes / 2), old.n_bytes * 2)
-        return self.plan(self._sites[index], wanted)
+        return self.fit(self._sites[index], wanted)
 
 
 def _elements(site: Site) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from compressor.artifact.config import DeltaConfig
-from compressor.artifact.entropy import Tally, coded_frames, compress, part_name
+from compressor.artifact.entropy import Tally, code_frame, coded_frames, part_name
 from compressor.artifact.tensor_file import METADATA, header_text, raw_bytes
 from compressor.artifact.writer import parts_of
 from compressor.codecs import TensorDelta
@@ -94,7 +94,7 @@ def coding_gain(
     return CodingGain(
         terms=min(max(_LEAST, _share(terms, _terms_bytes(jobs, codec))), 1.0),
         exact=_share(exact, _exact_bytes(jobs)),
-        header=_rounded(len(compress(header)) / len(header)),
+        header=_rounded(len(code_frame(header)) / len(header)),
     )
 
 

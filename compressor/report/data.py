@@ -58,7 +58,7 @@ class SpectrumOfType:
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
+class ReportedDelta:
     """One delta. `evaluation` is None without texts."""
 
     name: str
@@ -76,7 +76,7 @@ class Report:
     base: str
     finetuned: str
     data: str | None
-    variants: tuple[Variant, ...]
+    variants: tuple[ReportedDelta, ...]
     spectra: tuple[SpectrumOfType, ...]
     left_out: tuple[str, ...]
 
@@ -109,7 +109,7 @@ def make_report(
                 for artifact in artifacts
             ]
         variants = tuple(
-            Variant(name, inspect_artifact(delta), evaluation)
+            ReportedDelta(name, inspect_artifact(delta), evaluation)
             for name, delta, evaluation in zip(names, deltas, evaluations, strict=True)
         )
         return Report(base_files.name, tuned_files.name, data, variants, spectra, left_out)

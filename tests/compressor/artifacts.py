@@ -59,7 +59,7 @@ def deltas() -> list[TensorDelta]:
     rows = (encode_largest_rows("e.rows", TensorSource(random_matrix((9, 7))), 4, 3),)
     made.append(TensorDelta("e.rows", (9, 7), (9, 7), False, rows, None))
     head = make_encoder("blockdiag", bits=4, head_fraction=0.5)
-    params = head.plan((12, 8), 150)
+    params = head.fit((12, 8), 150)
     terms = encode(head, random_matrix((12, 8)), params)
     new = random_matrix((2, 8), 3, 1.0).bfloat16()
     made.append(TensorDelta("embed.weight", (14, 8), (12, 8), False, terms, DenseRows(12, new)))

@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -134,4 +135,20 @@ def test_run_lock_of_a_killed_process_is_taken_over(tmp_path: Path) -> None:
     process.join(60)
     assert (tmp_path / ".x.lock").exists()
     with RunLock(tmp_path / "x"):
+        pass
+
+
+def test_run_lock_is_left_by_whoever_ends_it(tmp_path: Path) -> None:
+    lock = RunLock(tmp_path / "x")
+    lock.__enter__()
+    thread = threading.Thread(target=lock.__exit__, args=(None, None, None))
+    thread.start()
+    thread.join()
+    with RunLock(tmp_path / "x"):
+        pass
+
+
+def test_run_lock_below_a_file_raises_output_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot lock x"), RunLock(tmp_path / "file" / "x"):
         pass

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from server import cli
@@ -15,25 +14,37 @@ from server.settings import Settings
 
 def settings_from(*arguments: str, env: dict[str, str] | None = None) -> Settings:
     seen: list[Settings] = []
-    app = typer.Typer(add_completion=False)
-    app.command()(cli.command(seen.append))
-    result = CliRunner().invoke(app, list(arguments), env=env, catch_exceptions=False)
+    result = CliRunner().invoke(
+        cli.app(seen.append), list(arguments), env=env, catch_exceptions=False
+    )
     assert result.exit_code == 0, result.output
     return seen[0]
 
 
-def exit_code(*arguments: str) -> int:
-    app = typer.Typer(add_completion=False)
-    app.command()(cli.command(lambda _: None))
-    return CliRunner().invoke(app, list(arguments)).exit_code
+def refusal(*arguments: str, env: dict[str, str] | None = None) -> str:
+    """What is said when the command line exits with 2."""
+    result = CliRunner().invoke(cli.app(lambda _: None), list(arguments), env=env)
+    assert result.exit_code == 2
+    return result.output
 
 
 def test_cli_without_options_gives_the_defaults_of_settings():
     assert settings_from("--base", "b") == Settings(base=Path("b"))
 
 
-def test_cli_every_field_has_help_and_a_flag():
-    assert set(cli.HELP) == {field.name for field in dataclasses.fields(Settings)}
+def test_help_shows_every_setting_with_its_default():
+    shown = CliRunner().invoke(cli.app(lambda _: None), ["--help"], terminal_width=80).output
+    for field in fields(Settings):
+        flag = "--mode-override" if field.name == "mode_overrides" else field.name
+        assert flag.replace("_", "-") in shown
+    text = " ".join(shown.split())
+    assert "--delta-budget-bytes SIZE" in text
+    assert "[default: 4GiB]" in text
+    assert "--device auto|cpu|cuda" in text
+    assert "--prefix-cache / --no-prefix-cache" in text
+    assert (
+        "Folder of delta artifacts; a variant's name is its folder's name. [default: none]" in text
+    )
 
 
 def test_cli_reads_flags_of_every_kind():
@@ -72,24 +83,40 @@ def test_cli_reads_the_environment_and_flags_win():
     assert found.mode_overrides == {"a": "reconstruct", "b": "apply"}
 
 
+def test_cli_takes_switches_from_the_environment():
+    env = {"IMPART_BASE": "b", "IMPART_PREFIX_CACHE": "0", "IMPART_ENFORCE_EAGER": "true"}
+    found = settings_from(env=env)
+    assert (found.prefix_cache, found.enforce_eager) == (False, True)
+
+
+def test_cli_takes_an_empty_variable_for_none():
+    assert settings_from("--base", "b", env={"IMPART_PORT": ""}).port == 8000
+
+
+def test_cli_ignores_variables_that_are_no_setting():
+    assert settings_from("--base", "b", env={"IMPART_CHOSEN_THREADS": "2"}).torch_threads is None
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "says"),
     [
-        (),
-        ("--base", "b", "--kv-cache-bytes", "lots"),
-        ("--base", "b", "--kv-cache-bytes", "-1"),
-        ("--base", "b", "--kv-cache-bytes", "0"),
-        ("--base", "b", "--device", "tpu"),
-        ("--base", "b", "--mode-override", "a=magic"),
-        ("--base", "b", "--mode-override", "a"),
-        ("--base", "b", "--port", "70000"),
-        ("--base", "b", "--unknown", "1"),
+        ((), "base is required"),
+        (("--kv-cache-bytes", "lots"), "'lots' is not a size; write 4GiB"),
+        (("--kv-cache-bytes", "-1"), "'-1' is not a size"),
+        (("--kv-cache-bytes", "0"), "kv_cache_bytes must be above 0"),
+        (("--device", "tpu"), "device must be 'auto', 'cpu' or 'cuda', got 'tpu'"),
+        (("--mode-override", "a=magic"), "'a=magic' is not VARIANT=MODE"),
+        (("--mode-override", "a"), "'a' is not VARIANT=MODE"),
+        (("--port", "70000"), "port must be at most 65535, got '70000'"),
+        (("--port", "http"), "port must be a whole number, got 'http'"),
+        (("--unknown", "1"), "No such option: --unknown"),
     ],
 )
-def test_cli_wrong_values_exit_with_2(arguments):
-    assert exit_code(*arguments) == 2
+def test_cli_wrong_values_exit_with_2_and_say_why(arguments, says):
+    with_base = ("--base", "b", *arguments) if arguments else ()
+    assert says in refusal(*with_base)
 
 
-@pytest.mark.parametrize("size", ["4GiB", "512MiB", "1KiB", "1000"])
-def test_size_text_is_read_back_as_written(size):
-    assert cli.size_text(cli.parse_size(size)) == size
+def test_cli_wrong_variable_exits_with_2_and_says_why():
+    env = {"IMPART_BASE": "b", "IMPART_MAX_NUM_SEQS": "many"}
+    assert "max_num_seqs must be a whole number, got 'many'" in refusal(env=env)

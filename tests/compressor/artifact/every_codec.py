@@ -26,7 +26,7 @@ def every_delta() -> list[TensorDelta]:
     """Every term alone, and parameters of every other kind: exact, grown, new, tied, transposed."""
     made = [_of_terms(f"term.{name}", terms) for name, terms in every_term()]
     head = make_encoder("blockdiag", bits=2, head_fraction=0.5)
-    terms = encode(head, random_matrix(SHAPE), head.plan(SHAPE, 150))
+    terms = encode(head, random_matrix(SHAPE), head.fit(SHAPE, 150))
     assert [term.codec for term in terms] == ["lowrank", "blockdiag"]
     made.append(_of_terms("several.terms", terms))
     made.append(TensorDelta("transposed", SHAPE, SHAPE, True, terms, None))

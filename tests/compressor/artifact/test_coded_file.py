@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from compressor.artifact import entropy
 from compressor.artifact.coded_file import FRAME_BYTES, MAX_EXPANSION, decode_frames
-from compressor.artifact.entropy import Tally, coded_frames, compress
+from compressor.artifact.entropy import Tally, code_frame, coded_frames
 from compressor.artifact.reader import read_artifact, read_config
 from compressor.artifact.tensor_file import METADATA, header_text, parse_tensor_file
 from compressor.artifact.writer import ArtifactWriter
@@ -68,7 +68,7 @@ def test_without_the_coder_only_coded_artifacts_are_refused(
     with pytest.raises(InputError, match="pip install zstandard"):
         read_artifact(pristine_coded)
     with pytest.raises(InputError, match="pip install zstandard"):
-        compress(b"")
+        code_frame(b"")
 
 
 def test_coded_tensor_file_is_safetensors_of_frames_that_zstd_alone_decodes(
@@ -229,7 +229,7 @@ def test_index_of_another_version_raises_unsupported_version(coded: Path) -> Non
         text = zstandard.decompress(frames["index"])
         version = b'"impart_format_version":"'
         assert version + b"1" in text
-        frames["index"] = compress(text.replace(version + b"1", version + b"2"))
+        frames["index"] = code_frame(text.replace(version + b"1", version + b"2"))
 
     damage(coded, nest)
     with pytest.raises(UnsupportedVersion):
@@ -291,5 +291,5 @@ def test_coder_has_no_more_threads_than_cpus(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(entropy, "ThreadPoolExecutor", Pool)
     monkeypatch.setenv("PYTHON_CPU_COUNT", "1")
-    assert list(coded_frames([("x", [b"abc"])], Tally())) == [compress(b"abc")]
+    assert list(coded_frames([("x", [b"abc"])], Tally())) == [code_frame(b"abc")]
     assert made == [1]

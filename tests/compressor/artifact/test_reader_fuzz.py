@@ -74,7 +74,7 @@ def check_usable(delta: TensorDelta) -> None:
             assert dense.shape == (m, n)
             assert torch.isfinite(dense).all()
             row = torch.tensor([m - 1])
-            torch.testing.assert_close(term.rows(row), dense[-1:], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(term.dense_rows(row), dense[-1:], rtol=1e-4, atol=1e-6)
     if delta.exact is not None:
         assert torch.isfinite(delta.exact.values).all()
 
@@ -239,7 +239,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Path
         shape = (8192, 256)
         options = {} if codec == "impart" else {"bits": bits}
         encoder = make_encoder(codec, **options)
-        terms = encode(encoder, random_matrix(shape), encoder.plan(shape, 1 << 20))
+        terms = encode(encoder, random_matrix(shape), encoder.fit(shape, 1 << 20))
         with ArtifactWriter(path, run_key="key") as writer:
             writer.add(TensorDelta("a", shape, shape, False, terms, None))
             writer.finish(CONFIG)

@@ -87,14 +87,14 @@ def test_checkpoint_from_hub_fetches_weights_of_the_revision_and_nothing_else(
     with Checkpoint("org/model@v1") as found, Checkpoint(old) as expected:
         assert (found.name, found.revision) == ("org/model", commit)
         assert found.tensors.keys() == expected.tensors.keys()
-        assert all(torch.equal(found.rows(n), expected.rows(n)) for n in found.tensors)
+        assert all(torch.equal(found.read_rows(n), expected.read_rows(n)) for n in found.tensors)
     names = {name.removeprefix("org/model/") for name in hub.downloads}
     assert names == {
         *("config.json", "generation_config.json", "model.safetensors"),
         *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     }
     with Checkpoint("org/model") as found, Checkpoint(new) as expected:
-        assert all(torch.equal(found.rows(n), expected.rows(n)) for n in expected.tensors)
+        assert all(torch.equal(found.read_rows(n), expected.read_rows(n)) for n in expected.tensors)
         assert found.revision not in (None, commit)
     assert sum("model-0000" in name for name in hub.downloads) > 2
     asked = len(hub.downloads)

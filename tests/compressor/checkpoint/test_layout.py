@@ -87,18 +87,18 @@ def test_layout_stacked_experts_are_one_matrix_each(tmp_path: Path) -> None:
     with Checkpoint(tmp_path / "m") as checkpoint:
         layout = read_layout(checkpoint.path)
         keys = layout.keys(checkpoint.tensors, "m")
-        whole = checkpoint.rows(name)
+        whole = checkpoint.read_rows(name)
         for index in range(4):
             parameter = layout.parameters[f"{name}[{index}]"]
             assert (parameter.kind, parameter.shape) == ("linear", (32, 24))
-            assert torch.equal(checkpoint.rows(keys[parameter.name]), whole[index])
+            assert torch.equal(checkpoint.read_rows(keys[parameter.name]), whole[index])
             block = checkpoint.slice(keys[parameter.name], 3, 9, 2, 20)
             assert torch.equal(block, whole[index, 3:9, 2:20])
         assert name not in layout.parameters
         with pytest.raises(CheckpointError, match="number 4"):
-            checkpoint.rows(f"{name}[4]")
+            checkpoint.read_rows(f"{name}[4]")
         with pytest.raises(KeyError):
-            checkpoint.rows("model.norm.weight.none[0]")
+            checkpoint.read_rows("model.norm.weight.none[0]")
 
 
 def test_pair_experts_stored_differently_raises_naming_one(tmp_path: Path) -> None:

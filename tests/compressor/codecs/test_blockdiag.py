@@ -156,7 +156,7 @@ def test_blockdiag_encode_large_block_is_read_in_strips() -> None:
 )
 def test_blockdiag_size_bytes_any_plan_is_what_tensors_hold(shape, bits, budget, head) -> None:
     codec = make_encoder("blockdiag", bits=bits, head_fraction=head)
-    params = codec.plan(shape, budget)
+    params = codec.fit(shape, budget)
     terms = encode(codec, random_matrix(shape), params)
     assert payload(terms) == codec.size_bytes(shape, params)
     for term in terms:
@@ -167,10 +167,10 @@ def test_blockdiag_size_bytes_any_plan_is_what_tensors_hold(shape, bits, budget,
 @pytest.mark.parametrize("shape", [(50, 31), (64, 48), (200, 10)])
 def test_blockdiag_plan_without_slack_is_the_nearest_size(bits: int, shape) -> None:
     codec = make_encoder("blockdiag", bits=bits, divisor_slack=0)
-    form = codec.plan(shape, 0)
+    form = codec.fit(shape, 0)
     sizes = {s: codec.size_bytes(shape, form | {"n_blocks": s}) for s in range(1, min(shape) + 1)}
     for budget in (0, 50, 130, 400, 777, 1500, 10**6):
-        chosen = codec.plan(shape, budget)["n_blocks"]
+        chosen = codec.fit(shape, budget)["n_blocks"]
         nearest = min(abs(size - budget) for size in sizes.values())
         assert abs(sizes[chosen] - budget) == nearest
 
@@ -178,10 +178,10 @@ def test_blockdiag_plan_without_slack_is_the_nearest_size(bits: int, shape) -> N
 def test_blockdiag_plan_prefers_common_divisor_within_slack() -> None:
     shape = (576, 1536)
     budget = 576 * 1536 * 2 / 32
-    near = make_encoder("blockdiag", bits=4).plan(shape, budget)["n_blocks"]
+    near = make_encoder("blockdiag", bits=4).fit(shape, budget)["n_blocks"]
     assert 576 % near == 0
     assert 1536 % near == 0
-    assert make_encoder("blockdiag", bits=4).plan((577, 1531), budget)["n_blocks"] == 8
+    assert make_encoder("blockdiag", bits=4).fit((577, 1531), budget)["n_blocks"] == 8
 
 
 def test_blockdiag_head_takes_about_its_share_and_lowers_the_error() -> None:
@@ -189,20 +189,20 @@ def test_blockdiag_head_takes_about_its_share_and_lowers_the_error() -> None:
     matrix = (u * torch.tensor([1.0, 0.7, 0.5] + [0.01] * 57)) @ v.T
     budget = 60 * 60 * 2 / 8
     codec = make_encoder("blockdiag", head_fraction=0.4)
-    params = codec.plan((60, 60), budget)
+    params = codec.fit((60, 60), budget)
     head, rest = encode(codec, matrix, params)
     assert isinstance(head, LowRankTerm)
     assert isinstance(rest, BlockDiagTerm)
     assert payload((head,)) == pytest.approx(0.4 * budget, rel=0.4)
     plain = make_encoder("blockdiag")
-    (alone,) = encode(plain, matrix, plain.plan((60, 60), budget))
+    (alone,) = encode(plain, matrix, plain.fit((60, 60), budget))
     error = (head.to_dense() + rest.to_dense() - matrix).norm()
     assert error < 0.5 * (alone.to_dense() - matrix).norm()
 
 
 def test_blockdiag_encode_same_input_gives_identical_bytes() -> None:
     codec = make_encoder("blockdiag", head_fraction=0.3)
-    params = codec.plan((40, 30), 400)
+    params = codec.fit((40, 30), 400)
     one, two = (encode(codec, random_matrix((40, 30)), params) for _ in range(2))
     for a, b in zip(one, two, strict=True):
         assert a.params() == b.params()
@@ -230,7 +230,7 @@ def test_blockdiag_zero_matrix_round_trips_to_zero() -> None:
 @pytest.mark.parametrize("ids", [[-1], [6], [0, 7]])
 def test_blockdiag_rows_outside_the_matrix_raise(ids: list[int]) -> None:
     with pytest.raises(IndexError):
-        make((6, 6), 2, 4).rows(torch.tensor(ids))
+        make((6, 6), 2, 4).dense_rows(torch.tensor(ids))
 
 
 def _parts(bits: int = 3) -> tuple[dict, dict[str, Tensor]]:

@@ -182,7 +182,7 @@ def test_impart_any_plan_agrees_with_element_loop_and_size(
     shape, block_rows, beta, c, budget, seed
 ) -> None:
     codec = make_encoder("impart", beta=beta, C=c, block_rows=block_rows)
-    params = codec.plan(shape, budget)
+    params = codec.fit(shape, budget)
     terms = encode(codec, random_matrix(shape, seed), params, seed)
     assert payload(terms) == codec.size_bytes(shape, params)
     check_term(terms[0])
@@ -192,7 +192,7 @@ def test_impart_any_plan_agrees_with_element_loop_and_size(
 def test_impart_everything_kept_is_the_matrix(shape) -> None:
     matrix = random_matrix(shape)
     codec = make_encoder("impart", beta=0.0, block_rows=16)
-    params = codec.plan(shape, 1e9)
+    params = codec.fit(shape, 1e9)
     assert params["kept"] == min(shape)
     (term,) = encode(codec, matrix, params)
     torch.testing.assert_close(term.to_dense(), matrix, rtol=0, atol=3e-6)
@@ -237,7 +237,7 @@ def decaying_matrix(shape: tuple[int, int]) -> Tensor:
 
 def test_impart_same_seed_gives_identical_bytes_and_another_seed_does_not() -> None:
     codec = make_encoder("impart", block_rows=4)
-    params = codec.plan((60, 50), 1400)
+    params = codec.fit((60, 50), 1400)
     matrix = decaying_matrix((60, 50))
     runs = [encode(codec, matrix, params, seed)[0] for seed in (7, 7, 8)]
     raw = [b"".join(t.numpy().tobytes() for t in run.tensors().values()) for run in runs]
@@ -247,7 +247,7 @@ def test_impart_same_seed_gives_identical_bytes_and_another_seed_does_not() -> N
 
 def test_impart_another_tensor_name_or_side_gives_another_draw() -> None:
     codec = make_encoder("impart", block_rows=2)
-    params = codec.plan((60, 60), 1400)
+    params = codec.fit((60, 60), 1400)
     source = TensorSource(decaying_matrix((60, 60)))
     one, two = (codec.encode(name, source, params, 0)[0].tensors() for name in ("a", "b"))
     assert not torch.equal(one["u_index"], two["u_index"])

@@ -141,7 +141,7 @@ def test_impart_qt_any_plan_agrees_with_element_loop_and_size(
     shape, block_rows, beta, c, budget
 ) -> None:
     codec = make_encoder("impart-qt", beta=beta, C=c, block_rows=block_rows)
-    params = codec.plan(shape, budget)
+    params = codec.fit(shape, budget)
     terms = encode(codec, decaying_matrix(shape), params)
     assert payload(terms) == codec.size_bytes(shape, params)
     check_term(terms[0])
@@ -152,7 +152,7 @@ def test_impart_qt_everything_kept_is_near_the_matrix(shape) -> None:
     """Steep spectra live in the 8-bit components; what is left is their rounding."""
     matrix = decaying_matrix(shape, power=4.0)
     codec = make_encoder("impart-qt", beta=0.0, block_rows=16)
-    params = codec.plan(shape, 1e9)
+    params = codec.fit(shape, 1e9)
     (term,) = encode(codec, matrix, params)
     assert term.kept == class_sizes(min(shape))
     error = (term.to_dense() - matrix).norm() / matrix.norm()
@@ -163,7 +163,7 @@ def test_impart_qt_mean_over_seeds_approaches_the_quantised_components() -> None
     """Drawing is unbiased: what the seeds average to is the dense product, but for rounding."""
     matrix = decaying_matrix((40, 36), power=1.0)
     codec = make_encoder("impart-qt", beta=0.0, block_rows=4)
-    params = codec.plan(matrix.shape, 260)
+    params = codec.fit(matrix.shape, 260)
     draws = torch.stack(
         [encode(codec, matrix, params, seed)[0].to_dense().double() for seed in range(60)]
     )
@@ -187,7 +187,7 @@ def test_impart_qt_served_values_are_exact_in_half_precision() -> None:
 
 def test_impart_qt_same_seed_gives_identical_bytes_and_another_seed_or_name_does_not() -> None:
     codec, shape = make_encoder("impart-qt", block_rows=4, beta=0.0), (60, 50)
-    source, params = TensorSource(decaying_matrix(shape)), codec.plan((60, 50), 500)
+    source, params = TensorSource(decaying_matrix(shape)), codec.fit((60, 50), 500)
     runs = [
         codec.encode(name, source, params, seed)[0].tensors()["codes"]
         for name, seed in (("a", 7), ("a", 7), ("a", 8), ("b", 7))
@@ -199,7 +199,7 @@ def test_impart_qt_same_seed_gives_identical_bytes_and_another_seed_or_name_does
 
 def test_impart_qt_zero_and_low_rank_matrices_stay_finite() -> None:
     codec = make_encoder("impart-qt", block_rows=4)
-    params = codec.plan((12, 9), 60)
+    params = codec.fit((12, 9), 60)
     (zero,) = encode(codec, torch.zeros(12, 9), params)
     assert not zero.to_dense().any()
     check_term(zero)
@@ -214,12 +214,12 @@ SHAPE = (70, 65)
 
 
 def _plan(shape: tuple[int, int], budget: float) -> dict:
-    return make_encoder("impart-qt", beta=0.0).plan(shape, budget)
+    return make_encoder("impart-qt", beta=0.0).fit(shape, budget)
 
 
 def _parts() -> tuple[dict, dict]:
     codec = make_encoder("impart-qt", beta=0.0, block_rows=16)
-    (term,) = encode(codec, decaying_matrix(SHAPE), codec.plan(SHAPE, 1500))
+    (term,) = encode(codec, decaying_matrix(SHAPE), codec.fit(SHAPE, 1500))
     assert min(term.kept) > 0
     return term.params(), {name: part.clone() for name, part in term.tensors().items()}
 

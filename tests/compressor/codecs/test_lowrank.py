@@ -32,7 +32,7 @@ from tests.compressor.codec_oracles import (
 @given(SHAPES, st.sampled_from(LOWRANK_BITS), st.floats(0, 3000), st.integers(0, 99))
 def test_lowrank_any_plan_agrees_with_element_loop_and_size(shape, bits, budget, seed) -> None:
     codec = make_encoder("lowrank", bits=bits)
-    params = codec.plan(shape, budget)
+    params = codec.fit(shape, budget)
     terms = encode(codec, random_matrix(shape, seed), params)
     assert payload(terms) == codec.size_bytes(shape, params)
     check_term(terms[0])

@@ -198,7 +198,7 @@ def test_relative_error_in_strips_equals_all_at_once(monkeypatch: pytest.MonkeyP
     matrix = torch.randn(70, 40)
     codec = make_encoder("blockdiag")
     source = TensorSource(matrix)
-    terms = codec.encode("w", source, codec.plan((70, 40), 300), 0)
+    terms = codec.encode("w", source, codec.fit((70, 40), 300), 0)
     whole = relative_error(terms, source)
     monkeypatch.setattr("compressor.compress.pipeline.CHUNK_ELEMENTS", 400)
     assert relative_error(terms, source) == pytest.approx(whole, rel=1e-6)

@@ -81,10 +81,10 @@ def test_make_encoder_unusable_option_raises_input_error(codec: str, options: di
 @pytest.mark.parametrize("shape", [(64, 64), (300, 20), (31, 77), (1, 1)])
 def test_plan_any_budget_is_json_complete_and_near_the_budget(codec: str, shape) -> None:
     encoder = make_encoder(codec)
-    smallest = encoder.size_bytes(shape, encoder.plan(shape, 0))
+    smallest = encoder.size_bytes(shape, encoder.fit(shape, 0))
     for ratio in (4, 16, 64, 1000):
         budget = shape[0] * shape[1] * 2 / ratio
-        params = encoder.plan(shape, budget)
+        params = encoder.fit(shape, budget)
         assert json.loads(json.dumps(params)) == params
         size = encoder.size_bytes(shape, params)
         assert size >= smallest
@@ -98,7 +98,7 @@ def test_plan_any_budget_is_json_complete_and_near_the_budget(codec: str, shape)
 @pytest.mark.parametrize("codec", CODECS)
 def test_terms_of_every_codec_are_immutable(codec: str) -> None:
     encoder = make_encoder(codec)
-    (term,) = encode(encoder, random_matrix((16, 16)), encoder.plan((16, 16), 200))
+    (term,) = encode(encoder, random_matrix((16, 16)), encoder.fit((16, 16), 200))
     with pytest.raises(AttributeError):
         term.shape = (1, 1)  # type: ignore[misc]
 

@@ -105,7 +105,7 @@ def test_impart_qt_with_inputs_has_less_output_error_at_equal_bytes(shape) -> No
     u, v = (torch.linalg.qr(random_matrix((size, k), size, 1.0))[0] for size in shape)
     matrix = (u * torch.arange(1, k + 1).float() ** -0.4) @ v.T
     codec = make_encoder("impart-qt", beta=0.0, block_rows=8, gptq=True)
-    params = codec.plan(shape, shape[0] * shape[1] / 3)
+    params = codec.fit(shape, shape[0] * shape[1] / 3)
     plain = codec.encode("w", TensorSource(matrix), params, 0)[0]
     calibrated = codec.encode("w", WithInputs(TensorSource(matrix), hessian), params, 0)[0]
     assert isinstance(calibrated, ImpartQtTerm)

@@ -161,7 +161,7 @@ def test_merge_impart_mask_is_the_codecs_at_that_density(
             kept = round(0.3 * m * n / (m + n))
             assert abs(kept * (m + n) / (m * n) - 0.3) < 0.02
             codec = make_encoder("impart", beta=min(0.6, 1 - kept / min(m, n)))
-            params = codec.plan((m, n), 0) | {"kept": kept}
+            params = codec.fit((m, n), 0) | {"kept": kept}
             (term,) = codec.encode(name, TensorSource(delta.float()), params, seed=5)
             expected = term.to_dense().double()
         torch.testing.assert_close(found[name] - ours[name], expected, rtol=1e-3, atol=1e-5)

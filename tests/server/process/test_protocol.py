@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from server.api.app import create_app
@@ -70,6 +73,38 @@ async def connection() -> AsyncIterator[Connection]:
     yield one
     one.protocol.connection_lost(None)
     await asyncio.sleep(0)
+
+
+async def test_uvicorn_has_what_the_protocol_relies_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where uvicorn has changed; then `server.process.protocol` must be looked at."""
+    seen: list[str] = []
+    for name in ("on_body", "on_message_complete"):
+        original = getattr(HttpToolsProtocol, name)
+
+        def noted(self: object, *args: Any, name: str = name, call: Any = original) -> None:
+            seen.append(name)
+            call(self, *args)
+
+        monkeypatch.setattr(HttpToolsProtocol, name, noted)
+    connection = Connection()
+    protocol = connection.protocol
+    assert protocol.transport is connection.transport
+    assert protocol.loop is asyncio.get_running_loop()
+    assert protocol.cycle is None
+    connection.send(POST + b"Content-Length: 2\r\n\r\n{")
+    assert seen == ["on_body"]
+    assert protocol.cycle.response_started is False
+    assert protocol.cycle.response_complete is False
+    connection.send(b"}")
+    assert seen == ["on_body", "on_body", "on_message_complete"]
+    await connection.answered()
+    assert protocol.cycle.response_started is True
+    assert protocol.cycle.response_complete is True
+    protocol.connection_lost(None)
+
+
+def test_uvicorn_serves_within_the_signal_handling_that_is_replaced() -> None:
+    assert "with self.capture_signals()" in inspect.getsource(uvicorn.Server.serve)
 
 
 async def test_header_within_the_bound_in_small_reads_is_answered(connection: Connection) -> None:

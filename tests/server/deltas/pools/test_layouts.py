@@ -74,7 +74,7 @@ def encode_all(
     terms = []
     for seed in range(3):
         dense = random_delta(seed, shape)
-        params = encoder.plan(shape, shape[0] * shape[1] * 2 / 6)
+        params = encoder.fit(shape, shape[0] * shape[1] * 2 / 6)
         terms.append(encoder.encode(f"w{seed}", TensorSource(dense), params, seed))
     return terms
 

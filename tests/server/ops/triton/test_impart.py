@@ -27,7 +27,7 @@ from tests.server.ops.triton.helpers import (
 def encode(shape: tuple[int, int], block_rows: int, seed: int) -> ImpartTerm:
     encoder = make_encoder("impart", block_rows=block_rows)
     dense = torch.randn(shape, generator=generator(seed)) * 0.1
-    params = encoder.plan(shape, shape[0] * shape[1] * 2 / 2)
+    params = encoder.fit(shape, shape[0] * shape[1] * 2 / 2)
     (term,) = encoder.encode("w", TensorSource(dense), params, seed)
     assert isinstance(term, ImpartTerm)
     return term
