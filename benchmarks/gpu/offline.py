@@ -130,16 +130,6 @@ def tool(name: str) -> str:
     return str(Path(triton.__file__).parent / "backends/nvidia/bin" / name)
 
 
-def machine_code(compiled: Compiled) -> list[str]:
-    """SASS, one instruction a line: ``HMMA.16816.F32.BF16 R4, ...``."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.cubin)
-        file.flush()
-        command = [tool("cuobjdump"), "-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return re.findall(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", text)
-
-
 def sweep(arch: int, *, few: bool = False) -> Iterator[tuple[str, Compiled]]:
     """Every specialisation that the benchmark's cases need at Llama-3-8B shapes, with its case."""
     codecs = FULL.codecs[:1] if few else FULL.codecs

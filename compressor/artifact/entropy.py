@@ -28,7 +28,8 @@ from compressor.artifact.tensor_file import (
 from compressor.atomic import write_new
 from compressor.usable_cpus import usable_cpus
 
-# Measured on artifacts of all codecs (benchmarks/RESULTS.md): 17 bits find what larger windows do.
+# Measured on artifacts of all codecs: 17 bits find what larger windows do
+# (benchmarks/notes/compression.md).
 _LEVEL, _WINDOW_LOG = 19, 17
 _MAX_THREADS = 4
 

@@ -5,7 +5,7 @@ Rescaled by f s, the noise falls with f^2 and a part 1 - f of the difference is 
 outweighs what the matrix stands for, f = 1/2 costs less of both. For most matrices it does not:
 what they lose adds up through the layers, and least-squares refits, which shrink all of them, make
 the KL five times worse. It does for tied embeddings, whose blocks are many bytes that say little
-(measured, benchmarks/RESULTS.md). So only matrices that take a share of the bytes are tried, one by
+(benchmarks/notes/auto.md). So only matrices that take a share of the bytes are tried, one by
 one, and f = 1/2 is kept where no set of texts gets worse and the mean gains a tenth at least: a
 task that no text shows may need more of the difference than they do. For the same reason f is never
 less. A power of two changes no stored byte but `unit`.

@@ -5,7 +5,7 @@ fine-tune's, and make up for some of what the matrices lost. Adam minimises the 
 texts of KL(fine-tune || variant) relative to what it was: a set counts by ratios, as everywhere in
 `auto`. Texts tuned on are never those measured on; those decide which step is kept, and none is
 that makes any set worse. BitDelta tunes its scales so (Liu et al. 2024, arXiv 2402.10193); scales
-of rows and of components were tried and gave less (benchmarks/RESULTS.md).
+of rows and of components were tried and gave less (benchmarks/notes/auto.md).
 """
 
 from __future__ import annotations

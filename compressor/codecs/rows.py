@@ -2,7 +2,7 @@
 
 For matrices with a row a token (embeddings, output layers). What a low-rank head leaves of them is
 spread over the whole vocabulary, but what a task needs of that lies in the rows of its own words,
-and those are among the ones that the fine-tune moved most (measured, benchmarks/RESULTS.md).
+and those are among the ones that the fine-tune moved most (measured, benchmarks/notes/auto.md).
 """
 
 from __future__ import annotations

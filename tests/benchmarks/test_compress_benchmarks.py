@@ -1,4 +1,4 @@
-"""Entropy, merging and speed: what the scripts count, on artifacts and pairs of a few kilobytes."""
+"""Merging and speed: what the scripts count, on artifacts and pairs of a few kilobytes."""
 
 from __future__ import annotations
 
@@ -6,31 +6,11 @@ import argparse
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks import compress_speed, entropy, merge
+from benchmarks import compress_speed, merge
 from benchmarks.compress_memory import Sizes, make_pair, parameter_shapes
-from compressor.artifact.reader import read_artifact
 from compressor.checkpoint.layout import read_layout
-from tests.compressor.artifacts import write_artifact
 from tests.tiny import make_tiny, perturb
-
-
-def test_entropy_of_known_symbols() -> None:
-    even = entropy.Part("x", torch.arange(4).repeat(1000), 2)
-    assert (even.now_bytes, even.coded_bytes) == (1000, 1000)  # nothing to gain: stored as it is
-    skewed = entropy.Part("x", torch.tensor([0] * 3000 + [1] * 1000), 2)
-    assert skewed.coded_bytes == pytest.approx(4000 * 0.811278 / 8 + 2, rel=1e-5)
-
-
-def test_entropy_parts_are_all_stored_bytes_but_padding(tmp_path: Path) -> None:
-    write_artifact(tmp_path / "delta")
-    for tensor in read_artifact(tmp_path / "delta").tensors:
-        for term in tensor.terms:
-            stored = sum(part.nbytes for part in term.tensors().values())
-            found = sum(part.symbols.numel() * part.bits / 8 for part in entropy.parts(term))
-            padding = getattr(term, "padding", 0)
-            assert stored - padding - 4 <= found <= stored
 
 
 def test_speed_measures_one_matrix_of_each_shape_the_model_has(tmp_path: Path) -> None:

@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 
 # Each is a class of this package that `server.ops.cpu.kernels` makes.
 NAMES = ("attention", "prefill", "rotary", "rows", "embedding", "blockdiag", "linear")
-CHILD = ("-m", "server.ops.cpu.check_child")
+# -P: the folder that the server was started in may hold a `server` package of its own.
+CHILD = ("-P", "-m", "server.ops.cpu.check_child")
 TIMEOUT_S = 300.0  # for one kernel, compilation included: minutes on a busy, slow machine
 VERDICTS = "verdicts.json"
 PACKAGES = Path(__file__).resolve().parents[3]

@@ -93,6 +93,15 @@ def test_try_kernels_without_a_python_to_start_says_so(
     assert "could not be tried" in str(try_kernels(["a"])["a"])
 
 
+def test_try_kernels_from_a_folder_with_a_server_package_of_its_own_tries_ours(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "server").mkdir()
+    (tmp_path / "server" / "__init__.py").write_text("raise SystemExit('theirs')")
+    monkeypatch.chdir(tmp_path)
+    assert try_kernels(["nonsense"]) == {"nonsense": "is unknown"}
+
+
 def test_usable_kernels_leaves_out_what_failed_and_warns_at_every_start(
     fates: Fates, caplog: pytest.LogCaptureFixture
 ) -> None:
