@@ -238,7 +238,7 @@ def timed_engine(bench: Bench, clock: Clock) -> ExitStack:
         (core.scheduler, "schedule", "scheduling and batch building"),
         (core._runner, "plan", "scheduling and batch building"),
         (core._runner, "forward", "model: the rest"),
-        (core._post, "token", "events"),
+        (core._post, "chunk", "events"),
         (type(core._sampler), "sample_chunks", "sampling"),
     ):
         stack.enter_context(mock.patch.object(owner, name, clock.wrap(part, getattr(owner, name))))

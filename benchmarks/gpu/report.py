@@ -18,13 +18,12 @@ class Report:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._stream = None if path is None else path.open("a")
 
     def line(self, text: str = "") -> None:
         print(text, flush=True)
-        if self._stream is not None:
-            self._stream.write(text + "\n")
-            self._stream.flush()
+        if self._path is not None:
+            with self._path.open("a") as stream:
+                stream.write(text + "\n")
 
     def table(self, title: str, *columns: str) -> None:
         """Begin a table; the first column is text, the others are numbers."""

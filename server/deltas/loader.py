@@ -172,6 +172,8 @@ class DeltaLoader:
         self._last_turn = time.perf_counter()
         self._readers = background_pool(reader_threads(device), "delta-reader")
         self._copier = background_pool(1, "delta-copier")
+        # Its own: whole weights take seconds, and other variants come in meanwhile.
+        self._builder = background_pool(1, "delta-builder")
         self._loading: set[str] = set()
         self._reads: dict[str, Future[None]] = {}  # by key, until they have ended
         self._waiting_for_room: list[Staged] = []
@@ -223,7 +225,7 @@ class DeltaLoader:
             case Stored(staged=staged, slot=slot):
                 self._copied(slot)
                 if staged.artifact is not None and message.weights is None:
-                    self._readers.submit(self._reconstruct, message, staged.artifact)
+                    self._builder.submit(self._reconstruct, message, staged.artifact)
                     return None
                 if message.weights is not None:
                     self._weights.install(slot.index, message.weights, always=True)
@@ -297,7 +299,7 @@ class DeltaLoader:
         self._copier.submit(self._store, staged, slot, made)
 
     def close(self) -> None:
-        for pool in (self._readers, self._copier):
+        for pool in (self._readers, self._copier, self._builder):
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _copied(self, slot: Slot) -> None:

@@ -14,6 +14,7 @@ from server.engine.output import RequestOutput, TextOutput
 from server.engine.request import Event, Request
 from server.engine.step.runner import Runner
 from server.engine.types import OutputChunk, SamplingParams
+from server.ops.kernels import Kernels
 from server.settings import Settings
 
 STEP_TIMEOUT_S = 60.0
@@ -69,12 +70,22 @@ class CoreHarness:
     """
 
     def __init__(
-        self, base: Path, deltas: Path | None = None, *, static: bool = False, **settings: Any
+        self,
+        base: Path,
+        deltas: Path | None = None,
+        *,
+        static: bool = False,
+        kernels: Kernels | None = None,
+        **settings: Any,
     ) -> None:
+        """kernels: ready ones, instead of those that `settings` name."""
         fields = FIELDS | settings
         self.settings = Settings(base=base, deltas=deltas, **fields)
         parts = build_engine(
-            self.settings, self._deliver, choose_steps=_static_steps if static else None
+            self.settings,
+            self._deliver,
+            kernels=kernels,
+            choose_steps=_static_steps if static else None,
         )
         self.catalog, self.core = parts.catalog, parts.core
         self.n_free_at_start = self.core.stats().n_free_kv_blocks

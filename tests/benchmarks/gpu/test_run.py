@@ -29,7 +29,16 @@ from server.engine.request import Request
 ROOT = Path(__file__).resolve().parents[3]
 # What a machine with a GPU need not have.
 ABSENT = (
-    *("fastapi", "numba", "pydantic", "prometheus_client", "uvicorn", "rich", "typer", "openai"),
+    *(
+        "fastapi",
+        "numba",
+        "pydantic_settings",
+        "prometheus_client",
+        "uvicorn",
+        "rich",
+        "typer",
+        "openai",
+    ),
     "zstandard",
 )
 

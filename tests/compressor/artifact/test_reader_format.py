@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from compressor.artifact.config import dump_config
-from compressor.artifact.files import AUXILIARY
 from compressor.artifact.identity import base_identity
 from compressor.artifact.reader import read_artifact
+from compressor.checkpoint.companions import COMPANIONS
 from compressor.codecs import TensorDelta, Term
 from tests.compressor.artifact import format_reader
 from tests.compressor.artifact.every_codec import every_term, write_every_codec
@@ -57,7 +57,7 @@ def check_dense(term: Term, dense: np.ndarray) -> None:
 def check_value(delta: TensorDelta, tensor: format_reader.Tensor) -> None:
     n = int(np.prod(delta.base_shape))
     base = torch.arange(n, dtype=torch.float32).remainder(7).reshape(delta.base_shape)
-    want, got = delta.merge(base), torch.from_numpy(tensor.value(base.numpy()))
+    want, got = delta.reconstruct(base), torch.from_numpy(tensor.value(base.numpy()))
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
     assert (tensor.exact is None) == (delta.exact is None)
     if delta.exact is not None:
@@ -134,4 +134,4 @@ def test_page_names_every_field_of_the_configuration_and_no_other(tmp_path: Path
 
 def test_page_lists_the_auxiliary_files_that_an_artifact_may_hold() -> None:
     section = PAGE.partition("## 1.")[2].partition("## 2.")[0]
-    assert all(f"`{pattern}`" in section for pattern in AUXILIARY)
+    assert all(f"`{name}`" in section for name in COMPANIONS)

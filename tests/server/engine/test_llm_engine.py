@@ -390,5 +390,5 @@ def test_start_sets_torchs_threads_and_says_why(
 
 
 def test_no_threads_at_all_is_refused(pair: Served) -> None:
-    with pytest.raises(ConfigError, match="torch_threads must be positive"):
+    with pytest.raises(ConfigError, match="torch_threads must be above 0"):
         Settings(base=pair.base, torch_threads=0)
