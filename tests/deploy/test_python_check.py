@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import platform
 import re
 import shutil
@@ -24,6 +25,12 @@ runpy.run_path(sys.argv[1], run_name="__main__")' "$@"
 """
 
 
+def outside_make() -> dict[str, str]:
+    """This process's environment as a person's shell has it: these tests run under `make test`."""
+    ours = ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES")
+    return {name: value for name, value in os.environ.items() if name not in ours}
+
+
 def make_with(folder: Path, change: str) -> tuple[int, list[str]]:
     """Run `make test` in a bare copy with that interpreter; its exit status and lines."""
     for name in ("Makefile", "pyproject.toml", "constraints.txt", "deploy/python_check.py"):
@@ -35,6 +42,7 @@ def make_with(folder: Path, change: str) -> tuple[int, list[str]]:
     done = subprocess.run(
         ["make", "test", "PYTHON=./python3"],
         cwd=folder,
+        env=outside_make(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -65,6 +73,7 @@ def test_make_without_the_interpreter_names_the_package(tmp_path: Path) -> None:
     done = subprocess.run(
         ["make", "test", "VENV=" + str(tmp_path / "none"), "PYTHON=no-such-python"],
         cwd=ROOT,
+        env=outside_make(),
         capture_output=True,
         text=True,
         check=False,
