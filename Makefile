@@ -39,7 +39,8 @@ test: $(INSTALLED)
 
 test-avx2: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(AVX2) $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile \
-	    tests/server/ops --ignore tests/server/ops/triton --ignore tests/server/ops/cpu/test_kinds.py
+	    tests/server/ops --ignore tests/server/ops/triton --ignore tests/server/ops/cpu/test_kinds.py \
+	    --ignore tests/server/ops/cpu/test_check.py
 
 coverage: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile \
