@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from compressor import atomic
 from compressor.checkpoint.files import Checkpoint
 from compressor.errors import OutputError
+from server.deltas import background
 from server.deltas.host_memory import trim_heap
-from server.engine.reconstruct import reconstructor
 from server.ops.cpu import parallel
 from server.process import run
 
@@ -136,7 +136,7 @@ def test_trim_heap_where_there_is_no_such_call_does_nothing(
 
 def test_lower_priority_that_is_forbidden_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "setpriority", raising(errno.EPERM))
-    reconstructor._lower_priority()
+    background.lower_priority()
 
 
 async def test_signal_that_the_system_lacks_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,13 +38,18 @@ def background_pool(n_threads: int, name: str) -> ThreadPoolExecutor:
 
 def make_background() -> None:
     """Give the calling thread low priority and let it compute without helpers."""
+    lower_priority()
+    if "OpenMP" in torch.__config__.parallel_info():
+        _without_helpers()
+
+
+def lower_priority() -> None:
+    """Let the calling thread take what others leave; where that is forbidden it goes on."""
     if sys.platform == "linux":  # elsewhere niceness belongs to the process
         thread = threading.get_native_id()
         with contextlib.suppress(OSError):  # a sandbox may forbid it
             niceness = max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread))
             os.setpriority(os.PRIO_PROCESS, thread, niceness)
-    if "OpenMP" in torch.__config__.parallel_info():
-        _without_helpers()
 
 
 def _without_helpers() -> None:

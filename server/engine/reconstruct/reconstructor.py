@@ -11,15 +11,13 @@ mode `reconstruct` get theirs from the loader; both have `ReconstructedWeights` 
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 
+from server.deltas.background import lower_priority
 from server.deltas.loader import LoadJob
 from server.deltas.slots import Slot, SlotTable
 from server.engine.observer import Observer
@@ -35,7 +33,6 @@ from server.model.reconstructed import (
 
 log = logging.getLogger(__name__)
 DECIDE_S = 0.5
-NICENESS = 10  # of the building thread: it takes what the steps leave
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +77,7 @@ class Reconstructor:
         self._next_decision = 0.0
         self._stop = threading.Event()
         self._pool = ThreadPoolExecutor(
-            1, thread_name_prefix="reconstruct", initializer=_lower_priority
+            1, thread_name_prefix="reconstruct", initializer=lower_priority
         )
 
     def ran(self, alone: Alone | None, seconds: float) -> None:
@@ -170,9 +167,3 @@ def only_variant(scheduled: Sequence[Scheduled]) -> Alone | None:
     if first.slot is None or any(item.request.slot is not first.slot for item in scheduled):
         return None
     return Alone(first.slot, first.variant)
-
-
-def _lower_priority() -> None:
-    if sys.platform == "linux":  # elsewhere niceness belongs to the process
-        with suppress(OSError):  # a sandbox may forbid it
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

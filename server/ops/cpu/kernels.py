@@ -106,8 +106,11 @@ class NumbaKernels:
         return False
 
     def prefill_(self, out: Tensor, call: AttentionCall) -> None:
-        takes = self._prefill is not None and self._prefill.takes(call)
-        (self._prefill if takes and self._prefill else self._torch).prefill_(out, call)
+        kernel = self._prefill
+        if kernel is not None and kernel.takes(call):
+            kernel.prefill_(out, call)
+        else:
+            self._torch.prefill_(out, call)
 
     def rms_norm(self, x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm) -> Tensor:
         return (self._rows or self._torch).rms_norm(x, weights, index, form)
