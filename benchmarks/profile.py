@@ -236,7 +236,7 @@ def timed_engine(bench: Bench, clock: Clock) -> ExitStack:
     for owner, name, part in (
         (core, "step", "engine: the rest"),
         (core.scheduler, "schedule", "scheduling and batch building"),
-        (core._runner, "plan", "scheduling and batch building"),
+        (core._runner, "prepare_inputs", "scheduling and batch building"),
         (core._runner, "forward", "model: the rest"),
         (core._post, "chunk", "events"),
         (type(core._sampler), "sample_chunks", "sampling"),

@@ -142,7 +142,7 @@ ELSEWHERE = {
     "server.ops.lowrank": "tests/server/ops/triton/test_packed_lowrank.py",
     "server.ops.norm": "tests/server/ops/cpu/test_kernels.py",
     "server.ops.quantize": "tests/server/model/test_base_quant.py",
-    "server.ops.static_row_plan": "tests/server/deltas/pools/test_layouts.py",
+    "server.ops.static_row_mapping": "tests/server/deltas/pools/test_layouts.py",
     "server.ops.triton.compat": "tests/server/ops/triton/test_compile.py",
     "server.ops.triton.prefill": "tests/server/ops/triton/test_attention.py",
     "server.ops.triton.segments": "tests/server/ops/triton/test_blockdiag.py",

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.gpu.shapes import Codec, Group
 from server.ops.packed import PackedBlocks, packed_rows
-from server.ops.row_plan import Segment
+from server.ops.row_mapping import Segment
 
 BLOCK_TOKENS = 32
 

@@ -22,7 +22,7 @@ from server.ops.triton.attention import NewTokens, paged_decode
 from server.ops.triton.blockdiag import (
     BlockKernel,
     blockdiag_add_,
-    plan_kernel,
+    block_kernel,
 )
 from server.ops.triton.linear import linear_
 from server.ops.triton.norm import add_rms_norm, rms_norm, silu_mul
@@ -42,7 +42,7 @@ class GroupWeights:
 
     def __post_init__(self) -> None:
         if self.blocks is not None:
-            self.kernels = {p: plan_kernel(self.blocks, prefill=p) for p in (False, True)}
+            self.kernels = {p: block_kernel(self.blocks, prefill=p) for p in (False, True)}
 
     def product(self, x: Tensor, segments: SegmentArrays | None) -> Tensor:
         """``x W^T`` + deltas of the rows' slots."""

@@ -26,7 +26,7 @@ from server.ops.triton.blockdiag import (
     PREFILL_ROWS,
     blockdiag_add_,
     blockdiag_add_reference_,
-    plan_kernel,
+    block_kernel,
 )
 from server.ops.triton.impart import impart_add_, impart_add_reference_
 from server.ops.triton.lowrank import lowrank_add_, lowrank_add_reference_
@@ -51,7 +51,7 @@ def blockdiag_spec(group: Group, codec: Codec, rows: int, slots: int) -> Spec:
     def make(place: Place) -> Case:
         blocks = random_blocks(group, codec, slots, place.device)
         present = all_places(slots, place.device)
-        kernel = plan_kernel(blocks, prefill=prefill)
+        kernel = block_kernel(blocks, prefill=prefill)
         where = segment_arrays(even_segments(rows, slots), tile_rows, place.device)
         x, y = place.randn(rows, group.n), place.randn(rows, width).zero_()
         parts = y.split(group.sizes, 1)

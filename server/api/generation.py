@@ -77,23 +77,23 @@ class GenerationResponse(Response):
     async def _run(self, ticket: Ticket, opened: OpenRequest, send: Send) -> None:
         engine, reply = self._api.engine, self._reply
         variant, prompts = await self._prepare()
-        plan = [
+        asked = [
             (prompt, reply.params(prompt, variant, engine.max_model_len, child))
             for prompt in prompts
             for child in range(self._n)
         ]
-        choices = [Choice(i, prompt) for i, (prompt, _) in enumerate(plan)]
+        choices = [Choice(i, prompt) for i, (prompt, _) in enumerate(asked)]
         kind = reply.chunk_object if reply.body.stream else reply.object
         envelope = Envelope.of(reply.id_prefix, kind, variant)
         begins = [
             partial(self._begin, variant, ticket, envelope.id, choice, params)
-            for choice, (_, params) in zip(choices, plan, strict=True)
+            for choice, (_, params) in zip(choices, asked, strict=True)
         ]
         headers = {"x-impart-delta": variant.digest or "base"}
         try:
             with Fanout(begins) as fanout:
                 opened.output = fanout
-                self._observe_params(variant, plan[0][1])
+                self._observe_params(variant, asked[0][1])
                 if reply.body.stream:
                     await self._stream(fanout, choices, envelope, headers, send)
                 else:

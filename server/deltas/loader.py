@@ -266,7 +266,7 @@ class DeltaLoader:
         self._last_turn = time.perf_counter()
 
     def _take_slot(self, staged: Staged) -> Placing | None:
-        victims = self._slots.plan(staged.n_bytes)
+        victims = self._slots.victims_for(staged.n_bytes)
         if victims is None:
             return None
         del self._waiting_for_room[0]

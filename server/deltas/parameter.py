@@ -25,7 +25,7 @@ from server.deltas.upload import Transfer
 from server.ops.kernels import Kernels
 from server.ops.linear import LinearOp
 from server.ops.quantize import BaseQuant, quantize
-from server.ops.row_plan import RowPlan
+from server.ops.row_mapping import RowMapping
 
 Mode = Literal["apply", "reconstruct"]
 PoolKey = tuple[int, Layout]
@@ -173,7 +173,7 @@ class DeltaParameter:
             assert self.vectors is not None
             missing = n_slots + 1 - len(self.vectors)
             if missing > 0:
-                # Slots without a value of their own hold the base's: see `StaticRows`.
+                # Slots without a value of their own hold the base's: see `StaticRowMapping`.
                 room = self.base.expand(missing, -1)
                 self.vectors = torch.cat([self.vectors, room])
                 self.residency.moved(vectors=True)
@@ -220,13 +220,13 @@ class DeltaParameter:
         for parameter in (self,) if shared is None else self.siblings:
             del parameter.pools[key]
 
-    def touches(self, rows: RowPlan) -> bool:
+    def touches(self, rows: RowMapping) -> bool:
         """1-D parameter: whether any row of the batch has a value of its own."""
         if rows.as_data:
             return rows.has_deltas
         return not rows.slots.isdisjoint(self.vector_slots)
 
-    def vector_rows(self, rows: RowPlan) -> Tensor:
+    def vector_rows(self, rows: RowMapping) -> Tensor:
         """1-D parameter: the value for every row, ``[T, m]`` (or ``[1, m]`` if all rows agree)."""
         assert self.vectors is not None
         active = rows.slots & self.vector_slots
@@ -235,11 +235,11 @@ class DeltaParameter:
             return self.vectors[slot + 1 : slot + 2] if active else self.vectors[:1]
         return self.vectors.index_select(0, self.vector_index(rows))
 
-    def vector_index(self, rows: RowPlan) -> Tensor:
+    def vector_index(self, rows: RowMapping) -> Tensor:
         """1-D parameter: each row's place in `vectors`, int64 [T]."""
         assert self.vectors is not None
         return rows.vector_index(self.vector_slots, len(self.vectors))
 
-    def pools_for(self, rows: RowPlan) -> list[TermPool]:
+    def pools_for(self, rows: RowMapping) -> list[TermPool]:
         """Pools that may hold terms of these rows' slots; `Residency.eager` tells of the others."""
         return [pool for pool in self.pools.values() if pool.as_data or not rows.as_data]

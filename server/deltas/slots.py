@@ -56,7 +56,7 @@ class SlotTable:
         assert slot.refs > 0, "slot released more often than acquired"
         slot.refs -= 1
 
-    def plan(self, n_bytes: int) -> list[Slot] | None:
+    def victims_for(self, n_bytes: int) -> list[Slot] | None:
         """Least recently used slots to evict so that `n_bytes` fit; None if that cannot be now."""
         idle = sorted(
             (s for s in self._by_key.values() if s.ready and s.refs == 0),
@@ -78,7 +78,7 @@ class SlotTable:
         del self._by_key[slot.key]
 
     def place(self, key: str, n_bytes: int) -> Slot:
-        """Give `key` the lowest free slot. Call `plan` and `evict` first."""
+        """Give `key` the lowest free slot. Call `victims_for` and `evict` first."""
         taken = {slot.index for slot in self._by_key.values()}
         index = next(i for i in range(self.n_slots) if i not in taken)
         slot = Slot(index, key, n_bytes, last_used=next(self._clock))

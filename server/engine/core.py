@@ -1,6 +1,6 @@
 """The engine loop: one thread, one step at a time.
 
-    commands -> scheduler.schedule -> runner.plan -> runner.forward -> sampler -> events
+    commands -> scheduler.schedule -> runner.prepare_inputs -> runner.forward -> sampler -> events
 
 All engine state belongs to this thread. Others talk to it through the inbox and hear from it
 through `publish`, once per step.
@@ -203,7 +203,7 @@ class EngineCore:
     def _run_batch(self, scheduled: list[Scheduled]) -> None:
         load, alone, started = load_of(scheduled), only_variant(scheduled), time.perf_counter()
         try:
-            batch = self._runner.plan(scheduled)
+            batch = self._runner.prepare_inputs(scheduled)
             if self._lookahead.take(batch):
                 return  # read when the next is under way
             logits = self._runner.forward(batch)

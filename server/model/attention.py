@@ -17,7 +17,7 @@ from server.errors import ConfigError
 from server.ops.attention import (
     AttentionCall,
     AttentionKernels,
-    AttentionPlan,
+    AttentionMetadata,
     HeadNorm,
     Rotary,
     paged_attention,
@@ -53,14 +53,14 @@ class Seen:
 
 @dataclass(slots=True)
 class KVStore:
-    """All layers' KV blocks and the plan of the step in progress.
+    """All layers' KV blocks and the metadata of the step in progress.
 
     Layers are found by a probing forward pass: each attention module that calls `attention_forward`
     registers its ``(Hkv, D)`` here.
     """
 
     kernels: AttentionKernels
-    plan: AttentionPlan | None = None
+    metadata: AttentionMetadata | None = None
     probed: dict[nn.Module, tuple[int, int, torch.dtype]] = field(default_factory=dict)
     seen: dict[nn.Module, Seen] = field(default_factory=dict)
     layers: dict[nn.Module, LayerKVBlocks] = field(default_factory=dict)
@@ -78,13 +78,13 @@ class KVStore:
         norms: tuple[HeadNorm, HeadNorm] | None = None,
     ) -> Tensor:
         """Attention of one layer: q [T, H, D]; k, v [T, Hkv, D] -> [T, H, D]."""
-        assert self.plan is not None, "attention called outside an engine step"
+        assert self.metadata is not None, "attention called outside an engine step"
         kv_blocks = self.layers[module]
         call = AttentionCall(
             *qkv,
             kv_blocks.k,
             kv_blocks.v,
-            self.plan,
+            self.metadata,
             scale,
             window,
             softcap,

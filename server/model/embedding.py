@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from server.deltas.parameter import DeltaParameter
 from server.model.context import StepContext
-from server.ops.row_plan import RowPlan
+from server.ops.row_mapping import RowMapping
 
 
 class DeltaEmbedding(nn.Module):
@@ -38,7 +38,7 @@ class DeltaEmbedding(nn.Module):
             y = y * torch.as_tensor(self._scale, dtype=y.dtype)  # a CPU scalar needs no copy
         return y.view(*ids.shape, y.shape[-1])
 
-    def _look_up(self, ids: Tensor, rows: RowPlan | None) -> Tensor:
+    def _look_up(self, ids: Tensor, rows: RowMapping | None) -> Tensor:
         base = self._weight.base
         if rows is None or not rows.has_deltas:
             return F.embedding(ids, base)

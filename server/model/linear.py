@@ -15,7 +15,7 @@ from server.deltas.pools.base import FactorPool, TermPool
 from server.deltas.pools.blockdiag import BlockDiagPool, SharedBlocks
 from server.model.context import StepContext
 from server.ops.linear import LinearOp, TorchLinear
-from server.ops.row_plan import RowPlan, Segment
+from server.ops.row_mapping import RowMapping, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Product:
             if not keep:
                 member.delta_weight.hand_over(_Rows(self._linear, self._sizes, index))
 
-    def take(self, member: DeltaLinear, x: Tensor, rows: RowPlan | None) -> Tensor:
+    def take(self, member: DeltaLinear, x: Tensor, rows: RowMapping | None) -> Tensor:
         """The member's ``[T, m]`` for ``x [..., n]``."""
         if len(self.members) == 1:
             return self._compute(x.reshape(-1, x.shape[-1]), rows)[0]
@@ -83,7 +83,7 @@ class Product:
             self._input = None
         return y
 
-    def _compute(self, x: Tensor, rows: RowPlan | None) -> Sequence[Tensor]:
+    def _compute(self, x: Tensor, rows: RowMapping | None) -> Sequence[Tensor]:
         if rows is None or not rows.has_deltas:
             return self._split(self._linear(x, self._bias))
         own = self._own_weights(rows)
@@ -104,7 +104,7 @@ class Product:
         parts: Sequence[Tensor] = y.split_with_sizes(self._sizes, dim=1)
         return parts
 
-    def _with_deltas(self, x: Tensor, rows: RowPlan) -> Sequence[Tensor]:
+    def _with_deltas(self, x: Tensor, rows: RowMapping) -> Sequence[Tensor]:
         work = self._current_work()
         shares = [blocks.share(first, rows) for blocks, first in work.blocks]
         present = [share for share in shares if share is not None]
@@ -118,7 +118,7 @@ class Product:
             pools[0].add_together_(pools, [parts[index] for _, index in together], x, rows)
         return parts
 
-    def _own_weights(self, rows: RowPlan) -> list[tuple[Segment, LinearOp]]:
+    def _own_weights(self, rows: RowMapping) -> list[tuple[Segment, LinearOp]]:
         """The segments whose slots' reconstructed weights this step uses, with those weights."""
         used = self.members[0].context.reconstructed
         if not used:
@@ -226,7 +226,7 @@ class DeltaLinear(nn.Module):
             y = self._with_extra(y, x.reshape(-1, x.shape[-1]), rows)
         return y.view(*x.shape[:-1], y.shape[-1])
 
-    def _with_extra(self, y: Tensor, flat: Tensor, rows: RowPlan) -> Tensor:
+    def _with_extra(self, y: Tensor, flat: Tensor, rows: RowMapping) -> Tensor:
         owned = self.delta_weight.extra
         extra = {s: owned[s] for s in rows.slots if s in owned}
         if not extra:

@@ -45,7 +45,7 @@ class PrefillChunk:
 
 
 @dataclass(slots=True)
-class AttentionPlan:
+class AttentionMetadata:
     """Where each row's keys and values go, and who reads what.
 
     cache_rows    [T] int64, row in the flattened cache ``[n_kv_blocks * block_tokens]``
@@ -96,7 +96,7 @@ class AttentionCall:
     v: Tensor
     k_cache: Tensor
     v_cache: Tensor
-    plan: AttentionPlan
+    metadata: AttentionMetadata
     scale: float
     window: int | None = None
     softcap: float | None = None
@@ -133,7 +133,7 @@ def paged_attention(call: AttentionCall, kernels: AttentionKernels) -> Tensor:
     Numerics: float32 accumulation.
     """
     out = call.q.new_empty(call.q.shape)
-    decode = call.plan.decode
+    decode = call.metadata.decode
     only_decodes = decode is not None and len(decode.rows) == len(call.q)
     if only_decodes and call.rotary is not None and kernels.rotate_and_decode_(out, call):
         return out
@@ -146,7 +146,7 @@ def paged_attention(call: AttentionCall, kernels: AttentionKernels) -> Tensor:
     kernels.rotate_and_write_(call)
     if decode is not None:
         kernels.decode_(out, call)
-    if call.plan.prefill:
+    if call.metadata.prefill:
         kernels.prefill_(out, call)
     return out
 
@@ -156,8 +156,8 @@ def rotate_and_write_(call: AttentionCall) -> None:
     if call.rotary is not None:
         for x in (call.q, call.k):
             x.copy_(rotate(x, call.rotary, torch.float32))
-    write_cache_(call.k_cache, call.k, call.plan.cache_rows)
-    write_cache_(call.v_cache, call.v, call.plan.cache_rows)
+    write_cache_(call.k_cache, call.k, call.metadata.cache_rows)
+    write_cache_(call.v_cache, call.v, call.metadata.cache_rows)
 
 
 def rotate(x: Tensor, rotary: Rotary, compute: torch.dtype) -> Tensor:
@@ -177,8 +177,8 @@ def write_cache_(cache: Tensor, values: Tensor, cache_rows: Tensor) -> None:
 
 def decode_(out: Tensor, call: AttentionCall) -> None:
     """Fill the decode rows of ``out [T, H, D]``; their keys and values are in the cache."""
-    assert call.plan.decode is not None
-    rows = call.plan.decode.rows
+    assert call.metadata.decode is not None
+    rows = call.metadata.decode.rows
     if len(rows) == len(call.q):
         out.copy_(_decode(call.q, call))
     else:
@@ -187,7 +187,7 @@ def decode_(out: Tensor, call: AttentionCall) -> None:
 
 def prefill_(out: Tensor, call: AttentionCall) -> None:
     """Fill the rows of ``out [T, H, D]`` that belong to prefill chunks, one chunk at a time."""
-    for chunk_index, chunk in enumerate(call.plan.prefill):
+    for chunk_index, chunk in enumerate(call.metadata.prefill):
         part = slice(chunk.start, chunk.end)
         keys, values = call.k[part], call.v[part]
         if chunk.context:
@@ -200,7 +200,7 @@ def prefill_(out: Tensor, call: AttentionCall) -> None:
 
 def _decode(q: Tensor, call: AttentionCall) -> Tensor:
     """Query heads that share a KV head are packed as query rows: KV is never repeated."""
-    batch = call.plan.decode
+    batch = call.metadata.decode
     assert batch is not None
     n, heads, dim = q.shape
     kv_heads = call.k_cache.shape[2]
@@ -208,23 +208,23 @@ def _decode(q: Tensor, call: AttentionCall) -> Tensor:
     keys = call.k_cache.index_select(0, kv_blocks).view(n, -1, kv_heads, dim).transpose(1, 2)
     values = call.v_cache.index_select(0, kv_blocks).view(n, -1, kv_heads, dim).transpose(1, 2)
     packed = q.view(n, kv_heads, heads // kv_heads, dim)
-    mask = _decode_mask(call.plan, batch, keys.shape[2], call.window, q.dtype)
+    mask = _decode_mask(call.metadata, batch, keys.shape[2], call.window, q.dtype)
     out = _attend(packed, keys, values, mask, call.scale, call.softcap)
     return out.reshape(n, heads, dim)
 
 
 def _decode_mask(
-    plan: AttentionPlan, batch: DecodeBatch, length: int, window: int | None, dtype: torch.dtype
+    metadata: AttentionMetadata, batch: DecodeBatch, length: int, window: int | None, dtype: torch.dtype
 ) -> Tensor:
     """[B, 1, 1, L] additive mask, made once per step and window."""
     key = (None, window, dtype)
-    if key not in plan.made:
+    if key not in metadata.made:
         position = torch.arange(length, device=batch.lengths.device)
         seen = position < batch.lengths.unsqueeze(1)
         if window is not None:
             seen &= position >= batch.lengths.unsqueeze(1) - window
-        plan.made[key] = _additive(seen, dtype).view(len(seen), 1, 1, length)
-    return plan.made[key]
+        metadata.made[key] = _additive(seen, dtype).view(len(seen), 1, 1, length)
+    return metadata.made[key]
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -236,7 +236,7 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, chunk_index: int, call: AttentionC
     """Chunk number `chunk_index`: q [t, H, D] at positions context.., k, v [context + t, Hkv, D]
     -> [t, H, D].
     """
-    t, context = len(q), call.plan.prefill[chunk_index].context
+    t, context = len(q), call.metadata.prefill[chunk_index].context
     queries, keys, values = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
     window, softcap = call.window, call.softcap
     if context == 0 and softcap is None and (window is None or window >= t):
@@ -244,23 +244,23 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, chunk_index: int, call: AttentionC
             queries, keys, values, is_causal=True, scale=call.scale, enable_gqa=True
         )
     else:
-        mask = _prefill_mask(call.plan, chunk_index, window, q)
+        mask = _prefill_mask(call.metadata, chunk_index, window, q)
         out = _attend(queries, keys, values, mask, call.scale, softcap)
     return out.squeeze(0).transpose(0, 1)
 
 
-def _prefill_mask(plan: AttentionPlan, chunk_index: int, window: int | None, q: Tensor) -> Tensor:
+def _prefill_mask(metadata: AttentionMetadata, chunk_index: int, window: int | None, q: Tensor) -> Tensor:
     """[t, context + t] additive mask of one chunk, made once per step and window."""
     key = (chunk_index, window, q.dtype)
-    if key not in plan.made:
-        context = plan.prefill[chunk_index].context
+    if key not in metadata.made:
+        context = metadata.prefill[chunk_index].context
         rows = torch.arange(context, context + len(q), device=q.device).unsqueeze(1)
         cols = torch.arange(context + len(q), device=q.device)
         seen = cols <= rows
         if window is not None:
             seen &= cols > rows - window
-        plan.made[key] = _additive(seen, q.dtype)
-    return plan.made[key]
+        metadata.made[key] = _additive(seen, q.dtype)
+    return metadata.made[key]
 
 
 def _attend(

@@ -1,7 +1,7 @@
 """Delta terms made of factors, low-rank and ImPart, in plain torch: grouped over variants.
 
 A kernel takes the terms of all matrices that read one x (q, k, v; gate, up) at once. Which rows
-belong to which slot is in the `RowPlan`; which slot has which place in a matrix's arrays is in
+belong to which slot is in the `RowMapping`; which slot has which place in a matrix's arrays is in
 `present` (for Python) and in `place_of` (as data, for a captured step).
 
 Shapes: T rows, n inputs, m outputs, C places, r ranks; ImPart: R rows a block, S components kept in
@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from server.ops.row_plan import Places, RowPlan, SlotRun, add_rows_, pad_rows
-from server.ops.static_row_plan import StaticRows
+from server.ops.row_mapping import Places, RowMapping, SlotRun, add_rows_, pad_rows
+from server.ops.static_row_mapping import StaticRowMapping
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def rank_lists(v_index: Tensor, n_ranks: int) -> tuple[Tensor, Tensor]:
 
 
 def lowrank_add_(
-    outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[LowRankFactors]
+    outputs: Sequence[Tensor], x: Tensor, rows: RowMapping, terms: Sequence[LowRankFactors]
 ) -> None:
     """Add each matrix's low-rank terms to its own ``[T, m]`` of `outputs`; x ``[T, n]``."""
     for y, term in zip(outputs, terms, strict=True):
@@ -86,7 +86,7 @@ def lowrank_add_(
 
 
 def impart_add_(
-    outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[ImpartFactors]
+    outputs: Sequence[Tensor], x: Tensor, rows: RowMapping, terms: Sequence[ImpartFactors]
 ) -> None:
     """Add each matrix's ImPart terms to its own ``[T, m]`` of `outputs`; x ``[T, n]``."""
     for y, term in zip(outputs, terms, strict=True):
@@ -94,8 +94,8 @@ def impart_add_(
             _impart_run_(y, x, run, term)
 
 
-def _runs(rows: RowPlan, term: LowRankFactors | ImpartFactors) -> Iterable[SlotRun]:
-    if isinstance(rows, StaticRows):
+def _runs(rows: RowMapping, term: LowRankFactors | ImpartFactors) -> Iterable[SlotRun]:
+    if isinstance(rows, StaticRowMapping):
         return rows.runs_at(term.place_of)
     return rows.runs(term.present)
 

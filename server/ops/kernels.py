@@ -22,7 +22,7 @@ from server.ops.lowrank import HeldLowRank, packed_lowrank_add_
 from server.ops.norm import RmsForm, add_rms_norm, rms_norm
 from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight, TorchQuantizedLinear
-from server.ops.row_plan import RowPlan
+from server.ops.row_mapping import RowMapping
 
 
 class Kernels(AttentionKernels, Protocol):
@@ -32,7 +32,7 @@ class Kernels(AttentionKernels, Protocol):
     def name(self) -> str: ...
 
     def takes_data(self, device: torch.device) -> bool:
-        """Whether a step can run on `StaticRows`: nothing here asks the device for its rows."""
+        """Whether a step can run on `StaticRowMapping`: nothing here asks the device for its rows."""
         ...
 
     def on_compiled(self, call: Callable[[], None]) -> None:
@@ -46,17 +46,17 @@ class Kernels(AttentionKernels, Protocol):
     ) -> None: ...
 
     def lowrank_add_(
-        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[LowRankFactors]
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowMapping, terms: Sequence[LowRankFactors]
     ) -> None: ...
 
     def packed_lowrank_add_(
-        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[HeldLowRank]
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowMapping, terms: Sequence[HeldLowRank]
     ) -> None:
         """Of one number of bits."""
         ...
 
     def impart_add_(
-        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[ImpartFactors]
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowMapping, terms: Sequence[ImpartFactors]
     ) -> None: ...
 
     def linear(self, weight: Tensor) -> LinearOp: ...
@@ -95,17 +95,17 @@ class TorchKernels:
         blockdiag_rows_add_(y, ids, places, blocks)
 
     def lowrank_add_(
-        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[LowRankFactors]
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowMapping, terms: Sequence[LowRankFactors]
     ) -> None:
         factors.lowrank_add_(outputs, x, rows, terms)
 
     def packed_lowrank_add_(
-        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[HeldLowRank]
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowMapping, terms: Sequence[HeldLowRank]
     ) -> None:
         packed_lowrank_add_(outputs, x, rows, terms)
 
     def impart_add_(
-        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[ImpartFactors]
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowMapping, terms: Sequence[ImpartFactors]
     ) -> None:
         factors.impart_add_(outputs, x, rows, terms)
 

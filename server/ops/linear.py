@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from server.ops.blockdiag import BlockDiagOp
-from server.ops.row_plan import Places, RowPlan, SlotSegments
+from server.ops.row_mapping import Places, RowMapping, SlotSegments
 
 
 class BlockShare(NamedTuple):
@@ -25,7 +25,7 @@ class BlockShare(NamedTuple):
     op: BlockDiagOp
     sizes: tuple[int, ...]
     first: int
-    rows: RowPlan
+    rows: RowMapping
     present: Places
 
     @property

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from server.ops.blockdiag import BlockDiagOp, blockdiag_rows_add_
 from server.ops.packed import PackedBlocks
-from server.ops.row_plan import Places, RowPlan
-from server.ops.static_row_plan import StaticRows
+from server.ops.row_mapping import Places, RowMapping
+from server.ops.static_row_mapping import StaticRowMapping
 
 
 class PackedLowRank:
@@ -74,12 +74,12 @@ class PackedLowRank:
         """Made when asked for: kernels that take the factors themselves need none."""
         return self._make_op(self.down), self._make_op(self.up)
 
-    def add_(self, y: Tensor, x: Tensor, rows: RowPlan, present: Places) -> None:
+    def add_(self, y: Tensor, x: Tensor, rows: RowMapping, present: Places) -> None:
         """``y [T, m] += x [T, n] a^T b`` for the rows of the slots in `present`."""
         segments = rows.table(present)
         if not segments.n:
             return
-        if isinstance(rows, StaticRows):
+        if isinstance(rows, StaticRowMapping):
             places = rows.places(self.slot_map).clamp(min=0)
         else:
             places = rows.place_of_row(present)
@@ -110,7 +110,7 @@ class HeldLowRank(NamedTuple):
 
 
 def packed_lowrank_add_(
-    outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[HeldLowRank]
+    outputs: Sequence[Tensor], x: Tensor, rows: RowMapping, terms: Sequence[HeldLowRank]
 ) -> None:
     """Add each matrix's packed low-rank terms to its own ``[T, m]`` of `outputs`; x ``[T, n]``."""
     for y, (factors, present) in zip(outputs, terms, strict=True):

@@ -38,7 +38,7 @@ class PackedBlocks:
     n       inputs; the longest block has ``nb = ceil(n / s)``
     bits    2, 3, 4, 8 or 16
     place_of  int32 [slots]: place + 1 in the arrays, 0 where the slot has nothing here; asked where
-            a step's rows are data (`static_row_plan`)
+            a step's rows are data (`static_row_mapping`)
 
     Block b of a balanced partition of m has ``m // s + (b < m % s)`` rows and starts at
     ``b * (m // s) + min(b, m % s)``; columns likewise.

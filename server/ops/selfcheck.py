@@ -14,7 +14,7 @@ from torch import Tensor
 
 from server.ops.attention import (
     AttentionCall,
-    AttentionPlan,
+    AttentionMetadata,
     DecodeBatch,
     HeadNorm,
     PrefillChunk,
@@ -27,7 +27,7 @@ from server.ops.lowrank import HeldLowRank, PackedLowRank
 from server.ops.norm import RmsForm
 from server.ops.packed import PackedBlocks, packed_rows
 from server.ops.quantize import has_float8, quantize
-from server.ops.row_plan import Places, RowPlan, Segment, SlotSegments
+from server.ops.row_mapping import Places, RowMapping, Segment, SlotSegments
 
 _SIZES = ((0, 40), (1, 24))
 BOUND = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.01}  # of the largest value
@@ -140,7 +140,7 @@ def _factors(
 ) -> Iterator[Case]:
     """Two matrices [40, 32] and [24, 32]; slot 1 has the first only."""
     x, start = random(4, 32), random(4, 64)
-    rows = RowPlan([Segment(-1, 0, 1), Segment(0, 1, 2), Segment(1, 2, 4)], device)
+    rows = RowMapping([Segment(-1, 0, 1), Segment(0, 1, 2), Segment(1, 2, 4)], device)
     held: list[tuple[Places, Tensor]] = [
         (frozenset({(0, 1), (1, 0)}), torch.tensor([2, 1], dtype=torch.int32, device=device)),
         (frozenset({(0, 0)}), torch.tensor([1, 0], dtype=torch.int32, device=device)),
@@ -243,9 +243,9 @@ def _attention(random: Callable[..., Tensor], device: torch.device) -> Iterator[
     )
 
     def call(window: int | None, softcap: float | None, *, normed: bool = False) -> AttentionCall:
-        caches, plan = past.clone(), AttentionPlan(cache_rows, decode, ())
+        caches, metadata = past.clone(), AttentionMetadata(cache_rows, decode, ())
         q, k, v = (t.clone() for t in qkv)
-        how = (plan, 0.25, window, softcap, angles, norms if normed else None)
+        how = (metadata, 0.25, window, softcap, angles, norms if normed else None)
         return AttentionCall(q, k, v, caches[0], caches[1], *how)  # type: ignore[arg-type]
 
     def written(kernels: Kernels) -> Tensor:
@@ -275,9 +275,9 @@ def _attention(random: Callable[..., Tensor], device: torch.device) -> Iterator[
         cache_rows = torch.tensor(
             [block_tokens + 2, block_tokens + 3, 2 * block_tokens], device=device
         )
-        plan = AttentionPlan(cache_rows, None, (chunk,))
+        metadata = AttentionMetadata(cache_rows, None, (chunk,))
         caches = past.clone()
-        one = AttentionCall(*new, caches[0], caches[1], plan, 0.25)
+        one = AttentionCall(*new, caches[0], caches[1], metadata, 0.25)
         out = torch.zeros_like(one.q)
         kernels.rotate_and_write_(one)
         kernels.prefill_(out, one)
@@ -290,13 +290,13 @@ def _attention(random: Callable[..., Tensor], device: torch.device) -> Iterator[
             torch.arange(n, device=device),
             torch.arange(n, device=device) % block_tokens + 1,
         )
-        plan = AttentionPlan(
+        metadata = AttentionMetadata(
             first * block_tokens + lengths - 1, DecodeBatch(first, first.unsqueeze(1), lengths), ()
         )
         q, k, v = (t[:1].repeat(n, 1, 1) for t in qkv)
         one = AttentionCall(
             *(q, k, v, past[0, :1].repeat(n, 1, 1, 1), past[1, :1].repeat(n, 1, 1, 1)),
-            *(plan, 0.25),
+            *(metadata, 0.25),
             rotary=Rotary(angles.cos[:1].repeat(n, 1), angles.sin[:1].repeat(n, 1)),
         )
         return paged_attention(one, kernels)

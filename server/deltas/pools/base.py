@@ -11,8 +11,8 @@ from torch import Tensor
 
 from compressor.codecs.term import Shape, Term
 from server.deltas.pools.places import SlotPlaces, grown
-from server.ops.row_plan import Places, RowPlan
-from server.ops.static_row_plan import StaticRows
+from server.ops.row_mapping import Places, RowMapping
+from server.ops.static_row_mapping import StaticRowMapping
 
 Staged = tuple[Tensor, ...]
 
@@ -34,7 +34,7 @@ class TermPool(ABC):
 
     @property
     def as_data(self) -> bool:
-        """Whether `add_` and `add_rows_` can take `StaticRows`."""
+        """Whether `add_` and `add_rows_` can take `StaticRowMapping`."""
         return False
 
     def map_slots(self, place_of: Tensor) -> None:
@@ -84,9 +84,9 @@ class TermPool(ABC):
         assert self.places.place_of is not None
         return self.places.place_of
 
-    def places_of(self, rows: RowPlan) -> Tensor:
+    def places_of(self, rows: RowMapping) -> Tensor:
         """[T] int64: place of each row's slot in the arrays, -1 where it has none."""
-        if isinstance(rows, StaticRows):
+        if isinstance(rows, StaticRowMapping):
             return rows.places(self.slot_map)
         return rows.held_rows(self.places.shown)
 
@@ -95,11 +95,11 @@ class TermPool(ABC):
         """Decode a term into this pool's parts, on the host."""
 
     @abstractmethod
-    def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
+    def add_(self, y: Tensor, x: Tensor, rows: RowMapping) -> None:
         """``y [T, m] += x [T, n] @ dW[slot of row]^T`` for every row whose slot is present."""
 
     @abstractmethod
-    def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
+    def add_rows_(self, y: Tensor, ids: Tensor, rows: RowMapping) -> None:
         """``y [T, n] += dW[slot of row][id]``: the embedding's side of the same matrix."""
 
 
@@ -115,12 +115,12 @@ class FactorPool(TermPool):
         """Pools of one kind can go into one call."""
         return type(self)
 
-    def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
+    def add_(self, y: Tensor, x: Tensor, rows: RowMapping) -> None:
         self.add_together_([self], [y], x, rows)
 
     @abstractmethod
     def add_together_(
-        self, pools: Sequence[Self], outputs: Sequence[Tensor], x: Tensor, rows: RowPlan
+        self, pools: Sequence[Self], outputs: Sequence[Tensor], x: Tensor, rows: RowMapping
     ) -> None:
         """`add_` of pools of this kind, each of another matrix that reads x."""
 
@@ -128,8 +128,8 @@ class FactorPool(TermPool):
     def look_up(self, ids: Tensor, places: Tensor) -> Tensor:
         """``dW[place][id]``: ids int64 [t], places int64 [t] or [1] -> [t, n]."""
 
-    def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
-        if isinstance(rows, StaticRows):
+    def add_rows_(self, y: Tensor, ids: Tensor, rows: RowMapping) -> None:
+        if isinstance(rows, StaticRowMapping):
             held = rows.places(self.slot_map)
             add_where_(y, self.look_up(ids, held.clamp(min=0)).float(), held >= 0)
             return
@@ -143,7 +143,7 @@ def copy_into(arrays: Staged, old: Staged) -> None:
         new[: len(smaller)] = smaller
 
 
-def segments_at(rows: RowPlan, shown: Places) -> list[tuple[int, slice]]:
+def segments_at(rows: RowMapping, shown: Places) -> list[tuple[int, slice]]:
     """Place and rows of each segment."""
     places = dict(shown)
     return [(places[s.slot], slice(s.start, s.end)) for s in rows.segments if s.slot in places]

@@ -17,7 +17,7 @@ from server.ops.blockdiag import BlockDiagOp
 from server.ops.kernels import Kernels
 from server.ops.linear import BlockShare
 from server.ops.packed import PackedBlocks, pack_columns, packed_rows
-from server.ops.row_plan import RowPlan
+from server.ops.row_mapping import RowMapping
 
 
 class BlockLayout(NamedTuple):
@@ -73,7 +73,7 @@ class BlockDiagPool(TermPool):
             self.arrays[2][self.places[slot]] = 0
         super().hide(slot)
 
-    def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
+    def add_(self, y: Tensor, x: Tensor, rows: RowMapping) -> None:
         if self.shared is not None:
             self.shared.add_([y if pool is self else None for pool in self.shared.pools], x, rows)
             return
@@ -81,7 +81,7 @@ class BlockDiagPool(TermPool):
         if segments.n and self._op is not None:
             self._op.add_([y], x, segments)
 
-    def share(self, first: int, rows: RowPlan) -> BlockShare | None:
+    def share(self, first: int, rows: RowMapping) -> BlockShare | None:
         """What these rows need of it, in a product whose outputs from `first` on are this
         matrix's; None if nothing.
         """
@@ -89,7 +89,7 @@ class BlockDiagPool(TermPool):
             return None
         return BlockShare(self._op, (self.shape[0],), first, rows, self.places.shown)
 
-    def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
+    def add_rows_(self, y: Tensor, ids: Tensor, rows: RowMapping) -> None:
         if _meet(rows, self.places.slots):
             self.kernels.blockdiag_rows_add_(
                 y, ids, self.places_of(rows), self._blocks_in(self.arrays)
@@ -143,19 +143,19 @@ class SharedBlocks:
             pool.arrays = (codes[..., own], scales[..., own], units[:, i : i + 1])
             pool.capacity = capacity
 
-    def add_(self, outputs: Sequence[Tensor | None], x: Tensor, rows: RowPlan) -> None:
+    def add_(self, outputs: Sequence[Tensor | None], x: Tensor, rows: RowMapping) -> None:
         """Add each member's deltas to its own ``[T, m]`` of `outputs`; None leaves it out."""
         segments = rows.table(self.places.shown)
         if segments.n and self._op is not None:
             self._op.add_(outputs, x, segments)
 
-    def share(self, first: int, rows: RowPlan) -> BlockShare | None:
+    def share(self, first: int, rows: RowMapping) -> BlockShare | None:
         """As `BlockDiagPool.share`, of the matrices of all members."""
         if self._op is None or not _meet(rows, self.places.slots):
             return None
         return BlockShare(self._op, self._sizes, first, rows, self.places.shown)
 
 
-def _meet(rows: RowPlan, slots: frozenset[int]) -> bool:
+def _meet(rows: RowMapping, slots: frozenset[int]) -> bool:
     """Whether some rows may belong to one of the slots."""
     return rows.as_data or not rows.slots.isdisjoint(slots)

@@ -15,7 +15,7 @@ from compressor.codecs.term import Shape, Term
 from server.deltas.pools.base import FactorPool, Staged
 from server.ops.factors import ImpartFactors, impart_rows, rank_lists
 from server.ops.kernels import Kernels
-from server.ops.row_plan import RowPlan
+from server.ops.row_mapping import RowMapping
 
 
 class ImpartPool(FactorPool):
@@ -51,7 +51,7 @@ class ImpartPool(FactorPool):
         return ImpartFactors(u, u_index, v, *lists, sigma, self.places.shown, self.slot_map)
 
     def add_together_(
-        self, pools: Sequence[Self], outputs: Sequence[Tensor], x: Tensor, rows: RowPlan
+        self, pools: Sequence[Self], outputs: Sequence[Tensor], x: Tensor, rows: RowMapping
     ) -> None:
         self.kernels.impart_add_(outputs, x, rows, [pool.factors for pool in pools])
 

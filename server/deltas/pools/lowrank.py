@@ -16,7 +16,7 @@ from server.ops.factors import LowRankFactors, lowrank_rows
 from server.ops.kernels import Kernels
 from server.ops.lowrank import HeldLowRank, PackedLowRank
 from server.ops.packed import pack_columns
-from server.ops.row_plan import RowPlan
+from server.ops.row_mapping import RowMapping
 
 RANK_STEP = 4  # ranks of packed factors are rounded up to a multiple: variants then share pools
 
@@ -68,7 +68,7 @@ class PackedLowRankPool(FactorPool):
         )
 
     def add_together_(
-        self, pools: Sequence[Self], outputs: Sequence[Tensor], x: Tensor, rows: RowPlan
+        self, pools: Sequence[Self], outputs: Sequence[Tensor], x: Tensor, rows: RowMapping
     ) -> None:
         self.kernels.packed_lowrank_add_(outputs, x, rows, [pool.held for pool in pools])
 
@@ -100,7 +100,7 @@ class LowRankPool(FactorPool):
         return LowRankFactors(a, b, self.places.shown, self.slot_map)
 
     def add_together_(
-        self, pools: Sequence[Self], outputs: Sequence[Tensor], x: Tensor, rows: RowPlan
+        self, pools: Sequence[Self], outputs: Sequence[Tensor], x: Tensor, rows: RowMapping
     ) -> None:
         self.kernels.lowrank_add_(outputs, x, rows, [pool.factors for pool in pools])
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from server.ops.row_plan import Places
+from server.ops.row_mapping import Places
 
 
 class SlotPlaces:

@@ -13,8 +13,8 @@ from server.deltas.pools.base import Staged, TermPool, segments_at
 from server.ops.blockdiag import BlockDiagOp
 from server.ops.kernels import Kernels
 from server.ops.packed import PackedBlocks, pack_columns
-from server.ops.row_plan import RowPlan
-from server.ops.static_row_plan import StaticRows
+from server.ops.row_mapping import RowMapping
+from server.ops.static_row_mapping import StaticRowMapping
 
 ROWS_STEP = 64  # numbers of rows are rounded up to a multiple: variants then share pools
 
@@ -69,7 +69,7 @@ class RowsPool(TermPool):
         unit = torch.tensor([term.unit], dtype=torch.float32)
         return pack_columns(codes.T, self.bits).contiguous()[None], scales, unit, index
 
-    def add_(self, y: Tensor, x: Tensor, rows: RowPlan) -> None:
+    def add_(self, y: Tensor, x: Tensor, rows: RowMapping) -> None:
         segments = rows.table(self.places.shown)
         if not segments.n or self._op is None:
             return
@@ -79,9 +79,9 @@ class RowsPool(TermPool):
         where = self.arrays[3][self.places_of(rows).clamp(min=0)]
         y.scatter_add_(1, where.clamp_(0, self.shape[0] - 1), added)
 
-    def add_rows_(self, y: Tensor, ids: Tensor, rows: RowPlan) -> None:
+    def add_rows_(self, y: Tensor, ids: Tensor, rows: RowMapping) -> None:
         index, blocks = self.arrays[3], self._blocks_in(self.arrays)
-        if isinstance(rows, StaticRows):
+        if isinstance(rows, StaticRowMapping):
             places = self.places_of(rows)
             stored = _find(index[places.clamp(min=0)], ids.unsqueeze(1)).squeeze(1)
             self.kernels.blockdiag_rows_add_(

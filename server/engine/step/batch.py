@@ -10,8 +10,8 @@ from torch import Tensor
 
 from server.engine.request import Request
 from server.engine.schedule.scheduler import Scheduled
-from server.ops.attention import AttentionPlan, DecodeBatch, PrefillChunk
-from server.ops.row_plan import RowPlan, Segment
+from server.ops.attention import AttentionMetadata, DecodeBatch, PrefillChunk
+from server.ops.row_mapping import RowMapping, Segment
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +39,10 @@ class Batch:
     scheduled: tuple[Scheduled, ...]
     input_ids: Tensor
     position_ids: Tensor
-    attention: AttentionPlan
-    rows: RowPlan
+    attention: AttentionMetadata
+    rows: RowMapping
     logit_rows: Tensor
-    output_rows: RowPlan
+    output_rows: RowMapping
     outputs: tuple[LogitRows, ...]
     reconstructed: frozenset[int] = frozenset()
 
@@ -58,7 +58,7 @@ def build_batch(
     device: torch.device,
     reconstructed: frozenset[int] = frozenset(),
 ) -> Batch:
-    """Lay out the chunks by slot (base first) and plan attention, deltas and logits."""
+    """Lay out the chunks by slot (base first), with what attention, deltas and logits need."""
     ordered = tuple(sorted(scheduled, key=lambda s: s.request.slot_index))
     ids: list[int] = []
     positions: list[int] = []
@@ -81,7 +81,7 @@ def build_batch(
         wanted = _logit_rows(item, start, end)
         outputs.append(LogitRows(len(logit_rows), len(wanted), item.finishes_known_tokens))
         logit_rows.extend(wanted)
-    plan = AttentionPlan(
+    metadata = AttentionMetadata(
         cache_rows=torch.tensor(cache_rows, device=device),
         decode=_decode_batch(decode, device),
         prefill=tuple(prefill),
@@ -90,10 +90,10 @@ def build_batch(
         scheduled=ordered,
         input_ids=torch.tensor([ids], device=device),
         position_ids=torch.tensor([positions], device=device),
-        attention=plan,
-        rows=_row_plan([(s.request.slot_index, s.n_tokens) for s in ordered], device),
+        attention=metadata,
+        rows=_row_mapping([(s.request.slot_index, s.n_tokens) for s in ordered], device),
         logit_rows=torch.tensor(logit_rows, dtype=torch.int64, device=device),
-        output_rows=_row_plan(
+        output_rows=_row_mapping(
             [(s.request.slot_index, o.n) for s, o in zip(ordered, outputs, strict=True)], device
         ),
         outputs=tuple(outputs),
@@ -128,7 +128,7 @@ def _decode_batch(decode: list[tuple[int, Request]], device: torch.device) -> De
     )
 
 
-def _row_plan(counts: list[tuple[int, int]], device: torch.device) -> RowPlan:
+def _row_mapping(counts: list[tuple[int, int]], device: torch.device) -> RowMapping:
     segments: list[Segment] = []
     end = 0
     for slot, n in counts:
@@ -139,4 +139,4 @@ def _row_plan(counts: list[tuple[int, int]], device: torch.device) -> RowPlan:
             segments[-1] = Segment(slot, segments[-1].start, end)
         else:
             segments.append(Segment(slot, start, end))
-    return RowPlan(segments, device)
+    return RowMapping(segments, device)

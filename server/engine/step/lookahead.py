@@ -4,7 +4,7 @@
                 launch N + 1 on the device's tokens        read N's: stops, texts, bookkeeping
                             choose                         launch N + 2            read N + 1's ...
 
-A host that reads every token before it plans the next step keeps the device waiting while it does.
+A host that reads every token before it prepares the next step keeps the device waiting meanwhile.
 Where all rows of a step go on as they are, what the next one needs is known but for the tokens, and
 those are in the device's memory already. A row that turns out to have ended has computed one token
 for nothing; its KV blocks and slot are kept until then (`Lookahead.keeps`). The tokens are
@@ -165,7 +165,7 @@ class Lookahead:
         ):
             return None  # somebody has to be preempted
         sources = tuple(i for i, _ in going_on)
-        return self._launch(self._runner.plan_after(last.chosen[0], sources, scheduled))
+        return self._launch(self._runner.prepare_inputs_after(last.chosen[0], sources, scheduled))
 
     def _somebody_comes(self, last: InFlight) -> bool:
         """Whether a request could join the next step, which is then no longer that of these."""

@@ -16,9 +16,9 @@ from server.engine.step.static_step import StaticStep
 from server.errors import ConfigError
 from server.model.base import BaseModel, weight_bytes
 from server.model.reconstructed import ReconstructedWeights
-from server.ops.attention import AttentionPlan, DecodeBatch
-from server.ops.row_plan import BASE_SLOT, RowPlan
-from server.ops.static_row_plan import StaticRows
+from server.ops.attention import AttentionMetadata, DecodeBatch
+from server.ops.row_mapping import BASE_SLOT, RowMapping
+from server.ops.static_row_mapping import StaticRowMapping
 from server.ops.triton.segments import DECODE_ROWS
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class Runner:
             with torch.inference_mode():
                 self._static.prepare(with_deltas=(False,))
 
-    def plan(self, scheduled: Sequence[Scheduled]) -> Batch | DecodeStep:
+    def prepare_inputs(self, scheduled: Sequence[Scheduled]) -> Batch | DecodeStep:
         """Lay out a step."""
         block_tokens = self.base.store.block_tokens
         reconstructed = self.reconstructed_in(scheduled)
@@ -149,7 +149,7 @@ class Runner:
             step.reconstructed,
         )
 
-    def plan_after(
+    def prepare_inputs_after(
         self, last_tokens: Tensor, sources: Sequence[int], scheduled: tuple[Scheduled, ...]
     ) -> DecodeStep:
         """A step of `scheduled`, whose last tokens are being computed: see `DecodeStep`. They are
@@ -185,7 +185,7 @@ class Runner:
         return logits
 
     def _static_forward(self, batch: StaticBatch, with_deltas: bool) -> Tensor:
-        rows = StaticRows(
+        rows = StaticRowMapping(
             batch.vector_rows - 1,
             batch.table,
             batch.segments.count,
@@ -193,23 +193,23 @@ class Runner:
             with_deltas=with_deltas,
         )
         decode = DecodeBatch(rows=batch.rows, kv_blocks=batch.kv_blocks, lengths=batch.lengths)
-        plan = AttentionPlan(cache_rows=batch.cache_rows, decode=decode, prefill=())
-        return self._model(batch.input_ids, batch.position_ids, rows, rows, plan, 0)
+        metadata = AttentionMetadata(cache_rows=batch.cache_rows, decode=decode, prefill=())
+        return self._model(batch.input_ids, batch.position_ids, rows, rows, metadata, 0)
 
     def _model(
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        rows: RowPlan,
-        output_rows: RowPlan,
-        plan: AttentionPlan,
+        rows: RowMapping,
+        output_rows: RowMapping,
+        metadata: AttentionMetadata,
         logits_to_keep: Tensor | int,
         reconstructed: frozenset[int] = frozenset(),
     ) -> Tensor:
         base = self.base
         base.context.rows, base.context.output_rows = rows, output_rows
         base.context.reconstructed = reconstructed
-        base.store.plan = plan
+        base.store.metadata = metadata
         try:
             output = base.model(
                 input_ids=input_ids,
@@ -218,7 +218,7 @@ class Runner:
                 logits_to_keep=logits_to_keep,  # 0: all
             )
         finally:
-            base.context.rows = base.context.output_rows = base.store.plan = None
+            base.context.rows = base.context.output_rows = base.store.metadata = None
             base.context.reconstructed = frozenset()
         logits: Tensor = output.logits
         return logits[0]

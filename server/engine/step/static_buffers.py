@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.ops.row_plan import BASE_SLOT, Segment
+from server.ops.row_mapping import BASE_SLOT, Segment
 from server.ops.triton.segments import DECODE_ROWS, SegmentArrays, cut_segments
 
 ALIGNED = 4  # int32 are 16 bytes

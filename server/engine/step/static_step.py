@@ -16,7 +16,7 @@ from torch import Tensor
 
 from server.engine.step.static_buffers import DecodeRow, StaticBatch, StaticBuffers
 from server.errors import ConfigError
-from server.ops.row_plan import BASE_SLOT
+from server.ops.row_mapping import BASE_SLOT
 
 log = logging.getLogger(__name__)
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)

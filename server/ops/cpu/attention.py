@@ -44,7 +44,7 @@ class AttentionKernel:
 
     def decode_(self, out: Tensor, call: AttentionCall) -> None:
         """See `server.ops.attention.decode_`."""
-        decode, q = call.plan.decode, call.q
+        decode, q = call.metadata.decode, call.q
         assert decode is not None
         check_rows(q)
         n, kv_heads = len(decode.rows), call.k_cache.shape[2]

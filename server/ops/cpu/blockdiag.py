@@ -39,7 +39,7 @@ from server.ops.cpu.compile import compile_kernel
 from server.ops.cpu.panel_blocks import PanelBlocks
 from server.ops.cpu.parallel import Parallel
 from server.ops.packed import PackedBlocks, octaves
-from server.ops.row_plan import SlotSegments
+from server.ops.row_mapping import SlotSegments
 
 ROWS = 64  # rows of x held in float32 at a time
 U = np.uint64
@@ -236,7 +236,7 @@ def _tile(
     width = min(TILE, mb - first_output)
     place = (slot * a[_S] + block) * a[_BYTE_ROWS] * mb + first_output
     codes = a[_CODES] + place * (2 if bits == 16 else 1)
-    n_parts = _plan_parts(address, slot, block, first_output, U(width), parts, scales)
+    n_parts = _list_parts(address, slot, block, first_output, U(width), parts, scales)
     factors = scales.ctypes.data
     t = 0
     while t < rows:
@@ -263,7 +263,7 @@ def _tile(
 
 
 @njit(inline="always", fastmath=FAST, error_model="numpy")
-def _plan_parts(address, slot, block, first_output, width, parts, scales):
+def _list_parts(address, slot, block, first_output, width, parts, scales):
     """Where a tile's columns go: parts (address in row 0, row bytes, first column, count).
 
     Also lays the tile's scales out in float32. Returns the number of parts.

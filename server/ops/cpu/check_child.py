@@ -18,7 +18,7 @@ from server.ops.cpu.kernels import NumbaKernels
 from server.ops.kernels import Kernels, TorchKernels
 from server.ops.linear import BlockShare
 from server.ops.packed import PackedBlocks, packed_rows
-from server.ops.row_plan import RowPlan, Segment
+from server.ops.row_mapping import RowMapping, Segment
 from server.ops.selfcheck import Case, cases, deviation, randoms
 
 CPU = torch.device("cpu")
@@ -118,7 +118,7 @@ def _product(
     """A base's product with two slots' blocks in it, and one with a bias."""
     m = blocks.sizes[0]
     weight, x, bias = random(m, blocks.n), random(n_rows, blocks.n), random(m)
-    rows = RowPlan([Segment(1, 0, 1), Segment(0, 1, n_rows)][: min(n_rows, 2)], CPU)
+    rows = RowMapping([Segment(1, 0, 1), Segment(0, 1, n_rows)][: min(n_rows, 2)], CPU)
     present = frozenset({(0, 1), (1, 0)})
 
     def run(kernels: Kernels) -> Tensor:

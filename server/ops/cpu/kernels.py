@@ -26,7 +26,7 @@ from server.ops.lowrank import HeldLowRank
 from server.ops.norm import RmsForm
 from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight
-from server.ops.row_plan import RowPlan
+from server.ops.row_mapping import RowMapping
 
 T = TypeVar("T")
 
@@ -73,17 +73,17 @@ class NumbaKernels:
             self._embedding.add_(y, ids, places, blocks)
 
     def lowrank_add_(
-        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[LowRankFactors]
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowMapping, terms: Sequence[LowRankFactors]
     ) -> None:
         self._torch.lowrank_add_(outputs, x, rows, terms)
 
     def packed_lowrank_add_(
-        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[HeldLowRank]
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowMapping, terms: Sequence[HeldLowRank]
     ) -> None:
         self._torch.packed_lowrank_add_(outputs, x, rows, terms)
 
     def impart_add_(
-        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[ImpartFactors]
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowMapping, terms: Sequence[ImpartFactors]
     ) -> None:
         self._torch.impart_add_(outputs, x, rows, terms)
 

@@ -19,7 +19,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
-from server.ops.attention import AttentionCall, AttentionPlan
+from server.ops.attention import AttentionCall, AttentionMetadata
 from server.ops.cpu.codegen.bf16_pairs import (
     HIGH_HALF,
     ROW_BYTES,
@@ -82,7 +82,7 @@ class PrefillKernel:
         q, kv_heads = call.q, call.k_cache.shape[2]
         check_rows(q)
         group = q.shape[1] // kv_heads
-        chunks, n_tiles = _chunk_table(call.plan, group)
+        chunks, n_tiles = _chunk_table(call.metadata, group)
         a = np.zeros(_N_ARGUMENTS, np.int64)
         a[_Q:_SCALE] = (
             q.data_ptr(),
@@ -104,17 +104,17 @@ class PrefillKernel:
         self._parallel.run(self._kernel, a, n_tiles * kv_heads)
 
 
-def _chunk_table(plan: AttentionPlan, group: int) -> tuple[Tensor, int]:
+def _chunk_table(metadata: AttentionMetadata, group: int) -> tuple[Tensor, int]:
     """int64 [chunks, fields] and the number of tiles of one KV head, made once per step."""
     key = ("prefill", group)
-    if key not in plan.made:
+    if key not in metadata.made:
         rows, tiles = [], 0
-        for chunk in plan.prefill:
+        for chunk in metadata.prefill:
             n = chunk.end - chunk.start
             rows.append([chunk.start, n, chunk.context, chunk.kv_blocks.data_ptr(), tiles])
             tiles += -(-n * group // WIDTH)
-        plan.made[key] = torch.tensor([*rows, [0, 0, 0, 0, tiles]])
-    table = plan.made[key]
+        metadata.made[key] = torch.tensor([*rows, [0, 0, 0, 0, tiles]])
+    table = metadata.made[key]
     return table[:-1], int(table[-1, -1])
 
 

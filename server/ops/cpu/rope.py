@@ -46,7 +46,7 @@ class RotaryKernel:
             q.dtype is torch.bfloat16,
             call.k_cache.data_ptr(),
             call.v_cache.data_ptr(),
-            call.plan.cache_rows.data_ptr(),
+            call.metadata.cache_rows.data_ptr(),
         )
         if rotary is not None:
             check_rows(rotary.cos, rotary.sin)

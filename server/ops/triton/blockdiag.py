@@ -79,7 +79,7 @@ class BlockKernel:
     stages: int
 
 
-def plan_kernel(blocks: PackedBlocks, *, prefill: bool = False) -> BlockKernel:
+def block_kernel(blocks: PackedBlocks, *, prefill: bool = False) -> BlockKernel:
     """Tile sizes by rule: 64 outputs a program, fewer where blocks are smaller; no autotuning."""
     assert len(blocks.sizes) <= MAX_MATRICES
     word = word_bytes(blocks)

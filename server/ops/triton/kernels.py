@@ -18,12 +18,12 @@ from server.ops.lowrank import HeldLowRank
 from server.ops.norm import RmsForm
 from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight, TorchQuantizedLinear
-from server.ops.row_plan import RowPlan, SlotSegments
+from server.ops.row_mapping import RowMapping, SlotSegments
 from server.ops.triton.attention import NewTokens, paged_decode
 from server.ops.triton.blockdiag import (
     PREFILL_ROWS,
     blockdiag_add_,
-    plan_kernel,
+    block_kernel,
 )
 from server.ops.triton.impart import impart_add_
 from server.ops.triton.linear import linear_
@@ -40,8 +40,8 @@ class TritonBlockDiag:
 
     def __init__(self, blocks: PackedBlocks) -> None:
         self._blocks = blocks
-        self._decode = plan_kernel(blocks)
-        self._prefill = plan_kernel(blocks, prefill=True)
+        self._decode = block_kernel(blocks)
+        self._prefill = block_kernel(blocks, prefill=True)
         n = len(blocks.codes)
         self._same = torch.arange(1, n + 1, dtype=torch.int32, device=blocks.codes.device)
 
@@ -56,7 +56,7 @@ class TritonBlockDiag:
         blockdiag_add_(outputs, x, where, self._blocks, kernel, places)
 
 
-def segments_by_slot(rows: RowPlan) -> SegmentArrays:
+def segments_by_slot(rows: RowMapping) -> SegmentArrays:
     """All segments of the step, cut into tiles of rows."""
     segments = rows.by_slot()
     prefill = segments.longest > DECODE_ROWS
@@ -115,18 +115,18 @@ class TritonKernels(TorchKernels):
         return TritonBlockDiag(blocks)
 
     def lowrank_add_(
-        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[LowRankFactors]
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowMapping, terms: Sequence[LowRankFactors]
     ) -> None:
         lowrank_add_(outputs, x, segments_by_slot(rows), terms)
 
     def packed_lowrank_add_(
-        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[HeldLowRank]
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowMapping, terms: Sequence[HeldLowRank]
     ) -> None:
         factors = [term.factors for term in terms]
         packed_lowrank_add_(outputs, x, segments_by_slot(rows), factors)
 
     def impart_add_(
-        self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Sequence[ImpartFactors]
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowMapping, terms: Sequence[ImpartFactors]
     ) -> None:
         impart_add_(outputs, x, segments_by_slot(rows), terms)
 
@@ -138,10 +138,10 @@ class TritonKernels(TorchKernels):
             super().rotate_and_write_(call)
             return
         angles, caches = (call.rotary.cos, call.rotary.sin), (call.k_cache, call.v_cache)
-        rope_and_write_(call.q, call.k, call.v, *angles, *caches, call.plan.cache_rows)
+        rope_and_write_(call.q, call.k, call.v, *angles, *caches, call.metadata.cache_rows)
 
     def decode_(self, out: Tensor, call: AttentionCall) -> None:
-        batch = call.plan.decode
+        batch = call.metadata.decode
         assert batch is not None
         if len(batch.rows) == len(call.q):
             _decode(call.q, call, batch, out=out)
@@ -150,7 +150,7 @@ class TritonKernels(TorchKernels):
 
     def rotate_and_decode_(self, out: Tensor, call: AttentionCall) -> bool:
         assert call.rotary is not None
-        assert call.plan.decode is not None
+        assert call.metadata.decode is not None
         norms = None
         if call.norms is not None:
             q_norm, k_norm = (self._indexed(norm, len(call.q)) for norm in call.norms)
@@ -159,8 +159,8 @@ class TritonKernels(TorchKernels):
                 return False
             norms = q_norm, k_norm
         angles = call.rotary.cos, call.rotary.sin
-        new = NewTokens(call.k, call.v, *angles, call.plan.cache_rows, norms)
-        _decode(call.q, call, call.plan.decode, out=out, new=new)
+        new = NewTokens(call.k, call.v, *angles, call.metadata.cache_rows, norms)
+        _decode(call.q, call, call.metadata.decode, out=out, new=new)
         return True
 
     def _indexed(self, norm: HeadNorm, n_rows: int) -> HeadNorm:
@@ -169,11 +169,11 @@ class TritonKernels(TorchKernels):
         )
 
     def prefill_(self, out: Tensor, call: AttentionCall) -> None:
-        plan, dtype = call.plan, call.q.dtype
-        if "tile_table" not in plan.made:
-            made = prefill_tiles(plan.prefill, call.q.device, dtype)
-            plan.made["tile_table"], plan.made["tile_kv_blocks"] = made.table, made.kv_blocks
-        tables = plan.made["tile_table"], plan.made["tile_kv_blocks"]
+        metadata, dtype = call.metadata, call.q.dtype
+        if "tile_table" not in metadata.made:
+            made = prefill_tiles(metadata.prefill, call.q.device, dtype)
+            metadata.made["tile_table"], metadata.made["tile_kv_blocks"] = made.table, made.kv_blocks
+        tables = metadata.made["tile_table"], metadata.made["tile_kv_blocks"]
         tiles = PrefillTiles(*tables, tokens_of(dtype))
         options = {"scale": call.scale, "window": call.window, "softcap": call.softcap}
         caches = (call.k_cache, call.v_cache)

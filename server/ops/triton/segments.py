@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from server.ops.packed import PackedBlocks
-from server.ops.row_plan import BASE_SLOT, Segment, SlotSegments
+from server.ops.row_mapping import BASE_SLOT, Segment, SlotSegments
 
 DECODE_ROWS = 16  # that a program takes at once where every row is one sequence's new token
 

@@ -10,7 +10,7 @@ from server.deltas.slots import Slot, SlotTable
 
 
 def load(table: SlotTable, key: str, n_bytes: int) -> Slot | None:
-    victims = table.plan(n_bytes)
+    victims = table.victims_for(n_bytes)
     if victims is None:
         return None
     for victim in victims:
@@ -20,22 +20,22 @@ def load(table: SlotTable, key: str, n_bytes: int) -> Slot | None:
     return slot
 
 
-def test_plan_evicts_the_least_recently_used_idle_slot() -> None:
+def test_victims_for_evicts_the_least_recently_used_idle_slot() -> None:
     table = SlotTable(2, 100)
     for key in ("a", "b"):
         load(table, key, 10)
     held = table.acquire("a")
     assert held is not None
     table.release(held)
-    assert [v.key for v in table.plan(10) or []] == ["b"]
+    assert [v.key for v in table.victims_for(10) or []] == ["b"]
 
 
-def test_plan_slots_in_use_are_never_victims() -> None:
+def test_victims_for_slots_in_use_are_never_victims() -> None:
     table = SlotTable(2, 100)
     for key in ("a", "b"):
         load(table, key, 10)
         assert table.acquire(key) is not None
-    assert table.plan(10) is None
+    assert table.victims_for(10) is None
 
 
 def test_acquire_slot_that_is_still_being_stored_is_refused() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from server.ops.choose import choose_kernels
 from server.ops.kernels import Kernels
 from server.ops.packed import PackedBlocks, pack_columns
-from server.ops.row_plan import SlotSegments
+from server.ops.row_mapping import SlotSegments
 
 CPU = torch.device("cpu")
 SHAPES = [

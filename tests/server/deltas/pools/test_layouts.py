@@ -19,9 +19,9 @@ from server.deltas.pools.layouts import layout_of, make_pool
 from server.deltas.upload import SlotUploader
 from server.ops.choose import choose_kernels
 from server.ops.kernels import Kernels, TorchKernels
-from server.ops.row_plan import BASE_SLOT, RowPlan, Segment
-from server.ops.static_row_plan import StaticRows
-from tests.server.ops.test_row_plan import plan_of
+from server.ops.row_mapping import BASE_SLOT, RowMapping, Segment
+from server.ops.static_row_mapping import StaticRowMapping
+from tests.server.ops.test_row_mapping import mapping_of
 
 CPU = torch.device("cpu")
 SHAPES = [(64, 48), (50, 37), (96, 24), (33, 80)]
@@ -100,7 +100,7 @@ def test_array_that_finds_no_memory_to_grow_leaves_the_pool_as_it_was() -> None:
     variants = encode_all(codec, options, shape)
     pool = fill(0, variants[:1], TorchKernels())
     x = random_delta(9, (2, shape[1]))
-    rows = RowPlan([Segment(0, 0, 2)], CPU)
+    rows = RowMapping([Segment(0, 0, 2)], CPU)
     before, arrays = torch.zeros(2, shape[0]), pool.arrays
     pool.add_(before, x, rows)
 
@@ -135,14 +135,14 @@ def test_pool_mixed_batch_equals_dense_products(
     kernels: Kernels,
 ) -> None:
     variants = encode_all(codec, options, shape)
-    plan = plan_of(counts)
-    x = torch.randn(plan.n_rows, shape[1], generator=torch.Generator().manual_seed(9))
+    mapping = mapping_of(counts)
+    x = torch.randn(mapping.n_rows, shape[1], generator=torch.Generator().manual_seed(9))
     for t in range(len(variants[0])):
         pool = fill(t, variants, kernels)
-        y = torch.zeros(plan.n_rows, shape[0])
-        pool.add_(y, x, plan)
+        y = torch.zeros(mapping.n_rows, shape[0])
+        pool.add_(y, x, mapping)
         dense = [terms[t].to_dense().double() for terms in variants]
-        want = expected(x, plan.slot_of_row.tolist(), dense, shape[0])
+        want = expected(x, mapping.slot_of_row.tolist(), dense, shape[0])
         torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-6)
 
 
@@ -151,31 +151,31 @@ def test_pool_embedding_look_up_equals_dense_rows(
     codec: str, options: dict[str, object], shape: tuple[int, int]
 ) -> None:
     variants = encode_all(codec, options, shape)
-    plan = plan_of({-1: 2, 0: 5, 1: 1, 2: 7})
-    ids = torch.randint(0, shape[0], (plan.n_rows,), generator=torch.Generator().manual_seed(1))
+    mapping = mapping_of({-1: 2, 0: 5, 1: 1, 2: 7})
+    ids = torch.randint(0, shape[0], (mapping.n_rows,), generator=torch.Generator().manual_seed(1))
     for t in range(len(variants[0])):
         pool = fill(t, variants, TorchKernels())
-        y = torch.zeros(plan.n_rows, shape[1])
-        pool.add_rows_(y, ids, plan)
-        for row, slot in enumerate(plan.slot_of_row.tolist()):
+        y = torch.zeros(mapping.n_rows, shape[1])
+        pool.add_rows_(y, ids, mapping)
+        for row, slot in enumerate(mapping.slot_of_row.tolist()):
             want = torch.zeros(shape[1]) if slot < 0 else variants[slot][t].to_dense()[ids[row]]
             torch.testing.assert_close(y[row], want, rtol=1e-4, atol=1e-7)
 
 
-def as_data(plan: RowPlan) -> StaticRows:
-    """The plan as a static step sees it, with a padding row and an entry not in use."""
-    slots = torch.cat([plan.slot_of_row, torch.tensor([BASE_SLOT])])
-    entries = [[s.slot, s.start, s.end] for s in plan.segments if s.slot != BASE_SLOT]
+def as_data(mapping: RowMapping) -> StaticRowMapping:
+    """The mapping as a static step sees it, with a padding row and an entry not in use."""
+    slots = torch.cat([mapping.slot_of_row, torch.tensor([BASE_SLOT])])
+    entries = [[s.slot, s.start, s.end] for s in mapping.segments if s.slot != BASE_SLOT]
     table = torch.tensor([*entries, [0, 0, len(slots)]])
     count = torch.tensor([len(entries)], dtype=torch.int32)
-    return StaticRows(slots, table, count, 16, with_deltas=True)
+    return StaticRowMapping(slots, table, count, 16, with_deltas=True)
 
 
 @pytest.mark.parametrize(("codec", "options", "shape"), CASES[::2])
-def test_pool_with_rows_as_data_equals_the_pool_with_a_plan(
+def test_pool_with_rows_as_data_equals_the_pool_with_a_mapping(
     codec: str, options: dict[str, object], shape: tuple[int, int]
 ) -> None:
-    assert_data_equals_plan(encode_all(codec, options, shape), TorchKernels())
+    assert_data_equals_mapping(encode_all(codec, options, shape), TorchKernels())
 
 
 @pytest.mark.parametrize(
@@ -186,27 +186,27 @@ def test_triton_pools_take_rows_as_data(codec: str, options: dict[str, object]) 
     pytest.importorskip("triton")
     from server.ops.triton.kernels import TritonKernels
 
-    assert_data_equals_plan(encode_all(codec, options, (50, 37)), TritonKernels(CPU))
+    assert_data_equals_mapping(encode_all(codec, options, (50, 37)), TritonKernels(CPU))
 
 
-def assert_data_equals_plan(variants: list[tuple[Term, ...]], kernels: Kernels) -> None:
-    """Slot 1 is held by nobody; products and embedding rows, against plain torch and a plan."""
-    plan = plan_of({-1: 2, 0: 1, 1: 3, 2: 4})
+def assert_data_equals_mapping(variants: list[tuple[Term, ...]], kernels: Kernels) -> None:
+    """Slot 1 is held by nobody; products and embedding rows, against plain torch and a mapping."""
+    mapping = mapping_of({-1: 2, 0: 1, 1: 3, 2: 4})
     m, n = variants[0][0].shape
-    x = torch.randn(plan.n_rows + 1, n, generator=torch.Generator().manual_seed(9))
-    ids = torch.randint(0, m, (plan.n_rows + 1,), generator=torch.Generator().manual_seed(1))
+    x = torch.randn(mapping.n_rows + 1, n, generator=torch.Generator().manual_seed(9))
+    ids = torch.randint(0, m, (mapping.n_rows + 1,), generator=torch.Generator().manual_seed(1))
     for t in range(len(variants[0])):
         pool, oracle = fill(t, variants, kernels), fill(t, variants, TorchKernels())
         pool.hide(1)
         oracle.hide(1)
         assert pool.as_data
-        got, want = torch.zeros(plan.n_rows + 1, m), torch.zeros(plan.n_rows, m)
-        pool.add_(got, x, as_data(plan))
-        oracle.add_(want, x[:-1], plan)
+        got, want = torch.zeros(mapping.n_rows + 1, m), torch.zeros(mapping.n_rows, m)
+        pool.add_(got, x, as_data(mapping))
+        oracle.add_(want, x[:-1], mapping)
         torch.testing.assert_close(got[:-1], want, rtol=1e-4, atol=1e-6)
-        got, want = torch.zeros(plan.n_rows + 1, n), torch.zeros(plan.n_rows, n)
-        pool.add_rows_(got, ids, as_data(plan))
-        oracle.add_rows_(want, ids[:-1], plan)
+        got, want = torch.zeros(mapping.n_rows + 1, n), torch.zeros(mapping.n_rows, n)
+        pool.add_rows_(got, ids, as_data(mapping))
+        oracle.add_rows_(want, ids[:-1], mapping)
         torch.testing.assert_close(got[:-1], want, rtol=1e-4, atol=1e-6)
         assert not got[-1].any(), "padding"
 
@@ -231,7 +231,7 @@ def test_impart_place_that_nobody_has_yet_may_hold_anything() -> None:
     for array in pool.arrays:
         array[0].fill_(-(10**9) if not array.is_floating_point() else float("nan"))
     y = torch.zeros(4, 37)
-    pool.add_rows_(y, torch.arange(4), as_data(plan_of({-1: 2, 0: 1})))
+    pool.add_rows_(y, torch.arange(4), as_data(mapping_of({-1: 2, 0: 1})))
     assert not y.any()
 
 
@@ -241,9 +241,9 @@ def test_rows_place_that_nobody_has_yet_may_hold_anything() -> None:
     pool.hide(0)
     for array in pool.arrays:
         array[0].fill_(-(10**9) if array.dtype is torch.int64 else 255)
-    plan = plan_of({-1: 2, 0: 1, 2: 1})
-    x = torch.randn(plan.n_rows, 37, generator=torch.Generator().manual_seed(9))
-    for rows, more in ((plan, 0), (as_data(plan), 1)):
+    mapping = mapping_of({-1: 2, 0: 1, 2: 1})
+    x = torch.randn(mapping.n_rows, 37, generator=torch.Generator().manual_seed(9))
+    for rows, more in ((mapping, 0), (as_data(mapping), 1)):
         y, looked_up = torch.zeros(4 + more, 50), torch.zeros(4 + more, 37)
         pool.add_(y, torch.cat([x, x[:more]]), rows)
         pool.add_rows_(looked_up, torch.arange(4 + more), rows)
@@ -260,9 +260,9 @@ def test_pool_hidden_slot_full_of_nan_is_never_read(kernels: Kernels) -> None:
     place = pool.places[1]
     pool.hide(1)
     pool.arrays[2][place].fill_(float("nan"))  # units
-    plan = plan_of({0: 2, 1: 2, 2: 2})
-    y = torch.zeros(plan.n_rows, 64)
-    pool.add_(y, torch.randn(plan.n_rows, 48), plan)
+    mapping = mapping_of({0: 2, 1: 2, 2: 2})
+    y = torch.zeros(mapping.n_rows, 64)
+    pool.add_(y, torch.randn(mapping.n_rows, 48), mapping)
     assert y.isfinite().all()
     assert not y[2:4].any()
 
@@ -272,8 +272,8 @@ def test_pool_result_does_not_depend_on_neighbours(kernels: Kernels) -> None:
     pool = fill(0, variants, kernels)
     x = torch.randn(6, 48, generator=torch.Generator().manual_seed(2))
     together, alone = torch.zeros(6, 64), torch.zeros(2, 64)
-    pool.add_(together, x, plan_of({0: 2, 1: 2, 2: 2}))
-    pool.add_(alone, x[2:4].contiguous(), plan_of({1: 2}))
+    pool.add_(together, x, mapping_of({0: 2, 1: 2, 2: 2}))
+    pool.add_(alone, x[2:4].contiguous(), mapping_of({1: 2}))
     torch.testing.assert_close(together[2:4], alone, rtol=1e-6, atol=1e-7)
 
 
@@ -295,14 +295,14 @@ def siblings(kernels: Kernels, variants: list[tuple[Term, ...]]) -> list[BlockDi
 def test_shared_blocks_member_without_a_slot_adds_nothing_there(kernels: Kernels) -> None:
     variants = encode_all("blockdiag", {"bits": 4}, (50, 37))
     pools = siblings(kernels, variants)
-    plan = plan_of({-1: 1, 0: 2, 1: 2, 2: 3})
-    x = torch.randn(plan.n_rows, 37, generator=torch.Generator().manual_seed(3))
-    fused = torch.zeros(plan.n_rows, 100)
+    mapping = mapping_of({-1: 1, 0: 2, 1: 2, 2: 3})
+    x = torch.randn(mapping.n_rows, 37, generator=torch.Generator().manual_seed(3))
+    fused = torch.zeros(mapping.n_rows, 100)
     shared = pools[0].shared
     assert shared is not None
-    shared.add_(torch.split(fused, 50, dim=1), x, plan)
+    shared.add_(torch.split(fused, 50, dim=1), x, mapping)
     dense = [terms[0].to_dense().double() for terms in variants]
-    slots = plan.slot_of_row.tolist()
+    slots = mapping.slot_of_row.tolist()
     both = [
         expected(x, slots, dense, 50),
         expected(x, slots, [dense[0], dense[1] * 0, dense[2]], 50),
@@ -313,12 +313,12 @@ def test_shared_blocks_member_without_a_slot_adds_nothing_there(kernels: Kernels
 def test_shared_blocks_one_member_alone_equals_its_own_product(kernels: Kernels) -> None:
     variants = encode_all("blockdiag", {"bits": 3}, (50, 37))
     pools = siblings(kernels, variants)
-    plan = plan_of({0: 2, 1: 1, 2: 70})
-    x = torch.randn(plan.n_rows, 37, generator=torch.Generator().manual_seed(3))
-    y = torch.zeros(plan.n_rows, 50)
-    pools[0].add_(y, x, plan)
+    mapping = mapping_of({0: 2, 1: 1, 2: 70})
+    x = torch.randn(mapping.n_rows, 37, generator=torch.Generator().manual_seed(3))
+    y = torch.zeros(mapping.n_rows, 50)
+    pools[0].add_(y, x, mapping)
     dense = [terms[0].to_dense().double() for terms in variants]
-    want = expected(x, plan.slot_of_row.tolist(), dense, 50)
+    want = expected(x, mapping.slot_of_row.tolist(), dense, 50)
     torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-6)
 
 
@@ -329,11 +329,11 @@ def test_packed_low_rank_pool_takes_variants_of_near_ranks_in_their_stored_bytes
     terms = [lowrank_from_factors(a, b, bits=4) for a, b in factors]
     assert len({layout_of(term) for term in terms}) == 1
     pool = fill(0, [(term,) for term in terms], kernels)
-    plan = plan_of({-1: 2, 0: 1, 1: 3, 2: 9})
-    x = torch.randn(plan.n_rows, 200, generator=torch.Generator().manual_seed(3))
-    y = torch.zeros(plan.n_rows, 300)
-    pool.add_(y, x, plan)
-    want = expected(x, plan.slot_of_row.tolist(), [t.to_dense().double() for t in terms], 300)
+    mapping = mapping_of({-1: 2, 0: 1, 1: 3, 2: 9})
+    x = torch.randn(mapping.n_rows, 200, generator=torch.Generator().manual_seed(3))
+    y = torch.zeros(mapping.n_rows, 300)
+    pool.add_(y, x, mapping)
+    want = expected(x, mapping.slot_of_row.tolist(), [t.to_dense().double() for t in terms], 300)
     torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-6)
     held = sum(part[0].nbytes for part in pool.arrays)
     assert held < 1.05 * sum(part.nbytes for part in terms[1].tensors().values())
@@ -350,14 +350,14 @@ def test_pool_slot_far_up_takes_one_place_and_gives_it_back(codec: str) -> None:
     put(pool, 60, staged)
     pool.show(60)
     assert pool.capacity == capacity <= len(terms)
-    plan = plan_of({0: 2, 2: 1, 60: 3})
-    x = torch.randn(plan.n_rows, 48, generator=torch.Generator().manual_seed(4))
-    y = torch.zeros(plan.n_rows, 64)
-    pool.add_(y, x, plan)
+    mapping = mapping_of({0: 2, 2: 1, 60: 3})
+    x = torch.randn(mapping.n_rows, 48, generator=torch.Generator().manual_seed(4))
+    y = torch.zeros(mapping.n_rows, 64)
+    pool.add_(y, x, mapping)
     dense = {0: terms[0], 2: terms[2], 60: terms[1]}
     want = [
         dense[s][0].to_dense().double() @ x[i].double()
-        for i, s in enumerate(plan.slot_of_row.tolist())
+        for i, s in enumerate(mapping.slot_of_row.tolist())
     ]
     torch.testing.assert_close(y.double(), torch.stack(want), rtol=1e-4, atol=1e-6)
     for slot in (0, 2, 60):
@@ -377,10 +377,10 @@ def test_shared_blocks_free_a_place_when_no_member_holds_it(kernels: Kernels) ->
     put(pools[1], 7, put_again)
     pools[1].show(7)
     assert shared.places[7] == 1
-    plan = plan_of({0: 1, 7: 2})
+    mapping = mapping_of({0: 1, 7: 2})
     x = torch.randn(3, 37, generator=torch.Generator().manual_seed(5))
     fused = torch.zeros(3, 100)
-    shared.add_(torch.split(fused, 50, dim=1), x, plan)
+    shared.add_(torch.split(fused, 50, dim=1), x, mapping)
     dense = variants[1][0].to_dense().double()
     assert not fused[1:, :50].any()
     torch.testing.assert_close(

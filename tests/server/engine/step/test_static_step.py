@@ -19,7 +19,7 @@ pytest.importorskip("triton")  # the references live beside the kernels
 from server.engine.step.static_buffers import DecodeRow, StaticBatch, StaticBuffers, segments_of
 from server.engine.step.static_step import BUCKETS, StaticStep
 from server.errors import ConfigError
-from server.ops.row_plan import Segment
+from server.ops.row_mapping import Segment
 from server.ops.triton.attention import paged_decode_reference
 from server.ops.triton.blockdiag import blockdiag_add_reference_
 from server.ops.triton.norm import rms_norm_reference

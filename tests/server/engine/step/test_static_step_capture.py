@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from server.ops.attention import AttentionCall
 from server.ops.kernels import TorchKernels
 from server.ops.packed import PackedBlocks
-from server.ops.row_plan import RowPlan, SlotSegments
+from server.ops.row_mapping import RowMapping, SlotSegments
 from tests.server.engine.step.test_static_step_parity import HELD
 from tests.server.model.test_base import PROMPTS
 from tests.simulated_cuda.graphs import check_capturable
@@ -62,7 +62,7 @@ class NoKernels(TorchKernels):
     def blockdiag(self, blocks: PackedBlocks) -> Any:
         return NoBlocks()
 
-    def lowrank_add_(self, outputs: Sequence[Tensor], x: Tensor, rows: RowPlan, terms: Any) -> None:
+    def lowrank_add_(self, outputs: Sequence[Tensor], x: Tensor, rows: RowMapping, terms: Any) -> None:
         self._look(rows.by_slot())
 
     impart_add_ = lowrank_add_

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from server.model.norm import find_form
 from server.ops.attention import (
     AttentionCall,
-    AttentionPlan,
+    AttentionMetadata,
     DecodeBatch,
     Rotary,
     paged_attention,
@@ -37,7 +37,7 @@ def close(ours: Tensor, wanted: Tensor) -> None:
     )
 
 
-def plan_for(lengths: list[int], n_prefill: int) -> AttentionPlan:
+def metadata_for(lengths: list[int], n_prefill: int) -> AttentionMetadata:
     """Decode rows first, then a chunk; every sequence on shuffled KV blocks of its own."""
     n_kv_blocks = [-(-n // BLOCK_TOKENS) for n in lengths]
     order = torch.randperm(sum(n_kv_blocks) + 2, generator=torch.Generator().manual_seed(0))
@@ -50,7 +50,7 @@ def plan_for(lengths: list[int], n_prefill: int) -> AttentionPlan:
     ]
     cache_rows += [int(order[-1]) * BLOCK_TOKENS + i for i in range(n_prefill)]
     rows = torch.arange(len(lengths))
-    return AttentionPlan(
+    return AttentionMetadata(
         cache_rows=torch.tensor(cache_rows),
         decode=DecodeBatch(rows, kv_blocks, torch.tensor(lengths)),
         prefill=(),
@@ -71,8 +71,8 @@ def test_decode_and_cache_equal_the_torch_reference(
     window: int | None,
     softcap: float | None,
 ) -> None:
-    plan = plan_for(lengths, n_prefill=3)
-    n_rows, n_kv_blocks = len(lengths) + 3, int(plan.decode.kv_blocks.max()) + 3  # type: ignore[union-attr]
+    metadata = metadata_for(lengths, n_prefill=3)
+    n_rows, n_kv_blocks = len(lengths) + 3, int(metadata.decode.kv_blocks.max()) + 3  # type: ignore[union-attr]
     generator = torch.Generator().manual_seed(1)
     k_cache = torch.randn(n_kv_blocks + 9, BLOCK_TOKENS, kv_heads, dim, generator=generator).to(
         dtype
@@ -84,7 +84,7 @@ def test_decode_and_cache_equal_the_torch_reference(
     results = []
     for chosen in (TorchKernels(), kernels):
         caches = k_cache.clone(), v_cache.clone()
-        call = AttentionCall(q, k, v, *caches, plan, 0.3, window, softcap)
+        call = AttentionCall(q, k, v, *caches, metadata, 0.3, window, softcap)
         out = paged_attention(call, chosen)[: len(lengths)]
         results.append((out, *caches))
     (wanted, *written), (ours, *also) = results
@@ -94,11 +94,11 @@ def test_decode_and_cache_equal_the_torch_reference(
 
 
 def test_decode_one_sequence_of_nan_spoils_no_other(kernels: NumbaKernels) -> None:
-    plan = plan_for([6, 6, 6, 6, 6], n_prefill=0)
+    metadata = metadata_for([6, 6, 6, 6, 6], n_prefill=0)
     q, k, v = (torch.randn(5, 2, 16) for _ in range(3))
     q[2], k[2] = float("nan"), float("nan")
     caches = [torch.randn(12, BLOCK_TOKENS, 2, 16) for _ in range(2)]
-    out = paged_attention(AttentionCall(q, k, v, *caches, plan, 0.25), kernels)
+    out = paged_attention(AttentionCall(q, k, v, *caches, metadata, 0.25), kernels)
     assert out[2].isnan().all()
     assert out[[0, 1, 3, 4]].isfinite().all()
 
@@ -132,10 +132,10 @@ def test_rotate_and_write_slices_of_one_tensor_equal_the_element_loop(
     angles = torch.randn(n, rotated, generator=generator)
     rotary = Rotary(angles.cos().to(dtype), angles.sin().to(dtype))
     cache_rows = torch.randperm(5 * BLOCK_TOKENS, generator=generator)[:n]
-    plan = AttentionPlan(cache_rows=cache_rows, decode=None, prefill=())
+    metadata = AttentionMetadata(cache_rows=cache_rows, decode=None, prefill=())
     caches = [torch.zeros(5, BLOCK_TOKENS, kv_heads, dim, dtype=dtype) for _ in range(2)]
     old_q, old_k, old_v = (t.clone() for t in (q, k, v))
-    chosen.rotate_and_write_(AttentionCall(q, k, v, *caches, plan, 1.0, rotary=rotary))
+    chosen.rotate_and_write_(AttentionCall(q, k, v, *caches, metadata, 1.0, rotary=rotary))
     close(q, turned(old_q, rotary.cos, rotary.sin).to(dtype))
     close(k, turned(old_k, rotary.cos, rotary.sin).to(dtype))
     assert torch.equal(v, old_v)
@@ -146,10 +146,10 @@ def test_rotate_and_write_slices_of_one_tensor_equal_the_element_loop(
 
 def test_rotate_and_write_strided_last_axis_is_refused(kernels: NumbaKernels) -> None:
     q = torch.randn(3, 16, 2).transpose(1, 2)
-    plan = AttentionPlan(cache_rows=torch.arange(3), decode=None, prefill=())
+    metadata = AttentionMetadata(cache_rows=torch.arange(3), decode=None, prefill=())
     caches = [torch.zeros(1, BLOCK_TOKENS, 2, 16) for _ in range(2)]
     with pytest.raises(ValueError, match="contiguous"):
-        kernels.rotate_and_write_(AttentionCall(q, q, q, *caches, plan, 1.0))
+        kernels.rotate_and_write_(AttentionCall(q, q, q, *caches, metadata, 1.0))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

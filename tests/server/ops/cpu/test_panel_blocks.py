@@ -14,7 +14,7 @@ from server.ops.cpu.linear import LinearKernel, PanelLinear
 from server.ops.cpu.parallel import Parallel
 from server.ops.linear import BlockShare, LinearOp
 from server.ops.packed import PackedBlocks
-from server.ops.row_plan import RowPlan, Segment
+from server.ops.row_mapping import RowMapping, Segment
 from tests.server.ops.test_blockdiag import dense, make
 
 CPU = torch.device("cpu")
@@ -39,12 +39,12 @@ def kernels() -> tuple[LinearKernel, BlockDiagKernel]:
     return LinearKernel(parallel), BlockDiagKernel(parallel)
 
 
-def plan_of(segments: tuple[tuple[int, int], ...]) -> RowPlan:
+def mapping_of(segments: tuple[tuple[int, int], ...]) -> RowMapping:
     found, start = [], 0
     for slot, n in segments:
         found.append(Segment(slot, start, start + n))
         start += n
-    return RowPlan(found, CPU)
+    return RowMapping(found, CPU)
 
 
 def packed(
@@ -86,10 +86,10 @@ def test_joined_product_equals_float64_rounded_once(
     first: int,
 ) -> None:
     blocks = packed(s, sizes, n, bits)
-    weight, plan = random(first + sum(sizes) + 5, n), plan_of(SEGMENTS)
-    x = random(plan.n_rows, n, seed=1)
+    weight, mapping = random(first + sum(sizes) + 5, n), mapping_of(SEGMENTS)
+    x = random(mapping.n_rows, n, seed=1)
     op = NumbaBlockDiag(kernels[1], blocks)
-    share = BlockShare(op, sizes, first, plan, PLACES)
+    share = BlockShare(op, sizes, first, mapping, PLACES)
     want = wanted(x, weight, share, blocks)
     got = PanelLinear(kernels[0], weight).with_blocks(x, [share])
     largest = x.double().abs() @ weight.double().abs().T
@@ -100,14 +100,14 @@ def test_joined_product_equals_float64_rounded_once(
 def test_joined_product_of_several_sets_equals_one_after_the_other(
     kernels: tuple[LinearKernel, BlockDiagKernel],
 ) -> None:
-    weight, plan = random(120, 48), plan_of(SEGMENTS)
-    x = random(plan.n_rows, 48, seed=1)
+    weight, mapping = random(120, 48), mapping_of(SEGMENTS)
+    x = random(mapping.n_rows, 48, seed=1)
     shares = [
         BlockShare(
             NumbaBlockDiag(kernels[1], packed(s, sizes, 48, bits, slot_map(at))),
             sizes,
             first,
-            plan,
+            mapping,
             frozenset(at),
         )
         for s, sizes, bits, first, at in (
@@ -130,7 +130,7 @@ def test_joined_rows_result_does_not_depend_on_the_batch(
     deltas = NumbaBlockDiag(kernels[1], packed(16, (96, 32, 32), 256, 4))
 
     def product(x: Tensor, *segments: tuple[int, int]) -> Tensor:
-        share = BlockShare(deltas, (96, 32, 32), 0, plan_of(segments), PLACES)
+        share = BlockShare(deltas, (96, 32, 32), 0, mapping_of(segments), PLACES)
         return op.with_blocks(x, [share])
 
     x = random(230, 256, seed=1)
@@ -145,14 +145,14 @@ def test_joined_row_of_infinities_spoils_no_other_row(
     kernels: tuple[LinearKernel, BlockDiagKernel], s: int
 ) -> None:
     deltas = NumbaBlockDiag(kernels[1], packed(s, (50,), 48, 4))
-    op, plan = PanelLinear(kernels[0], random(50, 48)), plan_of(SEGMENTS)
-    x = random(plan.n_rows, 48, seed=1)
-    share = BlockShare(deltas, (50,), 0, plan, PLACES)
+    op, mapping = PanelLinear(kernels[0], random(50, 48)), mapping_of(SEGMENTS)
+    x = random(mapping.n_rows, 48, seed=1)
+    share = BlockShare(deltas, (50,), 0, mapping, PLACES)
     clean = op.with_blocks(x, [share])
     for bad in (3, 9, 26):
         spoilt = x.clone()
         spoilt[bad, :7] = float("inf")
         got = op.with_blocks(spoilt, [share])
-        others = torch.arange(plan.n_rows) != bad
+        others = torch.arange(mapping.n_rows) != bad
         assert torch.equal(got[others], clean[others])
         assert not bool(got[bad].isfinite().any())

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server.ops import attention
-from server.ops.attention import AttentionCall, AttentionPlan, PrefillChunk
+from server.ops.attention import AttentionCall, AttentionMetadata, PrefillChunk
 from server.ops.cpu.kernels import NumbaKernels
 from server.ops.cpu.parallel import Parallel
 from server.ops.cpu.prefill import PrefillKernel
@@ -55,8 +55,8 @@ def make_call(
     caches = torch.randn(2, sum(n_kv_blocks), block_tokens, kv_heads, dim, generator=generator).to(
         dtype
     )
-    plan = AttentionPlan(torch.tensor(cache_rows), None, tuple(prefill))
-    call = AttentionCall(q, k, v, caches[0], caches[1], plan, 0.3, window, softcap)
+    metadata = AttentionMetadata(torch.tensor(cache_rows), None, tuple(prefill))
+    call = AttentionCall(q, k, v, caches[0], caches[1], metadata, 0.3, window, softcap)
     attention.rotate_and_write_(call)
     return call
 
@@ -64,7 +64,7 @@ def make_call(
 def softmax_in_float64(call: AttentionCall) -> Tensor:
     out = torch.empty(call.q.shape, dtype=torch.float64)
     repeats = call.q.shape[1] // call.k_cache.shape[2]
-    for chunk in call.plan.prefill:
+    for chunk in call.metadata.prefill:
         n = chunk.context + chunk.end - chunk.start
         k, v = (
             cache[chunk.kv_blocks].flatten(0, 1)[:n].double().repeat_interleave(repeats, 1)
@@ -126,7 +126,7 @@ def test_prefill_scores_of_any_size_neither_overflow_nor_vanish(kernel: PrefillK
 
 def test_prefill_one_prompt_of_nan_spoils_no_other(kernel: PrefillKernel) -> None:
     call = make_call([(20, 0), (20, 0), (20, 0)])
-    call.k_cache[call.plan.prefill[1].kv_blocks] = float("nan")
+    call.k_cache[call.metadata.prefill[1].kv_blocks] = float("nan")
     out = computed(kernel, call)
     assert out[20:40].isnan().all()
     assert out[:20].isfinite().all()
@@ -135,9 +135,9 @@ def test_prefill_one_prompt_of_nan_spoils_no_other(kernel: PrefillKernel) -> Non
 
 def test_prefill_decode_rows_beside_it_are_left_alone(kernel: PrefillKernel) -> None:
     call = make_call([(3, 0), (9, 4)])
-    first, second = call.plan.prefill
-    plan = AttentionPlan(call.plan.cache_rows, None, (second,))
-    call = AttentionCall(call.q, call.k, call.v, call.k_cache, call.v_cache, plan, call.scale)
+    first, second = call.metadata.prefill
+    metadata = AttentionMetadata(call.metadata.cache_rows, None, (second,))
+    call = AttentionCall(call.q, call.k, call.v, call.k_cache, call.v_cache, metadata, call.scale)
     out = computed(kernel, call)
     assert out[first.start : first.end].isnan().all()
     assert out[second.start : second.end].isfinite().all()

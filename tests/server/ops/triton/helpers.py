@@ -8,7 +8,7 @@ from torch import Tensor
 from compressor.codecs.blockdiag import BlockDiagTerm
 from compressor.codecs.quantize import to_half
 from server.ops.packed import PackedBlocks, pack_columns, packed_rows
-from server.ops.row_plan import BASE_SLOT, Segment
+from server.ops.row_mapping import BASE_SLOT, Segment
 
 CPU = torch.device("cpu")
 CANARY = 12345.0

@@ -10,7 +10,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from server.ops.attention import AttentionCall, AttentionPlan, HeadNorm, PrefillChunk, prefill_
+from server.ops.attention import AttentionCall, AttentionMetadata, HeadNorm, PrefillChunk, prefill_
 from server.ops.norm import RmsForm
 from server.ops.triton.attention import NewTokens, paged_decode, paged_decode_reference
 from server.ops.triton.norm import rms_norm_reference
@@ -212,7 +212,7 @@ def test_prefill_chunks_equal_softmax_over_own_tokens(
             want = softmax_over(q[at], keys[:seen], values[:seen], window, softcap)
             torch.testing.assert_close(got[at].double(), want, rtol=1e-4, atol=1e-5)
     reference = torch.full_like(q, 7.0)
-    plan = AttentionPlan(torch.zeros(row, dtype=torch.int64), None, tuple(chunks))
+    metadata = AttentionMetadata(torch.zeros(row, dtype=torch.int64), None, tuple(chunks))
     caches = (torch.nan_to_num(k_cache), torch.nan_to_num(v_cache))  # torch reads whole KV blocks
-    prefill_(reference, AttentionCall(q, k, v, *caches, plan, scale, window, softcap))
+    prefill_(reference, AttentionCall(q, k, v, *caches, metadata, scale, window, softcap))
     torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-5)

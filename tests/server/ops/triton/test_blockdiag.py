@@ -7,12 +7,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from server.ops.row_plan import RowPlan
+from server.ops.row_mapping import RowMapping
 from server.ops.triton import compat
 from server.ops.triton.blockdiag import (
     blockdiag_add_,
     blockdiag_add_reference_,
-    plan_kernel,
+    block_kernel,
 )
 from server.ops.triton.segments import from_table, gathers, segment_arrays
 from tests.server.ops.triton.helpers import (
@@ -58,7 +58,7 @@ def test_kernel_mixed_batch_equals_dense_products(
     arrays = segment_arrays(segments, 16, CPU)
     reference = y.clone()
     blockdiag_add_reference_(reference.split(sizes, 1), x, arrays, blocks, present)
-    blockdiag_add_(y.split(sizes, 1), x, arrays, blocks, plan_kernel(blocks), present)
+    blockdiag_add_(y.split(sizes, 1), x, arrays, blocks, block_kernel(blocks), present)
     torch.testing.assert_close(y.double(), want, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(reference.double(), want, rtol=1e-5, atol=1e-5)
     assert_guard_intact(whole, rows, sum(sizes))
@@ -75,7 +75,7 @@ def test_kernel_half_precision_stays_within_a_rounding(bits: int, dtype: torch.d
     dense = {slot: terms[0].to_dense() for slot, terms in variants.items()}
     want = expected(y, x, segments, dense)
     before = y.clone()
-    blockdiag_add_([y], x, segment_arrays(segments, 16, CPU), blocks, plan_kernel(blocks), present)
+    blockdiag_add_([y], x, segment_arrays(segments, 16, CPU), blocks, block_kernel(blocks), present)
     step = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}[dtype]
     # one rounding of the sum (truncation under the interpreter), one of each 16-bit value
     bound = step * (want.abs() + (want - before.double()).abs() + (0.5 if bits == 16 else 1e-3))
@@ -88,12 +88,12 @@ def test_prefill_tiles_and_the_engines_table_equal_decode_tiles() -> None:
     blocks, present = pack(variants, 2)
     segments = segments_of([(-1, 5), (0, 70), (1, 33)])
     x = torch.randn(108, 64, generator=generator(1))
-    table = RowPlan(segments, CPU).table(frozenset({(0, 0), (1, 1)}))
+    table = RowMapping(segments, CPU).table(frozenset({(0, 0), (1, 1)}))
     results = []
     for tile_rows in (16, 64):
         for arrays in (segment_arrays(segments, tile_rows, CPU), from_table(table, tile_rows)):
             y = torch.zeros(108, 40)
-            kernel = plan_kernel(blocks, prefill=tile_rows == 64)
+            kernel = block_kernel(blocks, prefill=tile_rows == 64)
             blockdiag_add_([y], x, arrays, blocks, kernel, present)
             results.append(y)
     for other in results[1:]:
@@ -107,7 +107,7 @@ def test_a_matrix_left_out_is_untouched() -> None:
     y = torch.zeros(2, 64)
     parts = list(y.split((32, 16, 16), 1))
     arrays = segment_arrays(segments_of([(0, 2)]), 16, CPU)
-    blockdiag_add_([None, parts[1], None], x, arrays, blocks, plan_kernel(blocks), present)
+    blockdiag_add_([None, parts[1], None], x, arrays, blocks, block_kernel(blocks), present)
     want = x.double() @ terms[1].to_dense().double().T
     torch.testing.assert_close(parts[1].double(), want, rtol=1e-5, atol=1e-5)
     assert bool((parts[0] == 0).all())
@@ -127,7 +127,7 @@ def test_absent_slots_and_padding_entries_are_never_read() -> None:
     padded.slots[2] = -1
     x = torch.randn(5, 32, generator=generator(3))
     y = torch.zeros(5, 32)
-    blockdiag_add_([y], x, padded, blocks, plan_kernel(blocks), present)
+    blockdiag_add_([y], x, padded, blocks, block_kernel(blocks), present)
     assert bool((y[2:4] != 0).any())
     assert bool((y[[0, 1, 4]] == 0).all())
 
@@ -137,7 +137,7 @@ def test_a_row_does_not_depend_on_who_shares_the_batch() -> None:
     blocks, present = pack(variants, 4)
     x = torch.randn(6, 40, generator=generator(3))
     together, alone = torch.zeros(6, 32), torch.zeros(6, 32)
-    kernel = plan_kernel(blocks)
+    kernel = block_kernel(blocks)
     segments = segments_of([(0, 1), (1, 2), (2, 1), (3, 2)])
     blockdiag_add_([together], x, segment_arrays(segments, 16, CPU), blocks, kernel, present)
     for segment in segments:

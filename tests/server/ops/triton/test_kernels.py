@@ -15,7 +15,7 @@ import triton
 
 from server.ops.attention import (
     AttentionCall,
-    AttentionPlan,
+    AttentionMetadata,
     DecodeBatch,
     HeadNorm,
     Rotary,
@@ -23,7 +23,7 @@ from server.ops.attention import (
 from server.ops.blockdiag import TorchBlockDiag
 from server.ops.kernels import Kernels, TorchKernels
 from server.ops.norm import RmsForm
-from server.ops.row_plan import RowPlan, SlotSegments
+from server.ops.row_mapping import RowMapping, SlotSegments
 from server.ops.selfcheck import check_kernels
 from server.ops.triton.kernels import TritonKernels
 from tests.server.ops.triton.helpers import CPU, generator, pack, random_term, segments_of
@@ -35,7 +35,7 @@ def test_blockdiag_op_equals_the_torch_op(counts: list[tuple[int, int]]) -> None
     sizes = (24, 16)
     variants = {s: [random_term((m, 30), 2, 4, s + m) for m in sizes] for s in (0, 2)}
     blocks, _ = pack(variants, 3)
-    table = RowPlan(segments_of(counts), CPU).table(frozenset({(0, 0), (2, 2)}))
+    table = RowMapping(segments_of(counts), CPU).table(frozenset({(0, 0), (2, 2)}))
     rows = sum(n for _, n in counts)
     x = torch.randn(rows, 30, generator=generator(0))
     want, got = torch.zeros(rows, 40), torch.zeros(rows, 40)
@@ -76,11 +76,11 @@ def test_add_rms_norm_of_any_form_equals_the_torch_op(form: RmsForm, index: Tens
 def test_rotate_and_decode_norms_of_two_forms_are_left_to_others() -> None:
     x, cache = torch.randn(1, 2, 16), torch.zeros(1, 4, 2, 16)
     decode = DecodeBatch(torch.arange(1), torch.zeros(1, 1).int(), torch.ones(1).int())
-    plan = AttentionPlan(torch.zeros(1).long(), decode, ())
+    metadata = AttentionMetadata(torch.zeros(1).long(), decode, ())
     norms = [HeadNorm(torch.ones(1, 16), None, RmsForm(eps, 0.0, True)) for eps in (1e-5, 1e-3)]
     rotary = Rotary(torch.ones(1, 16), torch.zeros(1, 16))
     for chosen, done in (((norms[0], norms[1]), False), ((norms[1], norms[1]), True)):
-        call = AttentionCall(x, x, x, cache, cache.clone(), plan, 1.0, rotary=rotary, norms=chosen)
+        call = AttentionCall(x, x, x, cache, cache.clone(), metadata, 1.0, rotary=rotary, norms=chosen)
         assert TritonKernels(CPU).rotate_and_decode_(torch.zeros(1, 2, 16), call) == done
         assert bool(cache.any()) == done
 

@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 from server.ops.kernels import TorchKernels
 from server.ops.lowrank import HeldLowRank, PackedLowRank
 from server.ops.packed import pack_columns, packed_rows
-from server.ops.row_plan import Segment
-from server.ops.static_row_plan import StaticRows
+from server.ops.row_mapping import Segment
+from server.ops.static_row_mapping import StaticRowMapping
 from server.ops.triton import lowrank
 from server.ops.triton.kernels import TritonKernels
 from server.ops.triton.packed_lowrank import packed_lowrank_add_, packed_lowrank_add_reference_
@@ -135,11 +135,11 @@ def test_static_step_poisoned_padding_is_neither_read_nor_written(bits: int) -> 
     table = torch.tensor([*used, (0, 4, 6), (3, 0, 6)])  # the last two are not in use
     slots = torch.tensor([0, 3, 3, 1, -1, -1])
     count = torch.tensor([len(segments)], dtype=torch.int32)
-    plan = StaticRows(slots, table, count, 2, with_deltas=True)
+    mapping = StaticRowMapping(slots, table, count, 2, with_deltas=True)
     x = torch.randn(6, n, generator=generator(2))
     x[4:] = float("nan")
     y = torch.zeros(6, sum(sizes))
     want = wanted(y.split(sizes, 1), x, segments, heads)
     terms = [HeldLowRank(head.factors, frozenset()) for head in heads]
-    TritonKernels(CPU).packed_lowrank_add_(y.split(sizes, 1), x, plan, terms)
+    TritonKernels(CPU).packed_lowrank_add_(y.split(sizes, 1), x, mapping, terms)
     torch.testing.assert_close(y.double(), want, rtol=1e-4, atol=1e-4)

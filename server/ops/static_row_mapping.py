@@ -1,14 +1,14 @@
-"""A step whose rows are data: what a captured graph reads instead of Python's `RowPlan`."""
+"""A step whose rows are data: what a captured graph reads instead of Python's `RowMapping`."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from server.ops.row_plan import BASE_SLOT, Places, RowPlan, SlotRun, SlotSegments
+from server.ops.row_mapping import BASE_SLOT, Places, RowMapping, SlotRun, SlotSegments
 
 
-class StaticRows(RowPlan):
+class StaticRowMapping(RowMapping):
     """T rows, padding included, whose slots only the device knows.
 
     slot_of_row  int64 [T], -1 for the base and for padding

@@ -1,4 +1,4 @@
-"""Which rows of a batch belong to which slot, planned once per engine step.
+"""Which rows of a batch belong to which slot, made once per engine step.
 
 Rows are sorted by slot (base first, slot -1), so one variant's rows are contiguous: a segment.
 Grouped delta ops work on runs: consecutive slots whose rows are padded to a common width, so that
@@ -73,7 +73,7 @@ class SlotSegments:
         return rows
 
 
-class RowPlan:
+class RowMapping:
     """The segments of one batch, and the runs derived from them (cached: every layer asks)."""
 
     def __init__(self, segments: Sequence[Segment], device: torch.device) -> None:
@@ -94,7 +94,7 @@ class RowPlan:
 
     @property
     def as_data(self) -> bool:
-        """Whether the segments are known to the device only (`static_row_plan`)."""
+        """Whether the segments are known to the device only (`static_row_mapping`)."""
         return False
 
     @property

@@ -1,4 +1,4 @@
-"""Row plans against a direct reading of the segments."""
+"""Row mappings against a direct reading of the segments."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.ops.row_plan import Places, RowPlan, Segment, add_rows_, pad_rows
+from server.ops.row_mapping import Places, RowMapping, Segment, add_rows_, pad_rows
 
 CPU = torch.device("cpu")
 
 
-def plan_of(counts: dict[int, int]) -> RowPlan:
+def mapping_of(counts: dict[int, int]) -> RowMapping:
     segments, end = [], 0
     for slot in sorted(counts):
         segments.append(Segment(slot, end, end + counts[slot]))
         end += counts[slot]
-    return RowPlan(segments, CPU)
+    return RowMapping(segments, CPU)
 
 
 def own_places(slots: Iterable[int]) -> Places:
@@ -31,14 +31,14 @@ batches = st.dictionaries(st.integers(-1, 9), st.integers(1, 12), min_size=1, ma
 
 @given(batches, st.sets(st.integers(0, 9)))
 def test_runs_any_batch_cover_present_rows_once(counts: dict[int, int], present: set[int]) -> None:
-    plan = plan_of(counts)
-    x = torch.arange(plan.n_rows, dtype=torch.float32).unsqueeze(1) + 1
+    mapping = mapping_of(counts)
+    x = torch.arange(mapping.n_rows, dtype=torch.float32).unsqueeze(1) + 1
     y = torch.zeros_like(x)
-    for run in plan.runs(own_places(present)):
+    for run in mapping.runs(own_places(present)):
         padded = pad_rows(x, run)
         assert padded.shape == (run.n_slots, run.width, 1)
         add_rows_(y, padded.flatten(0, 1), run)
-    wanted = torch.tensor([s in present for s in plan.slot_of_row.tolist()]).unsqueeze(1)
+    wanted = torch.tensor([s in present for s in mapping.slot_of_row.tolist()]).unsqueeze(1)
     torch.testing.assert_close(y, torch.where(wanted, x, 0.0))
 
 
@@ -46,11 +46,11 @@ def test_runs_any_batch_cover_present_rows_once(counts: dict[int, int], present:
 def test_runs_any_batch_place_each_row_under_its_own_slot(
     counts: dict[int, int], present: set[int]
 ) -> None:
-    plan = plan_of(counts)
-    slots = plan.slot_of_row.float().unsqueeze(1)
-    for run in plan.runs(own_places(present)):
+    mapping = mapping_of(counts)
+    slots = mapping.slot_of_row.float().unsqueeze(1)
+    for run in mapping.runs(own_places(present)):
         padded = pad_rows(slots, run)
-        y = torch.full((plan.n_rows, 1), -7.0)
+        y = torch.full((mapping.n_rows, 1), -7.0)
         own = torch.arange(run.place, run.place + run.n_slots).float().view(-1, 1, 1)
         marked = own.expand(run.n_slots, run.width, 1)
         add_rows_(y, (marked + 7).flatten(0, 1), run)
@@ -59,20 +59,20 @@ def test_runs_any_batch_place_each_row_under_its_own_slot(
 
 
 def test_runs_one_long_segment_among_short_ones_is_not_padded_over() -> None:
-    plan = plan_of({0: 1, 1: 1, 2: 200, 3: 1})
-    padded = sum(r.n_slots * r.width for r in plan.runs(own_places(range(4))))
+    mapping = mapping_of({0: 1, 1: 1, 2: 200, 3: 1})
+    padded = sum(r.n_slots * r.width for r in mapping.runs(own_places(range(4))))
     assert padded <= 2 * 203
 
 
 def test_vector_index_absent_slot_reads_the_base_row() -> None:
-    plan = plan_of({-1: 1, 0: 2, 3: 1})
-    assert plan.vector_index(frozenset({3}), 5).tolist() == [0, 0, 0, 4]
+    mapping = mapping_of({-1: 1, 0: 2, 3: 1})
+    assert mapping.vector_index(frozenset({3}), 5).tolist() == [0, 0, 0, 4]
 
 
 def test_table_names_places_and_leaves_out_slots_without_one() -> None:
-    plan = plan_of({-1: 2, 3: 1, 5: 4, 9: 2})
-    table = plan.table(frozenset({(3, 1), (9, 0), (4, 7)}))
+    mapping = mapping_of({-1: 2, 3: 1, 5: 4, 9: 2})
+    table = mapping.table(frozenset({(3, 1), (9, 0), (4, 7)}))
     assert table.table.tolist() == [[1, 2, 3], [0, 7, 9]]
     assert (table.n, table.longest) == (2, 2)
-    rows = plan.place_of_row(frozenset({(3, 1), (5, 2)}))
+    rows = mapping.place_of_row(frozenset({(3, 1), (5, 2)}))
     assert rows.tolist() == [0, 0, 1, 2, 2, 2, 2, 0, 0]
