@@ -3,7 +3,7 @@
     python -m benchmarks.host --step-ms 6 --rows 32 64        # the engine alone, both ways in turn
     python -m benchmarks.host --serve BASE --port 8000        # a server, for benchmarks.serve
 
-A GPU decodes while Python plans, samples and answers; without one, a thread that sleeps stands in
+A GPU decodes while Python schedules, samples and answers; without one, a thread that sleeps stands in
 for it: the engine (scheduler, KV block tables, sampler, bookkeeping, over static buffers) is the
 server's own, what is computed is not. So tokens are meaningless and times are the host's:
 ``async_scheduling`` on and off against the device's own time.
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.engine import Engine, make_engine
-from benchmarks.gpu.plan import SMALL
+from benchmarks.gpu.scope import SMALL
 from benchmarks.gpu.timing import seconds_of
 from server.engine.core import EngineCore
 from server.engine.llm_engine import LLMEngine
@@ -102,9 +102,9 @@ def put_to_sleep(core: EngineCore, step_s: float, max_rows: int) -> None:
 
 def decoding(n_rows: int, step_s: float, *, ahead: bool) -> Engine:
     """An engine with so many rows decoding."""
-    plan = replace(SMALL, batch=n_rows, variants=(1,), context=CONTEXT, n_steps=1)
-    plan = replace(plan, shape=replace(plan.shape, vocab=VOCAB))
-    engine = make_engine(plan)
+    scope = replace(SMALL, batch=n_rows, variants=(1,), context=CONTEXT, n_steps=1)
+    scope = replace(scope, shape=replace(scope.shape, vocab=VOCAB))
+    engine = make_engine(scope)
     engine.core._lookahead.enabled = ahead
     put_to_sleep(engine.core, step_s, n_rows + 8)
     engine.start(n_rows, [])

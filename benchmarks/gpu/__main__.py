@@ -32,7 +32,7 @@ from benchmarks.gpu.decoder_section import steps
 from benchmarks.gpu.device_section import device
 from benchmarks.gpu.engine_section import serve
 from benchmarks.gpu.kernel_section import kernels, parts
-from benchmarks.gpu.plan import FULL, SMALL, Plan
+from benchmarks.gpu.scope import FULL, SMALL, Scope
 from benchmarks.gpu.report import Report, facts_path
 from benchmarks.gpu.targets import target_table
 from server.ops.triton.compat import INTERPRET
@@ -48,20 +48,20 @@ class Section:
     limit_s  of wall time, then it is cut off for the others' sake
     """
 
-    run: Callable[[Plan, Report], bool]
+    run: Callable[[Scope, Report], bool]
     limit_s: float
 
 
-def sections(plan: Plan) -> dict[str, Section]:
+def sections(scope: Scope) -> dict[str, Section]:
     """By name; after what all of them need, what matters most first."""
-    first, *others = plan.served
+    first, *others = scope.served
     found = {"compile": Section(compile_ahead, OTHER_S), "device": Section(device, OTHER_S)}
     found["engine"] = Section(partial(serve, codec=first, loads=True), ENGINE_S)
-    for part in parts(plan):
+    for part in parts(scope):
         found[f"kernels-{part}"] = Section(partial(kernels, part=part), KERNELS_S)
     for number, codec in enumerate(others, 2):
         found[f"engine-{number}"] = Section(partial(serve, codec=codec), ENGINE_S)
-    int8 = partial(serve, codec=plan.served[-1], base_quant="int8")
+    int8 = partial(serve, codec=scope.served[-1], base_quant="int8")
     found["engine-int8"] = Section(int8, ENGINE_S)
     found["decoder"] = Section(partial(steps, codec=first), OTHER_S)
     return found
@@ -97,7 +97,7 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def parse() -> tuple[argparse.Namespace, Plan]:
+def parse() -> tuple[argparse.Namespace, Scope]:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tiny", action="store_true", help="on the CPU, to see that it runs")
     parser.add_argument("--out", type=Path, default=Path("gpu-results.md"), help="appended to")
@@ -112,23 +112,23 @@ def parse() -> tuple[argparse.Namespace, Plan]:
 
 
 def main() -> int:
-    arguments, plan = parse()
+    arguments, scope = parse()
     if arguments.section is not None:
         torch.manual_seed(0)
-        section = sections(plan)[arguments.section]
-        return 0 if section.run(plan, Report(arguments.out)) else 1
+        section = sections(scope)[arguments.section]
+        return 0 if section.run(scope, Report(arguments.out)) else 1
     facts_path(arguments.out).unlink(missing_ok=True)
     end = time.monotonic() + 60 * arguments.minutes
     failed = [
         name
-        for name, section in sections(plan).items()
+        for name, section in sections(scope).items()
         if not run_apart(name, arguments, end - time.monotonic(), section.limit_s)
     ]
     report = Report(arguments.out)
     report.line(
         f"\nFailed sections: {', '.join(failed)}" if failed else "\nEvery section went right."
     )
-    target_table(plan, report, arguments.out)
+    target_table(scope, report, arguments.out)
     return 1 if failed else 0
 
 

@@ -31,7 +31,7 @@ from benchmarks.gpu.disk import folder_on_disk
 from benchmarks.gpu.engine import make_engine
 from benchmarks.gpu.engine_section import make_ready
 from benchmarks.gpu.offline import without_device
-from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.scope import Scope
 from benchmarks.gpu.random_model import write_random_delta
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.shapes import Codec
@@ -122,60 +122,60 @@ class Switched:
         return getattr(self.inner, name)
 
 
-def walks(plan: Plan) -> dict[str, Callable[[], object]]:
+def walks(scope: Scope) -> dict[str, Callable[[], object]]:
     """By name, what makes a section's launches on the CPU, those of the first sections first. An
     8-bit base adds few to its codec's.
     """
     here = replace(
-        plan,
-        shape=replace(plan.shape, layers=1, vocab=VOCABULARY),
+        scope,
+        shape=replace(scope.shape, layers=1, vocab=VOCABULARY),
         device=CPU,
         n_steps=1,
         copy_bytes=LARGE,
     )
     found: dict[str, Callable[[], object]] = {
-        "engine": partial(_engine, here, plan.served[0]),
-        "check": partial(_check, plan),
+        "engine": partial(_engine, here, scope.served[0]),
+        "check": partial(_check, scope),
     }
-    for part in spec_parts(plan.shape, plan.codecs, plan.sizes):
-        found[f"kernels-{part}"] = partial(_specs, plan, part)
-    for number, codec in enumerate(plan.served[1:], 2):
+    for part in spec_parts(scope.shape, scope.codecs, scope.sizes):
+        found[f"kernels-{part}"] = partial(_specs, scope, part)
+    for number, codec in enumerate(scope.served[1:], 2):
         found[f"engine-{number}"] = partial(_engine, here, codec)
     found["decoder"] = partial(_decoder, here)
     return found
 
 
-def launches(plan: Plan, name: str, arch: int) -> list[Job]:
+def launches(scope: Scope, name: str, arch: int) -> list[Job]:
     """Of one of `walks`."""
     with noting(arch) as jobs:
-        walks(plan)[name]()
+        walks(scope)[name]()
     return jobs
 
 
-def _check(plan: Plan) -> None:
+def _check(scope: Scope) -> None:
     with suppress(ValueError):  # nothing was computed, so all is wrong
-        check_kernels(TritonKernels(CPU), CPU, plan.dtype)
+        check_kernels(TritonKernels(CPU), CPU, scope.dtype)
 
 
-def _specs(plan: Plan, part: str) -> None:
-    place = Place(CPU, plan.dtype)
+def _specs(scope: Scope, part: str) -> None:
+    place = Place(CPU, scope.dtype)
     with Skipping():
-        for spec in spec_parts(plan.shape, plan.codecs, plan.sizes)[part]:
+        for spec in spec_parts(scope.shape, scope.codecs, scope.sizes)[part]:
             spec.make(place).run()
 
 
-def _engine(plan: Plan, codec: Codec) -> None:
+def _engine(scope: Scope, codec: Codec) -> None:
     kernels = Switched()
     with folder_on_disk() as folder:
         artifact = folder / "delta"
-        write_random_delta(plan.shape, codec, artifact)
-        engine = make_engine(plan, kernels=kernels)
+        write_random_delta(scope.shape, codec, artifact)
+        engine = make_engine(scope, kernels=kernels)
         kernels.inner = TritonKernels(CPU)
         with Skipping():
             make_ready(engine, artifact)
         engine.core.stop()
 
 
-def _decoder(plan: Plan) -> None:
+def _decoder(scope: Scope) -> None:
     with Skipping(), redirect_stdout(io.StringIO()):  # its times are none
-        steps(plan, Report(None), plan.served[0])
+        steps(scope, Report(None), scope.served[0])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.ahead import Job, compiled, launches, walks
-from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.scope import Scope
 from benchmarks.gpu.report import Report
 from compressor.usable_cpus import usable_cpus
 from server.ops.triton.compat import INTERPRET
@@ -29,15 +29,15 @@ class Compiled:
     n_left: int = 0
 
 
-def compile_ahead(plan: Plan, report: Report) -> bool:
+def compile_ahead(scope: Scope, report: Report) -> bool:
     """Fill triton's cache for the device that the other sections run on."""
     if INTERPRET:
         report.line("\nNothing to compile ahead: the kernels are interpreted")
         return True
     start = time.monotonic()
-    major, minor = torch.cuda.get_device_capability(plan.device)
+    major, minor = torch.cuda.get_device_capability(scope.device)
     n_processes = usable_cpus().cpus
-    done = compile_all(plan, 10 * major + minor, n_processes, COMPILE_S)
+    done = compile_all(scope, 10 * major + minor, n_processes, COMPILE_S)
     for failure in done.failures:
         report.line(f"\nFAILED to compile {failure}")
     report.line(
@@ -47,7 +47,7 @@ def compile_ahead(plan: Plan, report: Report) -> bool:
     return not done.failures
 
 
-def compile_all(plan: Plan, arch: int, n_processes: int, limit_s: float) -> Compiled:
+def compile_all(scope: Scope, arch: int, n_processes: int, limit_s: float) -> Compiled:
     """Walk and compile at once: the first walks' kernels while later walks go on."""
     end, done = time.monotonic() + limit_s, Compiled()
     seen: set[str] = set()
@@ -56,7 +56,7 @@ def compile_all(plan: Plan, arch: int, n_processes: int, limit_s: float) -> Comp
     context.set_forkserver_preload(["benchmarks.gpu.ahead"])
     pool = ProcessPoolExecutor(n_processes, context, torch.set_num_threads, (1,))
     names: dict[Future[Any], str] = {
-        pool.submit(launches, plan, name, arch): f"section {name}" for name in walks(plan)
+        pool.submit(launches, scope, name, arch): f"section {name}" for name in walks(scope)
     }
     while names and time.monotonic() < end:
         ready, _ = wait(names, end - time.monotonic(), FIRST_COMPLETED)

@@ -12,7 +12,7 @@ import torch
 import transformers
 import triton
 
-from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.scope import Scope
 from benchmarks.gpu.predict import BANDWIDTH
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.timing import copy_bandwidth
@@ -29,21 +29,21 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def device(plan: Plan, report: Report) -> bool:
-    cuda = plan.device.type == "cuda"
-    name = torch.cuda.get_device_name(plan.device) if cuda else "CPU, interpreter: no measurement"
-    report.line(f"\n## {plan.shape.name} on {name}\n")
+def device(scope: Scope, report: Report) -> bool:
+    cuda = scope.device.type == "cuda"
+    name = torch.cuda.get_device_name(scope.device) if cuda else "CPU, interpreter: no measurement"
+    report.line(f"\n## {scope.shape.name} on {name}\n")
     report.line(
         f"python {platform.python_version()}, torch {torch.__version__}, triton "
         f"{triton.__version__}, transformers {transformers.__version__}, numpy "
         f"{numpy.__version__}, commit {commit()}"
     )
     report.line(
-        f"\ncopy bandwidth: {copy_bandwidth(plan) / 1e9:.0f} GB/s ({BANDWIDTH / 1e9:.0f} expected)"
+        f"\ncopy bandwidth: {copy_bandwidth(scope) / 1e9:.0f} GB/s ({BANDWIDTH / 1e9:.0f} expected)"
     )
     start = time.perf_counter()
     try:
-        check_kernels(TritonKernels(plan.device), plan.device, plan.dtype)
+        check_kernels(TritonKernels(scope.device), scope.device, scope.dtype)
     except ValueError as error:
         report.line(f"\nSTART-UP CHECK FAILED: {error}")
         return False

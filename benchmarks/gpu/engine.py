@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.scope import Scope
 from benchmarks.gpu.random_model import IDENTITY, random_base
 from compressor.artifact.reader import Artifact, read_artifact
 from server.deltas.loader import LoadJob, Staged, decode_threads, stage_variant
@@ -36,7 +36,7 @@ SPARE_STEPS = 1024  # that rows may live beside the timed ones: prefill of other
 class Engine:
     """See the module's docstring."""
 
-    plan: Plan
+    scope: Scope
     core: EngineCore
     runner: Runner
     readers: dict[str, Callable[[], Artifact]] = field(default_factory=dict)
@@ -45,13 +45,13 @@ class Engine:
     _count: int = 0
 
     def variant(self, key: str) -> Variant:
-        return Variant(key, key, key, key, self.plan.shape.vocab, NO_TEXT)
+        return Variant(key, key, key, key, self.scope.shape.vocab, NO_TEXT)
 
     def submit(self, key: str, n_prompt: int) -> Request:
         """A greedy request of random tokens that ends by `abort`, or at the longest length."""
         self._count += 1
         name = f"r{self._count}"
-        prompt = torch.randint(self.plan.shape.vocab, (n_prompt,), generator=self._generator)
+        prompt = torch.randint(self.scope.shape.vocab, (n_prompt,), generator=self._generator)
         request = Request(
             name,
             self.variant(key),
@@ -79,10 +79,10 @@ class Engine:
     ) -> tuple[list[Request], float]:
         """`rows` requests shared evenly by `keys`, all decoding, and the seconds of prefill.
 
-        n_prompt  tokens of each, default the plan's context
+        n_prompt  tokens of each, default the scope's context
         """
         keys = keys or [BASE_KEY]
-        length = self.plan.context if n_prompt is None else n_prompt
+        length = self.scope.context if n_prompt is None else n_prompt
         requests = [self.submit(keys[i * len(keys) // rows], length) for i in range(rows)]
         seconds = self.until(lambda: all(r.request_id in self.first_tokens for r in requests))
         return requests, seconds
@@ -121,7 +121,7 @@ class Engine:
 
     def read_from(self, key: str, path: Path) -> None:
         """Where the loader finds a variant that is not resident."""
-        n_threads = decode_threads(self.plan.device)
+        n_threads = decode_threads(self.scope.device)
         self.readers[key] = lambda: read_artifact(path, base_identity=IDENTITY, n_threads=n_threads)
 
     def job_for(self, variant: Variant) -> LoadJob:
@@ -129,21 +129,21 @@ class Engine:
 
 
 def make_engine(
-    plan: Plan, base_quant: BaseQuant | None = None, kernels: Kernels | None = None
+    scope: Scope, base_quant: BaseQuant | None = None, kernels: Kernels | None = None
 ) -> Engine:
-    """With room for every mix of the plan and its loads; graphs are captured as steps need them."""
-    base = random_base(plan, base_quant, kernels)
-    n_rows = max(rows for rows, _ in plan.mixes) + 1  # a row that asks for a cold variant
-    longest = plan.context + 2 * plan.n_steps + SPARE_STEPS
+    """With room for every mix of the scope and its loads; graphs are captured as steps need them."""
+    base = random_base(scope, base_quant, kernels)
+    n_rows = max(rows for rows, _ in scope.mixes) + 1  # a row that asks for a cold variant
+    longest = scope.context + 2 * scope.n_steps + SPARE_STEPS
     cache = n_rows * longest * base.store.bytes_per_token()
     settings = Settings(
         base=Path(),
         kv_cache_bytes=cache,
         delta_budget_bytes=1 << 40,
-        max_resident_variants=max(plan.variants) + plan.n_loads,
-        max_variants_per_step=max(plan.variants) + 1,
+        max_resident_variants=max(scope.variants) + scope.n_loads,
+        max_variants_per_step=max(scope.variants) + 1,
         max_num_seqs=n_rows,
-        max_batch_tokens=plan.prefill_rows,
+        max_batch_tokens=scope.prefill_rows,
         max_model_len=longest,
         max_prefill_slowdown=0.0,
         prefix_cache=False,
@@ -164,5 +164,5 @@ def make_engine(
         publish,
         choose_steps=static_steps,
     )
-    engine = Engine(plan, parts.core, parts.runner)
+    engine = Engine(scope, parts.core, parts.runner)
     return engine

@@ -9,7 +9,7 @@ import torch
 from benchmarks.gpu.disk import folder_on_disk
 from benchmarks.gpu.engine import Engine, make_engine
 from benchmarks.gpu.load_section import MIXED, NEW_PROMPT, cold_loads
-from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.scope import Scope
 from benchmarks.gpu.predict import step_expected_ms
 from benchmarks.gpu.random_model import write_random_delta
 from benchmarks.gpu.report import Report
@@ -24,7 +24,7 @@ SHORT_PROMPT = 64  # tokens; of warm-ups that are about decode steps
 
 
 def serve(
-    plan: Plan,
+    scope: Scope,
     report: Report,
     codec: Codec,
     *,
@@ -34,9 +34,9 @@ def serve(
     """Tables of decode and prefill with 0 .. k variants, and of cold loads if wanted."""
     with folder_on_disk() as folder:
         artifact = folder / "delta"
-        write_random_delta(plan.shape, codec, artifact)
-        bandwidth = copy_bandwidth(plan)
-        engine = make_engine(plan, base_quant)
+        write_random_delta(scope.shape, codec, artifact)
+        bandwidth = copy_bandwidth(scope)
+        engine = make_engine(scope, base_quant)
         keys = make_ready(engine, artifact)
         describe(engine, report)
         decode(engine, report, codec, bandwidth, keys)
@@ -47,7 +47,7 @@ def serve(
 
 def make_ready(engine: Engine, artifact: Path) -> list[str]:
     """Fill the slots and warm up; keys of the resident variants."""
-    keys = [f"v{i}" for i in range(max(engine.plan.variants))]
+    keys = [f"v{i}" for i in range(max(engine.scope.variants))]
     engine.fill(read_artifact(artifact), keys)
     warm_up(engine, keys)
     return keys
@@ -58,7 +58,7 @@ def describe(engine: Engine, report: Report) -> None:
     layers = list(engine.runner.base.store.probed)
     n_fused = sum(isinstance(layer.forward, RotaryAttention) for layer in layers)
     report.line(f"\n{n_fused} of {len(layers)} attention layers fused")
-    if engine.plan.device.type == "cuda":
+    if engine.scope.device.type == "cuda":
         used, held = torch.cuda.memory_allocated() / 1e9, torch.cuda.memory_reserved() / 1e9
         report.line(f"\n{used:.1f} GB of device memory in use, {held:.1f} GB held by torch")
 
@@ -68,15 +68,15 @@ def warm_up(engine: Engine, keys: list[str]) -> None:
     full length, a step or two of every mix, and a short prompt of one more variant among decoding
     rows, as a load brings it.
     """
-    plan = engine.plan
-    requests, _ = engine.start(plan.batch, keys[: plan.batch // 2])
+    scope = engine.scope
+    requests, _ = engine.start(scope.batch, keys[: scope.batch // 2])
     engine.core.turn()
     engine.end(requests)
-    for rows, k in plan.mixes:
-        requests, _ = engine.start(rows, keys[:k], min(SHORT_PROMPT, plan.context))
+    for rows, k in scope.mixes:
+        requests, _ = engine.start(rows, keys[:k], min(SHORT_PROMPT, scope.context))
         engine.core.turn()
         engine.end(requests)
-    requests, _ = engine.start(plan.batch, keys[:MIXED])
+    requests, _ = engine.start(scope.batch, keys[:MIXED])
     late = engine.submit(keys[-1], NEW_PROMPT)
     engine.until(lambda: late.request_id in engine.first_tokens)
     engine.core.turn()
@@ -85,29 +85,29 @@ def warm_up(engine: Engine, keys: list[str]) -> None:
 
 def decode(engine: Engine, report: Report, codec: Codec, bandwidth: float, keys: list[str]) -> None:
     """Steps of the whole engine: schedule, graph, sample, account."""
-    plan = engine.plan
+    scope = engine.scope
     quant = engine.runner.base.residency.base_quant
     report.table(
-        f"Engine, {quant or 'bf16'} base, {codec.name}, {plan.context} tokens of context",
+        f"Engine, {quant or 'bf16'} base, {codec.name}, {scope.context} tokens of context",
         *("variants", "rows", "prefill tokens/s", "step ms", "expected ms", "/ floor"),
         *("base only / this", "expected"),
     )
     base: dict[int, float] = {}
-    for rows, k in plan.mixes:
+    for rows, k in scope.mixes:
         requests, prefill_s = engine.start(rows, keys[:k])
         engine.core.turn()  # captures the graph, if it is the first of its size
         before, tokens = engine.runner.counts.static, cached_tokens(requests)
-        seconds = percentile(seconds_of(engine.core.turn, plan.n_steps), 0.5)
-        assert engine.runner.counts.static == before + plan.n_steps, "every step is a static one"
+        seconds = percentile(seconds_of(engine.core.turn, scope.n_steps), 0.5)
+        assert engine.runner.counts.static == before + scope.n_steps, "every step is a static one"
         engine.end(requests)
         base.setdefault(rows, seconds)
-        floor = floor_bytes(plan, codec, quant, k, tokens) / bandwidth
+        floor = floor_bytes(scope, codec, quant, k, tokens) / bandwidth
         expected_ms, alone_ms = (
-            step_expected_ms(plan.shape, codec, rows, n, int8_base=quant is not None)
+            step_expected_ms(scope.shape, codec, rows, n, int8_base=quant is not None)
             for n in (k, 0)
         )
         report.row(
-            *(k, rows, f"{rows * plan.context / prefill_s:.0f}", f"{seconds * 1e3:.2f}"),
+            *(k, rows, f"{rows * scope.context / prefill_s:.0f}", f"{seconds * 1e3:.2f}"),
             *(f"{expected_ms:.2f}", f"{seconds / floor:.2f}", f"{base[rows] / seconds:.2f}"),
             f"{alone_ms / expected_ms:.2f}",
         )
@@ -123,9 +123,9 @@ def cached_tokens(requests: list[Request]) -> int:
 
 
 def floor_bytes(
-    plan: Plan, codec: Codec, quant: BaseQuant | None, variants: int, tokens: int
+    scope: Scope, codec: Codec, quant: BaseQuant | None, variants: int, tokens: int
 ) -> int:
     """Base, deltas of `variants` variants, keys and values: each read once."""
-    shape = plan.shape
+    shape = scope.shape
     base = shape.base_bytes() if quant is None else shape.base_bytes_8bit()
     return base + variants * shape.delta_bytes(codec) + shape.kv_bytes(tokens)

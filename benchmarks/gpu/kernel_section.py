@@ -8,7 +8,7 @@ from contextlib import suppress
 import torch
 
 from benchmarks.gpu.cases import Spec
-from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.scope import Scope
 from benchmarks.gpu.predict import kernel_seconds
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.specs import spec_parts
@@ -17,37 +17,37 @@ from benchmarks.gpu.timing import copy_bandwidth, timed
 COLUMNS = ("kernel", "MB", "expected us", "us", "of copy", "TFLOP/s", "off float64 by")
 
 
-def parts(plan: Plan) -> list[str]:
+def parts(scope: Scope) -> list[str]:
     """What `kernels` takes. Each has a process of its own: an illegal address ends one only."""
-    return list(spec_parts(plan.shape, plan.codecs, plan.sizes))
+    return list(spec_parts(scope.shape, scope.codecs, scope.sizes))
 
 
-def kernels(plan: Plan, report: Report, part: str) -> bool:
+def kernels(scope: Scope, report: Report, part: str) -> bool:
     """Whether every kernel of a part runs and is within its bound. One that fails does not stop the
     rest, as long as the device still answers.
     """
-    bandwidth = copy_bandwidth(plan)
+    bandwidth = copy_bandwidth(scope)
     report.table(f"Kernels, one layer's launches: {part}", *COLUMNS)
     correct = True
-    for spec in spec_parts(plan.shape, plan.codecs, plan.sizes)[part]:
+    for spec in spec_parts(scope.shape, scope.codecs, scope.sizes)[part]:
         try:
-            correct &= measure(spec, plan, report, part, bandwidth)
+            correct &= measure(spec, scope, report, part, bandwidth)
         except Exception as failure:
             correct = False
             reason = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
             report.row(spec.name, *_predicted(spec), f"FAILED {reason}")
-        if not released(plan.device):
+        if not released(scope.device):
             report.line("\nTHE DEVICE NO LONGER ANSWERS: the rest of this part is left out")
             return False
     report.line(f"\n{'All kernels within bounds.' if correct else 'SOME KERNELS ARE WRONG.'}")
     return correct
 
 
-def measure(spec: Spec, plan: Plan, report: Report, part: str, bandwidth: float) -> bool:
+def measure(spec: Spec, scope: Scope, report: Report, part: str, bandwidth: float) -> bool:
     """One row; whether the kernel is within its bound."""
-    case = spec.make(plan.place)
+    case = spec.make(scope.place)
     error = case.error()
-    seconds = timed(case.run, plan.device)
+    seconds = timed(case.run, scope.device)
     right = error <= spec.bound
     rate = f"{spec.n_flops / seconds / 1e12:.0f}" if spec.n_flops else ""
     share = spec.n_bytes / seconds / bandwidth

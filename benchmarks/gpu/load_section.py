@@ -42,7 +42,7 @@ def cold_loads(
     """Loads by the server's loader, beside running rows. False if rows ended during one: what it
     then shows of the others is of fewer.
     """
-    plan = engine.plan
+    scope = engine.scope
     size = sum(file.stat().st_size for file in artifact.iterdir())
     where, seconds = file_system(artifact), read_seconds(artifact)
     memory = ": IN MEMORY, NO DISK IS READ" if where in IN_MEMORY else ""
@@ -51,7 +51,7 @@ def cold_loads(
         f"takes {seconds:.2f} s"
     )
     report.table(
-        f"Cold load of {size / 1e6:.0f} MB ({codec.name}) while {plan.batch} rows decode; "
+        f"Cold load of {size / 1e6:.0f} MB ({codec.name}) while {scope.batch} rows decode; "
         "ms between their tokens without it and meanwhile",
         *("load", "read and verified s", "shown s", "expected s", "first token s"),
         *("arrays grew", "steps meanwhile", "p50 without", "p99 without", "p50", "p99"),
@@ -59,10 +59,10 @@ def cold_loads(
     )
     expected = LOAD_S.get(codec.ratio)
     whole = True
-    for number in range(plan.n_loads):
-        requests, _ = engine.start(plan.batch, keys[:MIXED])
+    for number in range(scope.n_loads):
+        requests, _ = engine.start(scope.batch, keys[:MIXED])
         engine.core.turn()
-        quiet = seconds_of(engine.core.turn, 2 * plan.n_steps)
+        quiet = seconds_of(engine.core.turn, 2 * scope.n_steps)
         load = cold_load(engine, f"new{number}", artifact, requests)
         engine.end(requests)
         before = [percentile(quiet, share) for share in (0.5, 0.99)]

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu.cases import Place, Sizes
-from benchmarks.gpu.plan import FULL
+from benchmarks.gpu.scope import FULL
 from benchmarks.gpu.shapes import LLAMA_8B
 from benchmarks.gpu.specs import all_specs
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from benchmarks.gpu.cases import Sizes, Spec
 from benchmarks.gpu.delta_cases import blockdiag_spec
 from benchmarks.gpu.layer_cases import add_norm_spec, decode_spec, linear_spec, silu_spec
-from benchmarks.gpu.plan import FULL
+from benchmarks.gpu.scope import FULL
 from benchmarks.gpu.shapes import LLAMA_8B, Codec, ModelShape
 from benchmarks.gpu.specs import all_specs
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.scope import Scope
 from benchmarks.gpu.shapes import Codec, ModelShape
 from compressor.artifact.config import BaseInfo, DeltaConfig
 from compressor.artifact.writer import ArtifactWriter
@@ -37,12 +37,12 @@ MEMBERS = {
 
 
 def random_base(
-    plan: Plan, base_quant: BaseQuant | None = None, kernels: Kernels | None = None
+    scope: Scope, base_quant: BaseQuant | None = None, kernels: Kernels | None = None
 ) -> BaseModel:
     """The engine's base model; by default on a CPU with torch's kernels, the interpreter being too
     slow.
     """
-    shape = plan.shape
+    shape = scope.shape
     config = LlamaConfig(
         vocab_size=shape.vocab,
         hidden_size=shape.hidden,
@@ -55,13 +55,13 @@ def random_base(
         tie_word_embeddings=False,
     )
     register_attention()
-    with plan.device:
+    with scope.device:
         model = AutoModelForCausalLM.from_config(
-            config, dtype=plan.dtype, attn_implementation=ATTENTION_NAME
+            config, dtype=scope.dtype, attn_implementation=ATTENTION_NAME
         )
     model = model.eval().requires_grad_(False)
     if kernels is None:
-        kernels = TritonKernels(plan.device) if plan.device.type == "cuda" else TorchKernels()
+        kernels = TritonKernels(scope.device) if scope.device.type == "cuda" else TorchKernels()
     return prepare_base_model(model, kernels, base_quant)
 
 

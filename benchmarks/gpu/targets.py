@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.scope import Scope
 from benchmarks.gpu.predict import BANDWIDTH, LOAD_S, step_expected_ms, step_floor_ms
 from benchmarks.gpu.report import Fact, Report, facts
 from benchmarks.gpu.shapes import Codec
@@ -45,20 +45,20 @@ def _cell(value: float | str | None) -> str:
     return "" if value is None else value if isinstance(value, str) else f"{value:.2f}"
 
 
-def targets(plan: Plan, report: Path) -> Iterator[Target]:
+def targets(scope: Scope, report: Path) -> Iterator[Target]:
     """From the facts that the sections have noted beside the report."""
     steps = [fact for fact in facts(report, "step") if fact["quant"] is None]
-    yield _floor(plan, steps)
-    for codec in plan.served:
-        yield _mix(plan, codec, steps)
+    yield _floor(scope, steps)
+    for codec in scope.served:
+        yield _mix(scope, codec, steps)
     kernels = facts(report, "kernel")
     for group in dict.fromkeys(map(_group, kernels)):
-        yield from _share(plan, group, kernels)
-    loads = [fact for fact in facts(report, "load") if fact["ratio"] == plan.served[0].ratio]
-    name = f"cold load at {plan.served[0].ratio}x: "
+        yield from _share(scope, group, kernels)
+    loads = [fact for fact in facts(report, "load") if fact["ratio"] == scope.served[0].ratio]
+    name = f"cold load at {scope.served[0].ratio}x: "
     shown = [fact["shown_s"] for fact in loads]
     p99 = [fact["p99_ratio"] for fact in loads]
-    expected = LOAD_S.get(plan.served[0].ratio)
+    expected = LOAD_S.get(scope.served[0].ratio)
     worst = f", worst of {len(loads)}"
     yield Target(
         f"{name}s until shown{worst}", LOAD_TARGET_S, expected, max(shown, default=None), True
@@ -68,10 +68,10 @@ def targets(plan: Plan, report: Path) -> Iterator[Target]:
     )
 
 
-def _floor(plan: Plan, steps: list[Fact]) -> Target:
-    codec, rows = plan.served[0], plan.batch
-    expected = step_expected_ms(plan.shape, codec, rows, 0) / step_floor_ms(
-        plan.shape, codec, rows, 0
+def _floor(scope: Scope, steps: list[Fact]) -> Target:
+    codec, rows = scope.served[0], scope.batch
+    expected = step_expected_ms(scope.shape, codec, rows, 0) / step_floor_ms(
+        scope.shape, codec, rows, 0
     )
     found = [f["per_floor"] for f in steps if f["rows"] == rows and f["variants"] == 0]
     return Target(
@@ -83,9 +83,9 @@ def _floor(plan: Plan, steps: list[Fact]) -> Target:
     )
 
 
-def _mix(plan: Plan, codec: Codec, steps: list[Fact]) -> Target:
-    n = plan.batch
-    alone, mixed = (step_expected_ms(plan.shape, codec, n, k) for k in (0, n))
+def _mix(scope: Scope, codec: Codec, steps: list[Fact]) -> Target:
+    n = scope.batch
+    alone, mixed = (step_expected_ms(scope.shape, codec, n, k) for k in (0, n))
     found = [
         fact["of_base"]
         for fact in steps
@@ -105,22 +105,22 @@ def _group(kernel: Fact) -> str:
     return f"{kernel['name'].split()[0]}, {kernel['part']}"
 
 
-def _share(plan: Plan, group: str, kernels: list[Fact]) -> Iterator[Target]:
+def _share(scope: Scope, group: str, kernels: list[Fact]) -> Iterator[Target]:
     """Bytes of a group's decode kernels over their time. No row for what has none: the layers'
     own.
     """
-    chosen = [f for f in kernels if (_group(f), f["variants"]) == (group, plan.batch)]
+    chosen = [f for f in kernels if (_group(f), f["variants"]) == (group, scope.batch)]
     if not chosen:
         return
     n_bytes = sum(fact["n_bytes"] for fact in chosen)
     expected = n_bytes / sum(f["expected_s"] for f in chosen) / BANDWIDTH
     measured = n_bytes / sum(f["seconds"] for f in chosen) / chosen[0]["bandwidth"]
-    name = f"delta kernels' share of the copy bandwidth, decode, {plan.batch} variants: {group}"
+    name = f"delta kernels' share of the copy bandwidth, decode, {scope.batch} variants: {group}"
     yield Target(name, SHARE_TARGET, expected, measured, False)
 
 
-def target_table(plan: Plan, report: Report, path: Path) -> None:
+def target_table(scope: Scope, report: Report, path: Path) -> None:
     """Print it."""
     report.table("Targets", "what", "target", "expected", "measured", "met")
-    for target in targets(plan, path):
+    for target in targets(scope, path):
         report.row(*target.cells())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from benchmarks.gpu.graph_timing import device_seconds
-from benchmarks.gpu.plan import Plan
+from benchmarks.gpu.scope import Scope
 
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
@@ -23,11 +23,11 @@ def timed(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def copy_bandwidth(plan: Plan) -> float:
+def copy_bandwidth(scope: Scope) -> float:
     """Bytes read and written per second by a large device-to-device copy."""
-    source = torch.zeros(plan.copy_bytes, dtype=torch.uint8, device=plan.device)
+    source = torch.zeros(scope.copy_bytes, dtype=torch.uint8, device=scope.device)
     target = torch.empty_like(source)
-    return 2 * plan.copy_bytes / timed(lambda: target.copy_(source), plan.device)
+    return 2 * scope.copy_bytes / timed(lambda: target.copy_(source), scope.device)
 
 
 def seconds_of(run: Callable[[], object], count: int) -> list[float]:

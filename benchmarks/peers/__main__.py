@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.peers.cells import DEFAULT_DIR, MIXES, Group, Load, plan
+from benchmarks.peers.cells import DEFAULT_DIR, MIXES, Group, Load, groups_of
 from benchmarks.peers.errors import PeersError
 from benchmarks.peers.measure import Options, measure_group
 from benchmarks.peers.report import write_report
@@ -61,7 +61,7 @@ def groups_to_do(args: argparse.Namespace, done: set[tuple[str, int, str, str]])
     ours = {int(count) for count in args.variants.split(",")}
     peers = {int(n) for n in args.peer_variants.split(",")} if args.peer_variants else {min(ours)}
     groups = []
-    for group in plan(
+    for group in groups_of(
         systems,
         sorted(ours | peers),
         [Load.parse(text) for text in args.loads.split(",")],

@@ -84,7 +84,7 @@ class Group:
     cells: tuple[Cell, ...]
 
 
-def plan(
+def groups_of(
     systems: Sequence[str], counts: Sequence[int], loads: Sequence[Load], mixes: Sequence[str]
 ) -> Iterator[Group]:
     """All groups, the base alone first, then few variants before many.

@@ -16,9 +16,9 @@ PARTS = ("layer", "4bit-s8")
 
 AHEAD = f"""
 from benchmarks.gpu import compile_section
-from benchmarks.gpu.plan import FULL
+from benchmarks.gpu.scope import FULL
 
-compile_section.walks = lambda plan: ["kernels-" + part for part in {PARTS}]
+compile_section.walks = lambda scope: ["kernels-" + part for part in {PARTS}]
 if __name__ == "__main__":
     done = compile_section.compile_all(FULL, 90, 2, 500.0)
     assert not done.failures, done.failures
@@ -29,7 +29,7 @@ LAUNCH = f"""
 import torch, triton
 from benchmarks.gpu.cases import Place
 from benchmarks.gpu.offline import without_device
-from benchmarks.gpu.plan import FULL
+from benchmarks.gpu.scope import FULL
 from benchmarks.gpu.specs import spec_parts
 
 hits = []

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu.plan import FULL
+from benchmarks.gpu.scope import FULL
 from benchmarks.gpu.predict import (
     SERVED,
     Card,

@@ -18,7 +18,7 @@ from benchmarks.gpu.__main__ import run_apart
 from benchmarks.gpu.engine import Engine, make_engine
 from benchmarks.gpu.engine_section import serve
 from benchmarks.gpu.load_section import Load
-from benchmarks.gpu.plan import SMALL
+from benchmarks.gpu.scope import SMALL
 from benchmarks.gpu.random_model import write_random_delta
 from benchmarks.gpu.report import Report, facts
 from benchmarks.gpu.shapes import Codec
@@ -44,14 +44,14 @@ ABSENT = (
 
 
 def test_engine_section_times_steps_and_loads_of_the_servers_engine(tmp_path: Path) -> None:
-    plan = replace(SMALL, n_steps=2, n_loads=2)
-    assert serve(plan, Report(tmp_path / "out.md"), Codec(4, 2), loads=True)
+    scope = replace(SMALL, n_steps=2, n_loads=2)
+    assert serve(scope, Report(tmp_path / "out.md"), Codec(4, 2), loads=True)
     text = (tmp_path / "out.md").read_text()
     rows = [line.split("|")[1:-1] for line in text.splitlines() if line.startswith("| ")]
     decode = [row for row in rows if len(row) == 8 and row[0].strip().isdigit()]
-    assert [(int(row[1]), int(row[0])) for row in decode] == plan.mixes
+    assert [(int(row[1]), int(row[0])) for row in decode] == scope.mixes
     loads = [row for row in rows if len(row) == 13 and row[0].strip().isdigit()]
-    assert len(loads) == plan.n_loads
+    assert len(loads) == scope.n_loads
     for row in loads:
         read, shown, first = (float(row[i]) for i in (1, 2, 4))
         assert read <= shown <= first

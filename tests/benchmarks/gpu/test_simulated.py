@@ -14,12 +14,12 @@ pytest.importorskip("triton")
 from benchmarks.gpu import graph_timing
 from benchmarks.gpu.__main__ import sections
 from benchmarks.gpu.graph_timing import NotCapturable, device_seconds
-from benchmarks.gpu.plan import SMALL
+from benchmarks.gpu.scope import SMALL
 from benchmarks.gpu.report import Report
 from benchmarks.gpu.targets import target_table
 from tests.simulated_cuda import simulated_cuda
 
-PLAN = replace(SMALL, device=torch.device("cuda"), n_steps=2, variants=(1, 2))
+SCOPE = replace(SMALL, device=torch.device("cuda"), n_steps=2, variants=(1, 2))
 
 
 @pytest.fixture(autouse=True)
@@ -30,15 +30,15 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(sections(PLAN)))
+@pytest.mark.parametrize("name", list(sections(SCOPE)))
 def test_section_runs_on_the_simulated_device(name: str, tmp_path: Path) -> None:
     out = tmp_path / "out.md"
     with simulated_cuda():
-        went_right = sections(PLAN)[name].run(PLAN, Report(out))
+        went_right = sections(SCOPE)[name].run(SCOPE, Report(out))
     text = out.read_text()
     assert went_right, text
     assert "FAILED" not in text
-    target_table(PLAN, Report(out), out)
+    target_table(SCOPE, Report(out), out)
 
 
 def test_time_is_of_the_launch_without_the_flush(monkeypatch: pytest.MonkeyPatch) -> None:

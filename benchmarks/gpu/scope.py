@@ -11,7 +11,7 @@ from benchmarks.gpu.shapes import LLAMA_8B, TINY, Codec, ModelShape
 
 
 @dataclass(frozen=True)
-class Plan:
+class Scope:
     """What one run measures.
 
     codecs    whose kernels are checked and timed
@@ -50,7 +50,7 @@ class Plan:
 
 
 SERVED = (Codec(4, 8), Codec(4, 32), Codec(4, 64))
-FULL = Plan(
+FULL = Scope(
     LLAMA_8B,
     (Codec(4, 8), Codec(4, 32), Codec(4, 64), Codec(2, 4), Codec(2, 32), Codec(3, 6)),
     SERVED,
@@ -64,7 +64,7 @@ FULL = Plan(
     device=torch.device("cuda"),
     dtype=torch.bfloat16,
 )
-SMALL = Plan(
+SMALL = Scope(
     replace(TINY, hidden=32, intermediate=32, heads=2, kv_heads=1, layers=1, vocab=32),
     (Codec(4, 2),),
     (Codec(4, 2),),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.peers.__main__ import groups_to_do, parse_args
-from benchmarks.peers.cells import Cell, Load, plan, variant_names
+from benchmarks.peers.cells import Cell, Load, groups_of, variant_names
 from benchmarks.peers.errors import PeersError
 from benchmarks.peers.rows import Row, append_row, read_rows
 
@@ -32,8 +32,8 @@ def test_load_parse_bad_text_is_refused(text: str) -> None:
         Load.parse(text)
 
 
-def test_plan_base_alone_comes_first_then_few_variants() -> None:
-    groups = list(plan(["ours", "vllm"], [32, 8], [LOAD], ["uniform", "zipf"]))
+def test_groups_of_base_alone_comes_first_then_few_variants() -> None:
+    groups = list(groups_of(["ours", "vllm"], [32, 8], [LOAD], ["uniform", "zipf"]))
     assert [(group.variants, group.system) for group in groups] == [
         *((0, "ours"), (0, "vllm"), (8, "ours"), (8, "vllm"), (32, "ours"), (32, "vllm"))
     ]
@@ -41,9 +41,9 @@ def test_plan_base_alone_comes_first_then_few_variants() -> None:
     assert [cell.mix for cell in groups[2].cells] == ["uniform", "zipf"]
 
 
-def test_plan_unknown_mix_is_refused() -> None:
+def test_groups_of_unknown_mix_is_refused() -> None:
     with pytest.raises(PeersError, match="often"):
-        list(plan(["ours"], [8], [LOAD], ["often"]))
+        list(groups_of(["ours"], [8], [LOAD], ["often"]))
 
 
 def test_workload_is_the_same_for_every_system() -> None:
