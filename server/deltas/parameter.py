@@ -19,7 +19,7 @@ from compressor.codecs.term import TensorDelta
 from compressor.errors import WrongShape
 from server.deltas.pools.base import Staged, TermPool
 from server.deltas.pools.blockdiag import BlockDiagPool, SharedBlocks
-from server.deltas.pools.layouts import Layout, layout_of, make_pool
+from server.deltas.pools.geometry import TermGeometry, geometry_of, make_pool
 from server.deltas.residency import Residency
 from server.deltas.upload import Transfer
 from server.ops.kernels import Kernels
@@ -28,7 +28,7 @@ from server.ops.quantize import BaseQuant, quantize
 from server.ops.row_mapping import RowMapping
 
 Mode = Literal["apply", "reconstruct"]
-PoolKey = tuple[int, Layout]
+PoolKey = tuple[int, TermGeometry]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class DeltaParameter:
             return StagedParameter(self, terms=(((0, ("dense", ())), (dense,)),), extra=extra)
         terms = []
         for i, term in enumerate(delta.terms):
-            key = (i, layout_of(term))
+            key = (i, geometry_of(term))
             terms.append((key, self._new_pool(key).stage(term)))
         return StagedParameter(self, terms=tuple(terms), extra=extra)
 

@@ -13,7 +13,7 @@ class Residency:
 
     version  rises whenever an array moves or a new one appears: graphs captured before are stale
     vectors  likewise, of the arrays that steps of the base alone read too
-    kinds    rises when arrays of another layout appear: other kernels will read them
+    kinds    rises when arrays of another geometry appear: other kernels will read them
     eager    why a slot's rows cannot run in a graph, by slot
     n_slots  slots there are: length of the maps from slots to places (`SlotPlaces.place_of`)
     base_quant  how the base's linears are stored, None: as they are
@@ -32,5 +32,5 @@ class Residency:
         self.vectors += vectors
 
     def created(self) -> None:
-        """There are arrays of another layout."""
+        """There are arrays of another geometry."""
         self.kinds += 1

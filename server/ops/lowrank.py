@@ -1,4 +1,4 @@
-"""Low-rank terms of all slots of one layout, kept packed: ``dW = b^T a``.
+"""Low-rank terms of all slots of one geometry, kept packed: ``dW = b^T a``.
 
 Each factor is one block of `PackedBlocks` (s = 1), so both products are those of block-diagonal
 deltas and run wherever they do; on a GPU `server.ops.triton.packed_lowrank` takes the factors of a

@@ -1,4 +1,4 @@
-"""Packed diagonal blocks as they lie in device memory, for all slots of one layout.
+"""Packed diagonal blocks as they lie in device memory, for all slots of one geometry.
 
 Codes are packed along the inputs (the contraction axis), so that every field of a byte row yields
 a contiguous run of inputs and every byte row a contiguous run of outputs: no shuffle in a kernel.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 BASE_SLOT = -1
-# Slots and where each one's data lies in an array: slots whose deltas have the same layout share
+# Slots and where each one's data lies in an array: slots whose deltas have the same geometry share
 # arrays that have room for them only.
 Places = frozenset[tuple[int, int]]
 # A run is cut where padding its rows to the widest segment would cost more than another call.

@@ -20,7 +20,7 @@ from server.ops.packed import PackedBlocks, pack_columns, packed_rows
 from server.ops.row_mapping import RowMapping
 
 
-class BlockLayout(NamedTuple):
+class BlockGeometry(NamedTuple):
     """What variants must share to be applied in one product."""
 
     n_blocks: int
@@ -35,10 +35,10 @@ class BlockDiagPool(TermPool):
     """
 
     def __init__(
-        self, shape: Shape, layout: BlockLayout, kernels: Kernels, device: torch.device
+        self, shape: Shape, geometry: BlockGeometry, kernels: Kernels, device: torch.device
     ) -> None:
         super().__init__(shape, torch.float32, device)
-        self.n_blocks, self.bits, self.scale_bits = layout
+        self.n_blocks, self.bits, self.scale_bits = geometry
         self.shared: SharedBlocks | None = None
         self.kernels = kernels
         self._op: BlockDiagOp | None = None

@@ -21,7 +21,7 @@ from server.ops.row_mapping import RowMapping
 RANK_STEP = 4  # ranks of packed factors are rounded up to a multiple: variants then share pools
 
 
-class LowRankLayout(NamedTuple):
+class LowRankGeometry(NamedTuple):
     """What variants must share to be applied in one product of packed factors."""
 
     rank: int
@@ -34,10 +34,10 @@ class PackedLowRankPool(FactorPool):
     """
 
     def __init__(
-        self, shape: Shape, layout: LowRankLayout, kernels: Kernels, device: torch.device
+        self, shape: Shape, geometry: LowRankGeometry, kernels: Kernels, device: torch.device
     ) -> None:
         super().__init__(shape, torch.float32, device)
-        self.rank, self.bits = layout
+        self.rank, self.bits = geometry
         self.kernels = kernels
         self._op: PackedLowRank | None = None
 

@@ -14,7 +14,7 @@ from server.ops.row_mapping import Places
 class SlotPlaces:
     """The one map of a pool: which place of its arrays each slot has, and which slots are shown.
 
-    A slot gets the lowest free place. Slots are many, the variants of one layout few; arrays by
+    A slot gets the lowest free place. Slots are many, the variants of one geometry few; arrays by
     slot would be as long as the highest slot for a single variant.
 
     shown     (slot, place) of the slots that steps apply, and `slots`, those slots alone

@@ -19,7 +19,7 @@ from server.ops.static_row_mapping import StaticRowMapping
 ROWS_STEP = 64  # numbers of rows are rounded up to a multiple: variants then share pools
 
 
-class RowsLayout(NamedTuple):
+class RowsGeometry(NamedTuple):
     """What variants must share to be applied in one product."""
 
     n_rows: int
@@ -38,10 +38,10 @@ class RowsPool(TermPool):
     """
 
     def __init__(
-        self, shape: Shape, layout: RowsLayout, kernels: Kernels, device: torch.device
+        self, shape: Shape, geometry: RowsGeometry, kernels: Kernels, device: torch.device
     ) -> None:
         super().__init__(shape, torch.float32, device)
-        self.n_rows, self.bits = layout
+        self.n_rows, self.bits = geometry
         self.kernels = kernels
         self._op: BlockDiagOp | None = None
 

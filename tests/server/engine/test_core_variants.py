@@ -365,7 +365,7 @@ def test_out_of_memory_in_a_load_fails_that_load_only(
 
 
 @pytest.mark.parametrize("name", ["impart", "lowrank"])
-def test_out_of_memory_in_the_arrays_of_a_new_layout_fails_that_load_only(
+def test_out_of_memory_in_the_arrays_of_a_new_geometry_fails_that_load_only(
     many: Served, harness: Make, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Some pools are there without arrays then, and a step is about to run."""

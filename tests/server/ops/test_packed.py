@@ -1,4 +1,4 @@
-"""The device layout of packed blocks, against a reading bit by bit."""
+"""How packed blocks lie in device memory, against a reading bit by bit."""
 
 from __future__ import annotations
 

@@ -12,17 +12,17 @@ from compressor.codecs.quantize import QUANT_BITS
 from compressor.codecs.rows import RowsTerm
 from compressor.codecs.term import Shape, Term
 from server.deltas.pools.base import TermPool
-from server.deltas.pools.blockdiag import BlockDiagPool, BlockLayout
+from server.deltas.pools.blockdiag import BlockDiagPool, BlockGeometry
 from server.deltas.pools.dense import DensePool
 from server.deltas.pools.impart import ImpartPool
-from server.deltas.pools.lowrank import RANK_STEP, LowRankLayout, LowRankPool, PackedLowRankPool
-from server.deltas.pools.rows import RowsLayout, RowsPool, padded_count
+from server.deltas.pools.lowrank import RANK_STEP, LowRankGeometry, LowRankPool, PackedLowRankPool
+from server.deltas.pools.rows import RowsGeometry, RowsPool, padded_count
 from server.ops.kernels import Kernels
 
-Layout = tuple[str, tuple[int, ...]]
+TermGeometry = tuple[str, tuple[int, ...]]
 
 
-def layout_of(term: Term) -> Layout:
+def geometry_of(term: Term) -> TermGeometry:
     """What must be equal for two terms to share a pool."""
     if isinstance(term, BlockDiagTerm):
         return "blockdiag", (term.n_blocks, term.bits, term.scale_bits)
@@ -40,16 +40,16 @@ def layout_of(term: Term) -> Layout:
 
 
 def make_pool(
-    layout: Layout, shape: Shape, dtype: torch.dtype, device: torch.device, kernels: Kernels
+    geometry: TermGeometry, shape: Shape, dtype: torch.dtype, device: torch.device, kernels: Kernels
 ) -> TermPool:
-    """Create the empty pool of a layout."""
-    kind, sizes = layout
+    """Create the empty pool of a geometry."""
+    kind, sizes = geometry
     if kind == "blockdiag":
-        return BlockDiagPool(shape, BlockLayout(*sizes), kernels, device)
+        return BlockDiagPool(shape, BlockGeometry(*sizes), kernels, device)
     if kind == "rows":
-        return RowsPool(shape, RowsLayout(*sizes), kernels, device)
+        return RowsPool(shape, RowsGeometry(*sizes), kernels, device)
     if kind == "packed_lowrank":
-        return PackedLowRankPool(shape, LowRankLayout(*sizes), kernels, device)
+        return PackedLowRankPool(shape, LowRankGeometry(*sizes), kernels, device)
     if kind == "lowrank":
         return LowRankPool(shape, dtype, device, kernels)
     if kind == "impart":

@@ -15,7 +15,7 @@ from compressor.encoders.rows import encode_largest_rows
 from compressor.encoders.sources import TensorSource
 from server.deltas.pools.base import FactorPool, Staged, TermPool
 from server.deltas.pools.blockdiag import BlockDiagPool, SharedBlocks
-from server.deltas.pools.layouts import layout_of, make_pool
+from server.deltas.pools.geometry import geometry_of, make_pool
 from server.deltas.upload import SlotUploader
 from server.ops.choose import choose_kernels
 from server.ops.kernels import Kernels, TorchKernels
@@ -85,7 +85,7 @@ def put(pool: TermPool, slot: int, staged: Staged) -> None:
 
 def fill(term_index: int, variants: list[tuple[Term, ...]], kernels: Kernels) -> TermPool:
     first = variants[0][term_index]
-    pool = make_pool(layout_of(first), first.shape, torch.float32, CPU, kernels)
+    pool = make_pool(geometry_of(first), first.shape, torch.float32, CPU, kernels)
     pool.map_slots(torch.zeros(64, dtype=torch.int32))
     for slot, terms in enumerate(variants):
         staged = pool.stage(terms[term_index])
@@ -213,8 +213,8 @@ def assert_data_equals_mapping(variants: list[tuple[Term, ...]], kernels: Kernel
 
 def test_packed_lowrank_pools_of_other_bits_are_of_another_kind() -> None:
     def kind(rank: int, bits: int) -> Hashable:
-        layout = "packed_lowrank", (rank, bits)
-        pool = make_pool(layout, (8, 8), torch.float32, CPU, TorchKernels())
+        geometry = "packed_lowrank", (rank, bits)
+        pool = make_pool(geometry, (8, 8), torch.float32, CPU, TorchKernels())
         assert isinstance(pool, FactorPool)
         return pool.kind
 
@@ -280,7 +280,7 @@ def test_pool_result_does_not_depend_on_neighbours(kernels: Kernels) -> None:
 def siblings(kernels: Kernels, variants: list[tuple[Term, ...]]) -> list[BlockDiagPool]:
     """Two matrices that share their arrays, the second without slot 1."""
     first = variants[0][0]
-    pools = [make_pool(layout_of(first), first.shape, torch.float32, CPU, kernels) for _ in "ab"]
+    pools = [make_pool(geometry_of(first), first.shape, torch.float32, CPU, kernels) for _ in "ab"]
     together = [pool for pool in pools if isinstance(pool, BlockDiagPool)]
     SharedBlocks(together)
     for slot, terms in enumerate(variants):
@@ -327,7 +327,7 @@ def test_packed_low_rank_pool_takes_variants_of_near_ranks_in_their_stored_bytes
 ) -> None:
     factors = [(torch.randn(k, 200) * 0.01, torch.randn(k, 300)) for k in (9, 12, 11)]
     terms = [lowrank_from_factors(a, b, bits=4) for a, b in factors]
-    assert len({layout_of(term) for term in terms}) == 1
+    assert len({geometry_of(term) for term in terms}) == 1
     pool = fill(0, [(term,) for term in terms], kernels)
     mapping = mapping_of({-1: 2, 0: 1, 1: 3, 2: 9})
     x = torch.randn(mapping.n_rows, 200, generator=torch.Generator().manual_seed(3))
