@@ -91,6 +91,7 @@ ELSEWHERE = {
     "server.api.reply": "tests/server/api/test_chunks.py",
     "server.api.schemas": "tests/server/api/test_hostile.py",
     "server.api.sse": "tests/server/api/test_generation.py",
+    "server.deltas.loads": "tests/server/engine/test_core_variants.py",
     "server.deltas.parameter": "tests/server/engine/test_core_variants.py",
     "server.deltas.pools.base": "tests/server/deltas/pools/test_geometry.py",
     "server.deltas.pools.blockdiag": "tests/server/deltas/pools/test_geometry.py",

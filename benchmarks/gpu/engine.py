@@ -16,7 +16,8 @@ import torch
 from benchmarks.gpu.scope import Scope
 from benchmarks.gpu.random_model import IDENTITY, random_base
 from compressor.artifact.reader import Artifact, read_artifact
-from server.deltas.loader import LoadJob, Staged, decode_threads, stage_variant
+from server.deltas.loads import LoadDecoded, LoadJob
+from server.deltas.staging import decode_threads, stage_variant
 from server.engine.build import build_core
 from server.engine.core import EngineCore, Events
 from server.engine.request import Request
@@ -100,11 +101,11 @@ class Engine:
         job = LoadJob(keys[0], keys[0], "apply", lambda: artifact)
         parameters = stage_variant(artifact, base.parameters)
         n_bytes = sum(p.n_bytes for p in parameters)
-        staged = Staged(job, parameters, n_bytes, time.monotonic())
+        decoded = LoadDecoded(job, parameters, n_bytes, time.monotonic())
         errors = self.core.loader.errors
         for key in keys:
             own = LoadJob(key, key, "apply", job.read)
-            self.core.loader.handle(replace(staged, job=own))
+            self.core.loader.handle(replace(decoded, job=own))
             self.core.step()  # gives it a slot; a turn would first wait for something to do
             self.until(lambda key=key: self.is_ready(key) or key in errors)  # type: ignore[misc]
             if key in errors:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compressor.codecs.term import TensorDelta
 from compressor.errors import WrongShape
-from server.deltas.pools.base import Staged, TermPool
+from server.deltas.pools.base import PoolParts, TermPool
 from server.deltas.pools.blockdiag import BlockDiagPool, SharedBlocks
 from server.deltas.pools.geometry import TermGeometry, geometry_of, make_pool
 from server.deltas.residency import Residency
@@ -41,7 +41,7 @@ class StagedParameter:
     """
 
     parameter: DeltaParameter
-    terms: tuple[tuple[PoolKey, Staged], ...] = ()
+    terms: tuple[tuple[PoolKey, PoolParts], ...] = ()
     extra: Tensor | None = None
     vector: Tensor | None = None
 

@@ -77,7 +77,7 @@ class SlotTable:
         assert slot.refs == 0, "a slot in use must not be evicted"
         del self._by_key[slot.key]
 
-    def place(self, key: str, n_bytes: int) -> Slot:
+    def assign(self, key: str, n_bytes: int) -> Slot:
         """Give `key` the lowest free slot. Call `victims_for` and `evict` first."""
         taken = {slot.index for slot in self._by_key.values()}
         index = next(i for i in range(self.n_slots) if i not in taken)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from compressor.artifact.reader import Artifact, OpenedArtifact, open_artifact, read_terms
 from compressor.errors import ArtifactError, Corrupt
-from server.deltas.loader import LoadJob
+from server.deltas.loads import LoadJob
 from server.deltas.parameter import Mode
 from server.deltas.registry import DeltaRegistry, RegisteredDelta, safe_reason, unusable
 from server.engine.text import TextAssets, load_variant_text

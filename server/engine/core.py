@@ -17,7 +17,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from server.deltas.loader import DeltaLoader, LoaderMessage, LoadFailed, LoadJob, Staged, Stored
+from server.deltas.loader import DeltaLoader
+from server.deltas.loads import LoadCopied, LoadDecoded, LoaderMessage, LoadFailed, LoadJob
 from server.deltas.slots import Slot, SlotTable
 from server.engine.inbox import Inbox
 from server.engine.observer import CoreStats, Observer
@@ -192,7 +193,7 @@ class EngineCore:
             self._go_on(self._lookahead.in_flight)
         if self._lookahead.in_flight is None:
             scheduled = self.scheduler.schedule()
-            self.loader.place_waiting(beside_steps=bool(scheduled))
+            self.loader.assign_slots(beside_steps=bool(scheduled))
             self._busy = bool(scheduled)
             if scheduled:
                 self._run_batch(scheduled)
@@ -351,12 +352,12 @@ class EngineCore:
     def _on_load(self, message: LoaderMessage) -> None:
         self.scheduler.changed()
         ended = self.loader.handle(message)
-        if isinstance(ended, Stored):
-            staged: Staged = ended.staged
-            for request in self._waiting_for(staged.job.key):
-                request.slot = self.slots.acquire(staged.job.key)  # before it can be evicted
+        if isinstance(ended, LoadCopied):
+            decoded: LoadDecoded = ended.decoded
+            for request in self._waiting_for(decoded.job.key):
+                request.slot = self.slots.acquire(decoded.job.key)  # before it can be evicted
             if self._observer is not None:
-                self._observer.on_loaded(staged.job.name, time.monotonic() - staged.started)
+                self._observer.on_loaded(decoded.job.name, time.monotonic() - decoded.started)
         if isinstance(ended, LoadFailed):
             for request in self._waiting_for(ended.key):
                 self._fail(request, ended.error)

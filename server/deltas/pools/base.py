@@ -14,7 +14,7 @@ from server.deltas.pools.places import SlotPlaces, grown
 from server.ops.row_mapping import Places, RowMapping
 from server.ops.static_row_mapping import StaticRowMapping
 
-Staged = tuple[Tensor, ...]
+PoolParts = tuple[Tensor, ...]
 
 
 class TermPool(ABC):
@@ -30,7 +30,7 @@ class TermPool(ABC):
         self.device = device
         self.places = SlotPlaces()
         self.capacity = 0
-        self.arrays: Staged = ()
+        self.arrays: PoolParts = ()
 
     @property
     def as_data(self) -> bool:
@@ -46,13 +46,13 @@ class TermPool(ABC):
         """Whether no slot has a place here: the pool may go."""
         return self.places.idle
 
-    def reserve(self, slot: int, example: Staged) -> None:
+    def reserve(self, slot: int, example: PoolParts) -> None:
         """Give `slot` a place; the others keep their values."""
         place = self.places.reserve(slot)
         if place >= self.capacity:
             self._grow(example, grown(self.capacity, place, self.device))
 
-    def _grow(self, example: Staged, capacity: int) -> None:
+    def _grow(self, example: PoolParts, capacity: int) -> None:
         """Nothing has changed if there is no memory for it."""
         arrays = tuple(
             torch.empty((capacity, *part.shape), dtype=part.dtype, device=self.device)
@@ -62,10 +62,10 @@ class TermPool(ABC):
         self._take(arrays)
         self.arrays, self.capacity = arrays, capacity
 
-    def _take(self, arrays: Staged) -> None:  # noqa: B027  most have nothing to make
+    def _take(self, arrays: PoolParts) -> None:  # noqa: B027  most have nothing to make
         """Make what reads these arrays from now on; if that fails, what there was stays."""
 
-    def targets(self, slot: int) -> Staged:
+    def targets(self, slot: int) -> PoolParts:
         """Where the parts of a slot that no running step reads are to be written."""
         place = self.places[slot]
         return tuple(array[place] for array in self.arrays)
@@ -91,7 +91,7 @@ class TermPool(ABC):
         return rows.held_rows(self.places.shown)
 
     @abstractmethod
-    def stage(self, term: Term) -> Staged:
+    def stage(self, term: Term) -> PoolParts:
         """Decode a term into this pool's parts, on the host."""
 
     @abstractmethod
@@ -137,7 +137,7 @@ class FactorPool(TermPool):
             y[part] += self.look_up(ids[part], torch.tensor([place], device=y.device))
 
 
-def copy_into(arrays: Staged, old: Staged) -> None:
+def copy_into(arrays: PoolParts, old: PoolParts) -> None:
     """Copy the places of smaller arrays (none at first) to the beginning of larger ones."""
     for new, smaller in zip(arrays, old, strict=False):
         new[: len(smaller)] = smaller

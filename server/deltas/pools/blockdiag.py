@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compressor.codecs.blockdiag import BlockDiagTerm
 from compressor.codecs.term import Shape, Term
-from server.deltas.pools.base import Staged, TermPool, copy_into
+from server.deltas.pools.base import PoolParts, TermPool, copy_into
 from server.deltas.pools.places import SlotPlaces
 from server.ops.blockdiag import BlockDiagOp
 from server.ops.kernels import Kernels
@@ -47,16 +47,16 @@ class BlockDiagPool(TermPool):
     def block_shape(self) -> Shape:
         return -(-self.shape[0] // self.n_blocks), -(-self.shape[1] // self.n_blocks)
 
-    def _grow(self, example: Staged, capacity: int) -> None:
+    def _grow(self, example: PoolParts, capacity: int) -> None:
         if self.shared is None:
             super()._grow(example, capacity)
         else:
             self.shared.grow(capacity)
 
-    def _take(self, arrays: Staged) -> None:
+    def _take(self, arrays: PoolParts) -> None:
         self._op = self.kernels.blockdiag(self._blocks_in(arrays))
 
-    def stage(self, term: Term) -> Staged:
+    def stage(self, term: Term) -> PoolParts:
         assert isinstance(term, BlockDiagTerm)
         codes, scales = term.code_blocks()
         unit = torch.tensor([term.unit], dtype=torch.float32)
@@ -95,7 +95,7 @@ class BlockDiagPool(TermPool):
                 y, ids, self.places_of(rows), self._blocks_in(self.arrays)
             )
 
-    def _blocks_in(self, arrays: Staged) -> PackedBlocks:
+    def _blocks_in(self, arrays: PoolParts) -> PackedBlocks:
         codes, scales, units = arrays
         m, n = self.shape
         return PackedBlocks(codes, scales, units, (m,), n, self.bits, self.places.place_of)
@@ -113,7 +113,7 @@ class SharedBlocks:
         self.places = SlotPlaces(place_of, [pool.places for pool in pools])
         self._sizes = tuple(pool.shape[0] for pool in pools)
         self._ends = list(itertools.accumulate(p.block_shape[0] for p in pools))
-        self._arrays: Staged = ()
+        self._arrays: PoolParts = ()
         self._op: BlockDiagOp | None = None
         for pool in pools:
             pool.shared = self

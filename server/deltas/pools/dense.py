@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from compressor.codecs.term import Term
-from server.deltas.pools.base import Staged, TermPool, segments_at
+from server.deltas.pools.base import PoolParts, TermPool, segments_at
 from server.ops import blockdiag as ops
 from server.ops.row_mapping import RowMapping
 
@@ -13,7 +13,7 @@ from server.ops.row_mapping import RowMapping
 class DensePool(TermPool):
     """Parts: dW [m, n]. Used where a whole matrix is stored exactly."""
 
-    def stage(self, term: Term) -> Staged:
+    def stage(self, term: Term) -> PoolParts:
         return (term.to_dense().to(self.dtype),)
 
     def add_(self, y: Tensor, x: Tensor, rows: RowMapping) -> None:

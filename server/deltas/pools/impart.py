@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from compressor.codecs.impart import ImpartTerm
 from compressor.codecs.impart_qt import ImpartQtTerm
 from compressor.codecs.term import Shape, Term
-from server.deltas.pools.base import FactorPool, Staged
+from server.deltas.pools.base import FactorPool, PoolParts
 from server.ops.factors import ImpartFactors, impart_rows, rank_lists
 from server.ops.kernels import Kernels
 from server.ops.row_mapping import RowMapping
@@ -29,7 +29,7 @@ class ImpartPool(FactorPool):
         super().__init__(shape, dtype, device)
         self.kernels = kernels
 
-    def stage(self, term: Term) -> Staged:
+    def stage(self, term: Term) -> PoolParts:
         assert isinstance(term, ImpartTerm | ImpartQtTerm)
         parts = term.factors()
         sigma = torch.zeros(min(self.shape), dtype=self.dtype)

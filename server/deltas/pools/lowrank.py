@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from compressor.codecs.lowrank import LowRankTerm
 from compressor.codecs.term import Shape, Term
-from server.deltas.pools.base import FactorPool, Staged
+from server.deltas.pools.base import FactorPool, PoolParts
 from server.ops.factors import LowRankFactors, lowrank_rows
 from server.ops.kernels import Kernels
 from server.ops.lowrank import HeldLowRank, PackedLowRank
@@ -41,7 +41,7 @@ class PackedLowRankPool(FactorPool):
         self.kernels = kernels
         self._op: PackedLowRank | None = None
 
-    def _take(self, arrays: Staged) -> None:
+    def _take(self, arrays: PoolParts) -> None:
         self._op = PackedLowRank(
             *arrays,
             n=self.shape[1],
@@ -54,7 +54,7 @@ class PackedLowRankPool(FactorPool):
     def kind(self) -> Hashable:
         return type(self), self.bits
 
-    def stage(self, term: Term) -> Staged:
+    def stage(self, term: Term) -> PoolParts:
         assert isinstance(term, LowRankTerm)
         down, up = term.factor_codes()
         missing = self.rank - term.rank
@@ -90,7 +90,7 @@ class LowRankPool(FactorPool):
         super().__init__(shape, dtype, device)
         self.kernels = kernels
 
-    def stage(self, term: Term) -> Staged:
+    def stage(self, term: Term) -> PoolParts:
         assert isinstance(term, LowRankTerm)
         return (term.a.to(self.dtype), term.b.to(self.dtype))
 

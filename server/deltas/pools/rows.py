@@ -9,7 +9,7 @@ from torch import Tensor
 
 from compressor.codecs.rows import RowsTerm
 from compressor.codecs.term import Shape, Term
-from server.deltas.pools.base import Staged, TermPool, segments_at
+from server.deltas.pools.base import PoolParts, TermPool, segments_at
 from server.ops.blockdiag import BlockDiagOp
 from server.ops.kernels import Kernels
 from server.ops.packed import PackedBlocks, pack_columns
@@ -49,17 +49,17 @@ class RowsPool(TermPool):
     def as_data(self) -> bool:
         return True
 
-    def _take(self, arrays: Staged) -> None:
+    def _take(self, arrays: PoolParts) -> None:
         self._op = self.kernels.blockdiag(self._blocks_in(arrays))
 
-    def _blocks_in(self, arrays: Staged) -> PackedBlocks:
+    def _blocks_in(self, arrays: PoolParts) -> PackedBlocks:
         codes, scales, units, _ = arrays
         sizes = (self.n_rows,)
         return PackedBlocks(
             codes, scales, units, sizes, self.shape[1], self.bits, self.places.place_of
         )
 
-    def stage(self, term: Term) -> Staged:
+    def stage(self, term: Term) -> PoolParts:
         assert isinstance(term, RowsTerm)
         index = _filled_up(term.index, self.n_rows, self.shape[0])
         own = torch.isin(index, term.index)

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from server.deltas.background import lower_priority
-from server.deltas.loader import LoadJob
+from server.deltas.loads import LoadJob
 from server.deltas.slots import Slot, SlotTable
 from server.engine.observer import Observer
 from server.engine.reconstruct.policy import HotPolicy

@@ -14,7 +14,8 @@ import torch
 from compressor.artifact.reader import Artifact
 from server.deltas import loader
 from server.deltas.host_memory import trim_heap
-from server.deltas.loader import DeltaLoader, LoadJob, Staged, Stored
+from server.deltas.loader import DeltaLoader
+from server.deltas.loads import LoadCopied, LoadDecoded, LoadJob
 from server.deltas.slots import SlotTable
 
 
@@ -46,13 +47,13 @@ def test_heap_is_trimmed_once_after_the_last_load(monkeypatch: pytest.MonkeyPatc
     for name in ("a", "b"):
         job = LoadJob(name, name, "apply", unreadable)
         loads._loading.add(name)
-        staged = Staged(job, (), 0, time.monotonic())
-        loads.handle(Stored(staged, slots.place(name, 0)))
+        decoded = LoadDecoded(job, (), 0, time.monotonic())
+        loads.handle(LoadCopied(decoded, slots.assign(name, 0)))
     loads._loading.add("c")
-    loads.place_waiting()
+    loads.assign_slots()
     loads._loading.discard("c")
     assert not trimmed
     for _ in range(2):
-        loads.place_waiting()
+        loads.assign_slots()
     loads._copier.shutdown(wait=True)  # `close` would cancel what has not begun
     assert trimmed == [True]

@@ -15,7 +15,7 @@ def load(table: SlotTable, key: str, n_bytes: int) -> Slot | None:
         return None
     for victim in victims:
         table.evict(victim)
-    slot = table.place(key, n_bytes)
+    slot = table.assign(key, n_bytes)
     slot.ready = True
     return slot
 
@@ -40,7 +40,7 @@ def test_victims_for_slots_in_use_are_never_victims() -> None:
 
 def test_acquire_slot_that_is_still_being_stored_is_refused() -> None:
     table = SlotTable(1, 100)
-    table.place("a", 10)
+    table.assign("a", 10)
     assert table.acquire("a") is None
 
 

@@ -11,7 +11,7 @@ import torch
 
 from compressor.artifact.reader import Artifact
 from compressor.errors import Corrupt
-from server.deltas.loader import LoadJob
+from server.deltas.loads import LoadJob
 from server.deltas.parameter import DeltaParameter
 from server.deltas.pools.base import TermPool
 from server.deltas.slots import Slot
@@ -192,18 +192,18 @@ def test_room_made_in_pieces_between_steps_leaves_every_stream_true(
     engine = harness(many)
     engine.run(engine.submit(FIVE[0], "x"))
     nobody = Slot(63, "nobody", 0)
-    engine.core.loader._storing = nobody  # nothing is placed before the streams run
+    engine.core.loader._copying = nobody  # nothing gets a slot before the streams run
     cold = [engine.submit(name, PROMPT) for name in FIVE[1:3]]
     engine.until(lambda: len(engine.core.loader._waiting_for_room) == 2)
     running = [
         engine.submit(name, PROMPT, ignore_eos=True, max_tokens=400) for name in ("base", FIVE[0])
     ]
     engine.until(lambda: all(one.request.n_output > 0 for one in running))
-    engine.core.loader._storing = None
+    engine.core.loader._copying = None
     pieces: set[int] = set()
 
     def done() -> bool:
-        if engine.core.loader._placing is not None:
+        if engine.core.loader._reservation is not None:
             pieces.add(running[0].request.n_output)
         return all(one.done for one in cold)
 

@@ -13,7 +13,7 @@ from compressor.codecs.term import Term
 from compressor.encoders.codec import make_encoder
 from compressor.encoders.rows import encode_largest_rows
 from compressor.encoders.sources import TensorSource
-from server.deltas.pools.base import FactorPool, Staged, TermPool
+from server.deltas.pools.base import FactorPool, PoolParts, TermPool
 from server.deltas.pools.blockdiag import BlockDiagPool, SharedBlocks
 from server.deltas.pools.geometry import geometry_of, make_pool
 from server.deltas.upload import SlotUploader
@@ -79,7 +79,7 @@ def encode_all(
     return terms
 
 
-def put(pool: TermPool, slot: int, staged: Staged) -> None:
+def put(pool: TermPool, slot: int, staged: PoolParts) -> None:
     SlotUploader(CPU).copy(list(zip(pool.targets(slot), staged, strict=True)))
 
 

@@ -1,0 +1,53 @@
+"""Decode an artifact's tensors into what is copied into a slot: readers' work, in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from compressor.artifact.reader import Artifact
+from compressor.codecs.term import TensorDelta
+from compressor.errors import UnsupportedTensor
+from compressor.usable_cpus import usable_cpus
+from server.deltas.parameter import DeltaParameter, StagedParameter
+
+DECODE_THREADS = 8
+
+
+def decode_threads(device: torch.device) -> int:
+    """Threads for one variant: on a GPU's host cores are idle, on a CPU the steps need them."""
+    return min(DECODE_THREADS, usable_cpus().cpus) if device.type == "cuda" else 1
+
+
+def stage_variant(
+    artifact: Artifact,
+    parameters: Mapping[str, DeltaParameter],
+    n_threads: int = 1,
+    replaces: Callable[[DeltaParameter], bool] = lambda parameter: False,
+) -> tuple[StagedParameter, ...]:
+    """Decode every tensor of the artifact for this base. Raises ArtifactError or
+    UnsupportedTensor if any does not fit: a variant is served whole or not at all.
+
+    replaces  whether the slot's reconstructed weights stand in for a parameter's terms
+    """
+
+    def stage(delta: TensorDelta) -> StagedParameter:
+        parameter = parameters.get(delta.name)
+        if parameter is None:
+            raise UnsupportedTensor(
+                f"{delta.name}: the served model has no such linear, embedding, norm or bias; "
+                "serve the reconstructed checkpoint instead (impart reconstruct)"
+            )
+        return parameter.stage(delta, without_terms=replaces(parameter))
+
+    if n_threads == 1:
+        return tuple(map(stage, artifact.tensors))
+    with ThreadPoolExecutor(n_threads, "delta-decoder") as pool:
+        return tuple(pool.map(stage, artifact.tensors))
+
+
+def reader_threads(device: torch.device) -> int:
+    """Variants that are read at once."""
+    return 2 if device.type == "cuda" else 1
