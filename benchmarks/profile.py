@@ -28,7 +28,8 @@ from torch import Tensor, nn
 
 from server.engine.build import build_engine, device_of, use_threads
 from server.engine.catalog import VariantCatalog
-from server.engine.core import EngineCore, Events
+from server.engine.core import EngineCore
+from server.engine.lifecycle import Events
 from server.engine.request import Request
 from server.engine.types import SamplingParams
 from server.ops.blockdiag import BlockDiagOp
@@ -238,7 +239,7 @@ def timed_engine(bench: Bench, clock: Clock) -> ExitStack:
         (core.scheduler, "schedule", "scheduling and batch building"),
         (core._runner, "prepare_inputs", "scheduling and batch building"),
         (core._runner, "forward", "model: the rest"),
-        (core._post, "chunk", "events"),
+        (core._accounting.post, "chunk", "events"),
         (type(core._sampler), "sample_chunks", "sampling"),
     ):
         stack.enter_context(mock.patch.object(owner, name, clock.wrap(part, getattr(owner, name))))

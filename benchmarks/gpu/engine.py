@@ -19,7 +19,8 @@ from compressor.artifact.reader import Artifact, read_artifact
 from server.deltas.loads import LoadDecoded, LoadJob
 from server.deltas.staging import decode_threads, stage_variant
 from server.engine.build import build_core
-from server.engine.core import EngineCore, Events
+from server.engine.core import EngineCore
+from server.engine.lifecycle import Events
 from server.engine.request import Request
 from server.engine.step.runner import Runner
 from server.engine.text import TextAssets

@@ -19,7 +19,8 @@ from server.deltas.loads import LoadJob
 from server.deltas.staging import decode_threads
 from server.deltas.registry import DeltaRegistry
 from server.engine.catalog import VariantCatalog
-from server.engine.core import EngineCore, Events
+from server.engine.core import EngineCore
+from server.engine.lifecycle import Events
 from server.engine.memory import allocate_kv_blocks, with_kv_cache
 from server.engine.observer import Observer
 from server.engine.step.runner import Runner

@@ -15,41 +15,32 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor
 
 from server.deltas.loader import DeltaLoader
 from server.deltas.loads import LoadCopied, LoadDecoded, LoaderMessage, LoadFailed, LoadJob
 from server.deltas.slots import Slot, SlotTable
+from server.engine.accounting import Accounting
 from server.engine.inbox import Inbox
+from server.engine.lifecycle import Events, RequestLifecycle
 from server.engine.observer import CoreStats, Observer
 from server.engine.reconstruct.reconstructor import BuildEnded, Reconstructor, only_variant
-from server.engine.request import Event, Request, Status, as_serve_error
+from server.engine.request import Request
 from server.engine.schedule.admission import Admission, Ticket
 from server.engine.schedule.kv_blocks import KVBlockPool
 from server.engine.schedule.pacing import PrefillPacer
 from server.engine.schedule.scheduler import Missing, Scheduled, Scheduler, load_of
-from server.engine.step.batch import Batch, LogitRows, default_batch_tokens
+from server.engine.step.batch import default_batch_tokens
 from server.engine.step.lookahead import InFlight, Lookahead
-from server.engine.step.postprocess import Postprocessor
-from server.engine.step.runner import DecodeStep, Runner
-from server.engine.step.sampler import Sampled, Sampler
-from server.engine.variant import BASE_KEY, Variant
-from server.errors import (
-    DeadlineExceeded,
-    Draining,
-    EngineDead,
-    GenerationFailed,
-    NoSlot,
-    ServeError,
-)
+from server.engine.step.runner import Runner
+from server.engine.step.sampler import Sampler
+from server.engine.variant import Variant
+from server.errors import Draining, EngineDead, GenerationFailed
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
 IDLE_WAIT_S = 0.5
 LOAD_WAIT_S = 0.05
 MAX_FAILED_STEPS = 3  # in a row; then the engine is considered broken
-Events = list[tuple[Request, Event]]
-Outcomes = dict[Request, Sampled]
 
 
 class EngineCore:
@@ -92,15 +83,27 @@ class EngineCore:
             wipe=runner.base.store.wipe,
         )
         self._sampler = Sampler()
-        self._post = Postprocessor()
-        self._events: Events = []
         self._busy = False  # the last turn ran a batch
         self._lookahead = Lookahead(
-            *(runner, self._sampler, self.scheduler, self.loader, self._max_len),
+            runner,
+            self._sampler,
+            self.scheduler,
+            self.loader,
+            self._max_len,
             enabled=settings.async_scheduling and runner.is_static,
         )
         self._failed_steps = 0
         self.admission = Admission(settings.max_queued_requests, settings.max_num_seqs)
+        self._requests = RequestLifecycle(
+            self.scheduler,
+            self.slots,
+            self.loader,
+            self._sampler,
+            self._lookahead,
+            self.admission,
+            observer,
+        )
+        self._accounting = Accounting(self._requests, self.scheduler, self._max_len, observer)
         self._stop = False
         self.heartbeat = time.monotonic()
         for module in runner.base.store.probed:  # a long step is alive as long as layers go by
@@ -131,7 +134,7 @@ class EngineCore:
 
     def abort(self, request: Request) -> None:
         """Forget a request: no more of it is wanted. Its memory is free after the running step."""
-        self._inbox.put(lambda: self._abort(request))
+        self._inbox.put(lambda: self._requests.abort(request))
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """Fail what is left with Draining and end the thread."""
@@ -187,7 +190,7 @@ class EngineCore:
 
     def step(self) -> None:
         """One engine step: schedule, run, sample, publish."""
-        self._expire()
+        self._requests.expire()
         self.reconstructor.tend()
         if self._lookahead.in_flight is not None:
             self._go_on(self._lookahead.in_flight)
@@ -197,8 +200,7 @@ class EngineCore:
             self._busy = bool(scheduled)
             if scheduled:
                 self._run_batch(scheduled)
-        if self._events:
-            events, self._events = self._events, []
+        if events := self._requests.take_events():
             self._publish(events)
 
     def _run_batch(self, scheduled: list[Scheduled]) -> None:
@@ -213,7 +215,7 @@ class EngineCore:
             self._step_failed(scheduled, error)
             return
         self._failed_steps = 0
-        self._account(batch, logits, sampled)
+        self._accounting.take(batch, logits, sampled)
         seconds = time.perf_counter() - started
         self._pacer.ran(load, seconds)
         self.reconstructor.ran(alone, seconds)
@@ -227,12 +229,12 @@ class EngineCore:
             self._drop_in_flight()
             self._step_failed(last.step.scheduled, error)
             return
-        self._account(last.step, None, sampled)
+        self._accounting.take(last.step, None, sampled)
         seconds = self._lookahead.seconds(last)
         self._pacer.ran(last.load, seconds)
         self.reconstructor.ran(alone, seconds)
         for request in self._lookahead.settled(last, sampled):
-            self._release(request)
+            self._requests.release(request)
         if self._lookahead.failed is None:
             self._failed_steps = 0
         else:  # who has not ended was to go on in it
@@ -240,44 +242,7 @@ class EngineCore:
 
     def _drop_in_flight(self) -> None:
         for request in self._lookahead.drop():
-            self._release(request)
-
-    def _account(self, batch: Batch | DecodeStep, logits: Tensor | None, sampled: Outcomes) -> None:
-        """Take a step's outcomes."""
-        n_generated = 0
-        for item, rows in zip(batch.scheduled, batch.outputs, strict=True):
-            n_generated += self._finish_chunk(item, rows, logits, sampled)
-        if self._observer is not None:
-            n_tokens = sum(s.n_tokens for s in batch.scheduled)
-            self._observer.on_step(n_tokens - n_generated, n_generated)
-
-    def _finish_chunk(
-        self, item: Scheduled, rows: LogitRows, logits: Tensor | None, sampled: Outcomes
-    ) -> int:
-        """Account for one chunk; a failure here fails this request only."""
-        request = item.request
-        if request.status is not Status.RUNNING:
-            return 0
-        try:
-            if logits is not None:
-                self._post.collect_prompt_logprobs(request, rows, logits)
-            request.n_computed += item.n_tokens
-            request.unproven = True
-            outcome = sampled.get(request)
-            if outcome is None:
-                return 0
-            if outcome.error is not None:
-                raise outcome.error
-            self.scheduler.computed(request)
-            chunk = self._post.chunk(request, outcome, self._max_len)
-            self._emit(request, chunk)
-            if chunk.finish_reason is not None:
-                request.finish_reason = chunk.finish_reason
-                self._close(request)
-            return 1
-        except Exception as error:
-            self._fail(request, as_serve_error(error))
-            return 0
+            self._requests.release(request)
 
     # -- requests ------------------------------------------------------------------------------
 
@@ -291,59 +256,6 @@ class EngineCore:
             self.loader.request(self._job_for(request.variant))
         return Missing.NO_ROOM if self.loader.needs_room(key) else Missing.LOADING
 
-    def _emit(self, request: Request, event: Event) -> None:
-        self._events.append((request, event))
-
-    def _fail(self, request: Request, error: ServeError) -> None:
-        if request.status is Status.FINISHED:
-            return
-        request.finish_reason = "error"
-        self._emit(request, error)
-        self._close(request)
-
-    def _abort(self, request: Request) -> None:
-        if request.status is not Status.FINISHED:
-            request.finish_reason = "abort"
-            self._close(request)
-
-    def _close(self, request: Request) -> None:
-        """End a request; what it holds goes back once no step in flight has a row of it."""
-        if not self._lookahead.keeps(request):
-            self._release(request)
-
-    def _release(self, request: Request) -> None:
-        """KV blocks, slot and generator go back."""
-        self.scheduler.remove(request)
-        self._sampler.forget(request)
-        if request.slot is None and not self._waiting_for(request.variant.key):
-            self.loader.forget(request.variant.key)
-        if request.slot is not None:
-            self.slots.release(request.slot)
-            request.slot = None
-        started_at = request.started_at
-        self.admission.leave(None if started_at is None else started_at - request.queued_at)
-        if self._observer is not None:
-            self._observer.on_finished(request)
-
-    def _expire(self) -> None:
-        now = time.monotonic()
-        for request in self._open_requests():
-            if request.deadline is not None and now > request.deadline:
-                self._fail(request, self._too_late(request))
-
-    def _too_late(self, request: Request) -> ServeError:
-        key = request.variant.key
-        if request.slot is None and key != BASE_KEY and self.loader.needs_room(key):
-            return NoSlot(
-                f"`{request.variant.name}` waited for other variants to make room until its time "
-                "was up; try again later",
-                retry_after_s=5,
-            )
-        return DeadlineExceeded("the request ran out of its time")
-
-    def _open_requests(self) -> list[Request]:
-        return [*self.scheduler.running, *self.scheduler.waiting]
-
     # -- loads ---------------------------------------------------------------------------------
 
     def _post_load(self, message: LoaderMessage) -> None:
@@ -354,22 +266,18 @@ class EngineCore:
         ended = self.loader.handle(message)
         if isinstance(ended, LoadCopied):
             decoded: LoadDecoded = ended.decoded
-            for request in self._waiting_for(decoded.job.key):
+            for request in self._requests.waiting_for(decoded.job.key):
                 request.slot = self.slots.acquire(decoded.job.key)  # before it can be evicted
             if self._observer is not None:
                 self._observer.on_loaded(decoded.job.name, time.monotonic() - decoded.started)
         if isinstance(ended, LoadFailed):
-            for request in self._waiting_for(ended.key):
-                self._fail(request, ended.error)
+            for request in self._requests.waiting_for(ended.key):
+                self._requests.fail(request, ended.error)
             if self._observer is not None:
                 self._observer.on_load_failed(ended.name)
 
     def _post_build(self, message: BuildEnded) -> None:
         self._inbox.put(lambda: self.reconstructor.on_message(message))
-
-    def _waiting_for(self, key: str) -> list[Request]:
-        waiting = self.scheduler.waiting
-        return [r for r in waiting if r.variant.key == key and r.slot is None]
 
     # -- the end -------------------------------------------------------------------------------
 
@@ -382,18 +290,17 @@ class EngineCore:
         for item in scheduled:
             item.request.unproven = True
             message = "the engine step of this request failed; other requests go on"
-            self._fail(item.request, GenerationFailed(message))
+            self._requests.fail(item.request, GenerationFailed(message))
 
     def _halt(self) -> None:
         self._drop_in_flight()
-        for request in self._open_requests():
-            self._fail(request, Draining("the server is shutting down", retry_after_s=5))
+        for request in self._requests.open_requests():
+            self._requests.fail(request, Draining("the server is shutting down", retry_after_s=5))
         self._stop = True
 
     def _die(self) -> None:
         self.admission.die()
         self._inbox.run_last()  # requests still in it must hear of it too
-        for request in self._open_requests():
-            self._emit(request, EngineDead("the engine has stopped; the server is restarting"))
-        self._publish(self._events)
-        self._events = []
+        for request in self._requests.open_requests():
+            self._requests.emit(request, EngineDead("the engine has stopped; the server is restarting"))
+        self._publish(self._requests.take_events())

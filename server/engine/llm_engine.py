@@ -19,7 +19,7 @@ from server.engine.build import (
     log_cpu,
     use_threads,
 )
-from server.engine.core import Events
+from server.engine.lifecycle import Events
 from server.engine.limits import check_request
 from server.engine.observer import CoreStats, Observer
 from server.engine.output import RequestOutput, TextOutput

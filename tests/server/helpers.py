@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from server.engine.build import build_engine
-from server.engine.core import Events
+from server.engine.lifecycle import Events
 from server.engine.output import RequestOutput, TextOutput
 from server.engine.request import Event, Request
 from server.engine.step.runner import Runner

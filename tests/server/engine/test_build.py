@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from server.engine.build import build_core, build_engine, device_of
-from server.engine.core import Events
+from server.engine.lifecycle import Events
 from server.engine.step.runner import Runner
 from server.errors import ConfigError
 from server.ops.kernels import TorchKernels
