@@ -132,6 +132,7 @@ ELSEWHERE = {
     "server.ops.cpu.codegen.bf16_pairs": "tests/server/ops/cpu/test_linear.py",
     "server.ops.cpu.codegen.bfloat": "tests/server/ops/cpu/test_linear.py",
     "server.ops.cpu.codegen.intrinsics": "tests/server/ops/cpu/test_parallel.py",
+    "server.ops.cpu.codegen.online_softmax": "tests/server/ops/cpu/test_prefill.py",
     "server.ops.cpu.codegen.pair_product": "tests/server/ops/test_blockdiag.py",
     "server.ops.cpu.codegen.piece_product": "tests/server/ops/cpu/test_panel_blocks.py",
     "server.ops.cpu.codegen.tile_product": "tests/server/ops/test_blockdiag.py",

@@ -33,7 +33,7 @@ class Accounting:
         self.post = Postprocessor()
 
     def take(self, batch: Batch | DecodeStep, logits: Tensor | None, sampled: Outcomes) -> None:
-        """Take the outcomes of a step; `logits` are None where no prompt's are wanted."""
+        """Take the outcomes of a step; `logits` are None after a step that was left in flight."""
         n_generated = 0
         for item, rows in zip(batch.scheduled, batch.outputs, strict=True):
             n_generated += self._finish_chunk(item, rows, logits, sampled)
