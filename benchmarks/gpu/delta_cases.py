@@ -18,14 +18,15 @@ from benchmarks.gpu.cases import (
     relative,
 )
 from benchmarks.gpu.shapes import Codec, Group
+from server.ops.blockdiag import TorchBlockDiag
 from server.ops.factors import ImpartFactors, LowRankFactors, rank_lists
 from server.ops.kernels import TorchKernels
 from server.ops.lowrank import PackedLowRank
 from server.ops.packed import packed_rows
+from server.ops.row_mapping import RowMapping
 from server.ops.triton.blockdiag import (
     PREFILL_ROWS,
     blockdiag_add_,
-    blockdiag_add_reference_,
     block_kernel,
 )
 from server.ops.triton.impart import impart_add_, impart_add_reference_
@@ -52,7 +53,8 @@ def blockdiag_spec(group: Group, codec: Codec, rows: int, slots: int) -> Spec:
         blocks = random_blocks(group, codec, slots, place.device)
         present = all_places(slots, place.device)
         kernel = block_kernel(blocks, prefill=prefill)
-        where = segment_arrays(even_segments(rows, slots), tile_rows, place.device)
+        segments = even_segments(rows, slots)
+        where = segment_arrays(segments, tile_rows, place.device)
         x, y = place.randn(rows, group.n), place.randn(rows, width).zero_()
         parts = y.split(group.sizes, 1)
 
@@ -60,7 +62,9 @@ def blockdiag_spec(group: Group, codec: Codec, rows: int, slots: int) -> Spec:
             got, want = torch.zeros_like(y), torch.zeros_like(y, dtype=torch.float64)
             blockdiag_add_(got.split(group.sizes, 1), x, where, blocks, kernel, present)
             wanted = want.split(group.sizes, 1)
-            blockdiag_add_reference_(wanted, x, where, blocks, present, torch.float64)
+            held = frozenset((slot, slot) for slot in range(slots))
+            table = RowMapping(segments, place.device).table(held)
+            TorchBlockDiag(blocks).add_(wanted, x.double(), table)
             return relative(got, want)
 
         return Case(lambda: blockdiag_add_(parts, x, where, blocks, kernel, present), error)

@@ -6,10 +6,18 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from benchmarks.gpu.cases import BLOCK_TOKENS, Case, Place, Sizes, Spec, relative
 from benchmarks.gpu.shapes import Group, ModelShape
-from server.ops.attention import PrefillChunk
+from server.ops import norm as torch_norm
+from server.ops.attention import (
+    AttentionCall,
+    AttentionMetadata,
+    PrefillChunk,
+    Rotary,
+    rotate_and_write_,
+)
 from server.ops.quantize import linear_reference, quantize_int8
 from server.ops.triton.attention import (
     NewTokens,
@@ -18,20 +26,15 @@ from server.ops.triton.attention import (
     splits_for,
 )
 from server.ops.triton.linear import linear_
-from server.ops.triton.norm import (
-    add_rms_norm,
-    rms_norm,
-    rms_norm_reference,
-    silu_mul,
-    silu_mul_reference,
-)
+from server.ops.triton.norm import add_rms_norm, rms_norm, silu_mul
 from server.ops.triton.prefill import paged_prefill_, prefill_tiles
-from server.ops.triton.rope import rope_and_write_, rope_and_write_reference_
+from server.ops.triton.rope import rope_and_write_
 
 ATTENTION_SHARE = 0.85
 LINEAR_SHARE = 0.8
 SMALL_SHARE = 0.5  # a launch is most of what these cost
 VARIANT_NORMS = 8
+NORM = torch_norm.RmsForm(1e-5, 0.0, casts_first=True)
 
 
 def decode_spec(shape: ModelShape, batch: int, length: int) -> Spec:
@@ -54,7 +57,8 @@ def decode_spec(shape: ModelShape, batch: int, length: int) -> Spec:
             kv_blocks.gather(1, (last // BLOCK_TOKENS).unsqueeze(1))[:, 0] * BLOCK_TOKENS
             + last % BLOCK_TOKENS
         )
-        new = NewTokens(k, v, *_angles(place, batch, dim), cache_rows)
+        rotary = Rotary(*_angles(place, batch, dim))
+        new = NewTokens(k, v, rotary.cos, rotary.sin, cache_rows)
         scale = dim**-0.5
 
         def run() -> Tensor:
@@ -63,8 +67,7 @@ def decode_spec(shape: ModelShape, batch: int, length: int) -> Spec:
         def error() -> float:
             got = run()
             wide_q, *wide = q.double(), *(cache.double() for cache in caches)
-            turned = (wide_q, k.double(), v.double(), new.cos, new.sin, *wide, cache_rows)
-            rope_and_write_reference_(*turned, torch.float64)
+            _rotate_and_write(wide_q, k.double(), v.double(), *wide, cache_rows, rotary)
             arguments = (wide_q, *wide, kv_blocks, sizes)
             want = paged_decode_reference(*arguments, scale=scale, compute=torch.float64)
             return max(relative(got, want), *map(relative, caches, wide))
@@ -87,6 +90,20 @@ def _angles(place: Place, rows: int, dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin [rows, dim]."""
     angle = torch.rand(rows, dim // 2, device=place.device).repeat(1, 2)
     return angle.cos().to(place.dtype), angle.sin().to(place.dtype)
+
+
+def _rotate_and_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_rows: Tensor,
+    rotary: Rotary,
+) -> None:
+    """In place, in float64 where these are."""
+    metadata = AttentionMetadata(cache_rows, None, ())
+    rotate_and_write_(AttentionCall(q, k, v, k_cache, v_cache, metadata, 1.0, rotary=rotary))
 
 
 def prefill_spec(shape: ModelShape, tokens: int) -> Spec:
@@ -166,7 +183,7 @@ def rope_spec(shape: ModelShape, rows: int) -> Spec:
             got = torch.cat([target[:, : cut[0]].flatten(), caches.flatten()])
             wide, wide_caches = fused.double(), torch.zeros_like(caches, dtype=torch.float64)
             q, k, v = (part.view(rows, -1, dim) for part in wide.split(cut, dim=1))
-            rope_and_write_reference_(q, k, v, cos, sin, *wide_caches, cache_rows, torch.float64)
+            _rotate_and_write(q, k, v, *wide_caches, cache_rows, Rotary(cos, sin))
             want = torch.cat([wide[:, : cut[0]].flatten(), wide_caches.flatten()])
             return relative(got, want)
 
@@ -186,10 +203,10 @@ def norm_spec(shape: ModelShape, rows: int) -> Spec:
         which = torch.arange(rows, device=place.device) % (VARIANT_NORMS + 1)
 
         def error() -> float:
-            want = rms_norm_reference(x.double(), vectors, which, 1e-5, compute=torch.float64)
-            return relative(rms_norm(x, vectors, which, 1e-5), want)
+            want = torch_norm.rms_norm(x.double(), vectors, which, NORM)
+            return relative(rms_norm(x, vectors, which, NORM.eps), want)
 
-        return Case(lambda: rms_norm(x, vectors, which, 1e-5), error)
+        return Case(lambda: rms_norm(x, vectors, which, NORM.eps), error)
 
     n_bytes = 2 * shape.hidden * (2 * rows + min(rows, VARIANT_NORMS + 1))
     return Spec(f"rms norm ({rows} rows)", n_bytes, SMALL_SHARE, make)
@@ -204,13 +221,12 @@ def add_norm_spec(shape: ModelShape, rows: int) -> Spec:
         which = torch.arange(rows, device=place.device) % (VARIANT_NORMS + 1)
 
         def error() -> float:
-            normed, summed = add_rms_norm(x, residual, vectors, which, 1e-5)
-            exact = summed.double()
-            want = rms_norm_reference(exact, vectors, which, 1e-5, compute=torch.float64)
+            normed, summed = add_rms_norm(x, residual, vectors, which, NORM.eps)
+            want = torch_norm.rms_norm(summed.double(), vectors, which, NORM)
             off = relative(summed, residual.double() + x.double())
             return max(relative(normed, want), off)
 
-        return Case(lambda: add_rms_norm(x, residual, vectors, which, 1e-5), error)
+        return Case(lambda: add_rms_norm(x, residual, vectors, which, NORM.eps), error)
 
     n_bytes = 2 * shape.hidden * (4 * rows + min(rows, VARIANT_NORMS + 1))
     return Spec(f"add + rms norm ({rows} rows)", n_bytes, SMALL_SHARE, make)
@@ -223,8 +239,8 @@ def silu_spec(shape: ModelShape, rows: int) -> Spec:
         both = place.randn(rows, 2 * shape.intermediate).chunk(2, dim=1)
 
         def error() -> float:
-            want = silu_mul_reference(*(part.double() for part in both))
-            return relative(silu_mul(*both), want)
+            gate, up = both
+            return relative(silu_mul(*both), F.silu(gate.double()) * up.double())
 
         return Case(lambda: silu_mul(*both), error)
 

@@ -152,10 +152,12 @@ def paged_attention(call: AttentionCall, kernels: AttentionKernels) -> Tensor:
 
 
 def rotate_and_write_(call: AttentionCall) -> None:
-    """Turn q and k in place (in float32, rounded once); write every new key and value."""
+    """Turn q and k in place (in float32, float64 where they are; rounded once); write every new key
+    and value.
+    """
     if call.rotary is not None:
         for x in (call.q, call.k):
-            x.copy_(rotate(x, call.rotary, torch.float32))
+            x.copy_(rotate(x, call.rotary, torch.promote_types(x.dtype, torch.float32)))
     write_cache_(call.k_cache, call.k, call.metadata.cache_rows)
     write_cache_(call.v_cache, call.v, call.metadata.cache_rows)
 

@@ -39,7 +39,7 @@ class BlockDiagOp(Protocol):
 
 
 class TorchBlockDiag:
-    """The reference: dequantises the blocks of every segment anew."""
+    """The reference: dequantises the blocks of every segment anew. In float64 where x is."""
 
     def __init__(self, blocks: PackedBlocks) -> None:
         self._blocks = blocks
@@ -48,12 +48,13 @@ class TorchBlockDiag:
         """See `BlockDiagOp`."""
         blocks, s = self._blocks, self._blocks.n_blocks
         places = padded_places(blocks.n, s, x.device)
+        compute = torch.promote_types(x.dtype, torch.float32)
         for slot, start, end in segments.entries():
             if segments.count is not None and (slot := blocks.place(slot)) < 0:
                 continue
-            values = blocks.values(slot)  # [s, nb, sum of mb]
-            rows = x.new_zeros((end - start, values.shape[0] * values.shape[1])).float()
-            rows[:, places] = x[start:end].float()
+            values = blocks.values(slot).to(compute)  # [s, nb, sum of mb]
+            rows = values.new_zeros((end - start, values.shape[0] * values.shape[1]))
+            rows[:, places] = x[start:end].to(compute)
             rows = rows.view(end - start, s, -1).transpose(0, 1)
             product = torch.bmm(rows, values)  # [s, rows, sum of mb]
             column = 0
@@ -61,7 +62,7 @@ class TorchBlockDiag:
                 if y is not None:
                     part = product[:, :, column : column + mb].transpose(0, 1).flatten(1)
                     added = part[:, padded_places(m, s, x.device)]
-                    y[start:end] = (y[start:end].float() + added).to(y.dtype)
+                    y[start:end] = (y[start:end].to(compute) + added).to(y.dtype)
                 column += mb
 
 

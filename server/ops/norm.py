@@ -26,12 +26,13 @@ class RmsForm:
 
 
 def rms_norm(x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm) -> Tensor:
-    """``x / rms(x) * (weight + offset)`` over the last axis, in float32.
+    """``x / rms(x) * (weight + offset)`` over the last axis, in float32 (float64 where x is).
 
     x [..., n]; weights [C, n], rows chosen by index [R] int64 (the rows of x, flattened, are R
     equal runs) or the first for all. Returns x's shape and dtype.
     """
-    normed = x.float()
+    compute = torch.promote_types(x.dtype, torch.float32)
+    normed = x.to(compute)
     normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + form.eps)
     weight = weights[0] if index is None else weights[index]
     if index is not None:
@@ -57,4 +58,4 @@ def add_rms_norm(
 def _scaled(normed: Tensor, weight: Tensor, dtype: torch.dtype, form: RmsForm) -> Tensor:
     if form.casts_first:
         return normed.to(dtype) * (weight + form.offset)
-    return (normed * (weight.float() + form.offset)).to(dtype)
+    return (normed * (weight.to(normed.dtype) + form.offset)).to(dtype)

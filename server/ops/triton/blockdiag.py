@@ -144,40 +144,6 @@ def blockdiag_add_(
     )
 
 
-def blockdiag_add_reference_(
-    outputs: Sequence[Tensor | None],
-    x: Tensor,
-    segments: SegmentArrays,
-    blocks: PackedBlocks,
-    present: Tensor,
-    compute: torch.dtype = torch.float32,
-) -> None:
-    """The same in torch, block by block, in `compute`."""
-    for segment in rows_of(segments):
-        place = place_of(segment, present)
-        if place < 0:
-            continue
-        part, column = slice(segment.start, segment.end), 0
-        values = blocks.values(place).to(compute)
-        for y, m, mb in zip(outputs, blocks.sizes, blocks.block_rows(), strict=True):
-            if y is not None:
-                out = _blocks_apply(x[part].to(compute), values[..., column : column + mb], m)
-                y[part] = (y[part].to(compute) + out).to(y.dtype)
-            column += mb
-
-
-def _blocks_apply(x: Tensor, values: Tensor, m: int) -> Tensor:
-    """``x [t, n]``, ``values [s, nb, mb]`` -> ``[t, m]``."""
-    s = len(values)
-    rows, cols = divmod(m, s), divmod(x.shape[1], s)
-    parts, col = [], 0
-    for block in range(s):
-        height, width = rows[0] + (block < rows[1]), cols[0] + (block < cols[1])
-        parts.append(x[:, col : col + width] @ values[block, :width, :height])
-        col += width
-    return torch.cat(parts, dim=1)
-
-
 @triton.jit
 def _as_values(code, BITS: tl.constexpr, dtype: tl.constexpr):
     """int16 codes -> numbers of dtype `dtype`: 16 + code, or the centred level (8 bit, float32).

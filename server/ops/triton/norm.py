@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from server.ops.triton.compat import launch, next_power_of_two
 
@@ -67,24 +66,6 @@ def _norm(
     return out, summed
 
 
-def rms_norm_reference(
-    x: Tensor,
-    vectors: Tensor,
-    place: Tensor,
-    eps: float,
-    *,
-    offset: float = 0.0,
-    compute: torch.dtype = torch.float32,
-) -> Tensor:
-    """The same in torch, in `compute`."""
-    wide = x.to(compute)
-    normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    weight = vectors[place].view(len(x), *(1,) * (x.dim() - 2), -1)
-    if offset:
-        return (normal * (weight.to(compute) + offset)).to(x.dtype)
-    return (normal.to(x.dtype).to(compute) * weight.to(compute)).to(x.dtype)
-
-
 @triton.jit
 def _rms_norm_kernel(
     out, summed, x, residual, vectors, place, heads, n,
@@ -125,11 +106,6 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
         num_warps=4,
     )
     return out
-
-
-def silu_mul_reference(gate: Tensor, up: Tensor) -> Tensor:
-    """The same in torch."""
-    return F.silu(gate) * up
 
 
 @triton.jit

@@ -89,7 +89,9 @@ def packed_lowrank_add_reference_(
     terms: Sequence[PackedLowRank],
     compute: torch.dtype = torch.float32,
 ) -> None:
-    """The same in torch, in `compute`."""
+    """The same in torch, in `compute`, rounded where the kernel rounds: `server.ops.lowrank` rounds
+    more often.
+    """
     for y, term in zip(outputs, terms, strict=True):
         for segment in rows_of(segments):
             place = place_of(segment, term.slot_map)

@@ -45,33 +45,6 @@ def rope_and_write_(
     )
 
 
-def rope_and_write_reference_(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    cache_rows: Tensor,
-    compute: torch.dtype = torch.float32,
-) -> None:
-    """The same in torch, in `compute`."""
-    q.copy_(_rotate(q, cos, sin, compute))
-    kept = cache_rows >= 0
-    flat = (-1, *k_cache.shape[2:])
-    k_cache.view(flat)[cache_rows[kept].long()] = _rotate(k, cos, sin, compute)[kept]
-    v_cache.view(flat)[cache_rows[kept].long()] = v[kept]
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, compute: torch.dtype) -> Tensor:
-    turning, rest = x.to(compute).split([cos.shape[1], x.shape[2] - cos.shape[1]], dim=2)
-    first, second = turning.chunk(2, dim=2)
-    turned = turning * cos.to(compute).unsqueeze(1)
-    turned += torch.cat([-second, first], dim=2) * sin.to(compute).unsqueeze(1)
-    return torch.cat([turned, rest], dim=2).to(x.dtype)
-
-
 @triton.jit
 def _turn(row, cos, sin, dim, rotated, TILE: tl.constexpr):
     """float32 rotated row; dimensions from `rotated` on pass through."""

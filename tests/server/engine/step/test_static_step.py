@@ -1,6 +1,6 @@
 """Static buffers with stale and poisoned contents: a step depends on its own rows only.
 
-The forward pass is made of the kernels' references, so it runs at torch's speed; the kernels
+The forward pass is made of the operations in torch, so it runs at torch's speed; the kernels
 themselves go through the same buffers in `tests/benchmarks/gpu/test_decoder.py`.
 """
 
@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-pytest.importorskip("triton")  # the references live beside the kernels
+pytest.importorskip("triton")  # the reference of decoding lives beside its kernel
 
 from server.engine.step.static_buffers import DecodeRow, StaticBatch, StaticBuffers, segments_of
 from server.engine.step.static_step import BUCKETS, StaticStep
 from server.errors import ConfigError
-from server.ops.row_mapping import Segment
+from server.ops.blockdiag import TorchBlockDiag
+from server.ops.norm import RmsForm, rms_norm
+from server.ops.row_mapping import Segment, SlotSegments
 from server.ops.triton.attention import paged_decode_reference
-from server.ops.triton.blockdiag import blockdiag_add_reference_
-from server.ops.triton.norm import rms_norm_reference
+from server.ops.triton.segments import DECODE_ROWS
 from tests.server.ops.triton.helpers import CPU, generator, pack, random_term
 from tests.simulated_cuda import simulated_cuda
 
@@ -39,7 +41,8 @@ class Toy:
         self.norms = torch.rand(4, DIM, generator=generator(2))
         self.norms[2] = float("nan")  # slot 1's
         terms = {slot: [random_term((VOCAB, DIM), 2, 4, slot)] for slot in SLOTS}
-        self.blocks, self.present = pack(terms, 3)
+        blocks, place_of = pack(terms, 3)
+        self.deltas = TorchBlockDiag(replace(blocks, place_of=place_of))
         self.cache = torch.full((6, BLOCK_TOKENS, 1, DIM), float("nan"))
         self.batches: dict[int, StaticBatch] = {}  # the last one of each bucket
 
@@ -53,10 +56,11 @@ class Toy:
         h = paged_decode_reference(
             q, self.cache, self.cache, batch.kv_blocks, batch.lengths, scale=1.0
         ).flatten(1)
-        x = rms_norm_reference(h, self.norms, batch.vector_rows, 1e-5)
+        x = rms_norm(h, self.norms, batch.vector_rows, RmsForm(1e-5, 0.0, casts_first=True))
         y = x @ self.weight.T
         if with_deltas:
-            blockdiag_add_reference_([y], x, batch.segments, self.blocks, self.present)
+            table, count = batch.table, batch.segments.count
+            self.deltas.add_([y], x, SlotSegments(table, len(table), DECODE_ROWS, count))
         return y
 
 

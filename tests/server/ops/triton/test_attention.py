@@ -10,12 +10,18 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from server.ops.attention import AttentionCall, AttentionMetadata, HeadNorm, PrefillChunk, prefill_
-from server.ops.norm import RmsForm
+from server.ops.attention import (
+    AttentionCall,
+    AttentionMetadata,
+    HeadNorm,
+    PrefillChunk,
+    Rotary,
+    prefill_,
+    rotate_and_write_,
+)
+from server.ops.norm import RmsForm, rms_norm
 from server.ops.triton.attention import NewTokens, paged_decode, paged_decode_reference
-from server.ops.triton.norm import rms_norm_reference
 from server.ops.triton.prefill import paged_prefill_, prefill_tiles
-from server.ops.triton.rope import rope_and_write_reference_
 from tests.server.ops.triton.helpers import CPU, generator
 
 BLOCK_TOKENS = 8
@@ -130,12 +136,14 @@ def test_decode_of_new_tokens_norms_turns_writes_and_attends(
     exact_q, exact_key, exact_k, exact_v = (t.double() for t in (q, k, k_cache, v_cache))
     if norms is not None:
         exact_q, exact_key = (
-            rms_norm_reference(x, n.weights, n.index, 1e-3, offset=offset, compute=torch.float64)
+            rms_norm(x, n.weights, n.index, n.form)
             for x, n in zip((exact_q, exact_key), norms, strict=True)
         )
-    angles = new.cos.double(), new.sin.double()
-    exact = (exact_q, exact_key, v.double(), *angles, exact_k, exact_v, new.cache_rows)
-    rope_and_write_reference_(*exact, torch.float64)
+    # In place and in float64; the padding row has nothing to write and is not read.
+    one_less = exact_q[:-1], exact_key[:-1], v[:-1].double()
+    metadata = AttentionMetadata(new.cache_rows[:-1], None, ())
+    rotary = Rotary(new.cos[:-1], new.sin[:-1])
+    rotate_and_write_(AttentionCall(*one_less, exact_k, exact_v, metadata, 1.0, rotary=rotary))
     options = {"scale": dim**-0.5, "window": window, "softcap": softcap}
     want = paged_decode_reference(
         exact_q, exact_k, exact_v, kv_blocks, sizes, compute=torch.float64, **options

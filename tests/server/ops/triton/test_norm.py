@@ -9,14 +9,15 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 pytest.importorskip("triton")
 
-from server.ops.triton.norm import (
-    add_rms_norm,
-    rms_norm,
-    rms_norm_reference,
-    silu_mul,
-    silu_mul_reference,
-)
+from server.ops import norm as torch_norm
+from server.ops.norm import RmsForm
+from server.ops.triton.norm import add_rms_norm, rms_norm, silu_mul
 from tests.server.ops.triton.helpers import generator
+
+
+def form_of(offset: float) -> RmsForm:
+    """The form that the kernel has with this offset."""
+    return RmsForm(1e-5, offset, casts_first=offset == 0.0)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1.0])
@@ -33,7 +34,7 @@ def test_rms_norm_uses_each_rows_own_weight(shape: tuple[int, ...], offset: floa
         normal = wide / (wide.square().mean(-1, keepdim=True) + 1e-5).sqrt()
         want = normal * (vectors[place[row]].double() + offset)
         torch.testing.assert_close(got[row].double(), want, rtol=1e-5, atol=1e-6)
-    reference = rms_norm_reference(x, vectors, place, 1e-5, offset=offset)
+    reference = torch_norm.rms_norm(x, vectors, place, form_of(offset))
     torch.testing.assert_close(got, reference, rtol=1e-5, atol=1e-6)
 
 
@@ -48,7 +49,7 @@ def test_add_rms_norm_gives_the_bits_of_both_operations(
     normed, summed = add_rms_norm(x, residual, vectors, place, 1e-5, offset=offset)
     assert torch.equal(summed, residual + x)
     assert torch.equal(normed, rms_norm(residual + x, vectors, place, 1e-5, offset=offset))
-    reference = rms_norm_reference(summed.double(), vectors, place, 1e-5, offset=offset)
+    reference = torch_norm.rms_norm(summed.double(), vectors, place, form_of(offset))
     torch.testing.assert_close(normed.double(), reference, rtol=1e-5, atol=1e-6)
 
 
@@ -58,7 +59,8 @@ def test_add_rms_norm_slices_of_wider_tensors_are_read_in_place() -> None:
     vectors, place = torch.ones(1, 32), torch.zeros(5, dtype=torch.int64)
     normed, summed = add_rms_norm(x, residual, vectors, place, 1e-5)
     assert torch.equal(summed, residual + x)
-    torch.testing.assert_close(normed, rms_norm_reference(summed, vectors, place, 1e-5))
+    want = torch_norm.rms_norm(summed, vectors, place, form_of(0.0))
+    torch.testing.assert_close(normed, want)
 
 
 def test_add_rms_norm_bfloat16_norms_the_rounded_sum() -> None:
@@ -71,13 +73,13 @@ def test_add_rms_norm_bfloat16_norms_the_rounded_sum() -> None:
 
 
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, GemmaRMSNorm])
-def test_reference_equals_the_model_definition_in_bfloat16(kind: type[torch.nn.Module]) -> None:
+def test_torch_rms_norm_equals_the_model_definition_in_bfloat16(kind: type[torch.nn.Module]) -> None:
     norm = kind(32, eps=1e-5).to(torch.bfloat16)
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(6, 32, generator=generator(0)).to(torch.bfloat16)
     offset = 1.0 if kind is GemmaRMSNorm else 0.0
     vectors, place = norm.weight.data.unsqueeze(0), torch.zeros(6, dtype=torch.int64)
-    got = rms_norm_reference(x, vectors, place, 1e-5, offset=offset)
+    got = torch_norm.rms_norm(x, vectors, place, form_of(offset))
     assert torch.equal(got, norm(x))
 
 
@@ -88,7 +90,4 @@ def test_silu_mul_equals_float64(width: int) -> None:
     want = gate / (1 + torch.exp(-gate)) * up
     torch.testing.assert_close(
         silu_mul(*fused.chunk(2, dim=1)).double(), want, rtol=1e-5, atol=1e-6
-    )
-    torch.testing.assert_close(
-        silu_mul_reference(*fused.chunk(2, dim=1)).double(), want, rtol=1e-5, atol=1e-6
     )
