@@ -25,7 +25,7 @@ def _version():
     which = getattr(shutil, "which", lambda name: None)  # Python 2 has none
     here = [name for name in map("python3.{}".format, minors) if which(name)]
     return "{} is Python {}{}; {} is needed: make PYTHON={}".format(
-        *(sys.executable, platform.python_version(), why, WORKING, (here or ["python3.13"])[0])
+        sys.executable, platform.python_version(), why, WORKING, (here or ["python3.13"])[0]
     )
 
 

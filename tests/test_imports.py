@@ -11,10 +11,10 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # The format, and what tells how much of the machine may be used.
 COMPRESSOR = (
-    *("compressor.artifact", "compressor.codecs", "compressor.errors"),
+    "compressor.artifact", "compressor.codecs", "compressor.errors",
     "compressor.safetensors_header",
-    *("compressor.usable_cpus", "compressor.usable_memory", "compressor.cgroups"),
-)
+    "compressor.usable_cpus", "compressor.usable_memory", "compressor.cgroups",
+)  # fmt: skip
 # The base's identity is read off the base's checkpoint; and the names of tokenizer files.
 FROM_CHECKPOINTS = {
     "compressor.checkpoint",

@@ -41,9 +41,9 @@ SERVER = {
 }
 SERVER_LEAVES = {"server.errors", "server.settings"}  # open to all layers
 ORDER = (
-    *("codecs", "encoders", "checkpoint", "artifact", "plan", "measure", "auto", "compress"),
-    *("export", "peft", "merge", "report", "cli"),
-)
+    "codecs", "encoders", "checkpoint", "artifact", "plan", "measure", "auto", "compress",
+    "export", "peft", "merge", "report", "cli",
+)  # fmt: skip
 HELPERS = {
     "compressor.errors": set[str](),
     "compressor.atomic": {"compressor.errors"},
@@ -84,9 +84,9 @@ UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve
 UNSAFE_CALLS = {("torch", "load"), ("yaml", "load"), ("yaml", "unsafe_load")}
 MUTABLE_CALLS = {"list", "dict", "set", "defaultdict", "deque", "Counter", "OrderedDict"}
 MUTATORS = {
-    *("append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem"),
-    *("clear", "remove", "discard", "appendleft"),
-}
+    "append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem",
+    "clear", "remove", "discard", "appendleft",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

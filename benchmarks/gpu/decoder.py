@@ -109,7 +109,7 @@ class Decoder:
         q, k, v = (part.view(rows, -1, dim) for part in fused.split(cut, dim=1))
         new = NewTokens(k, v, cos, sin, batch.cache_rows)
         out = paged_decode(
-            *(q, layer.k_cache, layer.v_cache, batch.kv_blocks, batch.lengths),
+            q, layer.k_cache, layer.v_cache, batch.kv_blocks, batch.lengths,
             scale=dim**-0.5,
             n_splits=self.n_splits,
             new=new,

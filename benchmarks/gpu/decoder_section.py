@@ -48,7 +48,7 @@ def steps(scope: Scope, report: Report, codec: Codec) -> bool:
     )
     report.table(
         f"Kernels' decoder, bf16 base, {codec.name}, {scope.context} tokens of context",
-        *("variants", "rows", "step ms", "expected ms", "/ floor", "base only / this"),
+        "variants", "rows", "step ms", "expected ms", "/ floor", "base only / this",
     )
     base: dict[int, float] = {}
     for rows, k in scope.mixes:
@@ -60,9 +60,9 @@ def steps(scope: Scope, report: Report, codec: Codec) -> bool:
         needed = scope.shape.base_bytes() + k * scope.shape.delta_bytes(codec)
         floor = (needed + scope.shape.kv_bytes(rows * scope.context)) / bandwidth
         report.row(
-            *(k, rows, f"{seconds * 1e3:.2f}"),
+            k, rows, f"{seconds * 1e3:.2f}",
             f"{step_expected_ms(scope.shape, codec, rows, k):.2f}",
-            *(f"{seconds / floor:.2f}", f"{base[rows] / seconds:.2f}"),
+            f"{seconds / floor:.2f}", f"{base[rows] / seconds:.2f}",
         )
     prefill(scope, report, codec)
     return True
@@ -74,7 +74,7 @@ def prefill(scope: Scope, report: Report, codec: Codec) -> None:
     x = scope.place.randn(scope.prefill_rows, scope.shape.hidden)
     report.table(
         f"Prefill of {scope.prefill_rows} tokens, linears alone, {codec.name}",
-        *("variants", "ms", "/ base only"),
+        "variants", "ms", "/ base only",
     )
     base = 0.0
     for k in (0, 1, 2):

@@ -89,8 +89,8 @@ def decode(engine: Engine, report: Report, codec: Codec, bandwidth: float, keys:
     quant = engine.runner.base.residency.base_quant
     report.table(
         f"Engine, {quant or 'bf16'} base, {codec.name}, {scope.context} tokens of context",
-        *("variants", "rows", "prefill tokens/s", "step ms", "expected ms", "/ floor"),
-        *("base only / this", "expected"),
+        "variants", "rows", "prefill tokens/s", "step ms", "expected ms", "/ floor",
+        "base only / this", "expected",
     )
     base: dict[int, float] = {}
     for rows, k in scope.mixes:
@@ -107,8 +107,8 @@ def decode(engine: Engine, report: Report, codec: Codec, bandwidth: float, keys:
             for n in (k, 0)
         )
         report.row(
-            *(k, rows, f"{rows * scope.context / prefill_s:.0f}", f"{seconds * 1e3:.2f}"),
-            *(f"{expected_ms:.2f}", f"{seconds / floor:.2f}", f"{base[rows] / seconds:.2f}"),
+            k, rows, f"{rows * scope.context / prefill_s:.0f}", f"{seconds * 1e3:.2f}",
+            f"{expected_ms:.2f}", f"{seconds / floor:.2f}", f"{base[rows] / seconds:.2f}",
             f"{alone_ms / expected_ms:.2f}",
         )
         report.fact(

@@ -52,7 +52,7 @@ def measure(spec: Spec, scope: Scope, report: Report, part: str, bandwidth: floa
     rate = f"{spec.n_flops / seconds / 1e12:.0f}" if spec.n_flops else ""
     share = spec.n_bytes / seconds / bandwidth
     report.row(
-        *(spec.name, *_predicted(spec), f"{seconds * 1e6:.1f}", f"{share:.0%}", rate),
+        spec.name, *_predicted(spec), f"{seconds * 1e6:.1f}", f"{share:.0%}", rate,
         f"{error:.1e}{'' if right else ' WRONG'}",
     )
     report.fact(

@@ -124,8 +124,8 @@ class ImpartQtTerm:
         u_codes, v_codes, padding = _unpack(tensors["codes"], shape, kept)
         settings = {key: params[key] for key in _SETTINGS if key in params}
         term = cls(
-            *(shape, kept, block_rows, draw, unit, weights, sigma),
-            *(u_codes, v_codes, padding, settings),
+            shape, kept, block_rows, draw, unit, weights, sigma,
+            u_codes, v_codes, padding, settings,
         )
         if not bool(torch.isfinite(term.sigma).all()):
             raise WrongShape(f"{_CODEC}: weights are too small for sigma to stay finite")
@@ -148,7 +148,7 @@ class ImpartQtTerm:
         )
         u_values, v_values = self._levels(self.u_codes), self._levels(self.v_codes)
         return BlockFactors(
-            *(self.shape, self.block_rows, u_index, u_values, v_index, v_values, self.sigma)
+            self.shape, self.block_rows, u_index, u_values, v_index, v_values, self.sigma
         )
 
     def apply(self, x: Tensor) -> Tensor:

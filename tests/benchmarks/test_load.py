@@ -178,12 +178,12 @@ def test_main_spawns_measures_and_writes_json(
     out = tmp_path / "out.json"
     status = main(
         [
-            *("--url", f"http://127.0.0.1:{port}"),
-            *("--spawn", shlex.join([sys.executable, str(script), str(port)])),
-            *("--concurrency", "2", "--requests", "6", "--max-tokens", "4", "--json", str(out)),
-            *("--log", str(tmp_path / "log")),
+            "--url", f"http://127.0.0.1:{port}",
+            "--spawn", shlex.join([sys.executable, str(script), str(port)]),
+            "--concurrency", "2", "--requests", "6", "--max-tokens", "4", "--json", str(out),
+            "--log", str(tmp_path / "log"),
         ]
-    )
+    )  # fmt: skip
     assert status == 0
     figures = json.loads(out.read_text())
     assert figures["total"]["output_tokens"] == 24
@@ -199,10 +199,10 @@ def test_main_server_that_dies_shows_its_log(
     script.write_text("raise SystemExit('no model here')")
     status = main(
         [
-            *("--url", f"http://127.0.0.1:{free_port()}", "--log", str(tmp_path / "log")),
-            *("--spawn", shlex.join([sys.executable, str(script)])),
+            "--url", f"http://127.0.0.1:{free_port()}", "--log", str(tmp_path / "log"),
+            "--spawn", shlex.join([sys.executable, str(script)]),
         ]
-    )
+    )  # fmt: skip
     assert status == 1
     assert "no model here" in capsys.readouterr().err
 

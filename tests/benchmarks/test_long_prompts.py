@@ -23,14 +23,14 @@ def test_main_measures_every_rate_and_writes_json(
     port = free_port()
     status = main(
         [
-            *("--url", f"http://127.0.0.1:{port}"),
-            *("--spawn", shlex.join([sys.executable, str(script), str(port)])),
-            *("--rate", "0", "--rate", "20", "--duration-s", "0.4", "--repeats", "2"),
-            *("--streams", "3", "--max-tokens", "6", "--long-tokens", "50"),
-            *("--json", str(out), "--log", str(tmp_path / "log")),
+            "--url", f"http://127.0.0.1:{port}",
+            "--spawn", shlex.join([sys.executable, str(script), str(port)]),
+            "--rate", "0", "--rate", "20", "--duration-s", "0.4", "--repeats", "2",
+            "--streams", "3", "--max-tokens", "6", "--long-tokens", "50",
+            "--json", str(out), "--log", str(tmp_path / "log"),
             *(("--model", "bad") if bad else ()),
         ]
-    )
+    )  # fmt: skip
     assert status == int(bad)
     none, some = json.loads(out.read_text())["phases"]
     assert (none["rate"], none["long_sent"], none["long_ttft_ms"]) == (0, 0, None)

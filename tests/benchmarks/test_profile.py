@@ -31,18 +31,18 @@ def test_main_prints_a_share_for_every_part(
     monkeypatch.setattr(profile, "ID_RANGE", (10, 200))
     profile.main(
         [
-            *("--base", str(base), "--deltas", str(deltas), "--variants", variants),
-            *("--kernels", "torch", "--requests", "3", "--concurrency", "2"),
-            *("--prompt-tokens", "8", "--max-tokens", "4"),
+            "--base", str(base), "--deltas", str(deltas), "--variants", variants,
+            "--kernels", "torch", "--requests", "3", "--concurrency", "2",
+            "--prompt-tokens", "8", "--max-tokens", "4",
         ]
-    )
+    )  # fmt: skip
     printed = capsys.readouterr().out
     assert "output tok/s" in printed
     parts = {line.split("|")[1].strip(): line for line in printed.splitlines() if "%" in line}
     wanted = {
-        *("base linears", "sampling", "decode attention", "events"),
-        *("scheduling and batch building", "model: the rest", "engine: the rest"),
-    }
+        "base linears", "sampling", "decode attention", "events",
+        "scheduling and batch building", "model: the rest", "engine: the rest",
+    }  # fmt: skip
     assert wanted <= set(parts)
     assert ("delta products" in parts) == (variants == "1")
     shares = [float(line.split("|")[2].strip().rstrip("%")) for line in parts.values()]
@@ -64,10 +64,10 @@ def test_main_in_turn_says_what_is_kept_of_the_base_alone(
     monkeypatch.setattr(profile.Bench, "run", noted)
     profile.main(
         [
-            *("--base", str(base), "--deltas", str(deltas), "--variants", "1", "--in-turn"),
-            *("--kernels", "torch", "--requests", "2", "--concurrency", "2", "--repeats", "2"),
-            *("--prompt-tokens", "8", "--max-tokens", "4"),
+            "--base", str(base), "--deltas", str(deltas), "--variants", "1", "--in-turn",
+            "--kernels", "torch", "--requests", "2", "--concurrency", "2", "--repeats", "2",
+            "--prompt-tokens", "8", "--max-tokens", "4",
         ]
-    )
+    )  # fmt: skip
     assert ran[1:5] == [["base"], ["one"], ["base"], ["one"]]
     assert "of the base alone: 0.800 (0.800 to 0.800)" in capsys.readouterr().out

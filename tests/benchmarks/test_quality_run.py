@@ -144,11 +144,11 @@ def arguments(tiny_llama: Path, tiny_llama_ft: Path, tmp_path: Path) -> list[str
     text = tmp_path / "text.txt"
     text.write_text("some text of no importance\n")
     return [
-        *("--base", str(tiny_llama), "--finetuned", str(tiny_llama_ft), "--name", "tiny"),
-        *("--task", "intent", "--data", str(data), "--text", str(text), "--seeds", "2"),
-        *("--ratios", "4", "8", "--methods", "blockdiag-4", "impart", "dare", "bitdelta"),
-        *("--dtype", "float32", "--out", str(tmp_path / "results" / "tiny")),
-    ]
+        "--base", str(tiny_llama), "--finetuned", str(tiny_llama_ft), "--name", "tiny",
+        "--task", "intent", "--data", str(data), "--text", str(text), "--seeds", "2",
+        "--ratios", "4", "8", "--methods", "blockdiag-4", "impart", "dare", "bitdelta",
+        "--dtype", "float32", "--out", str(tmp_path / "results" / "tiny"),
+    ]  # fmt: skip
 
 
 def test_main_measures_controls_and_methods(

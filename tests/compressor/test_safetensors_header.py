@@ -58,7 +58,7 @@ def test_header_written_here_is_read_by_the_library_and_back() -> None:
 @pytest.mark.parametrize(
     "hostile",
     [
-        *(b"", b"{{", b"[]", b"1", b"null", b"\x00\x00", b"\xef\xbb\xbf{}", b'{"\xff":1}'),
+        b"", b"{{", b"[]", b"1", b"null", b"\x00\x00", b"\xef\xbb\xbf{}", b'{"\xff":1}',
         '{"a":1}'.encode("utf-16"),
         text() + b"x",
         b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
@@ -74,7 +74,7 @@ def test_header_written_here_is_read_by_the_library_and_back() -> None:
         b'{"a":{"dtype":"U8","shape":[NaN],"data_offsets":[0,4]}}',
         *(b'{"__metadata__":%s}' % value for value in (b"[]", b"null", b'{"a":1}', b'"x"')),
     ],
-)
+)  # fmt: skip
 def test_hostile_header_is_refused(hostile: bytes) -> None:
     with pytest.raises(BadHeader):
         parse_header(hostile)
@@ -95,11 +95,11 @@ def test_file_shorter_than_a_length_is_refused(start: bytes) -> None:
 @pytest.mark.parametrize(
     "raw",
     [
-        *(b"", b"1234567", (1 << 63).to_bytes(8, "little") + b"{}", framed(b"{{")),
+        b"", b"1234567", (1 << 63).to_bytes(8, "little") + b"{}", framed(b"{{"),
         framed(text(data_offsets=[0, 1 << 61])),
         framed(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,4]}}') + b"1234",
     ],
-)
+)  # fmt: skip
 def test_checkpoint_with_a_hostile_header_is_refused(tmp_path: Path, raw: bytes) -> None:
     (tmp_path / "m.safetensors").write_bytes(raw)
     with pytest.raises(CheckpointError, match=r"m\.safetensors"):

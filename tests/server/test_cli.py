@@ -49,11 +49,11 @@ def test_help_shows_every_setting_with_its_default():
 
 def test_cli_reads_flags_of_every_kind():
     found = settings_from(
-        *("--base", "b", "--deltas", "d", "--port", "9000", "--device", "cpu"),
-        *("--delta-budget-bytes", "500MB", "--kv-cache-bytes", "1.5GiB", "--max-body-bytes", "7"),
-        *("--mode-override", "a=reconstruct", "--mode-override", "b=apply"),
-        *("--max-model-len", "128", "--drain-timeout-s", "1.5", "--log-format", "json"),
-    )
+        "--base", "b", "--deltas", "d", "--port", "9000", "--device", "cpu",
+        "--delta-budget-bytes", "500MB", "--kv-cache-bytes", "1.5GiB", "--max-body-bytes", "7",
+        "--mode-override", "a=reconstruct", "--mode-override", "b=apply",
+        "--max-model-len", "128", "--drain-timeout-s", "1.5", "--log-format", "json",
+    )  # fmt: skip
 
     assert found.delta_budget_bytes == 500_000_000
     assert found.kv_cache_bytes == 3 << 29

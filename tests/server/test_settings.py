@@ -74,10 +74,10 @@ def test_settings_import_without_torch():
 @pytest.mark.parametrize(
     ("text", "n_bytes"),
     [
-        *(("7", 7), ("500MB", 500_000_000), ("1.5 GiB", 3 << 29), (" 2kib ", 2048)),
-        *(("1TB", 10**12), ("3b", 3)),
+        ("7", 7), ("500MB", 500_000_000), ("1.5 GiB", 3 << 29), (" 2kib ", 2048),
+        ("1TB", 10**12), ("3b", 3),
     ],
-)
+)  # fmt: skip
 def test_parse_size_counts_bytes(text, n_bytes):
     assert parse_size(text) == n_bytes
 

@@ -16,9 +16,9 @@ from tests.simulated_cuda.streams import SimulationError, Streams
 
 CUDA = torch.device("cuda", 0)
 TO_HOST = {  # waits for the device
-    *(Tensor.item, Tensor.tolist, Tensor.cpu, Tensor.__bool__, Tensor.__int__, Tensor.__float__),
-    *(Tensor.__index__, Tensor.__contains__, torch.equal, Tensor.equal),
-}
+    Tensor.item, Tensor.tolist, Tensor.cpu, Tensor.__bool__, Tensor.__int__, Tensor.__float__,
+    Tensor.__index__, Tensor.__contains__, torch.equal, Tensor.equal,
+}  # fmt: skip
 REFUSED = {Tensor.numpy, Tensor.__array__}
 BY_INDEX = {Tensor.__getitem__, Tensor.__setitem__}
 FROM_PYTHON = {torch.tensor, torch.as_tensor, torch.asarray}

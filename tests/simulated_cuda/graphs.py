@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_leaves
 from tests.simulated_cuda.streams import Streams
 
 WAITS = {  # for a value, or for a size
-    *("aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal"),
-    *("aten::nonzero", "aten::masked_select", "aten::unique_dim", "aten::_unique2"),
+    "aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal",
+    "aten::nonzero", "aten::masked_select", "aten::unique_dim", "aten::_unique2",
     "aten::repeat_interleave.Tensor",
-}
+}  # fmt: skip
 UNSET = ("aten::empty", "aten::new_empty", "aten::empty_like", "aten::empty_strided")
 
 

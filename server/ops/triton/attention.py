@@ -103,10 +103,10 @@ def paged_decode(
     launch(
         _attend_kernel,
         (batch, kv_heads, splits),
-        *(out, partial, lse, q, k_cache, v_cache, kv_blocks, lengths, k, v, cos, sin, cache_rows),
-        *(scale, 0.0 if softcap is None else softcap, 0 if window is None else window),
-        *(heads, kv_heads, dim, block_tokens, *kv_blocks.stride(), q.stride(0), q.stride(1)),
-        *(k.stride(0), k.stride(1), v.stride(0), v.stride(1), cos_row, rotated),
+        out, partial, lse, q, k_cache, v_cache, kv_blocks, lengths, k, v, cos, sin, cache_rows,
+        scale, 0.0 if softcap is None else softcap, 0 if window is None else window,
+        heads, kv_heads, dim, block_tokens, *kv_blocks.stride(), q.stride(0), q.stride(1),
+        k.stride(0), k.stride(1), v.stride(0), v.stride(1), cos_row, rotated,
         *norms,
         TURN=new is not None,
         NORM=form is not None,
@@ -121,18 +121,18 @@ def paged_decode(
         UPCAST=UPCAST,
         num_warps=4,
         num_stages=3,
-    )
+    )  # fmt: skip
     if splits == 1:
         return out
     launch(
         _combine_kernel,
         (batch, heads),
-        *(out, partial, lse, dim),
+        out, partial, lse, dim,
         SPLITS=splits,
         TILE_S=next_power_of_two(splits),
         TILE_D=next_power_of_two(dim),
         num_warps=1,
-    )
+    )  # fmt: skip
     return out
 
 

@@ -123,12 +123,12 @@ def blockdiag_add_(
     launch(
         _blockdiag_kernel,
         (n_programs(x.device, kernel.per_processor),),
-        *(*targets, sum(1 << g for g, y in enumerate(outputs) if y is not None)),
-        *(x, codes, blocks.scales, blocks.units, present, len(present), kernel.tiles),
-        *(where_of(segments), len(kernel.tiles)),
-        *(blocks.n, blocks.n_blocks, codes.shape[2], given[0].stride(0), x.stride(0)),
-        *(codes.stride(0), codes.stride(1), codes.stride(2)),
-        *(blocks.scales.stride(0), blocks.scales.stride(1), blocks.units.stride(0)),
+        *targets, sum(1 << g for g, y in enumerate(outputs) if y is not None),
+        x, codes, blocks.scales, blocks.units, present, len(present), kernel.tiles,
+        where_of(segments), len(kernel.tiles),
+        blocks.n, blocks.n_blocks, codes.shape[2], given[0].stride(0), x.stride(0),
+        codes.stride(0), codes.stride(1), codes.stride(2),
+        blocks.scales.stride(0), blocks.scales.stride(1), blocks.units.stride(0),
         BITS=blocks.bits,
         WORD=word,
         GATHER=gathers(blocks),
@@ -141,7 +141,7 @@ def blockdiag_add_(
         UPCAST=UPCAST,
         num_warps=kernel.warps,
         num_stages=kernel.stages,
-    )
+    )  # fmt: skip
 
 
 @triton.jit

@@ -72,11 +72,11 @@ def impart_add_(
     launch(
         _parts_kernel,
         grid,
-        *(parts, x, tuple(term.v_values for term in terms), places, shapes, where, n_slots),
-        *(widths[-1], x.shape[1], x.stride(0)),
+        parts, x, tuple(term.v_values for term in terms), places, shapes, where, n_slots,
+        widths[-1], x.shape[1], x.stride(0),
         **tiles,
         **sizes,
-    )
+    )  # fmt: skip
     lists = tuple((term.order, term.first, term.sigma) for term in terms)
     shapes = tuple(
         (w[1] - w[0], w[0], r, first)
@@ -85,10 +85,10 @@ def impart_add_(
     launch(
         _rank_kernel,
         grid,
-        *(z, parts, lists, places, shapes, where, n_slots, widths[-1], heights[-1]),
+        z, parts, lists, places, shapes, where, n_slots, widths[-1], heights[-1],
         TILE_K=TILE_RANKS,
         **sizes,
-    )
+    )  # fmt: skip
     shapes = tuple(
         (*shape, first, y.shape[1], y.stride(0))
         for shape, first, y in zip(u_shapes, heights, outputs, strict=False)
@@ -97,10 +97,10 @@ def impart_add_(
     launch(
         _expand_kernel,
         grid,
-        *(tuple(outputs), z, factors, places, shapes, where, n_slots, heights[-1]),
+        tuple(outputs), z, factors, places, shapes, where, n_slots, heights[-1],
         **tiles,
         **sizes,
-    )
+    )  # fmt: skip
 
 
 def impart_add_reference_(

@@ -32,14 +32,14 @@ def linear_(y: Tensor, x: Tensor, weight: QuantizedWeight) -> Tensor:
     launch(
         _linear_kernel,
         (triton.cdiv(m, TILE_OUTPUTS), triton.cdiv(rows, tile_rows)),
-        *(y, x, weight.values, weight.scales, rows, m, n, y.stride(0), x.stride(0)),
+        y, x, weight.values, weight.scales, rows, m, n, y.stride(0), x.stride(0),
         TILE_T=tile_rows,
         TILE_M=TILE_OUTPUTS,
         TILE_K=WIDE_INPUTS if is_wide(x.dtype) else TILE_INPUTS,
         UPCAST=UPCAST,
         num_warps=4,
         num_stages=4,
-    )
+    )  # fmt: skip
     return y
 
 

@@ -60,8 +60,8 @@ def lowrank_add_(
     launch(
         _shrink_kernel,
         (n_programs(x.device, 4),),
-        *(hidden, x, tuple(term.a for term in terms), places, shapes, where, n_slots),
-        *(chunks, n, offsets[-1], x.stride(0)),
+        hidden, x, tuple(term.a for term in terms), places, shapes, where, n_slots,
+        chunks, n, offsets[-1], x.stride(0),
         TILE_T=segments.tile_rows,
         TILE_R=tile_of(max(ranks)),
         TILE_K=TILE_INPUTS,
@@ -69,7 +69,7 @@ def lowrank_add_(
         UPCAST=UPCAST,
         num_warps=4,
         num_stages=4,
-    )
+    )  # fmt: skip
     b = tuple(term.b for term in terms)
     expand_(outputs, hidden, b, places, shapes, segments, bits=16)
 
@@ -95,8 +95,8 @@ def expand_(
     launch(
         _expand_kernel,
         (n_programs(hidden.device, 16 // warps),),
-        *(tuple(outputs), hidden, b, places, shapes),
-        *(tuple((y.shape[1], y.stride(0)) for y in outputs), where_of(segments), len(places[0])),
+        tuple(outputs), hidden, b, places, shapes,
+        tuple((y.shape[1], y.stride(0)) for y in outputs), where_of(segments), len(places[0]),
         *hidden.shape[1:],
         TILE_T=segments.tile_rows,
         TILE_R=tile_of(max(rank for rank, _ in shapes)),
@@ -105,7 +105,7 @@ def expand_(
         UPCAST=UPCAST,
         num_warps=warps,
         num_stages=3,
-    )
+    )  # fmt: skip
 
 
 def lowrank_add_reference_(

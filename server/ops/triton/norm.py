@@ -56,13 +56,13 @@ def _norm(
     launch(
         _rms_norm_kernel,
         (len(rows),),
-        *(out, summed, rows, other, vectors, place, heads, n),
-        *(rows.stride(0), other.stride(0), vectors.stride(0), eps, offset),
+        out, summed, rows, other, vectors, place, heads, n,
+        rows.stride(0), other.stride(0), vectors.stride(0), eps, offset,
         ADD=residual is not None,
         ROUND=offset == 0.0,
         TILE=next_power_of_two(n),
         num_warps=4 if n > 256 else 1,
-    )
+    )  # fmt: skip
     return out, summed
 
 
@@ -101,10 +101,10 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     launch(
         _silu_mul_kernel,
         (rows, triton.cdiv(width, SILU_TILE)),
-        *(out, gate, up, width, gate.stride(0), up.stride(0)),
+        out, gate, up, width, gate.stride(0), up.stride(0),
         TILE=SILU_TILE,
         num_warps=4,
-    )
+    )  # fmt: skip
     return out
 
 

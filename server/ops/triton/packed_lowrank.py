@@ -63,10 +63,10 @@ def packed_lowrank_add_(
     launch(
         _packed_shrink_kernel,
         (n_programs(x.device, 8),),
-        *(hidden, x, tuple(term.down.codes for term in terms)),
-        *(tuple(term.down.scales for term in terms), tuple(term.down.units for term in terms)),
-        *(tuple(term.gains for term in terms), places, shapes, where_of(segments), len(places[0])),
-        *(chunks, n, walked, terms[0].down.codes.shape[2], offsets[-1], x.stride(0)),
+        hidden, x, tuple(term.down.codes for term in terms),
+        tuple(term.down.scales for term in terms), tuple(term.down.units for term in terms),
+        tuple(term.gains for term in terms), places, shapes, where_of(segments), len(places[0]),
+        chunks, n, walked, terms[0].down.codes.shape[2], offsets[-1], x.stride(0),
         BITS=bits,
         FIELDS=fields,
         ALIGNED=not gathers(terms[0].down),
@@ -77,7 +77,7 @@ def packed_lowrank_add_(
         UPCAST=UPCAST,
         num_warps=segments.tile_rows // 16,  # each warp of a program unpacks all its codes
         num_stages=3,
-    )
+    )  # fmt: skip
     codes = tuple(term.up.codes for term in terms)
     expand_(outputs, hidden, codes, places, shapes, segments, bits=bits)
 

@@ -86,10 +86,10 @@ def paged_prefill_(
     launch(
         _prefill_kernel,
         (len(tiles.table), heads),
-        *(out, q, k_cache, v_cache, tiles.table, tiles.kv_blocks),
-        *(scale, 0.0 if softcap is None else softcap, 0 if window is None else window),
-        *(heads // kv_heads, kv_heads, dim, block_tokens),
-        *(q.stride(0), q.stride(1), out.stride(0), out.stride(1)),
+        out, q, k_cache, v_cache, tiles.table, tiles.kv_blocks,
+        scale, 0.0 if softcap is None else softcap, 0 if window is None else window,
+        heads // kv_heads, kv_heads, dim, block_tokens,
+        q.stride(0), q.stride(1), out.stride(0), out.stride(1),
         WINDOW=window is not None,
         SOFTCAP=softcap is not None,
         TILE_Q=tiles.tokens,
@@ -98,7 +98,7 @@ def paged_prefill_(
         UPCAST=UPCAST,
         num_warps=4 if dim <= 128 else 8,
         num_stages=2,
-    )
+    )  # fmt: skip
 
 
 @triton.jit

@@ -37,12 +37,12 @@ def rope_and_write_(
     launch(
         _rope_kernel,
         (tokens, heads + kv_heads),
-        *(q, k, v, cos, sin, k_cache, v_cache, cache_rows, heads, kv_heads, dim, rotated),
-        *(q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1)),
+        q, k, v, cos, sin, k_cache, v_cache, cache_rows, heads, kv_heads, dim, rotated,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         cos.stride(0),
         TILE=next_power_of_two(dim),
         num_warps=1,
-    )
+    )  # fmt: skip
 
 
 @triton.jit

@@ -18,13 +18,13 @@ Files = dict[str, bytes]
 # Values that have broken readers before: sizes at the edge of an integer type, numbers that are no
 # numbers, text that a terminal or a markup would obey, structures deeper than a parser's stack.
 VALUES: tuple[Any, ...] = (
-    *(None, True, False, 0, 1, 2, 3, -1, 7, 8, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**40),
-    *(2**62, 2**63, 2**64, 10**30, -(10**30), 10**400, 0.0, -0.0, 0.5, 1e-320, 1e308, -1e308),
-    *(float("nan"), float("inf"), "", "x", "0", "exact", "blockdiag", "impart", "lowrank", "bits"),
-    *("rows", "n_rows"),
-    *("\x1b[2J", "\x00", "\ud800", "[/bold]", "[red]", "<script>", "../../x", "a" * 5000, "é"),
-    *([], {}, [0], [[]], [1, 2, 3, 4, 5], {"a": 1}, ["x", "y"], {"codec": "impart", "params": {}}),
-)
+    None, True, False, 0, 1, 2, 3, -1, 7, 8, 255, 256, 2**15, 2**16, 2**31 - 1, 2**31, 2**40,
+    2**62, 2**63, 2**64, 10**30, -(10**30), 10**400, 0.0, -0.0, 0.5, 1e-320, 1e308, -1e308,
+    float("nan"), float("inf"), "", "x", "0", "exact", "blockdiag", "impart", "lowrank", "bits",
+    "rows", "n_rows",
+    "\x1b[2J", "\x00", "\ud800", "[/bold]", "[red]", "<script>", "../../x", "a" * 5000, "é",
+    [], {}, [0], [[]], [1, 2, 3, 4, 5], {"a": 1}, ["x", "y"], {"codec": "impart", "params": {}},
+)  # fmt: skip
 _DEPTHS = (30, 200, 900, 100_000)
 
 
@@ -103,8 +103,8 @@ def _number(raw: bytearray, random: Random) -> None:
 
 
 _BYTE_CHANGES: tuple[Callable[[bytearray, Random], None], ...] = (
-    *(_flip, _set, _cut, _remove, _splice, _number),
-)
+    _flip, _set, _cut, _remove, _splice, _number,
+)  # fmt: skip
 
 # --- JSON ---------------------------------------------------------------------------------------
 
@@ -259,6 +259,6 @@ def mutate_both(files: Files, random: Random) -> Files:
 
 
 MUTATIONS: tuple[Callable[[Files, Random], Files], ...] = (
-    *(mutate_any_bytes, mutate_config, mutate_header, mutate_both),
-)
+    mutate_any_bytes, mutate_config, mutate_header, mutate_both,
+)  # fmt: skip
 CODED_MUTATIONS = (*MUTATIONS, mutate_frames, mutate_frames)  # most of it is frames

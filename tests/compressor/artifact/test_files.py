@@ -16,9 +16,9 @@ def test_what_the_compressor_takes_along_may_stand_in_an_artifact(name: str) -> 
 @pytest.mark.parametrize(
     "name",
     [
-        *("chat_template.json", "tokenizer.py", "modeling.py", "config.json", "model.safetensors"),
-        *("tokenizer.json/x", "TOKENIZER.JSON", "tokenizer.bin", "README.md", ""),
+        "chat_template.json", "tokenizer.py", "modeling.py", "config.json", "model.safetensors",
+        "tokenizer.json/x", "TOKENIZER.JSON", "tokenizer.bin", "README.md", "",
     ],
-)
+)  # fmt: skip
 def test_other_files_may_not(name: str) -> None:
     assert not is_auxiliary(name)

@@ -90,9 +90,9 @@ def test_checkpoint_from_hub_fetches_weights_of_the_revision_and_nothing_else(
         assert all(torch.equal(found.read_rows(n), expected.read_rows(n)) for n in found.tensors)
     names = {name.removeprefix("org/model/") for name in hub.downloads}
     assert names == {
-        *("config.json", "generation_config.json", "model.safetensors"),
-        *("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
-    }
+        "config.json", "generation_config.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json", "chat_template.jinja",
+    }  # fmt: skip
     with Checkpoint("org/model") as found, Checkpoint(new) as expected:
         assert all(torch.equal(found.read_rows(n), expected.read_rows(n)) for n in expected.tensors)
         assert found.revision not in (None, commit)

@@ -115,10 +115,10 @@ def changed_layer(change: str) -> Callable[..., Tensor]:
 @pytest.mark.parametrize(
     "change",
     [
-        *("argument", "input of attention", "first sum", "second sum"),
-        *("norm called twice", "input changed in place", "output in place"),
+        "argument", "input of attention", "first sum", "second sum",
+        "norm called twice", "input changed in place", "output in place",
     ],
-)
+)  # fmt: skip
 def test_fuse_residuals_layer_that_does_something_else_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:

@@ -12,9 +12,9 @@ _V2 = ("cx16", "popcnt", "sahf", "sse3", "ssse3", "sse4.1", "sse4.2")
 _V3 = (*_V2, "avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe", "xsave")
 _SKYLAKE = (*_V3, "aes", "pclmul", "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
 _ICE_LAKE = (
-    *(*_SKYLAKE, "avx512vnni", "avx512vbmi", "avx512vbmi2", "avx512ifma", "avx512bitalg"),
-    *("avx512vpopcntdq", "gfni", "vaes", "vpclmulqdq"),
-)
+    *_SKYLAKE, "avx512vnni", "avx512vbmi", "avx512vbmi2", "avx512ifma", "avx512bitalg",
+    "avx512vpopcntdq", "gfni", "vaes", "vpclmulqdq",
+)  # fmt: skip
 # What LLVM would use of a kind by its name alone and its rivals lack; of no matter for the kernels.
 _OF_ONE_VENDOR = ("sse4a",)
 

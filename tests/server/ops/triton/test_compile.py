@@ -17,9 +17,9 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[4]
 KERNELS = {
-    *("rope", "rms_norm", "silu_mul", "attend", "combine", "prefill", "blockdiag"),
-    *("shrink", "expand", "packed_shrink", "linear", "parts", "rank"),
-}
+    "rope", "rms_norm", "silu_mul", "attend", "combine", "prefill", "blockdiag",
+    "shrink", "expand", "packed_shrink", "linear", "parts", "rank",
+}  # fmt: skip
 
 
 def python(cache: Path, *arguments: str) -> list[str]:

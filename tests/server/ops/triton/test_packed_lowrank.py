@@ -59,12 +59,12 @@ def head_of(m: int, n: int, rank: int, bits: int, seed: int, places: list[int]) 
         factor = scales[place].double() * units[place].double() * gains[place].double()
         dense[slot] = (b.double() - middle).T @ ((a.double() - middle) * factor).T
     op = PackedLowRank(
-        *(down, scales, units, up, gains),
+        down, scales, units, up, gains,
         n=n,
         bits=bits,
         make_op=TorchKernels().blockdiag,
         place_of=torch.tensor(places, dtype=torch.int32),
-    )
+    )  # fmt: skip
     return Head(op, dense)
 
 
