@@ -96,7 +96,13 @@ def encode_variants(
                 variant,
                 seed,
                 encode_drawn(
-                    name, source, parts, allocation, codec.block_rows, seed, {},
+                    name,
+                    source,
+                    parts,
+                    allocation,
+                    codec.block_rows,
+                    seed,
+                    {},
                     rescale=variant.rescale,
                 ),
             )

@@ -3,8 +3,8 @@
     python -m benchmarks.host --step-ms 6 --rows 32 64        # the engine alone, both ways in turn
     python -m benchmarks.host --serve BASE --port 8000        # a server, for benchmarks.serve
 
-A GPU decodes while Python schedules, samples and answers; without one, a thread that sleeps stands in
-for it: the engine (scheduler, KV block tables, sampler, bookkeeping, over static buffers) is the
+A GPU decodes while Python schedules, samples and answers; without one, a thread that sleeps stands
+in for it: the engine (scheduler, KV block tables, sampler, bookkeeping, over static buffers) is the
 server's own, what is computed is not. So tokens are meaningless and times are the host's:
 ``async_scheduling`` on and off against the device's own time.
 """

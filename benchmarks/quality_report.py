@@ -112,10 +112,15 @@ def write_report(path: Path) -> str:
 
     rows = read_rows(path)
     parts = [
-        "KL task", overview(rows, "kl_task", 4),
-        "KL text", overview(rows, "kl_text", 3),
-        "Score", overview(rows, "score", 3),
-        drops_table(rows), "Every method and ratio", markdown(rows),
+        "KL task",
+        overview(rows, "kl_task", 4),
+        "KL text",
+        overview(rows, "kl_text", 3),
+        "Score",
+        overview(rows, "score", 3),
+        drops_table(rows),
+        "Every method and ratio",
+        markdown(rows),
     ]
     table = "\n\n".join(parts)
     path.with_suffix(".md").write_text(table + "\n")

@@ -32,8 +32,8 @@ from benchmarks.gpu.decoder_section import steps
 from benchmarks.gpu.device_section import device
 from benchmarks.gpu.engine_section import serve
 from benchmarks.gpu.kernel_section import kernels, parts
-from benchmarks.gpu.scope import FULL, SMALL, Scope
 from benchmarks.gpu.report import Report, facts_path
+from benchmarks.gpu.scope import FULL, SMALL, Scope
 from benchmarks.gpu.targets import target_table
 from server.ops.triton.compat import INTERPRET
 

@@ -31,9 +31,9 @@ from benchmarks.gpu.disk import folder_on_disk
 from benchmarks.gpu.engine import make_engine
 from benchmarks.gpu.engine_section import make_ready
 from benchmarks.gpu.offline import without_device
-from benchmarks.gpu.scope import Scope
 from benchmarks.gpu.random_model import write_random_delta
 from benchmarks.gpu.report import Report
+from benchmarks.gpu.scope import Scope
 from benchmarks.gpu.shapes import Codec
 from benchmarks.gpu.specs import spec_parts
 from server.ops.kernels import TorchKernels

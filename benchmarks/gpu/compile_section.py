@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.ahead import Job, compiled, launches, walks
-from benchmarks.gpu.scope import Scope
 from benchmarks.gpu.report import Report
+from benchmarks.gpu.scope import Scope
 from compressor.usable_cpus import usable_cpus
 from server.ops.triton.compat import INTERPRET
 

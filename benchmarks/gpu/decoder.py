@@ -21,8 +21,8 @@ from server.ops.quantize import QuantizedWeight, quantize_int8
 from server.ops.triton.attention import NewTokens, paged_decode
 from server.ops.triton.blockdiag import (
     BlockKernel,
-    blockdiag_add_,
     block_kernel,
+    blockdiag_add_,
 )
 from server.ops.triton.linear import linear_
 from server.ops.triton.norm import add_rms_norm, rms_norm, silu_mul
@@ -109,7 +109,11 @@ class Decoder:
         q, k, v = (part.view(rows, -1, dim) for part in fused.split(cut, dim=1))
         new = NewTokens(k, v, cos, sin, batch.cache_rows)
         out = paged_decode(
-            q, layer.k_cache, layer.v_cache, batch.kv_blocks, batch.lengths,
+            q,
+            layer.k_cache,
+            layer.v_cache,
+            batch.kv_blocks,
+            batch.lengths,
             scale=dim**-0.5,
             n_splits=self.n_splits,
             new=new,

@@ -6,9 +6,9 @@ import torch
 
 from benchmarks.gpu.cases import BLOCK_TOKENS, even_segments
 from benchmarks.gpu.decoder import random_decoder
-from benchmarks.gpu.scope import Scope
 from benchmarks.gpu.predict import step_expected_ms
 from benchmarks.gpu.report import Report
+from benchmarks.gpu.scope import Scope
 from benchmarks.gpu.shapes import Codec
 from benchmarks.gpu.timing import copy_bandwidth, percentile, seconds_of, timed
 from server.engine.step.static_buffers import DecodeRow
@@ -48,7 +48,12 @@ def steps(scope: Scope, report: Report, codec: Codec) -> bool:
     )
     report.table(
         f"Kernels' decoder, bf16 base, {codec.name}, {scope.context} tokens of context",
-        "variants", "rows", "step ms", "expected ms", "/ floor", "base only / this",
+        "variants",
+        "rows",
+        "step ms",
+        "expected ms",
+        "/ floor",
+        "base only / this",
     )
     base: dict[int, float] = {}
     for rows, k in scope.mixes:
@@ -60,9 +65,12 @@ def steps(scope: Scope, report: Report, codec: Codec) -> bool:
         needed = scope.shape.base_bytes() + k * scope.shape.delta_bytes(codec)
         floor = (needed + scope.shape.kv_bytes(rows * scope.context)) / bandwidth
         report.row(
-            k, rows, f"{seconds * 1e3:.2f}",
+            k,
+            rows,
+            f"{seconds * 1e3:.2f}",
             f"{step_expected_ms(scope.shape, codec, rows, k):.2f}",
-            f"{seconds / floor:.2f}", f"{base[rows] / seconds:.2f}",
+            f"{seconds / floor:.2f}",
+            f"{base[rows] / seconds:.2f}",
         )
     prefill(scope, report, codec)
     return True
@@ -74,7 +82,9 @@ def prefill(scope: Scope, report: Report, codec: Codec) -> None:
     x = scope.place.randn(scope.prefill_rows, scope.shape.hidden)
     report.table(
         f"Prefill of {scope.prefill_rows} tokens, linears alone, {codec.name}",
-        "variants", "ms", "/ base only",
+        "variants",
+        "ms",
+        "/ base only",
     )
     base = 0.0
     for k in (0, 1, 2):

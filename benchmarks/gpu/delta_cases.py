@@ -26,8 +26,8 @@ from server.ops.packed import packed_rows
 from server.ops.row_mapping import RowMapping
 from server.ops.triton.blockdiag import (
     PREFILL_ROWS,
-    blockdiag_add_,
     block_kernel,
+    blockdiag_add_,
 )
 from server.ops.triton.impart import impart_add_, impart_add_reference_
 from server.ops.triton.lowrank import lowrank_add_, lowrank_add_reference_

@@ -12,9 +12,9 @@ import torch
 import transformers
 import triton
 
-from benchmarks.gpu.scope import Scope
 from benchmarks.gpu.predict import BANDWIDTH
 from benchmarks.gpu.report import Report
+from benchmarks.gpu.scope import Scope
 from benchmarks.gpu.timing import copy_bandwidth
 from server.ops.selfcheck import check_kernels
 from server.ops.triton.kernels import TritonKernels

@@ -9,10 +9,10 @@ import torch
 from benchmarks.gpu.disk import folder_on_disk
 from benchmarks.gpu.engine import Engine, make_engine
 from benchmarks.gpu.load_section import MIXED, NEW_PROMPT, cold_loads
-from benchmarks.gpu.scope import Scope
 from benchmarks.gpu.predict import step_expected_ms
 from benchmarks.gpu.random_model import write_random_delta
 from benchmarks.gpu.report import Report
+from benchmarks.gpu.scope import Scope
 from benchmarks.gpu.shapes import Codec
 from benchmarks.gpu.timing import copy_bandwidth, percentile, seconds_of
 from compressor.artifact.reader import read_artifact
@@ -89,8 +89,14 @@ def decode(engine: Engine, report: Report, codec: Codec, bandwidth: float, keys:
     quant = engine.runner.base.residency.base_quant
     report.table(
         f"Engine, {quant or 'bf16'} base, {codec.name}, {scope.context} tokens of context",
-        "variants", "rows", "prefill tokens/s", "step ms", "expected ms", "/ floor",
-        "base only / this", "expected",
+        "variants",
+        "rows",
+        "prefill tokens/s",
+        "step ms",
+        "expected ms",
+        "/ floor",
+        "base only / this",
+        "expected",
     )
     base: dict[int, float] = {}
     for rows, k in scope.mixes:
@@ -107,8 +113,13 @@ def decode(engine: Engine, report: Report, codec: Codec, bandwidth: float, keys:
             for n in (k, 0)
         )
         report.row(
-            k, rows, f"{rows * scope.context / prefill_s:.0f}", f"{seconds * 1e3:.2f}",
-            f"{expected_ms:.2f}", f"{seconds / floor:.2f}", f"{base[rows] / seconds:.2f}",
+            k,
+            rows,
+            f"{rows * scope.context / prefill_s:.0f}",
+            f"{seconds * 1e3:.2f}",
+            f"{expected_ms:.2f}",
+            f"{seconds / floor:.2f}",
+            f"{base[rows] / seconds:.2f}",
             f"{alone_ms / expected_ms:.2f}",
         )
         report.fact(

@@ -8,9 +8,9 @@ from contextlib import suppress
 import torch
 
 from benchmarks.gpu.cases import Spec
-from benchmarks.gpu.scope import Scope
 from benchmarks.gpu.predict import kernel_seconds
 from benchmarks.gpu.report import Report
+from benchmarks.gpu.scope import Scope
 from benchmarks.gpu.specs import spec_parts
 from benchmarks.gpu.timing import copy_bandwidth, timed
 
@@ -52,7 +52,11 @@ def measure(spec: Spec, scope: Scope, report: Report, part: str, bandwidth: floa
     rate = f"{spec.n_flops / seconds / 1e12:.0f}" if spec.n_flops else ""
     share = spec.n_bytes / seconds / bandwidth
     report.row(
-        spec.name, *_predicted(spec), f"{seconds * 1e6:.1f}", f"{share:.0%}", rate,
+        spec.name,
+        *_predicted(spec),
+        f"{seconds * 1e6:.1f}",
+        f"{share:.0%}",
+        rate,
         f"{error:.1e}{'' if right else ' WRONG'}",
     )
     report.fact(

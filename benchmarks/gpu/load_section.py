@@ -53,9 +53,19 @@ def cold_loads(
     report.table(
         f"Cold load of {size / 1e6:.0f} MB ({codec.name}) while {scope.batch} rows decode; "
         "ms between their tokens without it and meanwhile",
-        "load", "read and verified s", "shown s", "expected s", "first token s",
-        "arrays grew", "steps meanwhile", "p50 without", "p99 without", "p50", "p99",
-        "longest", "p99 / p99 without",
+        "load",
+        "read and verified s",
+        "shown s",
+        "expected s",
+        "first token s",
+        "arrays grew",
+        "steps meanwhile",
+        "p50 without",
+        "p99 without",
+        "p50",
+        "p99",
+        "longest",
+        "p99 / p99 without",
     )
     expected = LOAD_S.get(codec.ratio)
     whole = True
@@ -69,8 +79,13 @@ def cold_loads(
         during = [percentile(load.intervals, share) for share in (0.5, 0.99, 1.0)]
         ratio = during[1] / before[1]
         report.row(
-            number, f"{load.read_s:.2f}", f"{load.shown_s:.2f}", expected or "",
-            f"{load.first_token_s:.2f}", "yes" if load.moved else "no", len(load.intervals),
+            number,
+            f"{load.read_s:.2f}",
+            f"{load.shown_s:.2f}",
+            expected or "",
+            f"{load.first_token_s:.2f}",
+            "yes" if load.moved else "no",
+            len(load.intervals),
             *(f"{seconds * 1e3:.2f}" for seconds in before + during),
             f"{ratio:.2f}{'' if load.undisturbed else ' ROWS ENDED BEFORE THE LOAD'}",
         )

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.gpu.scope import Scope
 from benchmarks.gpu.predict import BANDWIDTH, LOAD_S, step_expected_ms, step_floor_ms
 from benchmarks.gpu.report import Fact, Report, facts
+from benchmarks.gpu.scope import Scope
 from benchmarks.gpu.shapes import Codec
 
 FLOOR_TARGET = 1.3  # base-only step / floor

@@ -198,7 +198,7 @@ class Checkpoint(TensorFiles):
 
     def __init__(self, path: str | Path) -> None:
         self.path = resolve(path)
-        self.config = read_config(self.path)
+        self.config = read_model_config(self.path)
         ref = cached_ref(self.path)
         self.revision = ref.revision if ref else None
         super().__init__(ref.repo if ref else self.path.resolve().name, _weight_files(self.path))
@@ -225,7 +225,7 @@ def resolve(path: str | Path) -> Path:
     if (folder / _ADAPTER).is_file():
         fetch_files(ref, folder, ["adapter_model.safetensors"])
     else:
-        read_config(folder)  # refused before its weights are fetched
+        read_model_config(folder)  # refused before its weights are fetched
         names = _shard_names(folder) if (folder / _INDEX).is_file() else [_SINGLE]
         fetch_files(ref, folder, names)
     return folder
@@ -236,7 +236,7 @@ def stored_names(path: Path) -> set[str]:
     return {name for file in _weight_files(path) for name in _read_header(file)}
 
 
-def read_config(path: Path) -> dict[str, Any]:
+def read_model_config(path: Path) -> dict[str, Any]:
     """Read ``config.json`` and refuse what only remote code or a quantiser could load."""
     file = path / "config.json"
     try:

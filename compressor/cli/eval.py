@@ -64,7 +64,7 @@ def evaluate(
     """Measure DELTA against FINETUNED: KL, agreement, flips, perplexity, by layer if asked."""
     silence_libraries()
     with progress_bar(quiet or as_json) as progress:
-        (evaluation,) = run(
+        (evaluation,) = run_evaluation(
             base, finetuned, [delta], data, max_texts, max_tokens, layer_texts if layers else 0,
             progress,
         )  # fmt: skip
@@ -80,7 +80,7 @@ def evaluate(
         raise typer.Exit(1)
 
 
-def run(
+def run_evaluation(
     base: str,
     finetuned: str,
     deltas: list[Path],

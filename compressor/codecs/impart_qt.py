@@ -124,8 +124,17 @@ class ImpartQtTerm:
         u_codes, v_codes, padding = _unpack(tensors["codes"], shape, kept)
         settings = {key: params[key] for key in _SETTINGS if key in params}
         term = cls(
-            shape, kept, block_rows, draw, unit, weights, sigma,
-            u_codes, v_codes, padding, settings,
+            shape,
+            kept,
+            block_rows,
+            draw,
+            unit,
+            weights,
+            sigma,
+            u_codes,
+            v_codes,
+            padding,
+            settings,
         )
         if not bool(torch.isfinite(term.sigma).all()):
             raise WrongShape(f"{_CODEC}: weights are too small for sigma to stay finite")

@@ -1,7 +1,7 @@
 """A load on its way from disk into a slot: one class for each of its stages.
 
-    LoadJob -> LoadDecoded (in host memory) -> SlotReservation (room is being made)
-            -> LoadCopied (in its slot)     or, from anywhere, LoadFailed
+`LoadJob`, `LoadDecoded` (in host memory), `SlotReservation` (room is being made for it),
+`LoadCopied` (in its slot); from anywhere, `LoadFailed`.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from compressor.artifact.identity import base_identity
 from compressor.usable_cpus import Threads, product_threads
 from compressor.usable_memory import usable_memory_bytes
 from server.deltas.loads import LoadJob
-from server.deltas.staging import decode_threads
 from server.deltas.registry import DeltaRegistry
+from server.deltas.staging import decode_threads
 from server.engine.catalog import VariantCatalog
 from server.engine.core import EngineCore
 from server.engine.lifecycle import Events

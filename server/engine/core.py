@@ -25,7 +25,7 @@ from server.engine.lifecycle import Events, RequestLifecycle
 from server.engine.observer import CoreStats, Observer
 from server.engine.reconstruct.reconstructor import BuildEnded, Reconstructor, only_variant
 from server.engine.request import Request
-from server.engine.schedule.admission import Admission, Ticket
+from server.engine.schedule.admission import Admission, AdmissionTicket
 from server.engine.schedule.kv_blocks import KVBlockPool
 from server.engine.schedule.pacing import PrefillPacer
 from server.engine.schedule.scheduler import Missing, Scheduled, Scheduler, load_of
@@ -116,7 +116,7 @@ class EngineCore:
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, request: Request, ticket: Ticket | None = None) -> None:
+    def submit(self, request: Request, ticket: AdmissionTicket | None = None) -> None:
         """Queue a request, which takes a place of `ticket`; without one it is admitted here.
 
         Raises Draining or EngineDead at once, without a ticket also QueueFull.
@@ -302,5 +302,7 @@ class EngineCore:
         self.admission.die()
         self._inbox.run_last()  # requests still in it must hear of it too
         for request in self._requests.open_requests():
-            self._requests.emit(request, EngineDead("the engine has stopped; the server is restarting"))
+            self._requests.emit(
+                request, EngineDead("the engine has stopped; the server is restarting")
+            )
         self._publish(self._requests.take_events())

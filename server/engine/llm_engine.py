@@ -24,7 +24,7 @@ from server.engine.limits import check_request
 from server.engine.observer import CoreStats, Observer
 from server.engine.output import RequestOutput, TextOutput
 from server.engine.request import Request
-from server.engine.schedule.admission import Ticket
+from server.engine.schedule.admission import AdmissionTicket
 from server.engine.single_flight import SingleFlight
 from server.engine.types import Generation, ModelInfo, SamplingParams, VariantState
 from server.engine.variant import Variant
@@ -191,7 +191,7 @@ class LLMEngine:
     def check_open(self) -> None:
         self.core.admission.check()
 
-    def admit(self, n_sequences: int) -> Ticket:
+    def admit(self, n_sequences: int) -> AdmissionTicket:
         return self.core.admission.admit(n_sequences)
 
     def drain(self) -> None:
@@ -205,7 +205,7 @@ class LLMEngine:
         *,
         request_id: str,
         on_output: Callable[[], None],
-        ticket: Ticket | None = None,
+        ticket: AdmissionTicket | None = None,
         deadline: float | None = None,
         cache_salt: str = "",
     ) -> Generation:

@@ -187,7 +187,9 @@ def _limit_length(base: BaseModel) -> None:
         log.warning(
             "%s rotary embedding: past %d tokens its angles depend on what else is in a step; "
             "sequences are limited to that length instead of %d",
-            rope.kind, rope.n_fixed, base.max_len,
+            rope.kind,
+            rope.n_fixed,
+            base.max_len,
         )
         base.max_len = rope.n_fixed
 

@@ -216,7 +216,11 @@ def _decode(q: Tensor, call: AttentionCall) -> Tensor:
 
 
 def _decode_mask(
-    metadata: AttentionMetadata, batch: DecodeBatch, length: int, window: int | None, dtype: torch.dtype
+    metadata: AttentionMetadata,
+    batch: DecodeBatch,
+    length: int,
+    window: int | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """[B, 1, 1, L] additive mask, made once per step and window."""
     key = (None, window, dtype)
@@ -251,7 +255,9 @@ def _prefill(q: Tensor, k: Tensor, v: Tensor, chunk_index: int, call: AttentionC
     return out.squeeze(0).transpose(0, 1)
 
 
-def _prefill_mask(metadata: AttentionMetadata, chunk_index: int, window: int | None, q: Tensor) -> Tensor:
+def _prefill_mask(
+    metadata: AttentionMetadata, chunk_index: int, window: int | None, q: Tensor
+) -> Tensor:
     """[t, context + t] additive mask of one chunk, made once per step and window."""
     key = (chunk_index, window, q.dtype)
     if key not in metadata.made:

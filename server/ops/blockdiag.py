@@ -1,6 +1,6 @@
 """Grouped delta application in plain torch: every variant of the batch in one call.
 
-Each function adds ``x @ dW[slot]^T`` to the rows of the slots that are present (see `row_mapping.py`).
+Each function adds ``x @ dW[slot]^T`` to the rows of the slots that are present (`row_mapping.py`).
 
 Shapes: T rows, n inputs, m outputs, C slots in the array, s blocks.
 Numerics: dense terms multiply in the dtype of their arrays with the backend's accumulation (float32

@@ -32,7 +32,7 @@ class Kernels(AttentionKernels, Protocol):
     def name(self) -> str: ...
 
     def takes_data(self, device: torch.device) -> bool:
-        """Whether a step can run on `StaticRowMapping`: nothing here asks the device for its rows."""
+        """Whether a step can run on `StaticRowMapping`: nothing asks the device for its rows."""
         ...
 
     def on_compiled(self, call: Callable[[], None]) -> None:
@@ -46,7 +46,11 @@ class Kernels(AttentionKernels, Protocol):
     ) -> None: ...
 
     def lowrank_add_(
-        self, outputs: Sequence[Tensor], x: Tensor, rows: RowMapping, terms: Sequence[LowRankFactors]
+        self,
+        outputs: Sequence[Tensor],
+        x: Tensor,
+        rows: RowMapping,
+        terms: Sequence[LowRankFactors],
     ) -> None: ...
 
     def packed_lowrank_add_(
@@ -95,7 +99,11 @@ class TorchKernels:
         blockdiag_rows_add_(y, ids, places, blocks)
 
     def lowrank_add_(
-        self, outputs: Sequence[Tensor], x: Tensor, rows: RowMapping, terms: Sequence[LowRankFactors]
+        self,
+        outputs: Sequence[Tensor],
+        x: Tensor,
+        rows: RowMapping,
+        terms: Sequence[LowRankFactors],
     ) -> None:
         factors.lowrank_add_(outputs, x, rows, terms)
 

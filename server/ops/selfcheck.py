@@ -295,8 +295,13 @@ def _attention(random: Callable[..., Tensor], device: torch.device) -> Iterator[
         )
         q, k, v = (t[:1].repeat(n, 1, 1) for t in qkv)
         one = AttentionCall(
-            q, k, v, past[0, :1].repeat(n, 1, 1, 1), past[1, :1].repeat(n, 1, 1, 1),
-            metadata, 0.25,
+            q,
+            k,
+            v,
+            past[0, :1].repeat(n, 1, 1, 1),
+            past[1, :1].repeat(n, 1, 1, 1),
+            metadata,
+            0.25,
             rotary=Rotary(angles.cos[:1].repeat(n, 1), angles.sin[:1].repeat(n, 1)),
         )
         return paged_attention(one, kernels)

@@ -1,7 +1,7 @@
 """The one place that decides who may come in: a count of sequences, and why new ones are refused.
 
-The HTTP edge asks first (`check`, before it reads a body), then takes a `Ticket` for all sequences
-of a request, whose places its generations take with them into the engine.
+The HTTP edge asks first (`check`, before it reads a body), then takes an `AdmissionTicket` for all
+sequences of a request, whose places its generations take with them into the engine.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Admission:
         with self._lock:
             self._check(1)
 
-    def admit(self, n_sequences: int) -> Ticket:
+    def admit(self, n_sequences: int) -> AdmissionTicket:
         """Take places. Raises QueueFull, Draining, EngineDead, InvalidRequest."""
         if n_sequences > self._capacity:
             raise InvalidRequest(
@@ -60,7 +60,7 @@ class Admission:
         with self._lock:
             self._check(n_sequences)
             self.n_open += n_sequences
-        return Ticket(self, n_sequences)
+        return AdmissionTicket(self, n_sequences)
 
     def _check(self, n_sequences: int) -> None:
         if self.dead:
@@ -113,7 +113,7 @@ class Admission:
             self.dead = True
 
 
-class Ticket:
+class AdmissionTicket:
     """The places of one admitted request; see `server.engine.types.Ticket`. For one thread."""
 
     def __init__(self, admission: Admission, n_places: int) -> None:

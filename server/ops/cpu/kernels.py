@@ -73,7 +73,11 @@ class NumbaKernels:
             self._embedding.add_(y, ids, places, blocks)
 
     def lowrank_add_(
-        self, outputs: Sequence[Tensor], x: Tensor, rows: RowMapping, terms: Sequence[LowRankFactors]
+        self,
+        outputs: Sequence[Tensor],
+        x: Tensor,
+        rows: RowMapping,
+        terms: Sequence[LowRankFactors],
     ) -> None:
         self._torch.lowrank_add_(outputs, x, rows, terms)
 

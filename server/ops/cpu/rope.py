@@ -37,9 +37,15 @@ class RotaryKernel:
         check_rows(q, k, v)
         a = np.zeros(_N_ARGUMENTS, np.int64)
         a[_Q:_COS] = (
-            q.data_ptr(), q.stride(0), q.stride(1),
-            k.data_ptr(), k.stride(0), k.stride(1),
-            v.data_ptr(), v.stride(0), v.stride(1),
+            q.data_ptr(),
+            q.stride(0),
+            q.stride(1),
+            k.data_ptr(),
+            k.stride(0),
+            k.stride(1),
+            v.data_ptr(),
+            v.stride(0),
+            v.stride(1),
             q.shape[0],
             q.shape[1],
             *k.shape[1:],

@@ -159,8 +159,9 @@ def paged_decode_reference(
     softcap: float | None = None,
     compute: torch.dtype = torch.float32,
 ) -> Tensor:
-    """The same in torch, sequence by sequence, in `compute`. Unlike `server.ops.attention.decode_` it
-    knows rows of length 0, a static step's padding, and caps scores in `compute` too.
+    """The same in torch, sequence by sequence, in `compute`. It stays beside
+    `server.ops.attention.decode_` for what that has not: rows of length 0, a static step's padding,
+    and a softcap in `compute`.
     """
     out = torch.zeros_like(q)
     group = q.shape[1] // k_cache.shape[2]

@@ -46,8 +46,6 @@ from server.ops.triton.segments import (
     alignment,
     gathers,
     input_alignment,
-    place_of,
-    rows_of,
     tile_table,
     where_of,
     word_bytes,

@@ -110,8 +110,8 @@ def impart_add_reference_(
     terms: Sequence[ImpartFactors],
     compute: torch.dtype = torch.float32,
 ) -> None:
-    """The same in torch, in `compute`, rounded where the kernel rounds: `server.ops.factors.impart_add_` rounds
-    more often.
+    """The same in torch, in `compute`, rounded where the kernel rounds:
+    `server.ops.factors.impart_add_` rounds more often.
     """
     for y, term in zip(outputs, terms, strict=True):
         for segment in rows_of(segments):

@@ -22,8 +22,8 @@ from server.ops.row_mapping import RowMapping, SlotSegments
 from server.ops.triton.attention import NewTokens, paged_decode
 from server.ops.triton.blockdiag import (
     PREFILL_ROWS,
-    blockdiag_add_,
     block_kernel,
+    blockdiag_add_,
 )
 from server.ops.triton.impart import impart_add_
 from server.ops.triton.linear import linear_
@@ -115,7 +115,11 @@ class TritonKernels(TorchKernels):
         return TritonBlockDiag(blocks)
 
     def lowrank_add_(
-        self, outputs: Sequence[Tensor], x: Tensor, rows: RowMapping, terms: Sequence[LowRankFactors]
+        self,
+        outputs: Sequence[Tensor],
+        x: Tensor,
+        rows: RowMapping,
+        terms: Sequence[LowRankFactors],
     ) -> None:
         lowrank_add_(outputs, x, segments_by_slot(rows), terms)
 
@@ -172,7 +176,10 @@ class TritonKernels(TorchKernels):
         metadata, dtype = call.metadata, call.q.dtype
         if "tile_table" not in metadata.made:
             made = prefill_tiles(metadata.prefill, call.q.device, dtype)
-            metadata.made["tile_table"], metadata.made["tile_kv_blocks"] = made.table, made.kv_blocks
+            metadata.made["tile_table"], metadata.made["tile_kv_blocks"] = (
+                made.table,
+                made.kv_blocks,
+            )
         tables = metadata.made["tile_table"], metadata.made["tile_kv_blocks"]
         tiles = PrefillTiles(*tables, tokens_of(dtype))
         options = {"scale": call.scale, "window": call.window, "softcap": call.softcap}

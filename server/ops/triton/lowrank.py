@@ -115,8 +115,8 @@ def lowrank_add_reference_(
     terms: Sequence[LowRankFactors],
     compute: torch.dtype = torch.float32,
 ) -> None:
-    """The same in torch, in `compute`, rounded where the kernel rounds: `server.ops.factors.lowrank_add_` rounds
-    more often.
+    """The same in torch, in `compute`, rounded where the kernel rounds:
+    `server.ops.factors.lowrank_add_` rounds more often.
     """
     for y, term in zip(outputs, terms, strict=True):
         for segment in rows_of(segments):

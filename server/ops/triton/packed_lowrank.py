@@ -90,7 +90,7 @@ def packed_lowrank_add_reference_(
     compute: torch.dtype = torch.float32,
 ) -> None:
     """The same in torch, in `compute`, rounded where the kernel rounds: `server.ops.lowrank` rounds
-    more often.
+    before the gains as well.
     """
     for y, term in zip(outputs, terms, strict=True):
         for segment in rows_of(segments):

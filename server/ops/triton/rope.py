@@ -5,7 +5,6 @@ Heads are independent: under tensor parallelism a rank runs it on its own heads.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor

@@ -8,7 +8,6 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu.scope import FULL
 from benchmarks.gpu.predict import (
     SERVED,
     Card,
@@ -19,6 +18,7 @@ from benchmarks.gpu.predict import (
     step_floor_ms,
     step_table,
 )
+from benchmarks.gpu.scope import FULL
 from benchmarks.gpu.shapes import LLAMA_8B
 
 README = Path(__file__).resolve().parents[3] / "benchmarks/gpu/README.md"

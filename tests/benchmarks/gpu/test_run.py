@@ -18,9 +18,9 @@ from benchmarks.gpu.__main__ import run_apart
 from benchmarks.gpu.engine import Engine, make_engine
 from benchmarks.gpu.engine_section import serve
 from benchmarks.gpu.load_section import Load
-from benchmarks.gpu.scope import SMALL
 from benchmarks.gpu.random_model import write_random_delta
 from benchmarks.gpu.report import Report, facts
+from benchmarks.gpu.scope import SMALL
 from benchmarks.gpu.shapes import Codec
 from compressor.artifact.reader import read_artifact
 from server.deltas.upload import SlotUploader

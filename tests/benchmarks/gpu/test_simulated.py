@@ -14,8 +14,8 @@ pytest.importorskip("triton")
 from benchmarks.gpu import graph_timing
 from benchmarks.gpu.__main__ import sections
 from benchmarks.gpu.graph_timing import NotCapturable, device_seconds
-from benchmarks.gpu.scope import SMALL
 from benchmarks.gpu.report import Report
+from benchmarks.gpu.scope import SMALL
 from benchmarks.gpu.targets import target_table
 from tests.simulated_cuda import simulated_cuda
 

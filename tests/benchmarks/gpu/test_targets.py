@@ -8,9 +8,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu.scope import FULL
 from benchmarks.gpu.predict import BANDWIDTH
 from benchmarks.gpu.report import Report, facts
+from benchmarks.gpu.scope import FULL
 from benchmarks.gpu.targets import target_table, targets
 
 

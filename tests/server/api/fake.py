@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from server.engine.limits import check_request
-from server.engine.schedule.admission import Admission, Ticket
+from server.engine.schedule.admission import Admission, AdmissionTicket
 from server.engine.types import EngineStats, ModelInfo, OutputChunk, SamplingParams, TokenLogprob
 from server.errors import (
     DeltaUnusable,
@@ -191,7 +191,7 @@ class FakeEngine:
     def check_open(self) -> None:
         self.admission.check()
 
-    def admit(self, n_sequences: int) -> Ticket:
+    def admit(self, n_sequences: int) -> AdmissionTicket:
         return self.admission.admit(n_sequences)
 
     def drain(self) -> None:
@@ -205,7 +205,7 @@ class FakeEngine:
         *,
         request_id: str,
         on_output: Callable[[], None],
-        ticket: Ticket | None = None,
+        ticket: AdmissionTicket | None = None,
         deadline: float | None = None,
         cache_salt: str = "",
     ) -> FakeGeneration:

@@ -1,5 +1,6 @@
-"""The online softmax of prefill attention (Milakov and Gimelshein, arXiv 1805.02867), in LLVM: every
-lane is a query, scores and weights lie in lines of WIDTH.
+"""The online softmax of prefill attention (Milakov and Gimelshein, arXiv 1805.02867), in LLVM.
+
+Every lane is a query; scores and weights lie in lines of WIDTH.
 """
 
 from __future__ import annotations

@@ -62,7 +62,9 @@ class NoKernels(TorchKernels):
     def blockdiag(self, blocks: PackedBlocks) -> Any:
         return NoBlocks()
 
-    def lowrank_add_(self, outputs: Sequence[Tensor], x: Tensor, rows: RowMapping, terms: Any) -> None:
+    def lowrank_add_(
+        self, outputs: Sequence[Tensor], x: Tensor, rows: RowMapping, terms: Any
+    ) -> None:
         self._look(rows.by_slot())
 
     impart_add_ = lowrank_add_

@@ -10,8 +10,8 @@ pytest.importorskip("triton")
 from server.ops.row_mapping import RowMapping
 from server.ops.triton import compat
 from server.ops.triton.blockdiag import (
-    blockdiag_add_,
     block_kernel,
+    blockdiag_add_,
 )
 from server.ops.triton.segments import from_table, gathers, segment_arrays
 from tests.server.ops.triton.helpers import (

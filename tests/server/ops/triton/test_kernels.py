@@ -80,7 +80,9 @@ def test_rotate_and_decode_norms_of_two_forms_are_left_to_others() -> None:
     norms = [HeadNorm(torch.ones(1, 16), None, RmsForm(eps, 0.0, True)) for eps in (1e-5, 1e-3)]
     rotary = Rotary(torch.ones(1, 16), torch.zeros(1, 16))
     for chosen, done in (((norms[0], norms[1]), False), ((norms[1], norms[1]), True)):
-        call = AttentionCall(x, x, x, cache, cache.clone(), metadata, 1.0, rotary=rotary, norms=chosen)
+        call = AttentionCall(
+            x, x, x, cache, cache.clone(), metadata, 1.0, rotary=rotary, norms=chosen
+        )
         assert TritonKernels(CPU).rotate_and_decode_(torch.zeros(1, 2, 16), call) == done
         assert bool(cache.any()) == done
 

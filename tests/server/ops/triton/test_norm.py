@@ -73,7 +73,9 @@ def test_add_rms_norm_bfloat16_norms_the_rounded_sum() -> None:
 
 
 @pytest.mark.parametrize("kind", [LlamaRMSNorm, GemmaRMSNorm])
-def test_torch_rms_norm_equals_the_model_definition_in_bfloat16(kind: type[torch.nn.Module]) -> None:
+def test_torch_rms_norm_equals_the_model_definition_in_bfloat16(
+    kind: type[torch.nn.Module],
+) -> None:
     norm = kind(32, eps=1e-5).to(torch.bfloat16)
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(6, 32, generator=generator(0)).to(torch.bfloat16)
