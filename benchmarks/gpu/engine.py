@@ -133,7 +133,7 @@ class Engine:
 def make_engine(
     scope: Scope, base_quant: BaseQuant | None = None, kernels: Kernels | None = None
 ) -> Engine:
-    """With room for all mixes of the scope and its loads; graphs are captured as steps need them."""
+    """With room for all mixes of the scope and its loads; steps capture the graphs they need."""
     base = random_base(scope, base_quant, kernels)
     n_rows = max(rows for rows, _ in scope.mixes) + 1  # a row that asks for a cold variant
     longest = scope.context + 2 * scope.n_steps + SPARE_STEPS
