@@ -57,7 +57,7 @@ def parse_json(raw: bytes) -> object:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise ValueError("repeated key")
+        raise ValueError("an object repeats a key")
     return value
 
 

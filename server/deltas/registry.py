@@ -84,7 +84,7 @@ class DeltaRegistry:
                 return old
             config = read_config(path)
             if config.base.identity != self._base_identity:
-                raise WrongBase("made for another base")
+                raise WrongBase("it was made for another base")
             return RegisteredDelta(
                 name=path.name,
                 path=path,

@@ -149,7 +149,8 @@ def graphs_on_cuda(runner: Runner, settings: Settings) -> None:
     if base.device.type != "cuda" or settings.enforce_eager:
         return
     if not base.kernels.takes_data(base.device):
-        log.warning("no CUDA graphs with the %s kernels: decoding is slower", base.kernels.name)
+        name = base.kernels.name
+        log.warning("the %s kernels cannot run in CUDA graphs: decoding is slower", name)
         return
     assert settings.max_model_len is not None, "see `build_core`"
     max_rows = min(settings.max_num_seqs, BUCKETS[-1])
@@ -167,8 +168,9 @@ def use_threads(settings: Settings) -> Threads:
 
 def log_cpu(base: BaseModel, threads: Threads) -> None:
     """Say what computes the products."""
-    products = f"{host_cpu().description}; products in {name_of(base.dtype)}; "
-    log.info("CPU: %s%s", products if base.device.type == "cpu" else "", threads)
+    on_cpu = base.device.type == "cpu"
+    products = f"{host_cpu().description}; products in {name_of(base.dtype)}; " if on_cpu else ""
+    log.info("the server computes with %s%s", products, threads)
 
 
 def device_of(settings: Settings) -> torch.device:

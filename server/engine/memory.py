@@ -41,7 +41,7 @@ def with_kv_cache(settings: Settings, device: torch.device) -> Settings:
             f"{_gib(max(room, 0))} for the KV cache{asked}; lower delta_budget_bytes or "
             "kv_cache_bytes, raise gpu_memory_utilization, or use base_quant int8"
         )
-    log.info("KV cache: %s, deltas: %s", _gib(wanted), _gib(deltas))
+    log.info("the KV cache gets %s, deltas get %s", _gib(wanted), _gib(deltas))
     return replace(settings, kv_cache_bytes=wanted)
 
 

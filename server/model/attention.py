@@ -162,7 +162,9 @@ def _probe(store: KVStore, module: nn.Module, seen: Seen, kwargs: dict[str, Any]
             raise ConfigError(f"this base model's attention uses `{name}`, which is not supported")
     k = seen.k
     if seen.v.shape != k.shape:
-        raise ConfigError("this base model's keys and values differ in shape: not supported")
+        raise ConfigError(
+            "this base model's keys and values differ in shape, which the KV cache cannot hold"
+        )
     store.probed[module] = (k.shape[1], k.shape[3], k.dtype)
     store.seen[module] = seen
     return seen.q.transpose(1, 2)

@@ -128,8 +128,8 @@ def prepare_base_model(
     _limit_length(base)
     n_residual = fuse_residuals(model, lambda: _probe(base))
     n_fused = fuse_rotary(model, store)
-    log.info("%d of %d attention layers fused", n_fused, len(store.probed))
-    log.info("residual additions of %d layers fused with the norms after them", n_residual)
+    log.info("%d of %d attention layers are fused", n_fused, len(store.probed))
+    log.info("the residual additions of %d layers are fused with the norms after them", n_residual)
     return base
 
 
@@ -160,7 +160,7 @@ def _kernels(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> 
         chosen = choose_kernels(choice, device, dtype)
     except ValueError as error:
         raise ConfigError(f"--kernels {choice}: {error}") from error
-    log.info("kernels: %s", chosen.name)
+    log.info("the server uses the %s kernels", chosen.name)
     return chosen
 
 
@@ -169,7 +169,9 @@ def _check_config(path: Path) -> None:
         raise ConfigError("the base directory holds no config.json; give a Hugging Face directory")
     config = AutoConfig.from_pretrained(path, local_files_only=True)
     if getattr(config, "auto_map", None):
-        raise ConfigError("this base model needs code from its repository (auto_map); refused")
+        raise ConfigError(
+            "this base model needs code from its repository (auto_map), which the server never runs"
+        )
 
 
 def _without_padding_check(model: nn.Module) -> None:
@@ -185,8 +187,8 @@ def _limit_length(base: BaseModel) -> None:
     rope = base.varying_rope
     if rope is not None and base.max_len > rope.n_fixed:
         log.warning(
-            "%s rotary embedding: past %d tokens its angles depend on what else is in a step; "
-            "sequences are limited to that length instead of %d",
+            "the angles of %s rotary embedding depend on what else is in a step past %d tokens: "
+            "the server limits sequences to that length instead of %d",
             rope.kind,
             rope.n_fixed,
             base.max_len,
@@ -201,7 +203,9 @@ def _probe(base: BaseModel) -> None:
         base.model(input_ids=ids, position_ids=ids, use_cache=False)
     if not base.store.probed:
         name = type(base.model).__name__
-        raise ConfigError(f"{name} does not use transformers' attention interface; not supported")
+        raise ConfigError(
+            f"{name} does not use transformers' attention interface, which the server needs"
+        )
 
 
 def install_delta_layers(

@@ -36,7 +36,9 @@ def choose_kernels(choice: KernelChoice, device: torch.device, dtype: torch.dtyp
 def _has_triton() -> bool:
     found = find_spec("triton") is not None
     if not found:
-        log.warning("triton is not installed: plain torch, slow; pip install 'impart-serve[gpu]'")
+        log.warning(
+            "triton is not installed: plain torch runs, slow; pip install 'impart-serve[gpu]'"
+        )
     return found
 
 

@@ -118,7 +118,9 @@ class Reconstructor:
         self._weights.install(message.slot.index, message.ops, always=False)
         self._held[key] = (message.slot, message.name)
         self.policy.finished(key, ops_bytes(message.ops), message.seconds, now)
-        log.info("variant %s: weights reconstructed in %.1f s", message.name, message.seconds)
+        log.info(
+            "the weights of variant %s were reconstructed in %.1f s", message.name, message.seconds
+        )
         if self._observer is not None:
             self._observer.on_promoted(message.name)
 
@@ -156,7 +158,7 @@ class Reconstructor:
     def _forget(self, key: str) -> None:
         _, name = self._held.pop(key)
         self.policy.dropped(key)
-        log.info("variant %s: reconstructed weights dropped", name)
+        log.info("the reconstructed weights of variant %s were dropped", name)
         if self._observer is not None:
             self._observer.on_demoted(name)
 

@@ -123,7 +123,9 @@ class StaticStep:
             try:
                 self._capture(key)
             except RuntimeError:  # memory; if the device is broken, the step itself will fail too
-                log.exception("no graph of %d rows: such steps run eagerly, slower", key[0])
+                log.exception(
+                    "no graph of %d rows could be captured: such steps run eagerly", key[0]
+                )
                 self._given_up.add(key)
         return self._graphs.get(key)
 

@@ -384,8 +384,9 @@ def test_start_sets_torchs_threads_and_says_why(
     settings = Settings(base=pair.base, device="cpu", kv_cache_bytes=8 << 20, torch_threads=given)
     with caplog.at_level(logging.INFO, "server"):
         LLMEngine.from_settings(settings)
-    (line,) = (line for line in caplog.messages if line.startswith("CPU: "))
-    assert line == f"CPU: {host_cpu().description}; products in float32; {text}"
+    said = "the server computes with "
+    (line,) = (line for line in caplog.messages if line.startswith(said))
+    assert line == f"{said}{host_cpu().description}; products in float32; {text}"
     assert torch.get_num_threads() == int(text[0])
 
 
