@@ -31,7 +31,7 @@ class Api:
             self.engine.check_open()
 
     def admit(self, n_sequences: int) -> Ticket:
-        """Take places for a request; see `EngineClient.admit`."""
+        """Take permits for a request; see `EngineClient.admit`."""
         with self._counting_refusals():
             return self.engine.admit(n_sequences)
 

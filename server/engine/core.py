@@ -117,7 +117,7 @@ class EngineCore:
         self._thread.start()
 
     def submit(self, request: Request, ticket: AdmissionTicket | None = None) -> None:
-        """Queue a request, which takes a place of `ticket`; without one it is admitted here.
+        """Queue a request, which takes a permit of `ticket`; without one it is admitted here.
 
         Raises Draining or EngineDead at once, without a ticket also QueueFull.
         """

@@ -145,9 +145,9 @@ class EngineStats:
 
 
 class Ticket(Protocol):
-    """The places of one admitted request, one for each sequence; see `EngineClient.admit`.
+    """The permits of one admitted request, one for each sequence; see `EngineClient.admit`.
 
-    As a context manager it gives back, when it is left, the places that no generation has taken.
+    As a context manager it gives back, when it is left, the permits that no generation has taken.
     A generation gives back its own when the engine is done with it.
     """
 
@@ -192,7 +192,7 @@ class EngineClient(Protocol):
         ...
 
     def admit(self, n_sequences: int) -> Ticket:
-        """Take places for a request of so many sequences (prompts times choices).
+        """Take permits for a request of so many sequences (prompts times choices).
 
         Raises QueueFull with the measured time to wait, Draining, EngineDead, and InvalidRequest
         if that many never fit.
@@ -238,7 +238,7 @@ class EngineClient(Protocol):
     ) -> Generation:
         """Queue the request; `on_output` is called on the event loop when there is something new.
 
-        Whoever asks must `close` what is returned. The generation takes a place of `ticket`;
+        Whoever asks must `close` what is returned. The generation takes a permit of `ticket`;
         without one it is admitted here. `deadline` is a time of `time.monotonic`. Requests share
         cached prefixes only with those of the same variant and `cache_salt`.
 

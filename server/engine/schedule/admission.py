@@ -1,7 +1,7 @@
 """The one place that decides who may come in: a count of sequences, and why new ones are refused.
 
 The HTTP edge asks first (`check`, before it reads a body), then takes an `AdmissionTicket` for all
-sequences of a request, whose places its generations take with them into the engine.
+sequences of a request, whose permits its generations take with them into the engine.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Admission:
     """Counts sequences against a capacity. May be used from any thread.
 
     max_waiting  sequences that may wait beside the `max_running` that run
-    n_open       places taken and not given back
+    n_open       permits taken and not given back
     draining     nobody new comes in; who has a ticket goes on
     stopped      nobody comes in, with or without a ticket
     dead         nobody who is in will be answered
@@ -50,7 +50,7 @@ class Admission:
             self._check(1)
 
     def admit(self, n_sequences: int) -> AdmissionTicket:
-        """Take places. Raises QueueFull, Draining, EngineDead, InvalidRequest."""
+        """Take permits. Raises QueueFull, Draining, EngineDead, InvalidRequest."""
         if n_sequences > self._capacity:
             raise InvalidRequest(
                 f"The request asks for {n_sequences} sequences (prompts times n); this server "
@@ -74,7 +74,7 @@ class Admission:
             )
 
     def hand_over(self, enqueue: Callable[[], None]) -> None:
-        """Call `enqueue` for a sequence that has a place. Raises Draining, EngineDead."""
+        """Call `enqueue` for a sequence that has a permit. Raises Draining, EngineDead."""
         with self._lock:
             if self.dead:
                 raise EngineDead("The engine has stopped; the server restarts.")
@@ -92,10 +92,10 @@ class Admission:
             before = waited_s if self._queue_wait_s is None else self._queue_wait_s
             self._queue_wait_s = before + NEWEST_WEIGHT * (waited_s - before)
 
-    def give_back(self, n_places: int) -> None:
-        """Take back places that no sequence has used."""
+    def give_back(self, n_permits: int) -> None:
+        """Take back permits that no sequence has used."""
         with self._lock:
-            self.n_open -= n_places
+            self.n_open -= n_permits
 
     def drain(self) -> None:
         """Admit nobody any more; who has a ticket goes on."""
@@ -114,21 +114,21 @@ class Admission:
 
 
 class AdmissionTicket:
-    """The places of one admitted request; see `server.engine.types.Ticket`. For one thread."""
+    """The permits of one admitted request; see `server.engine.types.Ticket`. For one thread."""
 
-    def __init__(self, admission: Admission, n_places: int) -> None:
+    def __init__(self, admission: Admission, n_permits: int) -> None:
         self._admission = admission
-        self._n_places = n_places
+        self._n_permits = n_permits
 
     def hand_over(self, enqueue: Callable[[], None]) -> None:
-        """Call `enqueue` for a sequence, which takes a place with it. Raises Draining, EngineDead.
+        """Call `enqueue` for a sequence, which takes a permit with it. Raises Draining, EngineDead.
 
         Whoever takes the sequence calls `Admission.leave` when it has ended.
         """
-        if self._n_places == 0:
-            raise RuntimeError("the ticket has no place left for this sequence")
+        if self._n_permits == 0:
+            raise RuntimeError("the ticket has no permit left for this sequence")
         self._admission.hand_over(enqueue)
-        self._n_places -= 1
+        self._n_permits -= 1
 
     def __enter__(self) -> Self:
         return self
@@ -139,9 +139,9 @@ class AdmissionTicket:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Give back the places that no sequence has taken."""
-        n_places, self._n_places = self._n_places, 0
-        self._admission.give_back(n_places)
+        """Give back the permits that no sequence has taken."""
+        n_permits, self._n_permits = self._n_permits, 0
+        self._admission.give_back(n_permits)
 
 
 def _draining() -> Draining:

@@ -189,18 +189,18 @@ class TritonKernels(TorchKernels):
     def rms_norm(self, x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm) -> Tensor:
         if form.casts_first != (form.offset == 0.0):
             return super().rms_norm(x, weights, index, form)
-        places = self._base_row if index is None else index
-        rows = x.reshape(len(places), -1, x.shape[-1])
-        return rms_norm(rows, weights, places, form.eps, offset=form.offset).view(x.shape)
+        which = self._base_row if index is None else index
+        rows = x.reshape(len(which), -1, x.shape[-1])
+        return rms_norm(rows, weights, which, form.eps, offset=form.offset).view(x.shape)
 
     def add_rms_norm(
         self, x: Tensor, residual: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm
     ) -> tuple[Tensor, Tensor]:
         if form.casts_first != (form.offset == 0.0):
             return super().add_rms_norm(x, residual, weights, index, form)
-        places = self._base_row if index is None else index
-        rows, other = (t.reshape(len(places), -1, t.shape[-1]) for t in (x, residual))
-        both = add_rms_norm(rows, other, weights, places, form.eps, offset=form.offset)
+        which = self._base_row if index is None else index
+        rows, other = (t.reshape(len(which), -1, t.shape[-1]) for t in (x, residual))
+        both = add_rms_norm(rows, other, weights, which, form.eps, offset=form.offset)
         return both[0].view(x.shape), both[1].view(x.shape)
 
     def silu_mul(self, gate: Tensor, up: Tensor) -> Tensor:

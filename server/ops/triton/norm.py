@@ -1,7 +1,7 @@
 """RMSNorm with a weight per row, alone or after an addition, and SiLU times up: one pass each.
 
 A step's rows may belong to variants with their own norm weights: `vectors` holds the base's weight
-in row 0 and slot c's in row c + 1, `place` says which one each token uses. Elementwise on rows:
+in row 0 and slot c's in row c + 1, `index` says which one each token uses. Elementwise on rows:
 under tensor parallelism both run unchanged on whatever columns a rank holds (the norm on all).
 """
 
@@ -18,21 +18,21 @@ SILU_TILE = 1024
 
 
 def rms_norm(
-    x: Tensor, vectors: Tensor, place: Tensor, eps: float, *, offset: float = 0.0
+    x: Tensor, vectors: Tensor, index: Tensor, eps: float, *, offset: float = 0.0
 ) -> Tensor:
-    """``x / sqrt(mean(x^2) + eps) * (vectors[place] + offset)`` along the last axis.
+    """``x / sqrt(mean(x^2) + eps) * (vectors[index] + offset)`` along the last axis.
 
-    x [T, n] or [T, H, n] (a norm per head), last axis contiguous; vectors [1 + C, n]; place [T]
+    x [T, n] or [T, H, n] (a norm per head), last axis contiguous; vectors [1 + C, n]; index [T]
     integer, 0 for the base; offset 1 for Gemma's form.
     Numerics: float32; offset 0 rounds the normalised value to x's dtype before the weight is
     applied, as Llama's definition does, offset 1 does not, as Gemma's. Returns x's shape and dtype.
     Bytes: x twice, plus the weights of the variants present.
     """
-    return _norm(x, None, vectors, place, eps, offset)[0]
+    return _norm(x, None, vectors, index, eps, offset)[0]
 
 
 def add_rms_norm(
-    x: Tensor, residual: Tensor, vectors: Tensor, place: Tensor, eps: float, *, offset: float = 0.0
+    x: Tensor, residual: Tensor, vectors: Tensor, index: Tensor, eps: float, *, offset: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """(`rms_norm` of ``residual + x``, that sum): the sum is rounded to the dtype first.
 
@@ -40,11 +40,11 @@ def add_rms_norm(
     Numerics: the bits that the addition in torch and `rms_norm` would give.
     Bytes: two rows read and two written, plus the weights of the variants present.
     """
-    return _norm(x, residual, vectors, place, eps, offset)
+    return _norm(x, residual, vectors, index, eps, offset)
 
 
 def _norm(
-    x: Tensor, residual: Tensor | None, vectors: Tensor, place: Tensor, eps: float, offset: float
+    x: Tensor, residual: Tensor | None, vectors: Tensor, index: Tensor, eps: float, offset: float
 ) -> tuple[Tensor, Tensor]:
     """Normed, and what was normed."""
     n = x.shape[-1]
@@ -56,7 +56,7 @@ def _norm(
     launch(
         _rms_norm_kernel,
         (len(rows),),
-        out, summed, rows, other, vectors, place, heads, n,
+        out, summed, rows, other, vectors, index, heads, n,
         rows.stride(0), other.stride(0), vectors.stride(0), eps, offset,
         ADD=residual is not None,
         ROUND=offset == 0.0,
@@ -68,7 +68,7 @@ def _norm(
 
 @triton.jit
 def _rms_norm_kernel(
-    out, summed, x, residual, vectors, place, heads, n,
+    out, summed, x, residual, vectors, index, heads, n,
     x_stride, residual_stride, vector_stride, eps, offset,
     ADD: tl.constexpr, ROUND: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -84,7 +84,7 @@ def _rms_norm_kernel(
     normal = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / n + eps)
     if ROUND:
         normal = normal.to(values.dtype).to(tl.float32)
-    which = tl.load(place + row // heads).to(tl.int64)
+    which = tl.load(index + row // heads).to(tl.int64)
     weight = tl.load(vectors + which * vector_stride + column, mask=mask, other=0.0)
     result = normal * (weight.to(tl.float32) + offset)
     tl.store(out + row * n + column, result.to(values.dtype), mask=mask)

@@ -181,7 +181,7 @@ async def test_deadline_passes_while_the_prompt_is_made(method):
     assert call.status == 504
     assert json.loads(call.text)["error"]["type"] == "TimeoutError"
     assert engine.prompts == []
-    engine.admission.admit(320)  # all places are free again
+    engine.admission.admit(320)  # all permits are free again
 
 
 async def test_refused_choice_ends_those_that_have_begun():

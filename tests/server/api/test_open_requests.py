@@ -114,7 +114,7 @@ async def test_full_server_refuses_before_tokenising_and_counts_it():
         assert again.status == 200
 
 
-async def test_request_of_more_sequences_than_places_is_the_callers_mistake():
+async def test_request_of_more_sequences_than_permits_is_the_callers_mistake():
     async with held() as (_, app):
         call = Call(app, "/v1/completions", body(False, n=16, prompt=["a", "b"]))
         await call.finish()

@@ -1,4 +1,4 @@
-"""Who is let in, who is refused with which time to wait, and when places come back."""
+"""Who is let in, who is refused with which time to wait, and when permits come back."""
 
 from __future__ import annotations
 
@@ -89,11 +89,11 @@ def test_sequence_without_a_place_is_a_bug() -> None:
     admission = Admission(max_waiting=0, max_running=2)
     with admission.admit(1) as ticket:
         ticket.hand_over(nothing)
-        with pytest.raises(RuntimeError, match="no place"):
+        with pytest.raises(RuntimeError, match="no permit"):
             ticket.hand_over(nothing)
 
 
-def test_more_sequences_than_places_is_the_callers_mistake() -> None:
+def test_more_sequences_than_permits_is_the_callers_mistake() -> None:
     with pytest.raises(InvalidRequest) as caught:
         Admission(max_waiting=2, max_running=2).admit(5)
     assert caught.value.param == "n"
