@@ -90,8 +90,8 @@ def command(serve: Callable[[Settings], None]) -> Callable[..., None]:
 def with_environment(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what flags gave, and the text of ``IMPART_*`` variables for the other settings."""
     names: dict[str, Any] = {declared.name: (Any, None) for declared in declarations()}
-    merged = create_model("Merged", __base__=_Environment, **names)(**given)
-    return merged.model_dump(exclude_none=True)
+    complete = create_model("Complete", __base__=_Environment, **names)(**given)
+    return complete.model_dump(exclude_none=True)
 
 
 class _Environment(BaseSettings):

@@ -1,4 +1,4 @@
-"""Run the generations of one request side by side and merge what they produce.
+"""Run the generations of one request side by side and join what they produce.
 
 The engine calls back once per step; the reader wakes up at most once for it, however many choices
 got a token, and takes everything there is. A reader that is slow gets more at once; what waits for
@@ -79,7 +79,7 @@ class Fanout:
         return any(timed.open for timed in self._running)
 
     def fail(self, error: ServeError) -> None:
-        """End the merged output with `error`, after what is already there."""
+        """End the joined output with `error`, after what is already there."""
         self._error = self._error or error
         self._wake()
 

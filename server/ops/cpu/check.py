@@ -63,7 +63,7 @@ def usable_kernels(
             verdicts = _read(path)
             missing = [name for name in names if name not in verdicts]
             if missing:
-                log.info("compiling %d CPU kernels for %s, once", len(missing), target)
+                log.info("the server compiles %d CPU kernels for %s, once", len(missing), target)
                 verdicts |= try_kernels(missing, folder, child=child, environment=environment)
                 _write(path, verdicts)
     for name in names:
