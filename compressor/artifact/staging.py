@@ -8,7 +8,6 @@ a later run, finds the part instead of encoding once more; nobody keeps decoded 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -80,11 +79,11 @@ class StagedTensor:
 class StagedDeltas(Mapping[str, TensorDelta]):
     """Staged tensors by name, read anew at each access: a whole model's are never in memory.
 
-    changed  tensors that stand for the staged ones of the same names
+    changed  tensors in memory, which stand for the staged ones of the same names
     """
 
     def __init__(
-        self, staged: Iterable[StagedTensor], changed: Mapping[str, TensorDelta] | None = None
+        self, staged: Iterable[StagedTensor] = (), changed: Mapping[str, TensorDelta] | None = None
     ) -> None:
         self.staged = {tensor.name: tensor for tensor in staged}
         self.changed = dict(changed or {})
@@ -93,10 +92,10 @@ class StagedDeltas(Mapping[str, TensorDelta]):
         return self.changed[name] if name in self.changed else self.staged[name].read()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.staged)
+        return iter(self.staged | self.changed)
 
     def __len__(self) -> int:
-        return len(self.staged)
+        return len(self.staged | self.changed)
 
     def with_changes(self, changed: Mapping[str, TensorDelta]) -> StagedDeltas:
         """Return the same tensors but for these."""
@@ -143,7 +142,7 @@ class Staging:
         path = self.folder / f"{_short(key)}-{digest.hexdigest()}{_SUFFIX}"
         before = self._known.get(_short(key))
         try:
-            os.rename(unfinished, path)
+            unfinished.replace(path)
             if before is not None and before.path != path:
                 before.path.unlink(missing_ok=True)
         except OSError as error:

@@ -138,9 +138,9 @@ class _Search:
         max_kl = self._goal.max_kl
         while True:
             tried, impossible = [], None
-            for candidate in choices:
+            for index, candidate in enumerate(choices):
                 try:
-                    tried.append(self._try(candidate, ratio))
+                    tried.append(self._try(candidate, ratio, choices[index + 1 :]))
                 except BudgetError as error:
                     impossible = impossible or error
             if tried:
@@ -193,9 +193,11 @@ class _Search:
                 continue
         return None
 
-    def _try(self, candidate: _Candidate, ratio: float) -> _Trial:
+    def _try(
+        self, candidate: _Candidate, ratio: float, to_come: Sequence[_Candidate] = ()
+    ) -> _Trial:
         inputs, codec = self._inputs, candidate.codec
-        config = self.config(candidate, ratio)
+        config = self._expected_config(candidate, ratio, to_come)
         planner = Planner(codec, config, inputs.companions, inputs.stage, candidate.allot)
         stage = f"try {len(self._trials) + 1}"
         made = planner.encode(inputs.pairs, partial(count, config), self._progress, stage)
@@ -220,28 +222,38 @@ class _Search:
             return self._bench.tune(best.deltas, best.found, self._progress)
         return Kept(Tuned(0, best.deltas), best.found, {})
 
-    def config(self, candidate: _Candidate, ratio: float, kept: Kept | None = None) -> DeltaConfig:
-        """The configuration with the record of what was tried, and of what is kept.
+    def config(self, candidate: _Candidate, ratio: float, kept: Kept) -> DeltaConfig:
+        """The configuration with the record of what was tried, and of what is kept."""
+        return self._config(candidate, ratio, kept, [trial.record() for trial in self._trials])
 
-        Before that is known, what would be written of the base itself stands for it: true numbers
-        of the same length.
+    def _expected_config(
+        self, candidate: _Candidate, ratio: float, to_come: Sequence[_Candidate]
+    ) -> DeltaConfig:
+        """As `config`, before the trial of `candidate` and those to come are made: what would be
+        written of the base itself stands for them, true numbers of the same length.
         """
-        bench, trials = self._bench, [trial.record() for trial in self._trials]
-        if kept is None:
-            none = StagedDeltas(())
-            kept = Kept(Tuned(0, none, STEPS), bench.of_base, self._to_tune(), bench.of_base)
-            trials.append({"setting": candidate.label, "ratio": ratio, "kl": bench.of_base.kl})
-        record = {
+        of_base = self._bench.of_base
+        kept = Kept(Tuned(0, StagedDeltas(), STEPS), of_base, self._to_tune(), of_base)
+        expected = [
+            _Trial(other, ratio, [], StagedDeltas(), of_base) for other in (candidate, *to_come)
+        ]
+        records = [trial.record() for trial in (*self._trials, *expected)]
+        return self._config(candidate, ratio, kept, records)
+
+    def _config(
+        self, candidate: _Candidate, ratio: float, kept: Kept, tried: list[dict[str, Any]]
+    ) -> DeltaConfig:
+        bench, codec = self._bench, candidate.codec
+        record: dict[str, Any] = {
             "basis": "KL measured on calibration texts; bytes by diagonal Fisher information",
             "tokens": bench.n_tokens,
             "base_kl": bench.of_base.kl,
-            "tried": trials,
+            "tried": tried,
         }
         if self._shrunk:
             record["rescaled"] = self._shrunk
         if kept.n_tokens:
             record["tuned"] = kept.record()
-        codec = candidate.codec
         return replace(
             self._inputs.config,
             codec=codec.name,
