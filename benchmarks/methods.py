@@ -19,13 +19,12 @@ from compressor.artifact.reader import Artifact, read_artifact
 from compressor.checkpoint.difference import DeltaSource
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.groups import group_of
-from compressor.checkpoint.pairing import is_unchanged, pair_tensors
+from compressor.checkpoint.pairing import TensorPair, is_unchanged, pair_tensors, to_store
 from compressor.codecs import DenseRows, TensorDelta
 from compressor.compress.options import NO_CODER, Options
 from compressor.compress.pipeline import compress
 from compressor.encoders.codec import make_encoder
 from compressor.errors import InputError
-from compressor.plan.jobs import Job, make_job
 
 # Short names of the codecs' settings; any other is written ``codec:option=value,option=value``.
 PRESETS = {
@@ -85,16 +84,15 @@ class Pair:
         self.base, self.finetuned = base, finetuned
         self._base_files, self._tuned_files = Checkpoint(base), Checkpoint(finetuned)
         self.finetuned_bytes = self._tuned_files.n_bytes
-        pairs = pair_tensors(self._base_files, self._tuned_files).pairs
-        found = [
-            make_job(
+        found = (
+            to_store(
                 self._tuned_files,
-                pair,
-                unchanged=is_unchanged(self._base_files, self._tuned_files, pair),
+                tensor,
+                unchanged=is_unchanged(self._base_files, self._tuned_files, tensor),
             )
-            for pair in pairs
-        ]
-        self.jobs: list[Job] = [job for job in found if job is not None]
+            for tensor in pair_tensors(self._base_files, self._tuned_files).pairs
+        )
+        self.tensors = [tensor for tensor in found if tensor is not None]
         self._surroundings: dict[float, int] = {}
 
     def __enter__(self) -> Pair:
@@ -104,22 +102,22 @@ class Pair:
         self._base_files.close()
         self._tuned_files.close()
 
-    def matrix(self, job: Job) -> Matrix:
-        """Describe a job for the baselines."""
-        is_vocabulary = group_of(job.pair) in ("embeddings", "lm_head")
-        return Matrix(job.pair.name, job.matrix_shape, is_vocabulary)
+    def matrix(self, tensor: TensorPair) -> Matrix:
+        """Describe a tensor for the baselines."""
+        is_vocabulary = group_of(tensor) in ("embeddings", "lm_head")
+        return Matrix(tensor.name, tensor.matrix_shape, is_vocabulary)
 
-    def delta(self, job: Job) -> Tensor:
+    def delta(self, tensor: TensorPair) -> Tensor:
         """Return ``dW`` float32 ``[m, n]``."""
-        m, n = job.matrix_shape
-        return DeltaSource(self._base_files, self._tuned_files, job.pair).block(0, m, 0, n)
+        m, n = tensor.matrix_shape
+        return DeltaSource(self._base_files, self._tuned_files, tensor).block(0, m, 0, n)
 
-    def exact(self, job: Job) -> DenseRows | None:
+    def exact(self, tensor: TensorPair) -> DenseRows | None:
         """Rows that are stored exactly."""
-        if job.exact_start is None:
+        if tensor.exact_start is None:
             return None
-        rows = self._tuned_files.read_rows(job.pair.tuned_key, job.exact_start)
-        return DenseRows(job.exact_start, rows)
+        rows = self._tuned_files.read_rows(tensor.tuned_key, tensor.exact_start)
+        return DenseRows(tensor.exact_start, rows)
 
     def surroundings_bytes(self, ratio: float) -> int:
         """Bytes of an artifact of this pair that hold no tensor: names, settings, tokenizer, card.
@@ -208,24 +206,24 @@ class BaselineMethod:
         """The bytes are those of the stored parts, exact rows and `surroundings_bytes`."""
         total = pair.surroundings_bytes(ratio)
         if self.baseline.keeps_vectors:
-            total += sum(job.exact_bytes for job in pair.jobs)
-        matrices = [job for job in pair.jobs if job.is_encoded]
+            total += sum(tensor.exact_bytes for tensor in pair.tensors)
+        matrices = [tensor for tensor in pair.tensors if tensor.is_encoded]
         budget = pair.finetuned_bytes / ratio - total
-        plans = self.baseline.plan([pair.matrix(job) for job in matrices], budget)
-        planned = {job.pair.name: plan for job, plan in zip(matrices, plans, strict=True)}
+        plans = self.baseline.plan([pair.matrix(tensor) for tensor in matrices], budget)
+        planned = {tensor.name: plan for tensor, plan in zip(matrices, plans, strict=True)}
         sizes: list[int] = []
 
         def deltas() -> Iterator[TensorDelta]:
-            for job in pair.jobs:
+            for tensor in pair.tensors:
                 terms: tuple[Any, ...] = ()
-                if (plan := planned.get(job.pair.name)) is not None:
-                    name = job.pair.name
-                    encoded = self.baseline.encode(name, pair.delta(job), plan, seed)
+                if (plan := planned.get(tensor.name)) is not None:
+                    name = tensor.name
+                    encoded = self.baseline.encode(name, pair.delta(tensor), plan, seed)
                     sizes.append(encoded.n_bytes)
                     terms = (_Restored(encoded.dense),)
-                exact = pair.exact(job) if self.baseline.keeps_vectors else None
+                exact = pair.exact(tensor) if self.baseline.keeps_vectors else None
                 if terms or exact:
-                    yield _delta(job, terms, exact)
+                    yield _delta(tensor, terms, exact)
 
         variant.install(deltas())
         total += sum(sizes)
@@ -275,8 +273,7 @@ class _Restored:
         return self.dense
 
 
-def _delta(job: Job, terms: tuple[Any, ...], exact: DenseRows | None) -> TensorDelta:
-    pair = job.pair
+def _delta(pair: TensorPair, terms: tuple[Any, ...], exact: DenseRows | None) -> TensorDelta:
     return TensorDelta(pair.name, pair.shape, pair.base_shape, pair.transposed, terms, exact)
 
 

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Self
+from typing import BinaryIO, Self
 
 from filelock import FileLock, Timeout
 
@@ -34,16 +34,23 @@ def write_new(path: Path, chunks: Iterable[bytes | memoryview], *, sync: bool = 
     sync=False leaves flushing to the kernel, for files whose reader checks them.
     On failure nothing is left behind.
     """
+    with new_file(path, sync=sync) as stream:
+        for chunk in chunks:
+            stream.write(chunk)
+        return stream.tell()
+
+
+@contextmanager
+def new_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
+    """Create `path` (which must not exist) and yield it for writing; see `write_new`."""
     with _as_output_error(f"cannot write {path.name}"):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
             with os.fdopen(descriptor, "wb") as stream:
-                for chunk in chunks:
-                    stream.write(chunk)
+                yield stream
                 stream.flush()
                 if sync:
                     os.fsync(stream.fileno())
-                return stream.tell()
         except BaseException:
             with suppress(OSError):
                 path.unlink()

@@ -84,9 +84,12 @@ def header_json(
     return json.dumps(record, separators=(",", ":")).encode()
 
 
-def framed(text: bytes) -> bytes:
-    """Return a file's beginning: length and header, padded so that the data is aligned to 8."""
-    text += b" " * (-len(text) % 8)
+def framed(text: bytes, n_bytes: int = 0) -> bytes:
+    """Return a file's beginning: length and header, padded so that the data is aligned to 8.
+
+    n_bytes  what it is at least to come to, a multiple of 8
+    """
+    text += b" " * max(-len(text) % 8, n_bytes - LENGTH_BYTES - len(text))
     return struct.pack("<Q", len(text)) + text
 
 

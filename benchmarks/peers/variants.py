@@ -61,11 +61,10 @@ def make_deltas(
 def _write_shuffled(artifact: Artifact, path: Path, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with ArtifactWriter(path, run_key=f"shuffled {artifact.digest} {seed}") as writer:
-        done = writer.staged()
         for delta in artifact.tensors:
             # Drawn for the staged ones too, so that a run taken up again gives the same bytes.
             terms = tuple(_shuffled(term, generator) for term in delta.terms)
-            if delta.name not in done:
+            if writer.reuse(delta.name) is None:
                 writer.add(replace(delta, terms=terms))
         config = replace(artifact.config, seed=seed, finetuned=f"shuffled {seed}", fidelity={})
         writer.finish(config, artifact.aux)

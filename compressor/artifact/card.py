@@ -52,22 +52,20 @@ def own_facts(tuned: Path) -> dict[str, Any]:
     return facts
 
 
-def model_card(config: DeltaConfig, n_bytes: int | None) -> str:
+def model_card(config: DeltaConfig, n_bytes: int) -> str:
     """Return the card's text.
 
-    n_bytes  of all other files together; None while planning, where a number of usual length
-             stands in
+    n_bytes  of all other files together
     """
     base, name = printable(config.base.name_or_path), printable(config.finetuned)
-    size = n_bytes if n_bytes is not None else 10_000_000
     return f"""---
 {_metadata(config)}
 ---
 # {name}, as a delta of {base}
 
 The fine-tune `{name}` of `{base}`, stored as the compressed difference of their weights
-(codec `{config.codec}`): {size:,} bytes instead of {config.finetuned_bytes:,}, \
-{config.finetuned_bytes / size:.1f} times
+(codec `{config.codec}`): {n_bytes:,} bytes instead of {config.finetuned_bytes:,}, \
+{config.finetuned_bytes / n_bytes:.1f} times
 smaller. It is no model by itself; the base it was made from is needed, and no other fits:
 
     impart verify THIS_DIRECTORY --base BASE

@@ -24,7 +24,7 @@ from compressor.artifact.json_fields import (
     get_shape,
     load_json,
 )
-from compressor.codecs import Params
+from compressor.codecs import Params, TensorDelta
 from compressor.errors import Corrupt, NotADelta, TooLarge, UnsupportedVersion, WrongShape
 
 FORMAT = "impart-delta"
@@ -56,6 +56,19 @@ class TensorEntry:
     terms: tuple[TermEntry, ...] = ()
     exact_row_start: int | None = None
     error: float | None = None
+
+
+def entry_of(delta: TensorDelta, error: float | None = None) -> TensorEntry:
+    """What the configuration says of a tensor."""
+    return TensorEntry(
+        name=delta.name,
+        shape=tuple(delta.shape),
+        base_shape=tuple(delta.base_shape),
+        transposed=delta.transposed,
+        terms=tuple(TermEntry(term.codec, term.params()) for term in delta.terms),
+        exact_row_start=None if delta.exact is None else delta.exact.row_start,
+        error=error,
+    )
 
 
 @dataclass(frozen=True, slots=True)

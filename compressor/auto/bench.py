@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from compressor.artifact.staging import StagedDeltas
 from compressor.auto.allocate import HeadCosts
 from compressor.auto.kept import Kept, Measured, is_better
 from compressor.auto.self_written import SELF, self_written
@@ -19,14 +20,14 @@ from compressor.auto.tune import STEPS, Tuned, Tuner
 from compressor.checkpoint.difference import DeltaSource
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.groups import VOCABULARY, group_of
+from compressor.checkpoint.pairing import TensorPair
 from compressor.codecs import TensorDelta
 from compressor.errors import CheckpointError, InputError
 from compressor.measure.comparison import n_predicted
 from compressor.measure.evaluation import Reference
 from compressor.measure.fidelity import Fidelity
 from compressor.measure.samples import load_tokenizer
-from compressor.measure.swapped_model import SwappedModel
-from compressor.plan.jobs import Job
+from compressor.measure.swapped_model import SwappedModel, Weights
 from compressor.progress import Progress
 
 _CPU_PARAMETERS = 1_500_000_000  # beyond, the passes that auto needs take too long without a GPU
@@ -54,19 +55,20 @@ class Bench:
         self._references = {name: Reference(self._model, found) for name, found in sets.items()}
         self._spare = {name: found.spare for name, found in texts.items()}
         self.main = next(iter(sets))  # the user's own texts, if there are any
-        self._model.use(dict.fromkeys(self._model.names, "base"))
-        self.base_kl = {name: rounded(ref.kl().mean) for name, ref in self._references.items()}
-        self._model.use({})
+        self.of_base = self._measure("base")
 
     @property
     def n_tokens(self) -> dict[str, int]:
         """Predicted tokens by set."""
         return {name: reference.n_tokens for name, reference in self._references.items()}
 
-    def measure(self, deltas: Sequence[TensorDelta]) -> Measured:
+    def measure(self, deltas: Mapping[str, TensorDelta]) -> Measured:
         """Run the fine-tune with these deltas in place of its own."""
         self._model.set_variant(deltas)
-        self._model.use(dict.fromkeys(self._model.names, "variant"))
+        return self._measure("variant")
+
+    def _measure(self, weights: Weights) -> Measured:
+        self._model.use(dict.fromkeys(self._model.names, weights))
         kl, agreement = {}, {}
         for name, reference in self._references.items():
             found = reference.compare(reference.outputs())
@@ -86,14 +88,21 @@ class Bench:
             return "the model is too large to run in float32"
         return ""
 
-    def tune(self, deltas: Mapping[str, TensorDelta], found: Measured, progress: Progress) -> Kept:
+    @property
+    def to_tune(self) -> dict[str, int]:
+        """Predicted tokens to tune on, by set; empty if nothing can be tuned here."""
+        if self.why_not_tuned():
+            return {}
+        return {name: sum(map(n_predicted, texts)) for name, texts in self._spare.items()}
+
+    def tune(self, deltas: StagedDeltas, found: Measured, progress: Progress) -> Kept:
         """Tune what is stored of `deltas`, which were found to be `found`, on the spare texts."""
         tuner = Tuner(self._model, self._spare)
-        kept = Kept(Tuned(0, dict(deltas), STEPS), found, tuner.n_tokens, found)
+        kept = Kept(Tuned(0, deltas, STEPS), found, tuner.n_tokens, found)
 
         def visit(tuned: Tuned) -> None:
             nonlocal kept
-            now = self.measure(list(tuned.deltas.values()))
+            now = self.measure(tuned.deltas)
             if is_better(now, kept.found, found):
                 kept = replace(kept, tuned=tuned, found=now)
 
@@ -115,35 +124,33 @@ class Bench:
         return main | ({"texts": self.main} | records)
 
     def survey(
-        self, jobs: Sequence[Job], device: str, head_bits: int, progress: Progress
+        self, pairs: Sequence[TensorPair], device: str, head_bits: int, progress: Progress
     ) -> dict[str, HeadCosts]:
         """How much the model minds what each head leaves of each matrix, all sets alike."""
-        weights, left_out = self._weights(jobs, device, head_bits)
-        sizes = [math.prod(job.matrix_shape) for job in jobs]
+        weights, left_out = self._weights(pairs, device, head_bits)
+        sizes = [math.prod(pair.matrix_shape) for pair in pairs]
         costs = {}
-        for index, job in enumerate(jobs):
+        for index, pair in enumerate(pairs):
             progress("survey", sum(sizes[:index]), sum(sizes))
-            name = job.pair.name
-            source = DeltaSource(self._base, self._tuned, job.pair, device)
-            found = head_costs(name, source, _oriented(weights.pop(name), job), head_bits)
+            name = pair.name
+            source = DeltaSource(self._base, self._tuned, pair, device)
+            found = head_costs(name, source, _oriented(weights.pop(name), pair), head_bits)
             costs[name] = replace(found, left_out=left_out.get(name, ()))
         progress("survey", sum(sizes), sum(sizes))
         return costs
 
     def _weights(
-        self, jobs: Sequence[Job], device: str, head_bits: int
+        self, pairs: Sequence[TensorPair], device: str, head_bits: int
     ) -> tuple[dict[str, Tensor], dict[str, tuple[float, ...]]]:
         """Diagonal Fisher of all sets, and what leaving out the rest of vocabulary matrices costs,
         each divided by what plain sampling would cost on it.
         """
-        names = [job.pair.name for job in jobs]
+        names = [pair.name for pair in pairs]
         rests: dict[str, Rests] = {}
-        for job in jobs:
-            name = job.pair.name
-            if group_of(job.pair) in VOCABULARY and not job.pair.transposed:
-                source = DeltaSource(
-                    self._base, self._tuned, job.pair, str(self._model.module.device)
-                )
+        for pair in pairs:
+            name = pair.name
+            if group_of(pair) in VOCABULARY and not pair.transposed:
+                source = DeltaSource(self._base, self._tuned, pair, str(self._model.module.device))
                 rest = rests_of(name, source, head_bits)
                 rests |= {} if rest is None else {name: rest}
         total: dict[str, Tensor] = {}
@@ -152,16 +159,18 @@ class Bench:
             samples = spread(reference.samples, _FISHER_TOKENS, _FISHER_TEXTS)
             found = survey(self._model.module, names, samples, rests)
             cost = 0.0
-            for job in jobs:
-                source = DeltaSource(self._base, self._tuned, job.pair, device)
-                name = job.pair.name
-                cost += weighted_energy(name, source, _oriented(found.fisher[name], job))
+            for pair in pairs:
+                source = DeltaSource(self._base, self._tuned, pair, device)
+                name = pair.name
+                cost += weighted_energy(name, source, _oriented(found.fisher[name], pair))
             add_scaled(total, found.fisher, 1.0 / max(cost, 1e-30))
             add_scaled(left_out, found.left_out, 1.0 / max(cost, 1e-30))
         return total, {name: tuple(costs.tolist()) for name, costs in left_out.items()}
 
 
-def why_not_measurable(n_parameters: int, jobs: Sequence[Job], names: Mapping[str, object]) -> str:
+def why_not_measurable(
+    n_parameters: int, pairs: Sequence[TensorPair], names: Mapping[str, object]
+) -> str:
     """Say why the model cannot be run here, as far as its size and form tell; empty if it can.
 
     names  of the model's parameters as transformers has them
@@ -176,17 +185,21 @@ def why_not_measurable(n_parameters: int, jobs: Sequence[Job], names: Mapping[st
             )
     elif n_parameters > _CPU_PARAMETERS:
         return f"{n_parameters:,} parameters are too many to run without a GPU"
-    inside = next((job.pair.name for job in jobs if job.pair.name not in names), None)
+    inside = next((pair.name for pair in pairs if pair.name not in names), None)
     return f"transformers keeps {inside} inside a larger tensor" if inside else ""
 
 
 def open_bench(
-    base: Checkpoint, tuned: Checkpoint, jobs: Sequence[Job], own: Path | None, n_parameters: int
+    base: Checkpoint,
+    tuned: Checkpoint,
+    pairs: Sequence[TensorPair],
+    own: Path | None,
+    n_parameters: int,
 ) -> Bench | str:
     """Return the bench, or why there is none. With texts of the user's, none is an InputError."""
     from compressor.checkpoint.layout import read_layout
 
-    reason = why_not_measurable(n_parameters, jobs, read_layout(tuned.path).parameters)
+    reason = why_not_measurable(n_parameters, pairs, read_layout(tuned.path).parameters)
     if not reason:
         try:
             return Bench(base, tuned, own)
@@ -204,7 +217,7 @@ def rounded(value: float) -> float:
     return float(f"{value:.{_DIGITS}g}")
 
 
-def _oriented(weights: Tensor, job: Job) -> Tensor:
+def _oriented(weights: Tensor, pair: TensorPair) -> Tensor:
     """A parameter's weights as its difference is encoded: ``[out, in]``, the base's rows."""
-    turned = weights.T if job.pair.transposed else weights
-    return turned[: job.matrix_shape[0]]
+    turned = weights.T if pair.transposed else weights
+    return turned[: pair.matrix_shape[0]]

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from compressor.artifact.config import DeltaConfig
+from compressor.artifact.staging import StagedDeltas, StagedTensor
 from compressor.checkpoint.files import Checkpoint
-from compressor.codecs import TensorDelta
+from compressor.checkpoint.pairing import TensorPair
 from compressor.encoders.codec import Codec
 from compressor.errors import InputError
-from compressor.plan.jobs import NOT_CODED, CodingGain, Job
 
 _FIRST_RATIO = 64.0  # where the search for a KL begins
 _BELOW_BYTES = 0.99  # share of `max_bytes` that is planned for: what coding gains is an estimate
@@ -51,30 +50,29 @@ class Goal:
 class Inputs:
     """What the pipeline lends `auto`.
 
-    configure  (codec, its options, ratio) -> the artifact's configuration before encoding
-    encode     one job that has its settings
-    tune       norms and biases of what is chosen, where the user's texts are enough for it
+    pairs   what is to be stored
+    config  the artifact's configuration before anything is encoded
+    stage   encodes a tensor that has its settings into the staging folder, once
+    tune    norms and biases of what is chosen, where the user's texts are enough for it
     """
 
     base: Checkpoint
     tuned: Checkpoint
-    jobs: Sequence[Job]
+    pairs: Sequence[TensorPair]
     companions: Mapping[str, bytes]
+    config: DeltaConfig
     n_parameters: int
-    configure: Callable[[Codec, dict[str, Any], float], DeltaConfig]
-    encode: Callable[[Job, Codec], TensorDelta]
+    stage: Callable[[TensorPair, Codec], StagedTensor]
     own_texts: Path | None = None
     device: str = "cpu"
     tune: bool = True
 
 
 @dataclass(frozen=True, slots=True)
-class CodecChoice:
-    """What `auto` settled on. `deltas` are the encoded tensors by name, if it encoded them."""
+class Choice:
+    """What `auto` settled on: the tensors with their settings, and how they are encoded."""
 
-    codec: Codec
-    jobs: list[Job]
+    pairs: list[TensorPair]
+    deltas: StagedDeltas
     config: DeltaConfig
     notes: tuple[str, ...]
-    deltas: dict[str, TensorDelta] = field(default_factory=dict)
-    gain: CodingGain = NOT_CODED

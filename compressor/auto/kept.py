@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from compressor.auto.tune import STEPS, Tuned
+from compressor.auto.tune import Tuned
 from compressor.codecs import TensorDelta
 
 _DIGEST = 16  # hexadecimal digits
@@ -68,16 +68,6 @@ class Kept:
             f"tuned norms and biases, at no bytes, for {self.tuned.steps} of {self.tuned.of} steps "
             f"on {texts} that are not measured on:\n     KL {kl}"
         )
-
-
-ROOM_FOR_TUNING: dict[str, Any] = {
-    "steps": STEPS,
-    "of": STEPS,
-    "tokens": {"own": 12345, "built-in": 12345},
-    "kl_before": {"own": 0.012345, "built-in": 0.012345},
-    "digest": "0" * _DIGEST,
-}
-"""As long as a `Kept.record`."""
 
 
 def digest(deltas: Mapping[str, TensorDelta]) -> str:

@@ -19,24 +19,27 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from compressor.artifact.assembly import TensorBytes, assemble
 from compressor.artifact.config import DeltaConfig
+from compressor.artifact.staging import StagedDeltas, StagedTensor
 from compressor.auto.allocate import HeadCosts, NoiseAllotter, byte_shares
 from compressor.auto.bench import Bench, open_bench, rounded
-from compressor.auto.goal import CodecChoice, Goal, Inputs
-from compressor.auto.kept import ROOM_FOR_TUNING, Kept, Measured
+from compressor.auto.goal import Choice, Goal, Inputs
+from compressor.auto.kept import Kept, Measured
 from compressor.auto.self_written import SELF
 from compressor.auto.shrink import shrink
-from compressor.auto.tune import Tuned
-from compressor.codecs import TensorDelta
+from compressor.auto.tune import STEPS, Tuned
+from compressor.checkpoint.pairing import TensorPair
 from compressor.encoders.blockdiag import BlockDiagCodec
 from compressor.encoders.codec import Codec
 from compressor.encoders.lowrank import LowRankCodec
 from compressor.errors import BudgetError, InputError
 from compressor.plan.budget import Allotter
-from compressor.plan.coding import Plan, less_gained, plan_coded
-from compressor.plan.jobs import Job
+from compressor.plan.settings import Planner
+from compressor.plan.size import groups_by_entry
 from compressor.progress import Progress
 
 HEAD_BITS = 4
@@ -63,8 +66,8 @@ class _Candidate:
 class _Trial:
     candidate: _Candidate
     ratio: float
-    jobs: list[Job]
-    deltas: dict[str, TensorDelta]
+    pairs: list[TensorPair]
+    deltas: StagedDeltas
     found: Measured
 
     def record(self) -> dict[str, Any]:
@@ -75,24 +78,24 @@ class _Trial:
         return f"{self.candidate.label} at ratio {self.ratio:.4g}:\n     KL {kl}"
 
 
-def choose(inputs: Inputs, goal: Goal, progress: Progress) -> CodecChoice:
+def choose(inputs: Inputs, goal: Goal, progress: Progress) -> Choice:
     """Return settings for every tensor that meet `goal`.
 
     Raises BudgetError if they cannot, InputError if a KL is asked for that cannot be measured.
     """
     started = time.perf_counter()
-    encoded = [job for job in inputs.jobs if job.is_encoded]
+    encoded = [pair for pair in inputs.pairs if pair.is_encoded]
     bench = open_bench(inputs.base, inputs.tuned, encoded, inputs.own_texts, inputs.n_parameters)
     if isinstance(bench, str):
-        return _unmeasured(inputs, goal, bench)
+        return _unmeasured(inputs, goal, bench, progress)
     costs = bench.survey(encoded, inputs.device, HEAD_BITS, progress)
     search = _Search(inputs, goal, bench, [_blockdiag(bits, costs) for bits in (4, 8)], progress)
     best = search.run(candidates(costs, has_own_texts=inputs.own_texts is not None))
     best = search.shrink(best)
     kept = search.tune(best)
     notes = search.notes(best, kept, time.perf_counter() - started)
-    config = search.config(best.candidate.codec, best.ratio, bench.fidelity(kept.found), kept)
-    return CodecChoice(best.candidate.codec, best.jobs, config, notes, kept.tuned.deltas)
+    config = search.config(best.candidate, best.ratio, kept)
+    return Choice(best.pairs, kept.tuned.deltas, config, notes)
 
 
 def candidates(costs: Mapping[str, HeadCosts], *, has_own_texts: bool) -> list[_Candidate]:
@@ -135,9 +138,9 @@ class _Search:
         max_kl = self._goal.max_kl
         while True:
             tried, impossible = [], None
-            for candidate in choices:
+            for index, candidate in enumerate(choices):
                 try:
-                    tried.append(self._try(candidate, ratio))
+                    tried.append(self._try(candidate, ratio, choices[index + 1 :]))
                 except BudgetError as error:
                     impossible = impossible or error
             if tried:
@@ -190,41 +193,22 @@ class _Search:
                 continue
         return None
 
-    def _try(self, candidate: _Candidate, ratio: float) -> _Trial:
+    def _try(
+        self, candidate: _Candidate, ratio: float, to_come: Sequence[_Candidate] = ()
+    ) -> _Trial:
         inputs, codec = self._inputs, candidate.codec
-        config = self.config(codec, ratio, self._bench.fidelity(_room(self._bench)))
-        plan = plan_coded(
-            inputs.jobs,
-            codec,
-            config,
-            inputs.companions,
-            lambda job: inputs.encode(job, codec),
-            candidate.allot,
-        )
+        config = self._expected_config(candidate, ratio, to_come)
+        planner = Planner(codec, config, inputs.companions, inputs.stage, candidate.allot)
+        stage = f"try {len(self._trials) + 1}"
+        made = planner.encode(inputs.pairs, partial(count, config), self._progress, stage)
         for trial in self._trials:
-            if trial.ratio == ratio and _settings(trial.jobs) == _settings(plan.jobs):
+            if trial.ratio == ratio and trial.pairs == made.pairs:
                 return trial
-        jobs, deltas = self._encode(plan, codec, candidate.allot)
-        trial = _Trial(candidate, ratio, jobs, deltas, self._bench.measure(list(deltas.values())))
+        deltas = StagedDeltas(made.staged)
+        found = self._bench.measure(deltas)
+        trial = _Trial(candidate, ratio, made.pairs, deltas, found)
         self._trials.append(trial)
         return trial
-
-    def _encode(
-        self, plan: Plan, codec: Codec, allot: Allotter | None
-    ) -> tuple[list[Job], dict[str, TensorDelta]]:
-        """Encode a plan, and a smaller one if entropy coding gains less than was expected."""
-        inputs, stage = self._inputs, f"try {len(self._trials) + 1}"
-        while True:
-            sizes = [math.prod(job.pair.shape) for job in plan.jobs]
-            deltas = {}
-            for index, job in enumerate(plan.jobs):
-                self._progress(stage, sum(sizes[:index]), sum(sizes))
-                deltas[job.pair.name] = inputs.encode(job, codec)
-            self._progress(stage, sum(sizes), sum(sizes))
-            smaller = less_gained(plan, codec, inputs.companions, deltas, allot)
-            if smaller is None:
-                return plan.jobs, deltas
-            plan = smaller
 
     def shrink(self, best: _Trial) -> _Trial:
         """Return the trial with the blocks of large matrices rescaled by less where that helps."""
@@ -234,34 +218,59 @@ class _Search:
 
     def tune(self, best: _Trial) -> Kept:
         """Return the trial's deltas, tuned if that is wanted, possible and better."""
-        if self._inputs.tune and not self._bench.why_not_tuned():
+        if self._to_tune():
             return self._bench.tune(best.deltas, best.found, self._progress)
         return Kept(Tuned(0, best.deltas), best.found, {})
 
-    def config(
-        self, codec: Codec, ratio: float, fidelity: dict[str, Any], kept: Kept | None = None
+    def config(self, candidate: _Candidate, ratio: float, kept: Kept) -> DeltaConfig:
+        """The configuration with the record of what was tried, and of what is kept."""
+        return self._config(candidate, ratio, kept, [trial.record() for trial in self._trials])
+
+    def _expected_config(
+        self, candidate: _Candidate, ratio: float, to_come: Sequence[_Candidate]
     ) -> DeltaConfig:
-        """The configuration with the record of what was tried so far, and of the tuning."""
-        record = {
+        """As `config`, before the trial of `candidate` and those to come are made: what would be
+        written of the base itself stands for them, true numbers of the same length.
+        """
+        of_base = self._bench.of_base
+        kept = Kept(Tuned(0, StagedDeltas(), STEPS), of_base, self._to_tune(), of_base)
+        expected = [
+            _Trial(other, ratio, [], StagedDeltas(), of_base) for other in (candidate, *to_come)
+        ]
+        records = [trial.record() for trial in (*self._trials, *expected)]
+        return self._config(candidate, ratio, kept, records)
+
+    def _config(
+        self, candidate: _Candidate, ratio: float, kept: Kept, tried: list[dict[str, Any]]
+    ) -> DeltaConfig:
+        bench, codec = self._bench, candidate.codec
+        record: dict[str, Any] = {
             "basis": "KL measured on calibration texts; bytes by diagonal Fisher information",
-            "tokens": self._bench.n_tokens,
-            "base_kl": self._bench.base_kl,
-            "tried": [trial.record() for trial in self._trials],
+            "tokens": bench.n_tokens,
+            "base_kl": bench.of_base.kl,
+            "tried": tried,
         }
         if self._shrunk:
             record["rescaled"] = self._shrunk
-        if kept is not None and kept.n_tokens:
+        if kept.n_tokens:
             record["tuned"] = kept.record()
-        elif kept is None and self._inputs.tune and not self._bench.why_not_tuned():
-            record["tuned"] = ROOM_FOR_TUNING
-        options = codec.options() | {"auto": record}
-        return replace(self._inputs.configure(codec, options, ratio), fidelity=fidelity)
+        return replace(
+            self._inputs.config,
+            codec=codec.name,
+            options=codec.options() | {"auto": record},
+            ratio_requested=ratio,
+            fidelity=bench.fidelity(kept.found),
+        )
+
+    def _to_tune(self) -> dict[str, int]:
+        """Predicted tokens that are tuned on, by set; empty if nothing is to be tuned."""
+        return self._bench.to_tune if self._inputs.tune else {}
 
     def notes(self, best: _Trial, kept: Kept, seconds: float) -> tuple[str, ...]:
         """What to tell the user."""
         bench = self._bench
         lines = [f"auto tried {trial.line()}" for trial in self._trials]
-        spent = byte_shares((job.matrix_shape, job.params) for job in best.jobs if job.params)
+        spent = byte_shares((pair.matrix_shape, pair.params) for pair in best.pairs if pair.params)
         how = f", {spent.heads:.0%} of the bytes in low-rank heads" if spent.heads else ""
         how += f", {spent.rows:.0%} in whole rows of the vocabulary" if spent.rows else ""
         lines.append(
@@ -274,7 +283,7 @@ class _Search:
             for name, factor in self._shrunk.items()
         ]
         lines.append(self._tuning_note(kept))
-        lost = kept.found.kl[bench.main] / max(bench.base_kl[bench.main], 1e-9)
+        lost = kept.found.kl[bench.main] / max(bench.of_base.kl[bench.main], 1e-9)
         if lost > _BREAKDOWN:
             lines.append(
                 f"warning: the KL is {lost:.0%} of that of the base itself: this difference is too "
@@ -288,10 +297,6 @@ class _Search:
         if reason := self._bench.why_not_tuned():
             return f"auto did not tune norms and biases: {reason}"
         return f"auto {kept.line()}"
-
-
-def _settings(jobs: Sequence[Job]) -> list[object]:
-    return [job.params for job in jobs]
 
 
 def _best(tried: Sequence[_Trial]) -> _Trial:
@@ -311,7 +316,7 @@ def _guess(last: _Trial, kept: _Trial | None, failed: _Trial | None, kl: float, 
     return last.ratio * math.exp(math.log(kl / max(last.found.kl[name], 1e-9)) / slope)
 
 
-def _unmeasured(inputs: Inputs, goal: Goal, reason: str) -> CodecChoice:
+def _unmeasured(inputs: Inputs, goal: Goal, reason: str, progress: Progress) -> Choice:
     """Fixed settings, and why."""
     if goal.max_kl is not None:
         raise InputError(f"--max-kl needs the model to run here: {reason}; give --ratio instead")
@@ -319,20 +324,19 @@ def _unmeasured(inputs: Inputs, goal: Goal, reason: str) -> CodecChoice:
         "fixed settings, the best of those measured on other fine-tunes, because nothing could be "
         f"measured on this one: {reason}"
     )
-    ratio = rounded(goal.starting_ratio(inputs.tuned.n_bytes))
-    options = UNMEASURED.options() | {"auto": {"basis": basis}}
-    config = inputs.configure(UNMEASURED, options, ratio)
-    plan = plan_coded(
-        inputs.jobs,
-        UNMEASURED,
-        config,
-        inputs.companions,
-        lambda job: inputs.encode(job, UNMEASURED),
+    config = replace(
+        inputs.config,
+        codec=UNMEASURED.name,
+        options=UNMEASURED.options() | {"auto": {"basis": basis}},
+        ratio_requested=rounded(goal.starting_ratio(inputs.tuned.n_bytes)),
     )
-    return CodecChoice(UNMEASURED, plan.jobs, plan.config, (f"auto took {basis}",), gain=plan.gain)
+    planner = Planner(UNMEASURED, config, inputs.companions, inputs.stage)
+    made = planner.encode(inputs.pairs, partial(count, config), progress)
+    return Choice(made.pairs, StagedDeltas(made.staged), config, (f"auto took {basis}",))
 
 
-def _room(bench: Bench) -> Measured:
-    """Stands for what is not measured yet, where only the length of the numbers matters."""
-    usual = dict.fromkeys(bench.n_tokens, 0.01234)
-    return Measured(usual, usual)
+def count(
+    config: DeltaConfig, pairs: Sequence[TensorPair], staged: Sequence[StagedTensor]
+) -> TensorBytes:
+    """Count what delta.safetensors takes; it is written once the choice is made."""
+    return assemble(staged, groups_by_entry(pairs), None, coded=config.coding is not None)

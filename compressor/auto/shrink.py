@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from compressor.artifact.staging import StagedDeltas
 from compressor.auto.kept import Measured, is_better
 from compressor.codecs import TensorDelta
 from compressor.codecs.blockdiag import BlockDiagTerm
@@ -30,27 +31,27 @@ _GAIN = 0.9  # of the mean KL before, at most
 class Shrunk:
     """The deltas, and by what the blocks of some were multiplied."""
 
-    deltas: dict[str, TensorDelta]
+    deltas: StagedDeltas
     found: Measured
     factors: dict[str, float]
 
 
 def shrink(
-    deltas: Mapping[str, TensorDelta],
+    deltas: StagedDeltas,
     found: Measured,
-    measure: Callable[[list[TensorDelta]], Measured],
+    measure: Callable[[StagedDeltas], Measured],
     progress: Progress,
 ) -> Shrunk:
     """Halve the rescale of large matrices where that helps.
 
     found  of `deltas` as they are
     """
-    best = Shrunk(dict(deltas), found, {})
+    best = Shrunk(deltas, found, {})
     names = _large(deltas)
     for done, name in enumerate(names):
         progress("shrink", done, len(names))
-        tried = best.deltas | {name: with_rescale(best.deltas[name], _FACTOR)}
-        now = measure(list(tried.values()))
+        tried = best.deltas.with_changes({name: with_rescale(best.deltas[name], _FACTOR)})
+        now = measure(tried)
         if is_better(now, best.found, found) and now.score <= _GAIN * best.found.score:
             best = Shrunk(tried, now, best.factors | {name: _FACTOR})
     progress("shrink", len(names), len(names))

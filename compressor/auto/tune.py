@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from compressor.artifact.staging import StagedDeltas
 from compressor.codecs import DenseRows, TensorDelta
 from compressor.measure.comparison import kl_per_token, n_predicted
 from compressor.measure.samples import Sample
@@ -42,7 +43,7 @@ class Tuned:
     """Deltas as they would be stored after `steps` of `of`."""
 
     steps: int
-    deltas: dict[str, TensorDelta]
+    deltas: StagedDeltas
     of: int = 0
 
 
@@ -71,7 +72,7 @@ class Tuner:
 
     def run(
         self,
-        deltas: Mapping[str, TensorDelta],
+        deltas: StagedDeltas,
         kl: Mapping[str, float],
         progress: Progress,
         visit: Callable[[Tuned], None],
@@ -126,7 +127,7 @@ class Tuner:
     @torch.no_grad()
     def _load(self, deltas: Mapping[str, TensorDelta], values: Mapping[str, Tensor]) -> None:
         """Give the model the deltas, with the vectors at `values`."""
-        self._model.set_variant(list(deltas.values()))
+        self._model.set_variant(deltas)
         self._model.use(dict.fromkeys(self._model.names, "variant"))
         for name, vector in values.items():
             self._parameters[name].copy_(vector)
@@ -179,17 +180,17 @@ def _vector(delta: TensorDelta) -> DenseRows | None:
 
 
 def _stored(
-    deltas: Mapping[str, TensorDelta],
-    exact: Mapping[str, DenseRows],
-    values: Mapping[str, Tensor],
-) -> dict[str, TensorDelta]:
+    deltas: StagedDeltas, exact: Mapping[str, DenseRows], values: Mapping[str, Tensor]
+) -> StagedDeltas:
     """The deltas with the vectors at `values`, in their own dtypes."""
-    return {
-        name: replace(delta, exact=DenseRows(0, values[name].cpu().to(exact[name].values.dtype)))
-        if name in exact
-        else delta
-        for name, delta in deltas.items()
-    }
+    return deltas.with_changes(
+        {
+            name: replace(
+                deltas[name], exact=DenseRows(0, value.cpu().to(exact[name].values.dtype))
+            )
+            for name, value in values.items()
+        }
+    )
 
 
 def _pieces(known: Sequence[_Known]) -> Iterator[list[_Known]]:

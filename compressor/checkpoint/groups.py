@@ -6,6 +6,7 @@ from compressor.checkpoint.layout import Parameter
 from compressor.checkpoint.pairing import TensorPair
 
 VOCABULARY = ("embeddings", "lm_head")  # groups of `group_of`
+ADDED_ROWS = "added rows"
 
 
 def group_of(pair: TensorPair | Parameter) -> str:
@@ -20,3 +21,8 @@ def group_of(pair: TensorPair | Parameter) -> str:
     if "attn" in words or "attention" in words:
         return "attention"
     return "mlp" if "mlp" in words or "feed_forward" in words else "other matrices"
+
+
+def exact_group_of(pair: TensorPair) -> str:
+    """Name the group that its exact rows are counted in."""
+    return ADDED_ROWS if pair.exact_start else group_of(pair)

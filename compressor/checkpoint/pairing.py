@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.layout import Kind, Layout, Parameter, read_layout
+from compressor.codecs.term import Params, Shape
 from compressor.errors import CheckpointError, UnsupportedTensor
 
 # How many elements to compare or convert at a time.
@@ -70,20 +72,55 @@ _RECORDED = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class TensorPair:
-    """One parameter in both checkpoints. Shapes are in ``[out, in]`` orientation."""
+    """One parameter on its way from two checkpoints into an artifact; each stage fills in more.
 
-    name: str
-    kind: Kind
+    parameter    as the base declares it; shapes are in ``[out, in]`` orientation
+    shape        in the fine-tune
+    base_key, tuned_key  its names in the checkpoints
+
+    What is stored of it (`to_store`):
+
+    is_encoded   the rows that the base has, as terms
+    exact_start  first row stored exactly, or None
+    exact_bytes  of those rows
+
+    params       settings of its codec, once they are planned
+    """
+
+    parameter: Parameter
     shape: tuple[int, ...]
-    base_shape: tuple[int, ...]
-    transposed: bool
     base_key: str
     tuned_key: str
-    module: str
+    is_encoded: bool = False
+    exact_start: int | None = None
+    exact_bytes: int = 0
+    params: Params | None = None
+
+    @property
+    def name(self) -> str:
+        return self.parameter.name
+
+    @property
+    def kind(self) -> Kind:
+        return self.parameter.kind
+
+    @property
+    def base_shape(self) -> tuple[int, ...]:
+        return self.parameter.shape
+
+    @property
+    def transposed(self) -> bool:
+        return self.parameter.transposed
 
     @property
     def is_matrix(self) -> bool:
         return self.kind in ("linear", "embedding")
+
+    @property
+    def matrix_shape(self) -> Shape:
+        """Of the terms: what the base has of a matrix."""
+        m, n = self.base_shape
+        return m, n
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +196,28 @@ def is_unchanged(base: Checkpoint, tuned: Checkpoint, pair: TensorPair) -> bool:
     return True
 
 
-def check_encodable(pair: TensorPair) -> None:
+def to_store(tuned: Checkpoint, pair: TensorPair, *, unchanged: bool) -> TensorPair | None:
+    """Decide what is stored of a tensor; None for nothing (its base rows equal the fine-tune's).
+
+    Vectors and added rows are stored exactly, matrices encoded. Raises UnsupportedTensor.
+    """
+    added = pair.shape[0] - pair.base_shape[0] if pair.shape else 0
+    if unchanged and not added:
+        return None
+    _check_encodable(pair)
+    row_bytes = math.prod(pair.shape[1:]) * tuned.dtype(pair.tuned_key).itemsize
+    if not pair.is_matrix:
+        return replace(pair, exact_start=0, exact_bytes=pair.shape[0] * row_bytes)
+    start = pair.base_shape[0] if added else None
+    return replace(pair, is_encoded=not unchanged, exact_start=start, exact_bytes=added * row_bytes)
+
+
+def _check_encodable(pair: TensorPair) -> None:
     """Refuse a changed parameter that is neither a matrix of a known module nor a vector."""
     if pair.kind == "other":
+        module = pair.parameter.module
         raise UnsupportedTensor(
-            f"{pair.name}: shape {list(pair.shape)} in a {pair.module} module is changed by the "
+            f"{pair.name}: shape {list(pair.shape)} in a {module} module is changed by the "
             "fine-tune, and only the weights of Linear, Conv1D and Embedding modules, experts and "
             "1-D parameters can be encoded"
         )
@@ -194,16 +248,7 @@ def _pair(
             f"{list(parameter.shape)}"
         )
     _check_shapes(parameter, base_shape, shape)
-    return TensorPair(
-        name=name,
-        kind=parameter.kind,
-        shape=shape,
-        base_shape=base_shape,
-        transposed=parameter.transposed,
-        base_key=base_keys[name],
-        tuned_key=tuned_keys[name],
-        module=parameter.module,
-    )
+    return TensorPair(parameter, shape, base_keys[name], tuned_keys[name])
 
 
 def _check_shapes(parameter: Parameter, base: tuple[int, ...], tuned: tuple[int, ...]) -> None:

@@ -125,7 +125,7 @@ class Evaluator:
     ) -> Evaluation:
         """Measure a delta of this base and fine-tune; the tables over the first samples only."""
         reference = self._reference
-        self._model.set_variant(artifact.tensors)
+        self._model.set_variant({delta.name: delta for delta in artifact.tensors})
         self._model.use(dict.fromkeys(self._model.names, "variant"))
         ours = reference.outputs()
         self._progress("compare", 3, 3)

@@ -88,7 +88,7 @@ class SwappedModel:
         self._model = load_model(tuned.path)
         self._parameters: dict[str, Tensor] = dict(self._model.named_parameters())
         self._now: dict[str, Weights] = {}
-        self._deltas: dict[str, TensorDelta] = {}
+        self._deltas: Mapping[str, TensorDelta] = {}
         if missing := sorted(self._parameters.keys() - self._base_keys.keys()):
             raise CheckpointError(f"{base.name}: tensor {missing[0]} of the fine-tune is missing")
         self.names = tuple(self._parameters)
@@ -101,22 +101,19 @@ class SwappedModel:
         """The Hugging Face model, with the weights that were chosen last."""
         return self._model
 
-    def set_variant(self, deltas: Sequence[TensorDelta]) -> None:
-        """Choose what ``variant`` weights are; the model returns to the fine-tune's.
+    def set_variant(self, deltas: Mapping[str, TensorDelta]) -> None:
+        """Choose what ``variant`` weights are, by name; the model returns to the fine-tune's.
 
-        Raises WrongShape if the delta and the fine-tune have different shapes.
+        A delta is asked for when its tensor is next to be the variant's, and not kept: a mapping
+        may read it from disk. Raises WrongShape for a name that the fine-tune does not have.
         """
         self.use({})
-        for delta in deltas:
-            parameter = self._parameters.get(delta.name)
-            shape = delta.shape[::-1] if delta.transposed else delta.shape
-            if parameter is None or tuple(parameter.shape) != shape:
-                raise WrongShape(
-                    f"{delta.name}: the delta gives shape {list(shape)}, {self._tuned.name} has "
-                    f"{'none' if parameter is None else list(parameter.shape)}; it was made for "
-                    "another fine-tune"
-                )
-        self._deltas = {delta.name: delta for delta in deltas}
+        if foreign := sorted(deltas.keys() - self._parameters.keys()):
+            raise WrongShape(
+                f"{foreign[0]}: {self._tuned.name} has no such tensor; the delta was made for "
+                "another fine-tune"
+            )
+        self._deltas = deltas
 
     def use(self, chosen: Mapping[str, Weights]) -> bool:
         """Give each named parameter the chosen weights and all others the fine-tune's.
@@ -145,6 +142,12 @@ class SwappedModel:
         stored = self._base.read_rows(self._base_keys[name])
         delta = self._deltas.get(name) if wanted == "variant" else None
         if delta is not None:
+            shape = delta.shape[::-1] if delta.transposed else delta.shape
+            if tuple(parameter.shape) != shape:
+                raise WrongShape(
+                    f"{name}: the delta gives shape {list(shape)}, {self._tuned.name} has "
+                    f"{list(parameter.shape)}; it was made for another fine-tune"
+                )
             merged = delta.reconstruct(stored.T if delta.transposed else stored)
             stored = merged.T if delta.transposed else merged
         if stored.ndim != parameter.ndim or stored.shape[1:] != parameter.shape[1:]:

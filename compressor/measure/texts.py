@@ -38,6 +38,15 @@ def texts_digest(texts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()[:16]
 
 
+def file_digest(file: Path) -> str:
+    """Return the SHA-256 of a file of texts. Raises InputError if it cannot be read."""
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{file}: {error.strerror}") from error
+
+
 def read_texts(file: Path, limit: int = MAX_TEXTS) -> list[str]:
     """Read up to `limit` texts: one a line, ``.jsonl`` with a ``text`` field each, or ``.parquet``
     with a ``text`` column. Blank ones are skipped.

@@ -100,28 +100,28 @@ def _store(
     writer: ArtifactWriter,
     progress: Progress,
 ) -> DeltaConfig:
-    """Stage every delta; return the configuration that describes them."""
-    staged = writer.staged()
-    table: dict[str, int] = {}
+    """Write every delta; return the configuration that describes them."""
     details = dict(config.finetuned_details)
     names = list(layout.parameters)
+    stored = set()
     for delta in adapter.deltas(base, rescale):
-        if delta.name not in staged:
+        if writer.reuse(delta.name) is None:
             error = rescale.errors.get(delta.name, 0.0) if rescale else 0.0
             writer.add(delta, error if delta.terms else None)
+        stored.add(delta.name)
         parameter = layout.parameters[delta.name]
         if parameter.kind == "embedding" and delta.shape != delta.base_shape:
             details["config"] = {"vocab_size": delta.shape[0]}
-        group = group_of(parameter)
-        table[group] = table.get(group, 0) + writer.staged_bytes(delta.name)
         progress("import", names.index(delta.name), len(names))
     progress("import", len(names), len(names))
-    if not table:
+    if not stored:
         raise InputError(f"{adapter.name}: the adapter changes nothing; it was never trained")
-    stored = writer.staged()
+    written = writer.write_tensors(
+        group_of=lambda entry, is_exact: group_of(layout.parameters[entry.name])
+    )
     return replace(
         config,
-        bytes=dict(sorted(table.items())),
+        bytes=written.stored,
         unchanged=tuple(name for name in names if name not in stored),
         finetuned_details=details,
     )

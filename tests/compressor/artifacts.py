@@ -7,7 +7,6 @@ import json
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compressor.artifact.config import Coding
 from compressor.artifact.reader import BaseInfo, DeltaConfig
 from compressor.artifact.writer import ArtifactWriter
 from compressor.codecs import DenseRows, TensorDelta
 from compressor.encoders.codec import make_encoder
 from compressor.encoders.rows import encode_largest_rows
 from compressor.encoders.sources import TensorSource
+from compressor.plan.settings import with_bytes
 from tests.compressor.codec_oracles import encode, random_matrix
 
 BASE = "ab" * 32
@@ -82,9 +81,12 @@ def write_artifact(
         for delta in order(deltas()):
             writer.add(delta, 0.5)
         if coded:
-            found = writer.code(lambda name, is_exact: "exact rows" if is_exact else name[0])
-            coding = Coding("zstd", found.raw_bytes)
-            config = replace(CONFIG, bytes=found.coded_bytes, coding=coding)
+            found = writer.write_tensors(
+                group_of=lambda entry, is_exact: "exact rows" if is_exact else entry.name[0],
+                coded=True,
+                always=True,
+            )
+            config = with_bytes(CONFIG, found)
         return writer.finish(config, AUX, lambda size: f"# card, {size} bytes\n".encode())
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from compressor.artifact.config import Coding
 from compressor.artifact.writer import ArtifactWriter
 from compressor.codecs import DenseRows, Params, TensorDelta, Term, lowrank_from_factors
 from compressor.encoders.codec import make_encoder
 from compressor.encoders.rows import encode_largest_rows
 from compressor.encoders.sources import TensorSource
+from compressor.plan.settings import with_bytes
 from tests.compressor.artifacts import CONFIG
 from tests.compressor.codec_oracles import encode, random_matrix
 
@@ -74,9 +74,12 @@ def write_every_codec(path: Path, *, coded: bool) -> str:
         for delta in every_delta():
             writer.add(delta, 0.5)
         if coded:
-            found = writer.code(lambda name, is_exact: "exact rows" if is_exact else name[:4])
-            coding = Coding("zstd", found.raw_bytes)
-            config = replace(config, bytes=found.coded_bytes, coding=coding)
+            found = writer.write_tensors(
+                group_of=lambda entry, is_exact: "exact rows" if is_exact else entry.name[:4],
+                coded=True,
+                always=True,
+            )
+            config = with_bytes(config, found)
         return writer.finish(config, {"chat_template.jinja": b"{{ messages }}"}, b"# card\n")
 
 

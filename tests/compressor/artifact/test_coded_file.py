@@ -25,6 +25,7 @@ from compressor.errors import ArtifactError, Corrupt, InputError, TooLarge, Unsu
 from tests.compressor.artifact.mutations import read_frames, write_frames
 from tests.compressor.artifacts import (
     AUX,
+    CONFIG,
     deltas,
     edit_config,
     limited_memory,
@@ -135,9 +136,11 @@ def test_what_expands_beyond_the_limit_is_known_before_it_is_published(tmp_path:
     zeros = torch.zeros(1 << 18)
     with ArtifactWriter(tmp_path / "d", run_key="k") as writer:
         writer.add(TensorDelta("a", (1 << 18,), (1 << 18,), False, (), DenseRows(0, zeros)))
-        coded = writer.code(lambda name, is_exact: "all")
-    assert coded.n_bytes * MAX_EXPANSION < zeros.nbytes
-    assert not coded.is_readable
+        written = writer.write_tensors(coded=True)
+        writer.finish(CONFIG)
+    assert not written.is_coded
+    assert len(code_frame(zeros.numpy().tobytes())) * MAX_EXPANSION < zeros.nbytes
+    assert read_artifact(tmp_path / "d").n_bytes > zeros.nbytes
 
 
 # --- lies ---------------------------------------------------------------------------------------

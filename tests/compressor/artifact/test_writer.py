@@ -37,15 +37,24 @@ def test_writer_readme_is_told_the_bytes_of_all_other_files(tmp_path: Path) -> N
     assert (tmp_path / "d" / "README.md").read_text() == f"# card, {others} bytes\n"
 
 
-def test_writer_tensor_file_bytes_is_exact_before_finish(tmp_path: Path) -> None:
+def test_writer_written_tensors_are_what_is_published(tmp_path: Path) -> None:
     with ArtifactWriter(tmp_path / "d", run_key="k") as writer:
-        payload = 0
-        for delta in deltas():
-            writer.add(delta)
-            payload += writer.staged_bytes(delta.name)
-        expected = writer.tensor_file_bytes()
+        payload = sum(writer.add(delta).n_bytes for delta in deltas())
+        written = writer.write_tensors()
         writer.finish(CONFIG)
-    assert (tmp_path / "d" / "delta.safetensors").stat().st_size == expected > payload
+    size = (tmp_path / "d" / "delta.safetensors").stat().st_size
+    assert size == written.n_bytes == payload + written.header_bytes
+    assert written.header_bytes > 0
+
+
+def test_writer_tensors_written_again_replace_the_first(tmp_path: Path) -> None:
+    with ArtifactWriter(tmp_path / "d", run_key="k") as writer:
+        staged = [writer.add(delta) for delta in deltas()]
+        writer.write_tensors()
+        writer.write_tensors(staged[:2])
+        writer.finish(CONFIG)
+    names = sorted(delta.name for delta in deltas()[:2])
+    assert [delta.name for delta in read_artifact(tmp_path / "d").tensors] == names
 
 
 def test_writer_without_tensors_writes_a_readable_artifact(tmp_path: Path) -> None:
@@ -64,14 +73,15 @@ def test_writer_interrupted_run_resumes_to_identical_bytes(tmp_path: Path) -> No
             writer.add(delta, 0.5)
     assert not out.exists()
     with ArtifactWriter(out, run_key="key") as writer:
-        staged = writer.staged()
-        assert sorted(staged) == sorted(delta.name for delta in deltas()[:3])
-        for delta in deltas():
-            if delta.name in staged:
-                assert staged[delta.name].error == 0.5
-                same_delta(writer.read_staged(delta.name), delta)
-            else:
+        assert len(writer.staging) == 3
+        for number, delta in enumerate(deltas()):
+            staged = writer.reuse(delta.name)
+            assert (staged is not None) == (number < 3)
+            if staged is None:
                 writer.add(delta, 0.5)
+            else:
+                assert staged.entry.error == 0.5
+                same_delta(staged.read(), delta)
         writer.finish(CONFIG, AUX, lambda size: f"# card, {size} bytes\n".encode())
     assert snapshot(out) == snapshot(tmp_path / "whole")
     assert neighbours(out) == ["d", "whole"]
@@ -92,16 +102,16 @@ def test_writer_torn_part_is_done_again(tmp_path: Path, damage: str) -> None:
         raw[-1] ^= 1
     part.write_bytes({"cut": raw[:-3], "empty": b"", "flip": raw}[damage])
     with ArtifactWriter(tmp_path / "d", run_key="key") as writer:
-        assert len(writer.staged()) == len(deltas()) - 1
+        assert len(writer.staging) == len(deltas()) - 1
     assert not part.exists()
 
 
 def test_writer_another_run_key_starts_afresh(tmp_path: Path) -> None:
     _staged_run(tmp_path / "d")
     with ArtifactWriter(tmp_path / "d", run_key="other") as writer:
-        assert writer.staged() == {}
+        assert len(writer.staging) == 0
     with ArtifactWriter(tmp_path / "d", run_key="key") as writer:
-        assert writer.staged() == {}
+        assert len(writer.staging) == 0
 
 
 def test_writer_second_run_at_once_raises_and_the_first_goes_on(tmp_path: Path) -> None:
@@ -204,7 +214,7 @@ def _try_run(out: Path, made: list[TensorDelta]) -> bool:
     try:
         with ArtifactWriter(out, run_key="key", overwrite=True) as writer:
             for delta in made:
-                if delta.name not in writer.staged():
+                if writer.reuse(delta.name) is None:
                     writer.add(delta, 0.5)
             writer.finish(CONFIG, AUX)
     except OutputError:

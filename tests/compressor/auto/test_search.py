@@ -1,17 +1,22 @@
 from __future__ import annotations
 
 import json
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import compressor.auto.bench as auto_bench
 import compressor.auto.search as auto
 import compressor.auto.shrink as auto_shrink
 import compressor.auto.texts as auto_texts
+from compressor.artifact import staging
 from compressor.artifact.config import DeltaConfig
 from compressor.artifact.reader import read_artifact
+from compressor.artifact.staging import StagedDeltas
 from compressor.auto.allocate import HeadCosts
 from compressor.auto.goal import Goal
 from compressor.auto.search import PLAIN
@@ -80,7 +85,8 @@ def test_auto_record_is_what_an_evaluation_of_the_artifact_finds(
     _, config = run(pair, tmp_path / "out", ratio=10.0, calibration=own)
     with Checkpoint(pair[0]) as base, Checkpoint(pair[1]) as tuned:
         bench = auto_bench.Bench(base, tuned, own)
-        found = bench.measure(read_artifact(tmp_path / "out").tensors)
+        artifact = read_artifact(tmp_path / "out")
+        found = bench.measure({delta.name: delta for delta in artifact.tensors})
     assert found.kl[OWN] == pytest.approx(config.fidelity["kl_per_token"], rel=1e-3)
 
 
@@ -127,7 +133,7 @@ def measured(label: str, built_in: float, own_writing: float) -> auto._Trial:
     kl = {BUILT_IN: built_in, SELF: own_writing}
     found = auto_bench.Measured(kl, dict.fromkeys(kl, 1.0))
     candidate = auto._Candidate(label, BlockDiagCodec(), None)
-    return auto._Trial(candidate, 8.0, [], {}, found)
+    return auto._Trial(candidate, 8.0, [], StagedDeltas(), found)
 
 
 def test_best_never_says_the_finetunes_own_words_worse_than_plain_sampling() -> None:
@@ -223,3 +229,44 @@ def test_spread_takes_evenly_up_to_the_tokens_wanted() -> None:
     assert sum(map(n_predicted, chosen)) == 40
     assert spread(samples[:3], 10_000) == samples[:3]
     assert len(spread(samples, 1)) == 1
+
+
+def test_auto_never_holds_more_than_a_few_tensors_of_its_trials(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: list[weakref.ref[torch.Tensor]] = []
+    most = 0
+    build = staging.build_delta
+
+    def counting(*arguments: Any) -> Any:
+        nonlocal alive, most
+        delta = build(*arguments)
+        alive = [known for known in alive if known() is not None]
+        alive += [weakref.ref(t.scales) for t in delta.terms if isinstance(t, BlockDiagTerm)]
+        most = max(most, len(alive))
+        return delta
+
+    monkeypatch.setattr(staging, "build_delta", counting)
+    run(pair, tmp_path / "out", ratio=8.0)
+    n_terms = sum(len(delta.terms) for delta in read_artifact(tmp_path / "out").tensors)
+    assert 0 < most <= 4 < n_terms
+
+
+def test_auto_interrupted_takes_up_what_its_trials_encoded(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, _ = run(pair, tmp_path / "whole", ratio=8.0)
+    add, calls = staging.Staging.add, []
+
+    def failing(self: staging.Staging, key: str, *arguments: Any) -> staging.StagedTensor:
+        calls.append(key)
+        if len(calls) == 40:
+            raise KeyboardInterrupt
+        return add(self, key, *arguments)
+
+    monkeypatch.setattr(staging.Staging, "add", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run(pair, tmp_path / "out", ratio=8.0)
+    resumed, _ = run(pair, tmp_path / "out", ratio=8.0)
+    assert resumed.digest == whole.digest
+    assert not set(calls[:39]) & set(calls[40:])

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import compressor.auto.bench as auto_bench
 import compressor.auto.search as auto
 import compressor.auto.texts as auto_texts
 from compressor.artifact.reader import read_artifact
+from compressor.artifact.staging import StagedDeltas
 from compressor.auto.kept import Measured
 from compressor.auto.shrink import shrink, with_rescale
 from compressor.codecs import BlockDiagTerm, TensorDelta
@@ -35,12 +36,12 @@ def scale_of(tried: TensorDelta, original: TensorDelta) -> float:
 
 
 def model_that_likes(
-    wanted: dict[str, float], originals: dict[str, TensorDelta]
-) -> Callable[[Sequence[TensorDelta]], Measured]:
+    wanted: dict[str, float], originals: Mapping[str, TensorDelta]
+) -> Callable[[Mapping[str, TensorDelta]], Measured]:
     """KL grows with the distance of each matrix's scale from the wanted one; two sets."""
 
-    def measure(deltas: Sequence[TensorDelta]) -> Measured:
-        off = [(scale_of(d, originals[d.name]) - wanted[d.name]) ** 2 for d in deltas]
+    def measure(deltas: Mapping[str, TensorDelta]) -> Measured:
+        off = [(scale_of(d, originals[name]) - wanted[name]) ** 2 for name, d in deltas.items()]
         return Measured({"one": 0.1 + sum(off), "two": 0.2 + sum(off)}, {})
 
     return measure
@@ -50,36 +51,36 @@ def model_that_likes(
 def test_shrink_large_matrix_gets_the_factor_the_model_likes(
     wanted: float, factor: float | None
 ) -> None:
-    deltas = {"large": delta("large", LARGE), "small": delta("small", SMALL)}
+    deltas = StagedDeltas(changed={"large": delta("large", LARGE), "small": delta("small", SMALL)})
     # The small one would like to be 0, but is never tried.
     measure = model_that_likes({"large": wanted, "small": 0.0}, deltas)
-    before = measure(list(deltas.values()))
+    before = measure(deltas)
     found = shrink(deltas, before, measure, lambda *_: None)
     assert found.factors.get("large") == factor
     assert scale_of(found.deltas["large"], deltas["large"]) == pytest.approx(factor or 1.0)
-    assert found.found == measure(list(found.deltas.values()))
+    assert found.found == measure(found.deltas)
 
 
 def test_shrink_that_makes_one_set_worse_is_not_kept() -> None:
-    deltas = {"large": delta("large", LARGE)}
+    deltas = StagedDeltas(changed={"large": delta("large", LARGE)})
 
-    def measure(tried: Sequence[TensorDelta]) -> Measured:
-        scale = scale_of(tried[0], deltas["large"])
+    def measure(tried: Mapping[str, TensorDelta]) -> Measured:
+        scale = scale_of(tried["large"], deltas["large"])
         return Measured({"one": scale, "two": 0.1001 - 1e-4 * scale}, {})
 
-    found = shrink(deltas, measure(list(deltas.values())), measure, lambda *_: None)
+    found = shrink(deltas, measure(deltas), measure, lambda *_: None)
     assert not found.factors
     assert found.deltas["large"] is deltas["large"]
 
 
 def test_shrink_that_gains_little_is_not_kept() -> None:
-    deltas = {"large": delta("large", LARGE)}
+    deltas = StagedDeltas(changed={"large": delta("large", LARGE)})
 
-    def measure(tried: Sequence[TensorDelta]) -> Measured:
-        scale = scale_of(tried[0], deltas["large"])
+    def measure(tried: Mapping[str, TensorDelta]) -> Measured:
+        scale = scale_of(tried["large"], deltas["large"])
         return Measured({"one": 0.09 + 0.01 * scale}, {})
 
-    found = shrink(deltas, measure(list(deltas.values())), measure, lambda *_: None)
+    found = shrink(deltas, measure(deltas), measure, lambda *_: None)
     assert not found.factors
 
 

@@ -11,6 +11,7 @@ import compressor.auto.bench as auto_bench
 import compressor.auto.texts as auto_texts
 import compressor.auto.tune as auto_tune
 from compressor.artifact.reader import read_artifact
+from compressor.artifact.staging import StagedDeltas
 from compressor.auto.kept import Kept, Measured, digest, is_better
 from compressor.auto.texts import BUILT_IN, OWN, calibration_sets
 from compressor.auto.tune import Tuned, Tuner
@@ -61,7 +62,7 @@ def test_tuner_lowers_the_kl_it_tunes_on_and_gives_the_model_back(
     monkeypatch.setattr(auto_tune, "CHECK_EVERY", 12)
     compress(*pair, tmp_path / "delta", Options(ratio=8.0, codec_options={"head_fraction": 0.2}))
     artifact = read_artifact(tmp_path / "delta")
-    deltas = {delta.name: delta for delta in artifact.tensors}
+    deltas = StagedDeltas(changed={delta.name: delta for delta in artifact.tensors})
     seen: list[Tuned] = []
     with Checkpoint(pair[0]) as base, Checkpoint(pair[1]) as tuned:
         model = SwappedModel(base, tuned)
@@ -91,7 +92,7 @@ def test_tuner_without_vectors_does_nothing(pair: Pair, samples: list[Sample]) -
     with Checkpoint(pair[0]) as base, Checkpoint(pair[1]) as tuned:
         tuner = Tuner(SwappedModel(base, tuned), {"some": samples})
         seen: list[Tuned] = []
-        tuner.run({}, {"some": 0.1}, lambda *_: None, seen.append)
+        tuner.run(StagedDeltas(), {"some": 0.1}, lambda *_: None, seen.append)
     assert seen == []
 
 
@@ -209,7 +210,10 @@ def test_digest_tells_outcomes_apart(pair: Pair, tmp_path: Path) -> None:
 
 def test_line_says_what_was_kept() -> None:
     found = {name: Measured({OWN: kl}, {}) for name, kl in (("before", 0.2), ("after", 0.1))}
-    better = Kept(Tuned(20, {}, 30), found["after"], {OWN: 900}, found["before"])
+    better = Kept(Tuned(20, StagedDeltas(), 30), found["after"], {OWN: 900}, found["before"])
     assert "20 of 30 steps" in better.line()
     assert "0.2 to 0.1 on own texts" in better.line()
-    assert "kept none" in Kept(Tuned(0, {}), found["before"], {OWN: 9}, found["before"]).line()
+    assert (
+        "kept none"
+        in Kept(Tuned(0, StagedDeltas()), found["before"], {OWN: 9}, found["before"]).line()
+    )

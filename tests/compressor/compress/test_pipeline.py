@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compressor.artifact.reader import TensorEntry, read_artifact
-from compressor.artifact.writer import ArtifactWriter
+from compressor.artifact import identity
+from compressor.artifact.reader import read_artifact
+from compressor.artifact.staging import StagedTensor, Staging
 from compressor.checkpoint.files import Checkpoint
-from compressor.codecs import TensorDelta
 from compressor.compress.options import Options
-from compressor.compress.pipeline import compress, relative_error
-from compressor.encoders.codec import make_encoder
-from compressor.encoders.sources import TensorSource
+from compressor.compress.pipeline import compress
 from compressor.errors import BudgetError, CheckpointError, InputError, OutputError
 from tests.tiny import make_tiny, perturb
 
@@ -95,22 +94,47 @@ def test_compress_interrupted_run_resumes_to_identical_bytes(
     pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = compress(*pair, tmp_path / "whole", Options(ratio=8))
-    add, calls = ArtifactWriter.add, []
+    add, calls = Staging.add, []
 
-    def failing(writer: ArtifactWriter, delta: TensorDelta, error: float | None) -> TensorEntry:
-        calls.append(delta.name)
-        if len(calls) == 7:
+    def failing(staging: Staging, key: str, *arguments: Any) -> StagedTensor:
+        calls.append(key)
+        if len(calls) == 20:
             raise KeyboardInterrupt
-        return add(writer, delta, error)
+        return add(staging, key, *arguments)
 
-    monkeypatch.setattr(ArtifactWriter, "add", failing)
+    monkeypatch.setattr(Staging, "add", failing)
     with pytest.raises(KeyboardInterrupt):
         compress(*pair, tmp_path / "out", Options(ratio=8))
     assert not (tmp_path / "out").exists()
     resumed = compress(*pair, tmp_path / "out", Options(ratio=8))
     assert resumed.digest == whole.digest
-    assert len(calls) - 1 == resumed.n_tensors  # none was stored twice
+    assert calls.count(calls[19]) == 2
+    assert len(set(calls)) == len(calls) - 1  # nothing but what was interrupted is done twice
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_compress_base_and_fine_tune_are_hashed_once(
+    pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed = []
+    sample = identity._sample
+    monkeypatch.setattr(
+        identity, "_sample", lambda stored: hashed.append(stored.file.parent) or sample(stored)
+    )
+    compress(*pair, tmp_path / "out", Options(codec="auto", ratio=12))
+    n_tensors = len(read_artifact(tmp_path / "out").tensors)
+    assert sorted(set(hashed)) == sorted(pair)
+    assert len(hashed) == 2 * n_tensors
+
+
+def test_compress_existing_output_is_said_before_the_checkpoints_are_compared(
+    pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    stages = []
+    (tmp_path / "out").write_text("")
+    with pytest.raises(OutputError, match="exists"):
+        compress(*pair, tmp_path / "out", Options(), lambda stage, *_: stages.append(stage))
+    assert stages == []
 
 
 def test_compress_stores_norms_exactly_and_skips_what_is_unchanged(
@@ -192,19 +216,6 @@ def test_compress_recorded_errors_equal_the_float64_formula(
         made = sum(term.to_dense().double() for term in delta.terms)
         off = (made.T if delta.transposed else made) - wanted
         assert entry.error == pytest.approx(float(off.norm() / wanted.norm()), rel=1e-3)
-
-
-def test_relative_error_in_strips_equals_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    matrix = torch.randn(70, 40)
-    codec = make_encoder("blockdiag")
-    source = TensorSource(matrix)
-    terms = codec.encode("w", source, codec.fit((70, 40), 300), 0)
-    whole = relative_error(terms, source)
-    monkeypatch.setattr("compressor.compress.pipeline.CHUNK_ELEMENTS", 400)
-    assert relative_error(terms, source) == pytest.approx(whole, rel=1e-6)
-    exact = float((terms[0].to_dense() - matrix).norm() / matrix.norm())
-    assert whole == pytest.approx(exact, rel=1e-5)
-    assert relative_error((), TensorSource(torch.zeros(3, 3))) == 0.0
 
 
 def test_compress_equal_checkpoints_raise_input_error(tiny_llama: Path, tmp_path: Path) -> None:
