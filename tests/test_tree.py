@@ -141,6 +141,7 @@ ELSEWHERE = {
     "server.ops.linear": "tests/server/ops/cpu/test_panel_blocks.py",
     "server.ops.lowrank": "tests/server/ops/triton/test_packed_lowrank.py",
     "server.ops.norm": "tests/server/ops/cpu/test_kernels.py",
+    "server.ops.packed": "tests/server/ops/test_blockdiag.py",
     "server.ops.quantize": "tests/server/model/test_base_quant.py",
     "server.ops.static_row_plan": "tests/server/deltas/pools/test_layouts.py",
     "server.ops.triton.compat": "tests/server/ops/triton/test_compile.py",

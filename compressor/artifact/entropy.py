@@ -19,7 +19,6 @@ import torch
 
 from compressor.artifact.coded_file import FRAME_BYTES, INDEX, MAX_EXPANSION, coder
 from compressor.artifact.tensor_file import (
-    CODED_METADATA,
     METADATA,
     Stored,
     header_bytes,
@@ -94,7 +93,7 @@ def code_tensors(
 
     path.unlink(missing_ok=True)
     total = write_new(path, frames(), sync=False)
-    header = header_bytes(_places(sizes), CODED_METADATA)
+    header = header_bytes(_places(sizes), METADATA)
     readable = len(text) + sum(tally.raw.values()) <= MAX_EXPANSION * total
     return CodedTensors(path, header, len(header) + total, tally.raw, tally.coded, readable)
 

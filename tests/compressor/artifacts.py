@@ -49,6 +49,8 @@ def deltas() -> list[TensorDelta]:
     made = []
     for name, shape, codec, params in [
         ("z.block", (11, 9), block, {"bits": 3, "n_blocks": 2}),
+        ("y.columns", (12, 16), block, {"bits": 2, "n_blocks": 2}),
+        ("y.low", (6, 16), make_encoder("lowrank", bits=2), {"bits": 2, "rank": 4}),
         ("b.half", (6, 6), block, {"bits": 16, "n_blocks": 3}),
         ("a.impart", (10, 8), make_encoder("impart"), IMPART),
         ("d.qt", (40, 38), make_encoder("impart-qt"), IMPART_QT),

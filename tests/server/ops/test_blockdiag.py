@@ -8,7 +8,8 @@ from torch import Tensor
 
 from server.ops.choose import choose_kernels
 from server.ops.kernels import Kernels
-from server.ops.packed import PackedBlocks, pack_columns
+from compressor.codecs.columns import pack_columns
+from server.ops.packed import PackedBlocks
 from server.ops.row_plan import SlotSegments
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from server.ops.kernels import TorchKernels
 from server.ops.lowrank import HeldLowRank, PackedLowRank
-from server.ops.packed import pack_columns, packed_rows
+from compressor.codecs.columns import pack_columns, packed_rows
 from server.ops.row_plan import Segment
 from server.ops.static_row_plan import StaticRows
 from server.ops.triton import lowrank
