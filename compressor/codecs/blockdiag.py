@@ -207,7 +207,7 @@ def blockdiag_from_codes(
     unit: float,
     scale_bits: int = 16,
 ) -> BlockDiagTerm:
-    """Pack ``codes [N]`` (`BlockDiagTerm.codes`), in the order of kernels where they fill its bytes.
+    """Pack ``codes [N]`` (`BlockDiagTerm.codes`), in the order of kernels if they fill its bytes.
 
     scales  float32 ``[m]``, as `as_stored` returns them; not used for 16 bits
     """

@@ -86,8 +86,8 @@ def stored_codes(
         return part
     if columns is None:
         raise WrongShape(
-            f"{codec}: part {name} should be a bit stream, for codes of {bits} bits and these sizes "
-            f"do not fill the bytes of an array, found {list(part.shape)}"
+            f"{codec}: part {name} should be a bit stream: codes of {bits} bits and these sizes do "
+            f"not fill the bytes of an array, found {list(part.shape)}"
         )
     return check_part(codec, tensors, name, torch.uint8, columns)
 

@@ -166,9 +166,7 @@ def _part_names(bits: int) -> tuple[str, ...]:
     return ("a", "b") if bits in (16, 32) else ("a", "a_scales", "b", "b_scales")
 
 
-def _store_factor(
-    name: Factor, factor: Tensor, bits: int
-) -> tuple[dict[str, Tensor], float]:
+def _store_factor(name: Factor, factor: Tensor, bits: int) -> tuple[dict[str, Tensor], float]:
     """One factor's parts on disk, and its unit."""
     if bits == 32:
         return {name: factor.contiguous()}, 1.0

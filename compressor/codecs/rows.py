@@ -140,7 +140,7 @@ class RowsTerm:
 def rows_from_codes(
     shape: Shape, bits: int, index: Tensor, codes: Tensor, scales: Tensor, unit: float
 ) -> RowsTerm:
-    """Pack ``codes [K, n]``, in the order of kernels where they fill its bytes.
+    """Pack ``codes [K, n]``, in the order of kernels if they fill its bytes.
 
     scales  float32 ``[K]``, as `as_stored` returns them
     """

@@ -66,7 +66,9 @@ def test_fills_bytes_exactly_where_the_order_costs_nothing(bits: int, n_inputs: 
         assert fills_bytes(n_inputs, bits) == (8 * packed_rows(n_inputs, bits) == n_inputs * bits)
 
 
-EVEN = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 4), st.sampled_from([2, 4, 8]))
+EVEN = st.tuples(
+    st.integers(1, 4), st.integers(1, 6), st.integers(1, 4), st.sampled_from([2, 4, 8])
+)
 by_size = settings(max_examples=40, deadline=None)
 
 
@@ -139,7 +141,7 @@ def test_from_parts_of_kernel_order_keeps_the_array_that_it_is_given() -> None:
 
 def even_terms() -> list[Term]:
     source = TensorSource(random_matrix((12, 16)))
-    factors = random_matrix((4, 16)), random_matrix((4, 12), 1)
+    factors = random_matrix((8, 16)), random_matrix((8, 12), 1)
     rows = encode_largest_rows("w", source, 5, 2)
     return [encode_blocks("w", source, 2, 2), lowrank_from_factors(*factors, 2), rows]
 
@@ -149,19 +151,12 @@ def test_from_parts_array_of_other_dimensions_raises_wrong_shape(index: int) -> 
     term = even_terms()[index]
     for name in term.tensors().keys() & {"codes", "a", "b"}:
         part = term.tensors()[name]
-        for shape in [(1, part.numel()), (part.numel(), 1), (*part.shape, 1), (1, *part.shape)]:
-            wrong = term.tensors() | {name: part.reshape(shape)}
+        shapes = [(1, part.numel()), (part.numel(), 1), (*part.shape, 1), (1, *part.shape)]
+        others = [part.reshape(shape) for shape in shapes] + [part.to(torch.int16), part.sum()]
+        for other in [*others, part.transpose(-1, -2).contiguous()]:
+            wrong = term.tensors() | {name: other}
             with pytest.raises(WrongShape, match=f"part {name}"):
                 type(term).from_parts(term.shape, term.params(), wrong)
-        wrong = term.tensors() | {name: part.transpose(-1, -2).contiguous()}
-        with pytest.raises(WrongShape):
-            type(term).from_parts(term.shape, term.params(), wrong)
-        with pytest.raises(WrongShape):
-            signed = term.tensors() | {name: part.to(torch.int16)}
-            type(term).from_parts(term.shape, term.params(), signed)
-        with pytest.raises(WrongShape):
-            empty = term.tensors() | {name: part.flatten()[0]}
-            type(term).from_parts(term.shape, term.params(), empty)
 
 
 def test_from_parts_array_where_sizes_do_not_fill_its_bytes_raises_wrong_shape() -> None:
@@ -190,5 +185,5 @@ def test_from_parts_array_where_sizes_do_not_fill_its_bytes_raises_wrong_shape()
             LowRankTerm: ("a", "b", "a_scales", "b_scales"),
         }
         units = {"unit": 1.0, "unit_a": 1.0, "unit_b": 1.0, "scale_bits": 8}
-        with pytest.raises(WrongShape, match="do not fill the bytes"):
+        with pytest.raises(WrongShape, match="not fill the bytes"):
             term.from_parts(shape, params | units, {key: parts[key] for key in wanted[term]})

@@ -16,6 +16,8 @@ from server.ops.kernels import TorchKernels
 from tests.compressor.codec_oracles import as_stream, random_matrix
 
 CPU = torch.device("cpu")
+# b is packed along its components, of which these have fewer than their pool.
+REPACKED = ("lowrank 4 filled up", "lowrank 8 filled up")
 PACKING = ("pack_columns", "unpack_columns", "pack_bits", "unpack_bits")
 
 
@@ -67,14 +69,10 @@ def test_stage_of_kernel_order_hands_on_the_artifacts_own_bytes(name: str) -> No
     assert {term.tensors()[part].data_ptr() for part in codes} <= staged
 
 
-@pytest.mark.parametrize("name", [name for name in terms() if name != "lowrank 4 filled up"])
-def test_stage_of_kernel_order_packs_nothing(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not even where a pool's arrays have rows or components to fill up."""
+@pytest.mark.parametrize("name", [name for name in terms() if name not in REPACKED])
+def test_stage_of_kernel_order_packs_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where a pool's arrays have rows to fill up."""
     term = terms()[name]
-    if name == "lowrank 8 filled up":
-        pytest.skip("a alone: b is packed along its components, of which there are more")
 
     def refuse(*_: object) -> None:
         raise AssertionError("packed")
@@ -84,6 +82,8 @@ def test_stage_of_kernel_order_packs_nothing(
             for package in ("compressor.codecs", "server.deltas.pools"):
                 monkeypatch.setattr(f"{package}.{module}.{function}", refuse, raising=False)
     pool_of(term).stage(term)
+    with pytest.raises(AssertionError, match="packed"):
+        pool_of(term).stage(as_stream(term))
 
 
 def test_stage_of_more_components_than_stored_pads_a_and_repacks_b() -> None:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from compressor.codecs.blockdiag import BlockDiagTerm, blockdiag_from_codes
-from compressor.codecs.quantize import to_half
 from compressor.codecs.columns import pack_columns, packed_rows
+from compressor.codecs.quantize import to_half
 from server.ops.packed import PackedBlocks
 from server.ops.row_plan import BASE_SLOT, Segment
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from compressor.codecs.columns import pack_columns, packed_rows
 from server.ops.kernels import TorchKernels
 from server.ops.lowrank import HeldLowRank, PackedLowRank
-from compressor.codecs.columns import pack_columns, packed_rows
 from server.ops.row_plan import Segment
 from server.ops.static_row_plan import StaticRows
 from server.ops.triton import lowrank
