@@ -50,7 +50,6 @@ ELSEWHERE = {
     "compressor.codecs.quantize_groups": "tests/compressor/codecs/test_impart_qt.py",
     "compressor.codecs.siblings": "tests/compressor/plan/test_budget.py",
     "compressor.codecs.term": "tests/compressor/encoders/test_codec.py",
-    "compressor.codecs.validate": "tests/compressor/artifact/test_reader_attacks.py",
     "compressor.compress.describe": "tests/compressor/compress/test_pipeline.py",
     "compressor.compress.options": "tests/compressor/compress/test_pipeline.py",
     "compressor.encoders.blockdiag": "tests/compressor/codecs/test_blockdiag.py",

@@ -23,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from compressor.artifact.coded_file import decode_frames
@@ -43,6 +42,7 @@ from compressor.artifact.tensor_file import (
     parse_tensor_file,
 )
 from compressor.codecs import DenseRows, TensorDelta, term_class
+from compressor.codecs.validate import is_finite
 from compressor.errors import Corrupt, NonFinite, UnsupportedVersion, WrongBase, WrongShape
 
 __all__ = [
@@ -238,6 +238,6 @@ def _exact_rows(entry: TensorEntry, values: Tensor | None) -> DenseRows | None:
         raise WrongShape(f"{entry.name}: rows added to the base's are not all stored")
     if not values.dtype.is_floating_point:
         raise WrongShape(f"{entry.name}: exact rows are {values.dtype}")
-    if not bool(torch.isfinite(values).all()):
+    if not is_finite(values):
         raise NonFinite(f"{entry.name}: exact rows hold NaN or infinity")
     return DenseRows(start, values)
