@@ -17,13 +17,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compressor.artifact.config import Coding
-from compressor.artifact.reader import BaseInfo, DeltaConfig
+from compressor.artifact.entropy import code_frame
+from compressor.artifact.reader import BaseInfo, DeltaConfig, read_artifact, read_config
 from compressor.artifact.writer import ArtifactWriter
 from compressor.codecs import DenseRows, TensorDelta
 from compressor.encoders.codec import make_encoder
 from compressor.encoders.rows import encode_largest_rows
 from compressor.encoders.sources import TensorSource
-from tests.compressor.codec_oracles import encode, random_matrix
+from tests.compressor.artifact.mutations import read_frames, write_frames
+from tests.compressor.codec_oracles import as_stream, encode, random_matrix
 
 BASE = "ab" * 32
 AUX = {"tokenizer.json": b'{"v": 1}', "chat_template.jinja": "{{ 'h\u00e9' }}".encode()}
@@ -88,6 +90,35 @@ def write_artifact(
             coding = Coding("zstd", found.raw_bytes)
             config = replace(CONFIG, bytes=found.coded_bytes, coding=coding)
         return writer.finish(config, AUX, lambda size: f"# card, {size} bytes\n".encode())
+
+
+def write_as_version(path: Path, out: Path, version: int) -> None:
+    """Write the artifact `path` to `out` as a release that wrote format version 1 or 2 would have:
+    codes in bit streams, never entropy coded (1) or always (2).
+    """
+    import zstandard
+
+    artifact, header = read_artifact(path), b'"impart_format_version":"'
+    config = replace(artifact.config, coding=None)
+    with ArtifactWriter(out, run_key="key") as writer:
+        for delta in artifact.tensors:
+            terms = tuple(as_stream(term) for term in delta.terms)
+            writer.add(replace(delta, terms=terms), 0.5)
+        if version == 2:
+            found = writer.code(lambda name, is_exact: name)
+            coding = Coding("zstd", found.raw_bytes)
+            config = replace(config, bytes=found.coded_bytes, coding=coding)
+        writer.finish(config, artifact.aux)
+    file = out / "delta.safetensors"
+    if version == 2:
+        frames = read_frames(file.read_bytes())
+        index = zstandard.decompress(frames["index"])
+        frames["index"] = code_frame(index.replace(header + b"3", header + b"1"))
+        file.write_bytes(write_frames(frames, "2"))
+    else:
+        file.write_bytes(file.read_bytes().replace(header + b"3", header + b"1"))
+    edit_config(out, lambda record: record.update(format_version=version))
+    assert read_config(out).format_version == version
 
 
 def seal(path: Path) -> None:

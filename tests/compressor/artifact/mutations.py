@@ -259,9 +259,9 @@ def read_frames(raw: bytes) -> dict[str, bytes]:
     return {key: data[slice(*entry["data_offsets"])] for key, entry in header.items()}
 
 
-def write_frames(frames: dict[str, bytes]) -> bytes:
+def write_frames(frames: dict[str, bytes], version: str = "3") -> bytes:
     """Inverse of `read_frames`."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "impart_format_version": "3"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "impart_format_version": version}}
     start = 0
     for key, frame in frames.items():
         offsets = [start, start + len(frame)]
