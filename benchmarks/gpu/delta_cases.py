@@ -18,10 +18,10 @@ from benchmarks.gpu.cases import (
     relative,
 )
 from benchmarks.gpu.shapes import Codec, Group
+from compressor.codecs.columns import packed_rows
 from server.ops.factors import ImpartFactors, LowRankFactors, rank_lists
 from server.ops.kernels import TorchKernels
 from server.ops.lowrank import PackedLowRank
-from server.ops.packed import packed_rows
 from server.ops.triton.blockdiag import (
     PREFILL_ROWS,
     blockdiag_add_,

@@ -60,10 +60,7 @@ def shrink(
 def with_rescale(delta: TensorDelta, factor: float) -> TensorDelta:
     """Return the delta with its blocks' values times `factor`, a power of two; heads stay."""
     terms = tuple(
-        replace(term, scales=term.scales * factor, unit=term.unit * factor)
-        if isinstance(term, BlockDiagTerm)
-        else term
-        for term in delta.terms
+        term.rescaled(factor) if isinstance(term, BlockDiagTerm) else term for term in delta.terms
     )
     return replace(delta, terms=terms)
 

@@ -10,7 +10,7 @@ product of small dense matrices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -57,7 +57,6 @@ class BlockDiagTerm:
             float16 values ``[N]``
     stored_scales  ``[m]`` as on disk, the rescale ``n / n_b`` folded in: float16, or uint8 for 8
             `scale_bits`; ones for 16 bits (the values already hold the rescale)
-    scales  the same as float32 ``[m]``; for 16 bits every one is `unit`
     unit    what the numbers on disk are multiples of
     scale_bits  of a scale on disk: 16, float16, or 8, sixteenths of an octave (`to_octaves`);
             16 where there are none
@@ -72,7 +71,6 @@ class BlockDiagTerm:
     bits: int
     packed: Tensor
     stored_scales: Tensor
-    scales: Tensor
     unit: float
     scale_bits: int = 16
 
@@ -93,6 +91,15 @@ class BlockDiagTerm:
             n_inputs = self.shape[1] // self.n_blocks
             return unpack_columns(self.packed, self.bits, n_inputs).transpose(1, 2).flatten()
         return unpack_bits(self.packed, self.bits, kept_values(self.shape, self.n_blocks))
+
+    @property
+    def scales(self) -> Tensor:
+        """float32 ``[m]``, computed anew with every call; for 16 bits every one is `unit`."""
+        return load_scales(self.stored_scales, self.unit)
+
+    def rescaled(self, factor: float) -> Self:
+        """Return the term times `factor`, a power of two: nothing is rounded."""
+        return replace(self, unit=self.unit * factor)
 
     def params(self) -> Params:
         params: Params = {"n_blocks": self.n_blocks, "bits": self.bits, "unit": self.unit}
@@ -122,25 +129,24 @@ class BlockDiagTerm:
             stored = check_part(cls.codec, tensors, "scales", dtype, (m,))
             columns = columns_shape(shape, n_blocks, bits)
             packed = stored_codes(cls.codec, tensors, "codes", bits, n_values, columns)
-        scales = load_scales(stored, unit)
-        return cls(shape, n_blocks, bits, packed, stored, scales, unit, scale_bits)
+        return cls(shape, n_blocks, bits, packed, stored, unit, scale_bits)
 
     def apply(self, x: Tensor) -> Tensor:
         out = torch.empty(x.shape[0], self.shape[0], dtype=torch.float32)
-        codes = self.codes
+        codes, scales = self.codes, self.scales
         for band in bands(self.shape, self.n_blocks):
             width, height = band.count * band.cols, band.count * band.rows
             part = x[:, band.col : band.col + width].float()
             part = part.reshape(len(x), band.count, band.cols).transpose(0, 1)
-            product = torch.bmm(part, self._band_values(band, codes).transpose(1, 2))
+            product = torch.bmm(part, self._band_values(band, codes, scales).transpose(1, 2))
             out[:, band.row : band.row + height] = product.transpose(0, 1).flatten(1)
         return out
 
     def to_dense(self) -> Tensor:
         dense = torch.zeros(self.shape, dtype=torch.float32)
-        codes = self.codes
+        codes, scales = self.codes, self.scales
         for band in bands(self.shape, self.n_blocks):
-            values = self._band_values(band, codes)
+            values = self._band_values(band, codes, scales)
             for block in range(band.count):
                 row, col = band.row + block * band.rows, band.col + block * band.cols
                 dense[row : row + band.rows, col : col + band.cols] = values[block]
@@ -156,7 +162,8 @@ class BlockDiagTerm:
             local = ids[mine] - band.row
             inside = torch.arange(band.cols)
             target = band.col + (local // band.rows).unsqueeze(1) * band.cols + inside
-            values = self._values(self._row_codes(band, local), self.scales[ids[mine]])
+            scales = load_scales(self.stored_scales[ids[mine]], self.unit)
+            values = self._values(self._row_codes(band, local), scales)
             out[mine] = torch.zeros(len(mine), self.shape[1]).scatter_(1, target, values)
         return out
 
@@ -184,11 +191,11 @@ class BlockDiagTerm:
         places = band.code + rows.unsqueeze(1) * band.cols + torch.arange(band.cols)
         return self.packed[places] if self.bits == 16 else codes_at(self.packed, self.bits, places)
 
-    def _band_values(self, band: Band, codes: Tensor) -> Tensor:
-        """Float32 ``[count, rows, cols]`` of one band, from all codes."""
+    def _band_values(self, band: Band, codes: Tensor, scales: Tensor) -> Tensor:
+        """Float32 ``[count, rows, cols]`` of one band, from all codes and scales."""
         height = band.count * band.rows
         own = codes[band.code : band.code + height * band.cols].view(height, band.cols)
-        values = self._values(own, self.scales[band.row : band.row + height])
+        values = self._values(own, scales[band.row : band.row + height])
         return values.view(band.count, band.rows, band.cols)
 
     def _values(self, codes: Tensor, scales: Tensor) -> Tensor:
