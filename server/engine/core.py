@@ -311,9 +311,8 @@ class EngineCore:
             self._release(request)
 
     def _release(self, request: Request) -> None:
-        """KV blocks, slot and generator go back."""
+        """KV blocks and slot go back."""
         self.scheduler.remove(request)
-        self._sampler.forget(request)
         if request.slot is None and not self._waiting_for(request.variant.key):
             self.loader.forget(request.variant.key)
         if request.slot is not None:
