@@ -214,7 +214,9 @@ class LLMEngine:
             prompt_ids, params, vocab_size=variant.vocab_size, max_model_len=self.max_model_len
         )
         output = RequestOutput(
-            TextOutput(variant.text, params), on_output, abort=lambda: self.core.abort(request)
+            TextOutput(variant.text, params, prompt_ids),
+            on_output,
+            abort=lambda: self.core.abort(request),
         )
         request = Request(
             # Clients choose request ids; inside the engine they must be unique.

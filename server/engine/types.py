@@ -47,13 +47,21 @@ class TokenLogprob(NamedTuple):
 
     logprob  None for a prompt's first token
     top      alternatives, which have no `top` of their own
-    token    its text; "" until `TextOutput` has worded it, because the engine knows ids only
+
+    The engine knows ids only; `TextOutput` adds the words:
+
+    token    what it adds to the text: "" for a part of a character, the character for the part that
+             completes it; of a token without a place in the text its name (`</s>`)
+    raw      its own bytes, also where they are a part of a character
+    n_chars  how many characters of the text are its own: 0 for a name
     """
 
     token_id: int
     logprob: float | None
     top: tuple[TokenLogprob, ...] = ()
     token: str = ""
+    raw: bytes = b""
+    n_chars: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +73,8 @@ class OutputChunk:
     text       what may be shown now (text that might become a stop string is held back), so it
                can be empty although token_ids is not
     token_ids  empty if only the prompt was to be scored
+    logprobs   of the tokens whose text is settled now: those of a character that is split over
+               tokens come together
     may_stop   whether a stop string may end the text here (`min_tokens` are there)
     """
 
