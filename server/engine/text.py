@@ -66,7 +66,8 @@ class TextAssets:
         if is_whole:
             return self.vocabulary.decode(list(token_ids))
         stream = text_stream(self.vocabulary, skip_special_tokens=False)
-        return "".join(piece for token_id in token_ids for piece in stream.push(token_id))
+        pieces = [piece for token_id in token_ids for piece in stream.push(token_id)]
+        return "".join(pieces + stream.flush(at_end=False))
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
         """What each id adds to the text: "" for a part of a character that a later one completes."""

@@ -23,7 +23,7 @@ MAX_CHARACTER_BYTES = 4
 # unreadable. Whole characters of a run this long are shown nevertheless, so that a script without
 # tokens of its own is streamed; only a wrong byte after them could tell the difference.
 MAX_RUN_BYTES = 64
-MAX_SPLIT_TOKENS = 16
+MAX_SPLIT_TOKENS = 16  # that wait because each ends within a character
 
 
 class TextStream(Protocol):
@@ -35,8 +35,11 @@ class TextStream(Protocol):
         """Return the piece that `push` would give this id, "" for a part of a character."""
         ...
 
-    def flush(self) -> list[str]:
-        """The ids end here: return the pieces of those that wait, unreadable bytes included."""
+    def flush(self, *, at_end: bool = True) -> list[str]:
+        """Return the pieces of the ids that wait.
+
+        at_end  whether no more will come: then bytes that are no whole character show as unreadable
+        """
         ...
 
 
@@ -62,9 +65,8 @@ class ByteStream:
         self._decoder.decode(self._last_bytes(prompt_ids))
 
     def push(self, token_id: int) -> list[str]:
-        text = self._decoder.decode(self._bytes(token_id))
-        self._held += text
-        if self._waits(text):
+        self._held += self._decoder.decode(self._bytes(token_id))
+        if self._waits():
             self._n_waiting += 1
             return []
         return self._settled()
@@ -72,12 +74,12 @@ class ByteStream:
     def peek(self, token_id: int) -> str:
         state = self._decoder.getstate()
         text = self._decoder.decode(self._bytes(token_id))
-        waits = self._waits(text)
+        waits = self._waits()
         self._decoder.setstate(state)
         return "" if waits else self._held + text
 
-    def flush(self) -> list[str]:
-        self._held += self._decoder.decode(b"", final=True)
+    def flush(self, *, at_end: bool = True) -> list[str]:
+        self._held += self._decoder.decode(b"", final=True) if at_end else ""
         if not self._n_waiting:  # what is left was begun by the prompt
             return [self._held] if self._held else []
         self._n_waiting -= 1
@@ -88,12 +90,9 @@ class ByteStream:
         self._held, self._n_waiting = "", 0
         return pieces
 
-    def _waits(self, text: str) -> bool:
-        """Whether the last id ends within a character, and ends none that others wait for."""
-        return self._within_character() and not (self._n_waiting and text)
-
-    def _within_character(self) -> bool:
-        return bool(self._decoder.getstate()[0])
+    def _waits(self) -> bool:
+        """Whether the last id ends within a character."""
+        return bool(self._decoder.getstate()[0]) and self._n_waiting < MAX_SPLIT_TOKENS
 
     def _bytes(self, token_id: int) -> bytes:
         if not self._vocabulary.is_shown(token_id, skip_special_tokens=self._skip):
@@ -155,10 +154,12 @@ class DecodedStream:
         text = self._text_of([*self._split, token_id], within_run=within_run)
         return "" if self._waits(text) else text
 
-    def flush(self) -> list[str]:
-        pieces = self._end_run()
+    def flush(self, *, at_end: bool = True) -> list[str]:
+        pieces = self._end_run(at_end=at_end)
         if self._split:
-            pieces += [*[""] * (len(self._split) - 1), self._text_of(self._split)]
+            text = self._text_of(self._split)
+            text = text if at_end else text.rstrip(UNREADABLE)
+            pieces += [*[""] * (len(self._split) - 1), text]
             self._context, self._split = self._split, []
         return pieces
 
@@ -169,8 +170,8 @@ class DecodedStream:
     def _is_shown(self, token_id: int) -> bool:
         return self._vocabulary.is_shown(token_id, skip_special_tokens=self._skip)
 
-    def _end_run(self) -> list[str]:
-        return self._settled(self._run.end()) if self._run.is_open else []
+    def _end_run(self, *, at_end: bool = True) -> list[str]:
+        return self._settled(self._run.end(at_end=at_end)) if self._run.is_open else []
 
     def _settled(self, run: _Settled | None) -> list[str]:
         """Take a run of bytes that is settled as the decoder shows it."""
@@ -284,12 +285,16 @@ class _ByteRun:
         finally:
             self._decoder.setstate(state)
 
-    def end(self) -> _Settled:
-        """No byte follows: return what waits."""
-        if self._is_whole():
-            settled = _Settled([piece or "" for piece in self._waiting], self._token_ids)
-        else:
+    def end(self, *, at_end: bool = True) -> _Settled:
+        """No byte follows: return what waits. Without `at_end` the beginning of a character at the
+        end makes nothing unreadable, and is left out.
+        """
+        n_left = len(self._decoder.getstate()[0])
+        if n_left and at_end:
             settled = self._unreadable()
+        else:
+            n_whole = max(0, len(self._token_ids) - n_left)
+            settled = _Settled([one or "" for one in self._waiting], self._token_ids[:n_whole])
         self._reset()
         return settled
 

@@ -83,8 +83,7 @@ def worded_prompt(
     for one in logprobs:
         words.arrive(one)
         found += words.settle(stream.push(one.token_id))
-    if is_whole:
-        found += words.settle(stream.flush())
+    found += words.settle(stream.flush(at_end=is_whole))
     found += words.settle([""] * (len(logprobs) - len(found)))
     return tuple(_by_name(vocabulary, one) for one in found)
 
