@@ -137,6 +137,10 @@ class ModelInfo:
     error: str | None = None  # why it failed, safe to show
     fidelity: dict[str, Any] = field(default_factory=dict)
 
+    def is_named(self, model: str) -> bool:
+        """Whether a request's `model` means this one: a variant also answers to `BASE:NAME`."""
+        return model == self.name or model == f"{self.parent}:{self.name}"
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
@@ -217,11 +221,23 @@ class EngineClient(Protocol):
         """Resolve a name and begin loading. Raises ModelNotFound, DeltaUnusable."""
         ...
 
-    async def encode(self, variant: VariantHandle, text: str) -> list[int]:
-        """Tokenise with the variant's tokenizer, its special-token defaults included."""
+    async def encode(
+        self, variant: VariantHandle, text: str, *, add_special_tokens: bool = True
+    ) -> list[int]:
+        """Tokenise with the variant's tokenizer, the special tokens that it adds included."""
         ...
 
-    async def decode(self, variant: VariantHandle, token_ids: Sequence[int]) -> str: ...
+    async def decode(
+        self, variant: VariantHandle, token_ids: Sequence[int], *, is_whole: bool = True
+    ) -> str:
+        """Ids -> text, special tokens included; without `is_whole` a character at the end that the
+        ids only begin is left out.
+        """
+        ...
+
+    async def token_texts(self, variant: VariantHandle, token_ids: Sequence[int]) -> list[str]:
+        """What each of the ids adds to their text."""
+        ...
 
     async def render_chat(
         self,
@@ -230,6 +246,7 @@ class EngineClient(Protocol):
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        add_special_tokens: bool = False,
     ) -> list[int]:
         """Chat template -> token ids, in the sandbox, with a deadline. Raises InvalidRequest."""
         ...
