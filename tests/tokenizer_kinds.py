@@ -1,13 +1,13 @@
 """Small tokenizers of the kinds that models bring, built with the `tokenizers` library.
 
-    byte-level     GPT-2, Llama 3, Qwen: every byte has a letter
-    llama          Llama 2, Mistral, Phi-3: "▁" for a space, bytes for what is unknown; the first
-                   space of a text is not shown
-    gemma          the same, the first space shown
-    metaspace      the same with the Metaspace decoder
-    unigram        T5, ALBERT: no bytes, an unknown token
-    wordpiece      BERT: "##" for what goes on, punctuation without its space
-    bpe-suffix     "</w>" where a word ends
+byte-level     GPT-2, Llama 3, Qwen: every byte has a letter
+llama          Llama 2, Mistral, Phi-3: "▁" for a space, bytes for what is unknown; the first
+               space of a text is not shown
+gemma          the same, the first space shown
+metaspace      the same with the Metaspace decoder
+unigram        T5, ALBERT: no bytes, an unknown token
+wordpiece      BERT: "##" for what goes on, punctuation without its space
+bpe-suffix     "</w>" where a word ends
 """
 
 from __future__ import annotations

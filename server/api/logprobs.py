@@ -1,6 +1,4 @@
-"""Log probabilities in the two formats: a list of entries for chat, OpenAI's four parallel lists for
-completions.
-"""
+"""Log probabilities in both formats: entries for chat, four parallel lists for completions."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ class TextAssets:
         return "".join(pieces + stream.flush(at_end=False))
 
     def token_texts(self, token_ids: Sequence[int]) -> list[str]:
-        """What each id adds to the text: "" for a part of a character that a later one completes."""
+        """What each id adds to the text: "" for a part of a character that a later completes."""
         stream = text_stream(self.vocabulary, skip_special_tokens=False)
         pieces = [piece for token_id in token_ids for piece in stream.push(token_id)]
         return (pieces + stream.flush())[: len(token_ids)]

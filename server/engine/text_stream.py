@@ -195,7 +195,7 @@ class DecodedStream:
         return self._vocabulary.decode([*before, *token_ids])[self._n_before :]
 
     def _begin_after(self, prompt_ids: Sequence[int]) -> None:
-        """Take over the prompt's last shown id, and the bytes of a character that it only begins."""
+        """Take over the prompt's last shown id, and the bytes of a character it only begins."""
         byte_of, run = self._vocabulary.byte_of, list[int]()
         for token_id in reversed(prompt_ids):
             if not self._is_shown(token_id):

@@ -139,7 +139,8 @@ class ModelInfo:
 
     def is_named(self, model: str) -> bool:
         """Whether a request's `model` means this one: a variant also answers to `BASE:NAME`."""
-        return model == self.name or model == f"{self.parent}:{self.name}"
+        long_name = self.name if self.parent is None else f"{self.parent}:{self.name}"
+        return model in (self.name, long_name)
 
 
 @dataclass(frozen=True, slots=True)

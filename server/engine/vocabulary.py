@@ -36,7 +36,9 @@ class Vocabulary:
         self.may_split = "ByteLevel" in kinds and not self.is_byte_level
         self.byte_of = _fallback_bytes(backend) if "ByteFallback" in kinds else {}
         self._special = frozenset(
-            token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
+            token_id
+            for token_id, token in backend.get_added_tokens_decoder().items()
+            if token.special
         )
         self._letters = {ord(letter): byte for byte, letter in enumerate(byte_letters())}
         self.anchor = next(self._ordinary(), None)

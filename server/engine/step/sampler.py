@@ -1,8 +1,9 @@
 """Logits -> token ids: penalties and bias ours, the filters transformers' own.
 
 Rows with the same filter settings are filtered together. What is random about a draw is a hash of
-the request's noise key, the position and the id (`server.ops.race`): it depends on nobody who shares
-the batch, and a request that is preempted, or whose prefix was cached, draws with the same noise.
+the request's noise key, the position and the id (`server.ops.race`): it depends on nobody who
+shares the batch, and a request that is preempted, or whose prefix was cached, draws with the same
+noise.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Sampled:
 
 @dataclass(slots=True)
 class Sampler:
-    """Stateless but for what every draw needs of the ids: their hashes, as many as were asked for."""
+    """Stateless but for what every draw needs of the ids: their hashes, made once."""
 
     _hashes: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
 
@@ -99,9 +100,7 @@ class Sampler:
             for outcome, logprob in zip(scored, found, strict=True):
                 outcome.logprob = logprob
 
-    def choose(
-        self, requests: list[Request], logits: Tensor, positions: Sequence[int]
-    ) -> Tensor:
+    def choose(self, requests: list[Request], logits: Tensor, positions: Sequence[int]) -> Tensor:
         """As `sample` for requests that are all `is_plain`, waiting for nothing: int64 [2, R] on
         the device of ``logits [R, V]``, each row's token and whether it was finite.
 
@@ -178,7 +177,9 @@ def _by_filters(requests: list[Request], rows: Iterable[int]) -> list[list[int]]
     return list(groups.values())
 
 
-def _sent(values: Sequence[int] | Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _sent(
+    values: Sequence[int] | Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """Numbers on the device, which the host does not wait for."""
     made = torch.tensor(values, dtype=dtype)
     return made if device.type == "cpu" else made.pin_memory().to(device, non_blocking=True)

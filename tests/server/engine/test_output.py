@@ -101,9 +101,7 @@ def test_stop_token_is_shown_where_stops_are(skip: bool) -> None:
     """As vLLM does: a special one has no place in the text unless they are not skipped."""
     ordinary, special = ids_of("b")[0], TEXT.tokenizer.eos_token_id
     for token, want in ((ordinary, "aXYb"), (special, "aXY" if skip else f"aXY{EOS}")):
-        reader = Reader(
-            stop=("XYZ",), include_stop_str_in_output=True, skip_special_tokens=skip
-        )
+        reader = Reader(stop=("XYZ",), include_stop_str_in_output=True, skip_special_tokens=skip)
         reader.feed(ids_of("aXY"))
         scored = (TokenLogprob(token, -1.0),)
         reader.output.receive(
