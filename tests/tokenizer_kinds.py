@@ -8,6 +8,7 @@ metaspace      the same with the Metaspace decoder
 unigram        T5, ALBERT: no bytes, an unknown token
 wordpiece      BERT: "##" for what goes on, punctuation without its space
 bpe-suffix     "</w>" where a word ends
+mixed          byte-level, and something done to the text after it
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from tokenizers.processors import TemplateProcessing
 from tests.tiny import BOS, CORPUS, EOS, PAD, SPECIAL, make_tokenizer
 
 TEXTS = (*CORPUS, "I like 😊 and 火星 naïve €5", "é 🎉! x", "  two  spaces ", "a.b, c? d's")
-KINDS = ("byte-level", "llama", "gemma", "metaspace", "unigram", "wordpiece", "bpe-suffix")
 WITH_BYTES = ("llama", "gemma", "metaspace")
+KINDS = ("byte-level", *WITH_BYTES, "unigram", "wordpiece", "bpe-suffix", "mixed")
 UNKNOWN = "<unk>"
 
 
@@ -31,6 +32,10 @@ def tokenizer_of(kind: str) -> Tokenizer:
     """Return the tokenizer of a kind; not to be changed."""
     if kind == "byte-level":
         return make_tokenizer(400).backend_tokenizer
+    if kind == "mixed":
+        made = make_tokenizer(400).backend_tokenizer
+        made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("’", "'")])
+        return made
     if kind in WITH_BYTES:
         return _with_byte_fallback(kind)
     return {"unigram": _unigram, "wordpiece": _wordpiece, "bpe-suffix": _bpe_suffix}[kind]()

@@ -112,7 +112,8 @@ class ByteStream:
 class DecodedStream:
     """For every other tokenizer: what its decoder makes of an id after the one before it.
 
-    context  the last id, if it is not one of byte fallback, whose bytes would join with later ones
+    context  the last id, if it is not one of byte fallback, whose bytes would join with later ones;
+             where ids may end within a character, enough of them for a whole one
     run      bytes of byte fallback that follow each other, and what each of them shows
     """
 
@@ -141,7 +142,9 @@ class DecodedStream:
             self._split.append(token_id)
             return pieces
         pieces += [*[""] * len(self._split), text]
-        self._context, self._split, self._started = [token_id], [], True
+        known = [*self._context, *self._split] if self._vocabulary.may_split else []
+        self._context = [*known, token_id][-2 * MAX_CHARACTER_BYTES :]
+        self._split, self._started = [], True
         return pieces
 
     def peek(self, token_id: int) -> str:
@@ -191,7 +194,9 @@ class DecodedStream:
             before = [] if anchor is None else [anchor]
             before += [] if within_run else self._context
         if before != self._before:
-            self._before, self._n_before = before, len(self._vocabulary.decode(before))
+            text = self._vocabulary.decode(before)
+            text = text.rstrip(UNREADABLE) if self._vocabulary.may_split else text
+            self._before, self._n_before = before, len(text)
         return self._vocabulary.decode([*before, *token_ids])[self._n_before :]
 
     def _begin_after(self, prompt_ids: Sequence[int]) -> None:
@@ -201,10 +206,13 @@ class DecodedStream:
             if not self._is_shown(token_id):
                 continue
             self._started = True
-            if token_id not in byte_of:
-                self._context = [] if run else [token_id]
+            if token_id in byte_of and not self._context:
+                run.append(token_id)
+                continue
+            if not run:
+                self._context.insert(0, token_id)
+            if not self._vocabulary.may_split or len(self._context) >= 2 * MAX_CHARACTER_BYTES:
                 break
-            run.append(token_id)
         run.reverse()
         self._run.begin(run, bytes(byte_of[token_id] for token_id in run))
 

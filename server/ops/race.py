@@ -3,9 +3,9 @@
 An id of probability p whose clock shows E / p, with E exponential, rings first with probability p
 (the same as adding Gumbel noise to its log probability). Each E is a hash of the row's key and the
 id: there is no state, rows do not depend on each other, an id's noise does not depend on how many
-ids there are, and every device computes the same noise. A small change of the probabilities moves
-every clock a little, so that the winner mostly stays; with the inverse of the cumulated
-distribution it moves the border of every id that follows.
+ids there are, and every device computes the same noise (a logarithm's last bit aside). A small
+change of the probabilities moves every clock a little, so that the winner mostly stays; with the
+inverse of the cumulated distribution it moves the border of every id that follows.
 
 Only whole-tensor operations of fixed shapes: nothing waits for the device.
 """

@@ -150,7 +150,7 @@ def test_text_after_nothing_but_bos_begins_without_its_space() -> None:
 
 
 def test_character_of_several_ids_is_the_piece_of_the_last() -> None:
-    for kind in ("byte-level", *WITH_BYTES):
+    for kind in ("byte-level", "mixed", *WITH_BYTES):
         ids = ids_of(kind, "é 🎉!")
         assert len(ids) > 4
         pieces = pieces_of(stream_of(kind), ids)
