@@ -34,7 +34,7 @@ def tokenizer_of(kind: str) -> Tokenizer:
         return make_tokenizer(400).backend_tokenizer
     if kind == "mixed":
         made = make_tokenizer(400).backend_tokenizer
-        made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("’", "'")])
+        made.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("~", "-")])
         return made
     if kind in WITH_BYTES:
         return _with_byte_fallback(kind)
