@@ -76,7 +76,6 @@ ELSEWHERE = {
     "compressor.report.data": "tests/compressor/report/test_html.py",
     "compressor.report.plots": "tests/compressor/report/test_html.py",
     "server.__main__": "puts parts together; deploy/demo/demo.py and the benchmarks start it",
-    "server.api.body": "tests/server/api/test_hostile.py",
     "server.api.chat": "tests/server/api/test_openai_client.py",
     "server.api.completions": "tests/server/api/test_openai_client.py",
     "server.api.context": "tests/server/api/test_generation.py",

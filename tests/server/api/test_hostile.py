@@ -343,19 +343,6 @@ async def test_wrong_path_method_or_type_is_refused(http, method, path, headers,
     check_error(await http.request(method, path, content=b"{}", headers=headers), status)
 
 
-@pytest.mark.parametrize("field", ["model", "user", "cache_salt", "stop"])
-async def test_lone_surrogate_in_any_field_is_refused_by_name(http, field):
-    data = json.dumps(body_for(COMPLETIONS, **{field: "a\ud800"})).encode()
-    check_error(await http.post(COMPLETIONS, content=data, headers=JSON), 400, field)
-
-
-async def test_byte_order_mark_before_a_body_is_passed_over(http):
-    data = b"\xef\xbb\xbf" + json.dumps(body_for(COMPLETIONS)).encode()
-    answer = await http.post(COMPLETIONS, content=data, headers=JSON)
-    assert answer.json()["choices"][0]["text"] == "01"
-    check_error(await http.post(COMPLETIONS, content=data[:3] + data, headers=JSON), 400)
-
-
 async def test_range_header_is_ignored(http):
     answer = await http.get("/v1/models", headers={"range": "bytes=0-1,3-4"})
     assert answer.status_code == 200

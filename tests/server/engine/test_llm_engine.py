@@ -6,7 +6,6 @@ import asyncio
 import logging
 import shutil
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -353,20 +352,6 @@ async def test_heartbeat_stops_when_a_layer_hangs_and_comes_back(pair: Served) -
         go.set()
         await task
         await until(engine.is_alive)
-
-
-async def test_engine_is_alive_after_the_whole_process_stood_still(
-    pair: Served, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Asked before its thread has had the time to beat again."""
-    async with running(pair, heartbeat_timeout_s=4.0) as engine:
-        await until(engine.is_alive)
-        monkeypatch.setattr(engine.core, "_beat", lambda *_: None)
-        engine.core.heartbeat = time.monotonic() - 60  # what a pause of a minute leaves
-        assert not engine.is_alive()
-        assert engine._pauses._last_tick is not None
-        engine._pauses._last_tick -= 60
-        assert engine.is_alive()
 
 
 def test_max_model_len_beyond_the_bases_positions_is_refused(pair: Served) -> None:

@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from pathlib import Path
 
+import pytest
+
+from server.engine.llm_engine import LLMEngine
 from server.engine.pauses import TICK_S, PauseWatch
+from server.settings import Settings
 
 
 class Clock:
@@ -66,3 +72,27 @@ async def test_watch_ticks_by_itself_until_it_is_stopped() -> None:
             await asyncio.sleep(0.05)
     watch.stop()
     assert watch._timer.cancelled()
+
+
+async def test_engine_is_alive_after_a_pause_before_its_thread_has_beaten_again(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(
+        base=tiny_llama,
+        device="cpu",
+        kernels="torch",
+        kv_cache_bytes=8 << 20,
+        heartbeat_timeout_s=4.0,
+    )
+    engine = LLMEngine.from_settings(settings)
+    engine.start()
+    try:
+        assert engine.is_alive()
+        monkeypatch.setattr(engine.core, "_beat", lambda *_: None)
+        engine.core.heartbeat = time.monotonic() - 60  # what a pause of a minute leaves
+        assert not engine.is_alive()
+        assert engine._pauses._last_tick is not None
+        engine._pauses._last_tick -= 60
+        assert engine.is_alive()
+    finally:
+        await engine.shutdown(0.0)
