@@ -98,6 +98,7 @@ ELSEWHERE = {
     "server.deltas.pools.lowrank": "tests/server/deltas/pools/test_layouts.py",
     "server.deltas.pools.rows": "tests/server/deltas/pools/test_layouts.py",
     "server.deltas.residency": "tests/server/engine/step/test_static_step_parity.py",
+    "server.engine.byte_run": "tests/server/engine/test_text_stream.py",
     "server.engine.inbox": "tests/server/engine/test_core.py",
     "server.engine.observer": "tests/server/engine/test_core.py",
     "server.engine.request": "tests/server/engine/test_core.py",

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.text_stream import MAX_RUN_BYTES, TextStream, text_stream
+from server.engine.byte_run import MAX_RUN_BYTES
+from server.engine.text_stream import TextStream, text_stream
 from server.engine.vocabulary import Vocabulary
 from tests.tiny import BOS, EOS
 from tests.tokenizer_kinds import KINDS, TEXTS, WITH_BYTES, tokenizer_of
