@@ -53,8 +53,8 @@ class BlockDiagTerm:
     """Diagonal blocks of a matrix ``[m, n]``.
 
     packed  the codes as on disk: uint8 ``[ceil(N * bits / 8)]``, a bit stream, or uint8
-            ``[s, n / s * bits / 8, m / s]`` in the order of kernels (`block_columns_shape`); for 16 bits
-            float16 values ``[N]``
+            ``[s, n / s * bits / 8, m / s]`` in the order of kernels (`block_columns_shape`); for
+            16 bits float16 values ``[N]``
     stored_scales  ``[m]`` as on disk, the rescale ``n / n_b`` folded in: float16, or uint8 for 8
             `scale_bits`; ones for 16 bits (the values already hold the rescale)
     unit    what the numbers on disk are multiples of
