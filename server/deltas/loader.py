@@ -10,16 +10,17 @@ weights, for `WeightsMaker` to install.
 
 Nothing here waits for a step and no step waits for anything here: on a GPU the bytes go through
 pinned memory and a stream of their own (`SlotUploader`). One variant is copied at a time:
-making room for another may replace the arrays that a copy is writing to. On a CPU the engine thread
-makes room in pieces between the steps, and readers are few and of low priority (`background`):
-the cores that decode artifacts are those that the steps need.
+making room for another may replace the arrays that a copy is writing to. On a GPU the engine thread
+makes the room, in its own stream. On a CPU the copier does, beside the steps (`Room`), and readers
+are few and of low priority (`background`): the cores that decode artifacts are those that the
+steps need.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Protocol
@@ -35,17 +36,16 @@ from server.deltas.loads import (
     LoaderMessage,
     LoadFailed,
     LoadJob,
-    SlotReservation,
     failed_load,
 )
 from server.deltas.parameter import DeltaParameter
+from server.deltas.room import Room
 from server.deltas.slots import Slot, SlotTable
 from server.deltas.staging import decode_threads, reader_threads, stage_variant
 from server.deltas.upload import Ready, SlotUploader, Uploader
 
 log = logging.getLogger(__name__)
 MAX_LOADS = 4  # under way at once, those that wait decoded in host memory for a slot included
-ROOM_SHARE = 0.05  # of a step's time, for making room for a variant before the next on a CPU
 
 
 class WeightsMaker(Protocol):
@@ -76,8 +76,8 @@ class DeltaLoader:
         device = _device_of(parameters)
         self._n_threads = decode_threads(device)
         self._uploader = uploader or SlotUploader(device)
-        self._in_pieces = device.type == "cpu"  # on a GPU every piece would end captured graphs
-        self._last_turn = time.perf_counter()
+        # On a GPU new arrays are filled in the steps' own stream, which the copies wait for.
+        self._copier_makes_room = device.type == "cpu"
         self._readers = background_pool(reader_threads(device), "delta-reader")
         self._copier = background_pool(1, "delta-copier")
         # Its own: whole weights take seconds, and other variants come in meanwhile.
@@ -85,7 +85,6 @@ class DeltaLoader:
         self._loading: set[str] = set()
         self._reads: dict[str, Future[None]] = {}  # by key, until they have ended
         self._waiting_for_room: list[LoadDecoded] = []
-        self._reservation: SlotReservation | None = None
         self._copying: Slot | None = None  # where one variant's bytes are, or will be, copied
         self._untidy = False  # loads have ended since the heap was trimmed
         self.errors: dict[str, str] = {}  # by key, until it loads after all; safe to show
@@ -100,8 +99,7 @@ class DeltaLoader:
 
     def wants_room(self) -> bool:
         """Whether `assign_slots` may have something to do."""
-        waiting = bool(self._waiting_for_room) and self._copying is None
-        return waiting or self._reservation is not None
+        return bool(self._waiting_for_room) and self._copying is None
 
     def request(self, job: LoadJob) -> None:
         """Begin to load unless that is under way already or `MAX_LOADS` are; ask again then."""
@@ -143,12 +141,20 @@ class DeltaLoader:
         self._waiting_for_room.append(decoded)
         return None
 
-    def _show(self, copied: LoadCopied) -> LoadCopied | None:
+    def _show(self, copied: LoadCopied) -> LoadFailed | LoadCopied | None:
         """From the next step on rows of the slot get their delta; first its whole weights are made,
         if its mode wants them.
         """
         decoded, slot = copied.decoded, copied.slot
         self._copied(slot)
+        if copied.room is not None:
+            try:
+                copied.room.open()
+            except Exception as error:  # out of memory: this load fails, serving goes on
+                self._clear(slot)
+                self._end(failed := failed_load(decoded.job, error))
+                return failed
+            copied = replace(copied, room=None)
         if decoded.artifact is not None and copied.weights is None:
             self._builder.submit(self._reconstruct, copied, decoded.artifact)
             return None
@@ -166,57 +172,42 @@ class DeltaLoader:
         )
         return copied
 
-    def assign_slots(self, *, beside_steps: bool = False) -> None:
+    def assign_slots(self) -> None:
         """Give the first decoded variant a slot if there is room, evicting idle ones.
 
         Call it after requests had their chance to take a variant that has just arrived: an idle
         slot is fair game. In order of arrival, so that a large variant cannot starve.
-
-        beside_steps  a step is about to run: on a CPU, make a piece of the room only
         """
-        turn_s = time.perf_counter() - self._last_turn
         if self._untidy and not self._loading:
             self._untidy = False
             self._copier.submit(trim_heap)
-        if self._reservation is None and self._waiting_for_room and self._copying is None:
-            self._reservation = self._take_slot(self._waiting_for_room[0])
-        if self._reservation is not None:
-            piece = beside_steps and self._in_pieces
-            self._make_room(self._reservation, ROOM_SHARE * turn_s if piece else None)
-        self._last_turn = time.perf_counter()
+        if self._waiting_for_room and self._copying is None:
+            decoded = self._waiting_for_room[0]
+            victims = self._slots.victims_for(decoded.n_bytes)
+            if victims is not None:
+                del self._waiting_for_room[0]
+                self._assign(decoded, victims)
 
-    def _take_slot(self, decoded: LoadDecoded) -> SlotReservation | None:
-        victims = self._slots.victims_for(decoded.n_bytes)
-        if victims is None:
-            return None
-        del self._waiting_for_room[0]
+    def _assign(self, decoded: LoadDecoded, victims: Sequence[Slot]) -> None:
+        """Give the variant a slot, and let the copier begin."""
         for victim in victims:
             log.info("the loader evicts the delta in slot %d", victim.index)
             self._clear(victim)
         slot = self._slots.assign(decoded.job.key, decoded.n_bytes)
         self._copying = slot
-        return SlotReservation(decoded, slot, iter(decoded.parameters))
-
-    def _make_room(self, reservation: SlotReservation, seconds: float | None) -> None:
-        """Reserve arrays for the rest of the parameters, or for some of them in so much time; once
-        all have theirs the copy begins.
-        """
-        decoded, slot = reservation.decoded, reservation.slot
-        began = time.perf_counter()
+        room, n_slots = Room(slot.index), min(1 << slot.index.bit_length(), self._slots.n_slots)
         try:
-            room = min(1 << slot.index.bit_length(), self._slots.n_slots)
-            for parameter in reservation.rest:
-                parameter.parameter.reserve(slot.index, parameter, room)
-                if seconds is not None and time.perf_counter() - began > seconds:
-                    return
+            for parameter in decoded.parameters:
+                parameter.parameter.reserve(slot.index, parameter, n_slots)
+            if not self._copier_makes_room:
+                room.make(decoded.parameters)
+                room.open()
             made = self._uploader.ready()
         except Exception as error:  # out of memory: this load fails, serving goes on
-            self._reservation = None
             self._hide(slot)  # now: the step to come must not meet arrays that were never made
             self._post(failed_load(decoded.job, error, slot))
             return
-        self._reservation = None
-        self._copier.submit(self._copy, decoded, slot, made)
+        self._copier.submit(self._copy, decoded, slot, room, made)
 
     def close(self) -> None:
         for pool in (self._readers, self._copier, self._builder):
@@ -268,15 +259,15 @@ class DeltaLoader:
         except Exception as error:
             self._post(failed_load(copied.decoded.job, error, copied.slot))
 
-    def _copy(self, decoded: LoadDecoded, slot: Slot, made: Ready) -> None:
+    def _copy(self, decoded: LoadDecoded, slot: Slot, room: Room, made: Ready) -> None:
         try:
-            transfers = [
-                transfer
-                for parameter in decoded.parameters
-                for transfer in parameter.parameter.transfers(slot.index, parameter)
-            ]
+            if self._copier_makes_room:
+                room.make(decoded.parameters)
+            transfers = list(room.transfers(decoded.parameters))
+            for parameter in decoded.parameters:
+                transfers += parameter.parameter.transfers(slot.index, parameter)
             self._uploader.copy(transfers, after=made).wait()
-            self._post(LoadCopied(decoded, slot))
+            self._post(LoadCopied(decoded, slot, room if self._copier_makes_room else None))
         except Exception as error:
             self._uploader.abandon()
             self._post(failed_load(decoded.job, error, slot))

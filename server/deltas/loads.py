@@ -1,13 +1,12 @@
 """A load on its way from disk into a slot: one class for each of its stages.
 
-`LoadJob`, `LoadDecoded` (in host memory), `SlotReservation` (room is being made for it),
-`LoadCopied` (in its slot); from anywhere, `LoadFailed`.
+`LoadJob`, `LoadDecoded` (in host memory), `LoadCopied` (in its slot); from anywhere, `LoadFailed`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from compressor.artifact.reader import Artifact
 from compressor.errors import ArtifactError, UnsupportedTensor
 from server.deltas.parameter import Mode, StagedParameter
 from server.deltas.registry import unusable
+from server.deltas.room import Room
 from server.deltas.slots import Slot
 from server.errors import DeltaUnusable, ServeError
 
@@ -45,20 +45,15 @@ class LoadDecoded:
 
 @dataclass(frozen=True, slots=True)
 class LoadCopied:
-    """Copied into its slot, and its weights reconstructed if its mode says so."""
+    """Copied into its slot, and its weights reconstructed if its mode says so.
+
+    room  where it was copied, if that is not open to steps yet
+    """
 
     decoded: LoadDecoded
     slot: Slot
+    room: Room | None = None
     weights: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class SlotReservation:
-    """A variant for which room is being made; `rest` are the parameters that have none yet."""
-
-    decoded: LoadDecoded
-    slot: Slot
-    rest: Iterator[StagedParameter]
 
 
 @dataclass(frozen=True, slots=True)

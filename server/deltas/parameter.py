@@ -1,8 +1,8 @@
 """One parameter of the base model and the deltas of it that are resident, by slot.
 
 A slot's life on a parameter: `stage` (any thread, host memory) -> `reserve` (engine thread) ->
-`transfers`, carried out by the loader (no step reads the slot yet) -> `show` (engine thread) ->
-`hide`.
+a `Room` for its terms, `transfers`, carried out by the loader (no step reads the slot yet) ->
+`show` (engine thread) -> `hide`.
 """
 
 from __future__ import annotations
@@ -141,34 +141,30 @@ class DeltaParameter:
         m, n = self.shape
         return make_pool(key[1], (m, n), self.dtype, self.device, self.kernels)
 
-    def _create_pool(self, key: PoolKey) -> None:
-        """Add an empty pool, together with the siblings' if they can share one product."""
+    def empty_pools(self, key: PoolKey) -> dict[DeltaParameter, TermPool]:
+        """Make a pool, together with the siblings' if they can share one product. Nobody knows of
+        them yet.
+        """
         if len(self.siblings) < 2 or key[1][0] != "blockdiag":
-            self.pools[key] = self._new_pool(key)
-            self.pools[key].map_slots(self._slot_map())
-            return
-        together: list[BlockDiagPool] = []
+            pool = self._new_pool(key)
+            pool.map_slots(self._slot_map())
+            return {self: pool}
+        together: dict[DeltaParameter, TermPool] = {}
+        blocks: list[BlockDiagPool] = []
         for sibling in self.siblings:
             pool = sibling._new_pool(key)
             assert isinstance(pool, BlockDiagPool)
             pool.map_slots(self._slot_map())
-            sibling.pools[key] = pool
-            together.append(pool)
-        SharedBlocks(together, self._slot_map())
+            together[sibling] = pool
+            blocks.append(pool)
+        SharedBlocks(blocks, self._slot_map())
+        return together
 
     def _slot_map(self) -> Tensor:
         return torch.zeros(self.residency.n_slots, dtype=torch.int32, device=self.device)
 
     def reserve(self, slot: int, staged: StagedParameter, n_slots: int) -> None:
-        """Make room for the staged parts of `slot`; it is below `n_slots`."""
-        for key, parts in staged.terms:
-            if key not in self.pools:
-                self._create_pool(key)
-                self.residency.created()
-            capacity = self.pools[key].capacity
-            self.pools[key].reserve(slot, parts)
-            if self.pools[key].capacity != capacity:
-                self.residency.moved()
+        """Make room for what is not terms of `slot`, which is below `n_slots`; see `Room`."""
         if staged.vector is not None:
             assert self.vectors is not None
             missing = n_slots + 1 - len(self.vectors)
@@ -181,9 +177,7 @@ class DeltaParameter:
             self.extra[slot] = torch.empty_like(staged.extra, device=self.device)
 
     def transfers(self, slot: int, staged: StagedParameter) -> Iterator[Transfer]:
-        """What to copy into a slot that no step reads yet, once `reserve` has made room."""
-        for key, parts in staged.terms:
-            yield from zip(self.pools[key].targets(slot), parts, strict=True)
+        """What `reserve` has made room for, to be copied into a slot that no step reads yet."""
         if staged.vector is not None:
             assert self.vectors is not None
             yield self.vectors[slot + 1], staged.vector

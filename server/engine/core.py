@@ -195,7 +195,7 @@ class EngineCore:
             self._go_on(self._lookahead.in_flight)
         if self._lookahead.in_flight is None:
             scheduled = self.scheduler.schedule()
-            self.loader.assign_slots(beside_steps=bool(scheduled))
+            self.loader.assign_slots()
             self._busy = bool(scheduled)
             if scheduled:
                 self._run_batch(scheduled)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Sequence
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -17,11 +17,21 @@ from server.ops.static_row_mapping import StaticRowMapping
 PoolParts = tuple[Tensor, ...]
 
 
+class ArrayStore(Protocol):
+    """Arrays of one pool, or of several that one product reads."""
+
+    capacity: int
+    arrays: PoolParts
+
+    def grown_arrays(self, example: PoolParts, place: int) -> PoolParts: ...
+    def adopt(self, arrays: PoolParts) -> None: ...
+
+
 class TermPool(ABC):
     """One array per part, with a place for each slot that has these terms.
 
-    A loader thread may write a slot's `targets` while a step reads others; `reserve`, `show` and
-    `hide` belong to the engine thread.
+    A loader thread may write to a place that no step reads and make larger arrays (`Room`) while
+    steps read what there is; `adopt`, `show` and `hide` belong to the engine thread.
     """
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
@@ -46,29 +56,34 @@ class TermPool(ABC):
         """Whether no slot has a place here: the pool may go."""
         return self.places.idle
 
-    def reserve(self, slot: int, example: PoolParts) -> None:
-        """Give `slot` a place; the others keep their values."""
-        place = self.places.reserve(slot)
-        if place >= self.capacity:
-            self._grow(example, grown(self.capacity, place, self.device))
+    @property
+    def store(self) -> ArrayStore:
+        """Whose arrays this pool's are."""
+        return self
 
-    def _grow(self, example: PoolParts, capacity: int) -> None:
-        """Nothing has changed if there is no memory for it."""
+    def grown_arrays(self, example: PoolParts, place: int) -> PoolParts:
+        """Return larger arrays with room for `place`, and the values of the places so far; nothing
+        that is here changes.
+        """
+        capacity = grown(self.capacity, place, self.device)
         arrays = tuple(
             torch.empty((capacity, *part.shape), dtype=part.dtype, device=self.device)
             for part in example
         )
         copy_into(arrays, self.arrays)
+        return arrays
+
+    def adopt(self, arrays: PoolParts) -> None:
+        """From now on these are the arrays; if that fails, what there was stays."""
         self._take(arrays)
-        self.arrays, self.capacity = arrays, capacity
+        self.arrays, self.capacity = arrays, len(arrays[0])
 
     def _take(self, arrays: PoolParts) -> None:  # noqa: B027  most have nothing to make
         """Make what reads these arrays from now on; if that fails, what there was stays."""
 
-    def targets(self, slot: int) -> PoolParts:
-        """Where the parts of a slot that no running step reads are to be written."""
-        place = self.places[slot]
-        return tuple(array[place] for array in self.arrays)
+    def own_arrays(self, arrays: PoolParts) -> PoolParts:
+        """The part of its store's arrays that is this pool's."""
+        return arrays
 
     def show(self, slot: int) -> None:
         """From the next step on, rows of `slot` get this pool's terms."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from compressor.codecs.blockdiag import BlockDiagTerm
 from compressor.codecs.columns import pack_columns, packed_rows
 from compressor.codecs.term import Shape, Term
-from server.deltas.pools.base import PoolParts, TermPool, copy_into
-from server.deltas.pools.places import SlotPlaces
+from server.deltas.pools.base import ArrayStore, PoolParts, TermPool, copy_into
+from server.deltas.pools.places import SlotPlaces, grown
 from server.ops.blockdiag import BlockDiagOp
 from server.ops.kernels import Kernels
 from server.ops.linear import BlockShare
@@ -48,11 +48,12 @@ class BlockDiagPool(TermPool):
     def block_shape(self) -> Shape:
         return -(-self.shape[0] // self.n_blocks), -(-self.shape[1] // self.n_blocks)
 
-    def _grow(self, example: PoolParts, capacity: int) -> None:
-        if self.shared is None:
-            super()._grow(example, capacity)
-        else:
-            self.shared.grow(capacity)
+    @property
+    def store(self) -> ArrayStore:
+        return self if self.shared is None else self.shared
+
+    def own_arrays(self, arrays: PoolParts) -> PoolParts:
+        return arrays if self.shared is None else self.shared.slices(self, arrays)
 
     def _take(self, arrays: PoolParts) -> None:
         self._op = self.kernels.blockdiag(self._blocks_in(arrays))
@@ -116,14 +117,16 @@ class SharedBlocks:
         self.places = SlotPlaces(place_of, [pool.places for pool in pools])
         self._sizes = tuple(pool.shape[0] for pool in pools)
         self._ends = list(itertools.accumulate(p.block_shape[0] for p in pools))
-        self._arrays: PoolParts = ()
+        self.arrays: PoolParts = ()
+        self.capacity = 0
         self._op: BlockDiagOp | None = None
         for pool in pools:
             pool.shared = self
 
-    def grow(self, capacity: int) -> None:
-        """Make room for that many places, in every member."""
+    def grown_arrays(self, example: PoolParts, place: int) -> PoolParts:
+        """As `TermPool.grown_arrays`, for all members at once."""
         first, width = self.pools[0], self._ends[-1]
+        capacity = grown(self.capacity, place, first.device)
         s, nb = first.n_blocks, first.block_shape[1]
         code_rows = packed_rows(nb, first.bits)
         code_dtype = torch.float16 if first.bits == 16 else torch.uint8
@@ -135,16 +138,31 @@ class SharedBlocks:
             torch.zeros((capacity, s, width), dtype=scale_dtype, device=device),
             torch.zeros((capacity, len(self.pools)), dtype=torch.float32, device=device),
         )
-        copy_into(arrays, self._arrays)
+        copy_into(arrays, self.arrays)
+        return arrays
+
+    def adopt(self, arrays: PoolParts) -> None:
+        """See `TermPool.adopt`. A slot that a member gave up while the arrays were made still has
+        its unit there (`BlockDiagPool.hide`).
+        """
         codes, scales, units = arrays
+        held = [[place in pool.places.taken for pool in self.pools] for place in range(len(units))]
+        units.mul_(torch.tensor(held, dtype=units.dtype, device=units.device))
+        first = self.pools[0]
         n, bits = first.shape[1], first.bits
         blocks = PackedBlocks(codes, scales, units, self._sizes, n, bits, self.places.place_of)
         self._op = first.kernels.blockdiag(blocks)  # the last that may find no memory
-        self._arrays = arrays
-        for i, (pool, end) in enumerate(zip(self.pools, self._ends, strict=True)):
-            own = slice(end - pool.block_shape[0], end)
-            pool.arrays = (codes[..., own], scales[..., own], units[:, i : i + 1])
-            pool.capacity = capacity
+        self.arrays, self.capacity = arrays, len(codes)
+        for pool in self.pools:
+            pool.arrays, pool.capacity = self.slices(pool, arrays), self.capacity
+
+    def slices(self, pool: BlockDiagPool, arrays: PoolParts) -> PoolParts:
+        """A member's part of the arrays."""
+        codes, scales, units = arrays
+        index = self.pools.index(pool)
+        end = self._ends[index]
+        own = slice(end - pool.block_shape[0], end)
+        return codes[..., own], scales[..., own], units[:, index : index + 1]
 
     def add_(self, outputs: Sequence[Tensor | None], x: Tensor, rows: RowMapping) -> None:
         """Add each member's deltas to its own ``[T, m]`` of `outputs`; None leaves it out."""

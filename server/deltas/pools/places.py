@@ -45,6 +45,11 @@ class SlotPlaces:
         """Whether no slot has a place in the arrays."""
         return not (self._whole or self)._places
 
+    @property
+    def taken(self) -> frozenset[int]:
+        """Places that some slot has."""
+        return frozenset(self._places.values())
+
     def reserve(self, slot: int) -> int:
         """Return the slot's place; it gets a free one if it has none."""
         if slot not in self._places:
@@ -82,7 +87,7 @@ class SlotPlaces:
             self._hide(slot)
 
     def _free(self) -> int:
-        taken = set(self._places.values())
+        taken = self.taken
         return next(place for place in itertools.count() if place not in taken)
 
 

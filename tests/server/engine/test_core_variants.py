@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import pytest
@@ -12,9 +12,9 @@ import torch
 from compressor.artifact.reader import Artifact
 from compressor.errors import Corrupt
 from server.deltas.loads import LoadJob
-from server.deltas.parameter import DeltaParameter
+from server.deltas.parameter import DeltaParameter, StagedParameter
 from server.deltas.pools.base import TermPool
-from server.deltas.slots import Slot
+from server.deltas.room import Room
 from server.deltas.upload import SlotUploader, Upload
 from server.engine.variant import Variant
 from server.errors import DeltaUnusable, NoSlot
@@ -185,30 +185,31 @@ def test_load_that_nobody_waits_for_any_more_is_not_begun(many: Served, harness:
     engine.assert_idle()
 
 
-def test_room_made_in_pieces_between_steps_leaves_every_stream_true(
+def test_room_made_beside_steps_leaves_every_stream_true(
     many: Served, harness: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("server.deltas.loader.ROOM_SHARE", 0.0)  # one parameter a step
+    """Steps run while larger arrays are made, filled, and until they are opened."""
+    make, made, go = Room.make, threading.Event(), threading.Event()
+
+    def slow_make(self: Room, parameters: Iterable[StagedParameter]) -> None:
+        make(self, parameters)
+        made.set()
+        go.wait(60)
+
     engine = harness(many)
     engine.run(engine.submit(FIVE[0], "x"))
-    nobody = Slot(63, "nobody", 0)
-    engine.core.loader._copying = nobody  # nothing gets a slot before the streams run
-    cold = [engine.submit(name, PROMPT) for name in FIVE[1:3]]
-    engine.until(lambda: len(engine.core.loader._waiting_for_room) == 2)
     running = [
         engine.submit(name, PROMPT, ignore_eos=True, max_tokens=400) for name in ("base", FIVE[0])
     ]
     engine.until(lambda: all(one.request.n_output > 0 for one in running))
-    engine.core.loader._copying = None
-    pieces: set[int] = set()
-
-    def done() -> bool:
-        if engine.core.loader._reservation is not None:
-            pieces.add(running[0].request.n_output)
-        return all(one.done for one in cold)
-
-    engine.until(done)
-    assert len(pieces) > 5
+    monkeypatch.setattr(Room, "make", slow_make)
+    cold = [engine.submit(name, PROMPT) for name in FIVE[1:3]]
+    engine.until(made.is_set)
+    n_before = running[0].request.n_output
+    engine.until(lambda: running[0].request.n_output > n_before + 5)
+    assert not any(one.request.n_output for one in cold)
+    go.set()
+    engine.run(*cold)
     assert_true_text(many, *cold)
     for one in running:
         want = many.truth(one.request.variant.name, one.request.prompt_ids)
@@ -222,9 +223,9 @@ def test_room_made_in_pieces_between_steps_leaves_every_stream_true(
 def test_growing_the_arrays_never_overlaps_with_a_copy_into_them(
     many: Served, harness: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`reserve` replaces arrays: a copy that had begun would be lost, and garbage served."""
+    """Arrays are replaced then: a copy that had begun would be lost, and garbage served."""
     engine = harness(many)
-    copy, reserve = SlotUploader.copy, DeltaParameter.reserve
+    copy, make = SlotUploader.copy, Room.make
     storing, go, overlaps = threading.Event(), threading.Event(), []
 
     def slow_copy(self: SlotUploader, *args: object, **kwargs: object) -> Upload:
@@ -234,12 +235,12 @@ def test_growing_the_arrays_never_overlaps_with_a_copy_into_them(
         storing.clear()
         return upload
 
-    def watched_reserve(self: DeltaParameter, *args: object) -> None:
+    def watched_make(self: Room, parameters: Iterable[StagedParameter]) -> None:
         overlaps.append(storing.is_set())
-        reserve(self, *args)  # type: ignore[arg-type]
+        make(self, parameters)
 
     monkeypatch.setattr(SlotUploader, "copy", slow_copy)
-    monkeypatch.setattr(DeltaParameter, "reserve", watched_reserve)
+    monkeypatch.setattr(Room, "make", watched_make)
     # The second is read while the first is being copied.
     intercept_reads(engine, lambda name: name != FIVE[0] and storing.wait(60) and None)
     sent = [engine.submit(name, PROMPT) for name in FIVE[:2]]
@@ -364,23 +365,24 @@ def test_out_of_memory_in_a_load_fails_that_load_only(
     engine.assert_idle()
 
 
+@pytest.mark.parametrize("where", ["grown_arrays", "adopt"])
 @pytest.mark.parametrize("name", ["impart", "lowrank"])
 def test_out_of_memory_in_the_arrays_of_a_new_geometry_fails_that_load_only(
-    many: Served, harness: Make, monkeypatch: pytest.MonkeyPatch, name: str
+    many: Served, harness: Make, monkeypatch: pytest.MonkeyPatch, name: str, where: str
 ) -> None:
-    """Some pools are there without arrays then, and a step is about to run."""
+    """Made beside the steps, or when steps are to have them."""
     engine = harness(many)
     running = engine.submit("blockdiag", PROMPT, ignore_eos=True)
     engine.until(lambda: running.request.n_output > 0)
-    inner, calls = TermPool._grow, [0]
+    inner, calls = getattr(TermPool, where), [0]
 
-    def out_of_memory(self: TermPool, *args: object) -> None:
+    def out_of_memory(self: TermPool, *args: object) -> object:
         calls[0] += self.capacity == 0
         if calls[0] == 4:
             raise torch.OutOfMemoryError("no memory")
-        inner(self, *args)  # type: ignore[arg-type]
+        return inner(self, *args)
 
-    monkeypatch.setattr(TermPool, "_grow", out_of_memory)
+    monkeypatch.setattr(TermPool, where, out_of_memory)
     failed = engine.submit(name, PROMPT)
     engine.run(failed, running)
     assert isinstance(failed.error, DeltaUnusable)

@@ -79,8 +79,15 @@ def encode_all(
     return terms
 
 
+def reserve(pool: TermPool, slot: int, staged: PoolParts) -> None:
+    place = pool.places.reserve(slot)
+    if place >= pool.capacity:
+        pool.store.adopt(pool.store.grown_arrays(staged, place))
+
+
 def put(pool: TermPool, slot: int, staged: PoolParts) -> None:
-    SlotUploader(CPU).copy(list(zip(pool.targets(slot), staged, strict=True)))
+    targets = (array[pool.places[slot]] for array in pool.arrays)
+    SlotUploader(CPU).copy(list(zip(targets, staged, strict=True)))
 
 
 def fill(term_index: int, variants: list[tuple[Term, ...]], kernels: Kernels) -> TermPool:
@@ -89,7 +96,7 @@ def fill(term_index: int, variants: list[tuple[Term, ...]], kernels: Kernels) ->
     pool.map_slots(torch.zeros(64, dtype=torch.int32))
     for slot, terms in enumerate(variants):
         staged = pool.stage(terms[term_index])
-        pool.reserve(slot, staged)
+        reserve(pool, slot, staged)
         put(pool, slot, staged)
         pool.show(slot)
     return pool
@@ -109,7 +116,7 @@ def test_array_that_finds_no_memory_to_grow_leaves_the_pool_as_it_was() -> None:
 
     pool.kernels.blockdiag = out_of_memory
     with pytest.raises(torch.OutOfMemoryError):
-        pool.reserve(1, pool.stage(variants[1][0]))
+        reserve(pool, 1, pool.stage(variants[1][0]))
     assert pool.arrays is arrays
     assert pool.capacity == 1
     after = torch.zeros(2, shape[0])
@@ -226,7 +233,7 @@ def test_impart_place_that_nobody_has_yet_may_hold_anything() -> None:
     variants = encode_all("impart", {"block_rows": 16}, (50, 37))
     pool = fill(0, variants, TorchKernels())
     pool.hide(0)
-    for part in pool.targets(1):
+    for part in (array[pool.places[1]] for array in pool.arrays):
         part.fill_(0)
     for array in pool.arrays:
         array[0].fill_(-(10**9) if not array.is_floating_point() else float("nan"))
@@ -285,7 +292,7 @@ def siblings(kernels: Kernels, variants: list[tuple[Term, ...]]) -> list[BlockDi
     SharedBlocks(together)
     for slot, terms in enumerate(variants):
         for pool in together:
-            pool.reserve(slot, pool.stage(terms[0]))
+            reserve(pool, slot, pool.stage(terms[0]))
             put(pool, slot, pool.stage(terms[0]))
             pool.show(slot)
     together[1].hide(1)
@@ -346,7 +353,7 @@ def test_pool_slot_far_up_takes_one_place_and_gives_it_back(codec: str) -> None:
     capacity = pool.capacity
     pool.hide(1)
     staged = pool.stage(terms[1][0])
-    pool.reserve(60, staged)
+    reserve(pool, 60, staged)
     put(pool, 60, staged)
     pool.show(60)
     assert pool.capacity == capacity <= len(terms)
@@ -373,7 +380,7 @@ def test_shared_blocks_free_a_place_when_no_member_holds_it(kernels: Kernels) ->
     assert shared is not None
     pools[0].hide(1)  # the second gave it up before: its place goes to a slot only the second has
     put_again = pools[1].stage(variants[1][0])
-    pools[1].reserve(7, put_again)
+    reserve(pools[1], 7, put_again)
     put(pools[1], 7, put_again)
     pools[1].show(7)
     assert shared.places[7] == 1

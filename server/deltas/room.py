@@ -1,0 +1,66 @@
+"""Room for one variant's terms, made while steps run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from server.deltas.parameter import DeltaParameter, PoolKey, StagedParameter
+from server.deltas.pools.base import ArrayStore, PoolParts, TermPool
+from server.deltas.upload import Transfer
+
+
+class Room:
+    """Places in the pools' arrays for the terms of one slot.
+
+    `make` changes nothing that steps read: where a pool is full it makes larger arrays beside the
+    ones in use, where there is none a pool that nobody knows of. So a loader's thread may do it,
+    for one variant after the other, and copy into the places. `open`, on the engine thread between
+    two steps, puts them in place of the old. Whoever gives the slot up hides it on every parameter,
+    as always; a room that was not opened is then forgotten.
+    """
+
+    def __init__(self, slot: int) -> None:
+        self._slot = slot
+        self._new: dict[tuple[DeltaParameter, PoolKey], TermPool] = {}
+        self._grown: dict[ArrayStore, PoolParts] = {}
+        self._moved: dict[ArrayStore, DeltaParameter] = {}
+
+    def make(self, parameters: Iterable[StagedParameter]) -> None:
+        """Take places for all terms. Raises what torch does if there is no memory."""
+        for staged in parameters:
+            for key, parts in staged.terms:
+                pool = self._pool(staged.parameter, key)
+                place, store = pool.places.reserve(self._slot), pool.store
+                arrays = self._arrays(store)
+                if not arrays or place >= len(arrays[0]):
+                    self._grown[store] = store.grown_arrays(parts, place)
+                    self._moved[store] = staged.parameter
+
+    def transfers(self, parameters: Iterable[StagedParameter]) -> Iterator[Transfer]:
+        """What to copy into the places."""
+        for staged in parameters:
+            for key, parts in staged.terms:
+                pool = self._pool(staged.parameter, key)
+                place = pool.places[self._slot]
+                arrays = pool.own_arrays(self._arrays(pool.store))
+                yield from zip((array[place] for array in arrays), parts, strict=True)
+
+    def open(self) -> None:
+        """Let the pools have what was made. Raises if there is no memory; then some have."""
+        for store, arrays in self._grown.items():
+            store.adopt(arrays)
+            self._moved[store].residency.moved()
+        for (parameter, key), pool in self._new.items():
+            parameter.pools[key] = pool
+            parameter.residency.created()
+
+    def _pool(self, parameter: DeltaParameter, key: PoolKey) -> TermPool:
+        pool = parameter.pools.get(key) or self._new.get((parameter, key))
+        if pool is None:
+            made = parameter.empty_pools(key)
+            self._new |= {(other, key): theirs for other, theirs in made.items()}
+            pool = made[parameter]
+        return pool
+
+    def _arrays(self, store: ArrayStore) -> PoolParts:
+        return self._grown.get(store, store.arrays)
