@@ -52,6 +52,11 @@ def read_file(directory: int, name: str) -> bytearray:
         descriptor = os.open(name, flags, dir_fd=directory)
     except FileNotFoundError:
         raise Corrupt(f"{name} is missing") from None
+    except PermissionError as error:
+        raise Corrupt(
+            f"{name} may not be read by this process's user; allow it (chmod a+r) or run as the "
+            "owner"
+        ) from error
     except OSError as error:
         raise Corrupt(
             f"{name} cannot be opened ({error.strerror}); it must be a readable regular file, "

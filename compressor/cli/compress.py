@@ -104,7 +104,7 @@ def compress(
     quiet: Quiet = False,
 ) -> None:
     """Compress FINETUNED, a full fine-tune of BASE, into the delta artifact OUT."""
-    from compressor.checkpoint.files import resolve
+    from compressor.checkpoint.folder import resolve
     from compressor.checkpoint.hub import with_revision
     from compressor.compress.options import Options
     from compressor.compress.pipeline import compress as run

@@ -45,7 +45,7 @@ def import_adapter(
 ) -> None:
     """Turn a PEFT adapter of BASE into a delta: LoRA exactly, DoRA with a stated error."""
     from compressor.artifact.reader import read_config
-    from compressor.checkpoint.files import resolve
+    from compressor.checkpoint.folder import resolve
     from compressor.checkpoint.hub import with_revision
     from compressor.compress.options import Options
     from compressor.peft.config import is_adapter

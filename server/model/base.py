@@ -82,13 +82,16 @@ def load_base_model(
     _check_config(path)
     transformers_logging.disable_progress_bar()  # it would write into the server's log
     register_attention()
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype="auto" if dtype is None else dtype,
-        attn_implementation=ATTENTION_NAME,
-        local_files_only=True,
-        use_safetensors=True,
-    )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype="auto" if dtype is None else dtype,
+            attn_implementation=ATTENTION_NAME,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"transformers cannot load the base: {error}") from error
     model = model.eval().requires_grad_(False).to(device)
     if dtype is None and device.type == "cpu":
         _widen_if_faster(model, widened_budget_bytes)
@@ -167,7 +170,10 @@ def _kernels(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> 
 def _check_config(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise ConfigError("the base directory holds no config.json; give a Hugging Face directory")
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"transformers cannot read the base's config.json: {error}") from error
     if getattr(config, "auto_map", None):
         raise ConfigError(
             "this base model needs code from its repository (auto_map), which the server never runs"

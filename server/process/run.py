@@ -23,6 +23,7 @@ from server.api.open_requests import OpenRequests
 from server.engine.types import EngineClient
 from server.errors import Draining, EngineDead, ServeError
 from server.metrics.series import Metrics
+from server.process.listen import urls
 from server.process.protocol import BoundedProtocol
 from server.settings import Settings
 
@@ -47,6 +48,11 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        listening = [one for server in self.servers for one in server.sockets]
+        log.info("the server listens on %s", ", ".join(urls(listening)))
 
 
 class Control:
@@ -178,7 +184,9 @@ async def run(
 
 
 def uvicorn_config(app: object, settings: Settings) -> uvicorn.Config:
-    """Return uvicorn's settings: our bounds on headers, no access log of its own."""
+    """Return uvicorn's settings: our bounds on headers, no access log of its own, and of its other
+    log lines those that something is wrong: ours tell the rest.
+    """
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
         host=settings.host,
@@ -188,6 +196,7 @@ def uvicorn_config(app: object, settings: Settings) -> uvicorn.Config:
         lifespan="off",
         access_log=False,
         log_config=None,
+        log_level="warning",
         server_header=False,
         timeout_graceful_shutdown=3,  # draining came before; this is for idle connections
     )
