@@ -30,7 +30,11 @@ ELSEWHERE = {
     "compressor.auto.texts": "tests/compressor/auto/test_search.py",
     "compressor.checkpoint.companions": "tests/compressor/compress/test_pipeline.py",
     "compressor.checkpoint.difference": "tests/compressor/checkpoint/test_pairing.py",
+    "compressor.checkpoint.folder": (
+        "tests/compressor/checkpoint/test_files.py, tests/server/process/test_inputs.py"
+    ),
     "compressor.checkpoint.groups": "tests/compressor/compress/test_pipeline.py",
+    "compressor.checkpoint.headers": "tests/compressor/checkpoint/test_files.py",
     "compressor.checkpoint.writer": "tests/compressor/export/test_reconstruct.py",
     "compressor.cli": "tests/compressor/cli/test_app.py",
     "compressor.cli.common": "tests/compressor/cli/test_app.py",
@@ -72,7 +76,6 @@ ELSEWHERE = {
     "compressor.progress": "tests/compressor/plan/test_settings.py",
     "compressor.report.data": "tests/compressor/report/test_html.py",
     "compressor.report.plots": "tests/compressor/report/test_html.py",
-    "server.__main__": "puts parts together; deploy/demo/demo.py and the benchmarks start it",
     "server.api.body": "tests/server/api/test_hostile.py",
     "server.api.chat": "tests/server/api/test_openai_client.py",
     "server.api.completions": "tests/server/api/test_openai_client.py",

@@ -103,7 +103,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """Return a model's safetensors files. Raises CheckpointError if one is missing or there are none."""
+    """Return a model's safetensors files. CheckpointError if one is missing or there is none."""
     if (path / _SINGLE).is_file():
         return [path / _SINGLE]
     if (path / _INDEX).is_file():

@@ -81,7 +81,7 @@ def stored_model(folder: Path) -> StoredModel:
     for file in files:
         for tensor in read_header(file).values():
             elements[tensor.dtype] += prod(tensor.shape)
-    ((dtype, _),) = elements.most_common(1) or [("", 0)]
+    dtype = max(elements, key=lambda name: elements[name], default="")
     n_bytes = sum(file.stat().st_size for file in files)
     return StoredModel(elements.total(), DTYPES.get(dtype, dtype), n_bytes)
 

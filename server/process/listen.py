@@ -1,7 +1,10 @@
 """The address to listen on, taken before anything is loaded: a port in use is said at once.
 
-Connections are refused until the server listens (`server.process.run`), so that nobody takes a
-server that still loads for one that serves.
+Connections are refused until the server listens, so that nobody takes a server that still loads for
+one that serves. Two that load must not share a port meanwhile, as Linux lets sockets do that have
+SO_REUSEADDR and do not listen yet. So a socket gets it only when it listens: the connections that
+it accepts then do not keep the next server from the port for a minute after they ended. Where that
+has happened (they were another program's), it is needed to bind at all.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any
 
 from server.errors import ConfigError
 
+BACKLOG = 2048  # connections that wait to be accepted
 LAST_PRIVILEGED_PORT = 1023
 
 
@@ -38,6 +42,17 @@ def bind(host: str, port: int) -> list[socket.socket]:
         assert missing is not None, "a name has an address"
         raise _refusal(host, port, missing) from missing
     return bound
+
+
+def listen(sockets: Iterable[socket.socket]) -> None:
+    """Let clients connect. Raises ConfigError if another process listens there by now."""
+    for one in sockets:
+        _reuse(one)
+        try:
+            one.listen(BACKLOG)
+        except OSError as error:
+            host, port = one.getsockname()[:2]
+            raise _refusal(host, port, error) from error
 
 
 def close(sockets: Iterable[socket.socket]) -> None:
@@ -72,15 +87,24 @@ def _addresses(host: str, port: int) -> list[Any]:
 def _bound(family: int, kind: int, protocol: int, address: tuple[Any, ...]) -> socket.socket:
     made = socket.socket(family, kind, protocol)
     try:
-        if sys.platform != "win32":  # there it would share the port with another server
-            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if family == socket.AF_INET6:  # IPv4 has a socket of its own
             made.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-        made.bind(address)
+        try:
+            made.bind(address)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            _reuse(made)
+            made.bind(address)
     except OSError:
         made.close()
         raise
     return made
+
+
+def _reuse(one: socket.socket) -> None:
+    if sys.platform != "win32":  # there it would share the port with another server
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
 
 def _refusal(host: str, port: int, error: OSError) -> ConfigError:

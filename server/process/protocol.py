@@ -15,7 +15,7 @@ tests/server/process/test_protocol.py fails where a later one differs:
     on_body, on_message_complete      called by the parser, from within data_received
 
 `server.process.run` relies on `uvicorn.Server.capture_signals`, which it replaces, and on
-`startup`, after which `servers` listen.
+`startup`, which it extends.
 """
 
 from __future__ import annotations
