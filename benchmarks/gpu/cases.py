@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.shapes import Codec, Group
-from server.ops.packed import PackedBlocks, packed_rows
+from compressor.codecs.columns import packed_rows
+from server.ops.packed import PackedBlocks
 from server.ops.row_mapping import Segment
 
 BLOCK_TOKENS = 32

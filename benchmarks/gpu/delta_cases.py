@@ -18,11 +18,11 @@ from benchmarks.gpu.cases import (
     relative,
 )
 from benchmarks.gpu.shapes import Codec, Group
+from compressor.codecs.columns import packed_rows
 from server.ops.blockdiag import TorchBlockDiag
 from server.ops.factors import ImpartFactors, LowRankFactors, rank_lists
 from server.ops.kernels import TorchKernels
 from server.ops.lowrank import PackedLowRank
-from server.ops.packed import packed_rows
 from server.ops.row_mapping import RowMapping
 from server.ops.triton.blockdiag import (
     PREFILL_ROWS,

@@ -17,7 +17,7 @@ from benchmarks.gpu.shapes import Codec, ModelShape
 from compressor.artifact.config import BaseInfo, DeltaConfig
 from compressor.artifact.writer import ArtifactWriter
 from compressor.codecs import TensorDelta
-from compressor.codecs.blockdiag import BlockDiagTerm
+from compressor.codecs.blockdiag import BlockDiagTerm, blockdiag_from_codes
 from compressor.codecs.partition import kept_values
 from server.model.attention import ATTENTION_NAME, register_attention
 from server.model.base import BaseModel, prepare_base_model
@@ -77,7 +77,7 @@ def random_term(m: int, n: int, codec: Codec) -> BlockDiagTerm:
     n_values = kept_values((m, n), codec.n_blocks)
     codes = torch.randint(0, 1 << codec.bits, (n_values,), dtype=torch.uint8)
     scales = (torch.rand(m) + 0.5).half().float() * UNIT
-    return BlockDiagTerm((m, n), codec.n_blocks, codec.bits, codes, scales, UNIT)
+    return blockdiag_from_codes((m, n), codec.n_blocks, codec.bits, codes, scales, UNIT)
 
 
 def write_random_delta(shape: ModelShape, codec: Codec, out: Path) -> None:

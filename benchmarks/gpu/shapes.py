@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from server.ops.packed import packed_rows
+from compressor.codecs.columns import packed_rows
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from benchmarks.peers.errors import PeersError
 from compressor.artifact.reader import Artifact, read_artifact
 from compressor.artifact.writer import ArtifactWriter
 from compressor.codecs import Term
-from compressor.codecs.blockdiag import BlockDiagTerm
+from compressor.codecs.blockdiag import BlockDiagTerm, blockdiag_from_codes
 from compressor.compress.options import NO_CODER, Options
 from compressor.compress.pipeline import compress
 
@@ -74,7 +74,9 @@ def _shuffled(term: Term, generator: torch.Generator) -> Term:
     if not isinstance(term, BlockDiagTerm):
         raise PeersError(f"cannot shuffle codec {term.codec}; compress with blockdiag")
     order = torch.randperm(len(term.codes), generator=generator)
-    return replace(term, codes=term.codes[order])
+    codes = term.codes[order]
+    form = term.n_blocks, term.bits, codes, term.scales, term.unit, term.scale_bits
+    return blockdiag_from_codes(term.shape, *form)
 
 
 def make_adapters(base: Path, out: Path, count: int, rank: int = RANK) -> None:

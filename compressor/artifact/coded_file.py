@@ -1,8 +1,8 @@
-"""``delta.safetensors`` of format version 2: the same tensors, entropy coded.
+"""``delta.safetensors`` with its tensors entropy coded.
 
 A valid safetensors file of one-dimensional ``U8`` tensors, each one zstd frame:
 
-    index      the JSON header that the tensors would have as they are (version 1)
+    index      the JSON header that the tensors would have as they are (of format version 2: 1)
     0, 1, ...  runs of at most `FRAME_BYTES` of the data that this header describes, in order
 
 A frame may end anywhere, inside a tensor too. In the data, parts that are distributed alike stand
@@ -19,7 +19,6 @@ import torch
 
 from compressor.artifact.tensor_file import (
     MAX_HEADER_BYTES,
-    VERSION,
     VERSION_KEY,
     Stored,
     TensorFile,
@@ -80,7 +79,8 @@ def decode_frames(
             for _ in pool.map(fill, coded):  # zstd lets go of the interpreter lock
                 pass
     inner = parse_header(index, view, f"{what}, decoded")
-    if inner.metadata.get(VERSION_KEY) != VERSION:
+    version = file.metadata.get(VERSION_KEY)
+    if inner.metadata.get(VERSION_KEY) != ("1" if version == "2" else version):
         raise UnsupportedVersion(f"{what}: the index is of another version")
     return inner
 

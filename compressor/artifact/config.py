@@ -28,8 +28,8 @@ from compressor.codecs import Params, TensorDelta
 from compressor.errors import Corrupt, NotADelta, TooLarge, UnsupportedVersion, WrongShape
 
 FORMAT = "impart-delta"
-FORMAT_VERSION = 1
-CODED_FORMAT_VERSION = 2  # the tensors are entropy coded
+FORMAT_VERSION = 3  # what is written
+_READABLE = (1, 2, 3)  # 1: never entropy coded; 2: always; neither has codes in kernel order
 CODER = "zstd"
 MAX_CONFIG_BYTES = 64 << 20
 _MAX_TENSORS = 1 << 20
@@ -106,6 +106,7 @@ class DeltaConfig:
     unchanged        names of tensors equal to the base's, which are not stored
     bytes            table by group, as on disk
     coding           how the tensors are entropy coded, or None: they are stored as they are
+    format_version   of the artifact that was read; what is written is always `FORMAT_VERSION`
     fidelity         what was measured when it was made
     finetuned_details  what else `impart reconstruct` needs of the fine-tune, beside its name:
                      dtype, settings of config.json that differ, companion files it dropped;
@@ -126,6 +127,7 @@ class DeltaConfig:
     fidelity: dict[str, Any] = field(default_factory=dict)
     finetuned_details: dict[str, Any] = field(default_factory=dict)
     coding: Coding | None = None
+    format_version: int = FORMAT_VERSION
 
     def with_tensors(self, tensors: tuple[TensorEntry, ...]) -> DeltaConfig:
         """Return a copy that describes these tensors."""
@@ -140,7 +142,7 @@ def dump_config(config: DeltaConfig) -> bytes:
     coding = config.coding
     head = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION if coding is None else CODED_FORMAT_VERSION,
+        "format_version": FORMAT_VERSION,
         "created_by": config.created_by,
         "codec": config.codec,
         "options": config.options,
@@ -205,7 +207,7 @@ def parse_config(text: bytes) -> DeltaConfig:
     record = load_json(text)
     if record.get("format") != FORMAT:
         raise NotADelta(f"delta_config.json: format is not {FORMAT!r}")
-    coding = _coding(record, _version(record))
+    version = _version(record)
     base = get(record, "base", dict)
     finetuned = get_free(record, "finetuned")
     table = get(record, "bytes", dict)
@@ -237,23 +239,23 @@ def parse_config(text: bytes) -> DeltaConfig:
         bytes={key: get_count(table, key) for key in table},
         fidelity=_fidelity(record),
         finetuned_details=_details(finetuned),
-        coding=coding,
+        coding=_coding(record, version),
+        format_version=version,
     )
 
 
 def _version(record: dict[str, Any]) -> int:
-    known = (FORMAT_VERSION, CODED_FORMAT_VERSION)
     version = record.get("format_version")
-    if not isinstance(version, int) or isinstance(version, bool) or version not in known:
+    if not isinstance(version, int) or isinstance(version, bool) or version not in _READABLE:
         raise UnsupportedVersion(
             f"delta_config.json: format_version {version!r:.20}, this reader "
-            f"knows {' and '.join(map(str, known))}; upgrade impart-serve"
+            f"knows {', '.join(map(str, _READABLE))}; upgrade impart-serve"
         )
     return version
 
 
 def _coding(record: dict[str, Any], version: int) -> Coding | None:
-    if version == FORMAT_VERSION:
+    if version == 1 or (version > 2 and "coding" not in record):
         return None
     coding = get(record, "coding", dict)
     coder = get(coding, "coder", str)

@@ -23,7 +23,6 @@ import torch
 from compressor import safetensors_header
 from compressor.artifact.coded_file import FRAME_BYTES, INDEX, MAX_EXPANSION, coder
 from compressor.artifact.tensor_file import (
-    CODED_METADATA,
     METADATA,
     Stored,
     header_text,
@@ -202,7 +201,7 @@ def _header(sizes: list[int], room: int = 0) -> bytes:
     for name, size in zip((INDEX, *map(str, range(len(sizes)))), sizes, strict=False):
         places[name] = Stored(torch.uint8, (size,), start, start + size)
         start += size
-    return safetensors_header.framed(header_text(places, CODED_METADATA), room)
+    return safetensors_header.framed(header_text(places, METADATA), room)
 
 
 @contextmanager

@@ -23,7 +23,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from compressor.artifact.coded_file import decode_frames
@@ -38,13 +37,12 @@ from compressor.artifact.files import (
 )
 from compressor.artifact.identity import base_identity
 from compressor.artifact.tensor_file import (
-    CODED_VERSION,
-    VERSION,
     VERSION_KEY,
     TensorFile,
     parse_tensor_file,
 )
 from compressor.codecs import DenseRows, TensorDelta, term_class
+from compressor.codecs.validate import is_finite
 from compressor.errors import Corrupt, NonFinite, UnsupportedVersion, WrongBase, WrongShape
 
 __all__ = [
@@ -164,19 +162,19 @@ def _read(path: Path, base_identity: str | None, n_threads: int, *, with_text: b
         opened, sums = _open(directory, path, base_identity, with_text=with_text)
         stored = parse_tensor_file(read_verified(directory, TENSORS, sums))
     config = opened.config
-    stored = _uncoded(stored, coded=config.coding is not None, n_threads=n_threads)
+    stored = _uncoded(stored, config, n_threads)
     tensors = _decode(config, stored, n_threads)
     return Artifact(config, tensors, opened.digest, path, opened.n_bytes, opened.aux)
 
 
-def _uncoded(stored: TensorFile, *, coded: bool, n_threads: int) -> TensorFile:
-    """The tensors as they are; their file and the configuration agree on whether it is coded."""
+def _uncoded(stored: TensorFile, config: DeltaConfig, n_threads: int) -> TensorFile:
+    """The tensors as they are; their file is of the version that the configuration says."""
     version = stored.metadata.get(VERSION_KEY)
-    if version != (CODED_VERSION if coded else VERSION):
-        raise UnsupportedVersion(f"{TENSORS}: {VERSION_KEY} {version!r:.20} is unknown")
-    if not coded:
-        return stored
-    return decode_frames(stored, n_threads)
+    if version != str(config.format_version):
+        raise UnsupportedVersion(
+            f"{TENSORS}: {VERSION_KEY} {version!r:.20}, {CONFIG} says {config.format_version}"
+        )
+    return stored if config.coding is None else decode_frames(stored, n_threads)
 
 
 def _decode(config: DeltaConfig, stored: TensorFile, n_threads: int) -> tuple[TensorDelta, ...]:
@@ -240,6 +238,6 @@ def _exact_rows(entry: TensorEntry, values: Tensor | None) -> DenseRows | None:
         raise WrongShape(f"{entry.name}: rows added to the base's are not all stored")
     if not values.dtype.is_floating_point:
         raise WrongShape(f"{entry.name}: exact rows are {values.dtype}")
-    if not bool(torch.isfinite(values).all()):
+    if not is_finite(values):
         raise NonFinite(f"{entry.name}: exact rows hold NaN or infinity")
     return DenseRows(start, values)

@@ -19,9 +19,7 @@ from compressor.safetensors_header import LENGTH_BYTES, BadHeader, HeaderEntry
 
 MAX_HEADER_BYTES = 8 << 20
 VERSION_KEY = "impart_format_version"
-VERSION, CODED_VERSION = "1", "2"
-METADATA = {"format": "pt", VERSION_KEY: VERSION}
-CODED_METADATA = {"format": "pt", VERSION_KEY: CODED_VERSION}
+METADATA = {"format": "pt", VERSION_KEY: "3"}
 
 _DTYPES = {
     "F64": torch.float64,

@@ -69,7 +69,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class Chosen:
     """What `auto` settled on: the tensors with their settings, and how they are encoded."""
 
     pairs: list[TensorPair]

@@ -27,7 +27,7 @@ from compressor.artifact.config import DeltaConfig
 from compressor.artifact.staging import StagedDeltas, StagedTensor
 from compressor.auto.allocate import HeadCosts, NoiseAllotter, byte_shares
 from compressor.auto.bench import Bench, open_bench, rounded
-from compressor.auto.goal import Choice, Goal, Inputs
+from compressor.auto.goal import Chosen, Goal, Inputs
 from compressor.auto.kept import Kept, Measured
 from compressor.auto.self_written import SELF
 from compressor.auto.shrink import shrink
@@ -78,7 +78,7 @@ class _Trial:
         return f"{self.candidate.label} at ratio {self.ratio:.4g}:\n     KL {kl}"
 
 
-def choose(inputs: Inputs, goal: Goal, progress: Progress) -> Choice:
+def choose(inputs: Inputs, goal: Goal, progress: Progress) -> Chosen:
     """Return settings for every tensor that meet `goal`.
 
     Raises BudgetError if they cannot, InputError if a KL is asked for that cannot be measured.
@@ -95,7 +95,7 @@ def choose(inputs: Inputs, goal: Goal, progress: Progress) -> Choice:
     kept = search.tune(best)
     notes = search.notes(best, kept, time.perf_counter() - started)
     config = search.config(best.candidate, best.ratio, kept)
-    return Choice(best.pairs, kept.tuned.deltas, config, notes)
+    return Chosen(best.pairs, kept.tuned.deltas, config, notes)
 
 
 def candidates(costs: Mapping[str, HeadCosts], *, has_own_texts: bool) -> list[_Candidate]:
@@ -316,7 +316,7 @@ def _guess(last: _Trial, kept: _Trial | None, failed: _Trial | None, kl: float, 
     return last.ratio * math.exp(math.log(kl / max(last.found.kl[name], 1e-9)) / slope)
 
 
-def _unmeasured(inputs: Inputs, goal: Goal, reason: str, progress: Progress) -> Choice:
+def _unmeasured(inputs: Inputs, goal: Goal, reason: str, progress: Progress) -> Chosen:
     """Fixed settings, and why."""
     if goal.max_kl is not None:
         raise InputError(f"--max-kl needs the model to run here: {reason}; give --ratio instead")
@@ -332,7 +332,7 @@ def _unmeasured(inputs: Inputs, goal: Goal, reason: str, progress: Progress) -> 
     )
     planner = Planner(UNMEASURED, config, inputs.companions, inputs.stage)
     made = planner.encode(inputs.pairs, partial(count, config), progress)
-    return Choice(made.pairs, StagedDeltas(made.staged), config, (f"auto took {basis}",))
+    return Chosen(made.pairs, StagedDeltas(made.staged), config, (f"auto took {basis}",))
 
 
 def count(

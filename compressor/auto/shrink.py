@@ -20,6 +20,7 @@ from compressor.artifact.staging import StagedDeltas
 from compressor.auto.kept import Measured, is_better
 from compressor.codecs import TensorDelta
 from compressor.codecs.blockdiag import BlockDiagTerm
+from compressor.codecs.partition import kept_values
 from compressor.progress import Progress
 
 _SHARE = 0.05  # of all codes, that a matrix has at least to be tried
@@ -61,10 +62,7 @@ def shrink(
 def with_rescale(delta: TensorDelta, factor: float) -> TensorDelta:
     """Return the delta with its blocks' values times `factor`, a power of two; heads stay."""
     terms = tuple(
-        replace(term, scales=term.scales * factor, unit=term.unit * factor)
-        if isinstance(term, BlockDiagTerm)
-        else term
-        for term in delta.terms
+        term.rescaled(factor) if isinstance(term, BlockDiagTerm) else term for term in delta.terms
     )
     return replace(delta, terms=terms)
 
@@ -72,7 +70,11 @@ def with_rescale(delta: TensorDelta, factor: float) -> TensorDelta:
 def _large(deltas: Mapping[str, TensorDelta]) -> list[str]:
     """Names of those with a share of the codes, the largest first."""
     sizes = {
-        name: sum(t.codes.numel() * t.bits for t in delta.terms if isinstance(t, BlockDiagTerm))
+        name: sum(
+            kept_values(t.shape, t.n_blocks) * t.bits
+            for t in delta.terms
+            if isinstance(t, BlockDiagTerm)
+        )
         for name, delta in deltas.items()
     }
     total = sum(sizes.values())

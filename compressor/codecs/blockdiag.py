@@ -10,13 +10,20 @@ product of small dense matrices.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
-from compressor.codecs.packing import pack_bits, unpack_bits
+from compressor.codecs.columns import (
+    fills_bytes,
+    pack_columns,
+    packed_rows,
+    stored_codes,
+    unpack_columns,
+)
+from compressor.codecs.packing import codes_at, pack_bits, unpack_bits
 from compressor.codecs.partition import Band, bands, kept_values
 from compressor.codecs.quantize import (
     from_half,
@@ -45,10 +52,11 @@ SCALE_BITS = (8, 16)
 class BlockDiagTerm:
     """Diagonal blocks of a matrix ``[m, n]``.
 
-    codes   uint8 ``[N]``, one code a value (unpacked), or float16 ``[N]`` for 16 bits; block
-            after block, each row-major, which is row after row of the matrix
-    scales  float32 ``[m]``, the rescale ``n / n_b`` folded in; for 16 bits every one is `unit`
-            (the values already hold the rescale)
+    packed  the codes as on disk: uint8 ``[ceil(N * bits / 8)]``, a bit stream, or uint8
+            ``[s, n / s * bits / 8, m / s]`` in the order of kernels (`columns_shape`); for 16 bits
+            float16 values ``[N]``
+    stored_scales  ``[m]`` as on disk, the rescale ``n / n_b`` folded in: float16, or uint8 for 8
+            `scale_bits`; ones for 16 bits (the values already hold the rescale)
     unit    what the numbers on disk are multiples of
     scale_bits  of a scale on disk: 16, float16, or 8, sixteenths of an octave (`to_octaves`);
             16 where there are none
@@ -61,10 +69,37 @@ class BlockDiagTerm:
     shape: Shape
     n_blocks: int
     bits: int
-    codes: Tensor
-    scales: Tensor
+    packed: Tensor
+    stored_scales: Tensor
     unit: float
     scale_bits: int = 16
+
+    @property
+    def in_columns(self) -> bool:
+        """Whether the codes are in the order of kernels."""
+        return self.packed.ndim > 1
+
+    @property
+    def codes(self) -> Tensor:
+        """uint8 ``[N]``, one code a value, unpacked anew with every call; float16 for 16 bits.
+
+        Block after block, each row-major, which is row after row of the matrix.
+        """
+        if self.bits == 16:
+            return self.packed
+        if self.in_columns:
+            n_inputs = self.shape[1] // self.n_blocks
+            return unpack_columns(self.packed, self.bits, n_inputs).transpose(1, 2).flatten()
+        return unpack_bits(self.packed, self.bits, kept_values(self.shape, self.n_blocks))
+
+    @property
+    def scales(self) -> Tensor:
+        """float32 ``[m]``, computed anew with every call; for 16 bits every one is `unit`."""
+        return load_scales(self.stored_scales, self.unit)
+
+    def rescaled(self, factor: float) -> Self:
+        """Return the term times `factor`, a power of two: nothing is rounded."""
+        return replace(self, unit=self.unit * factor)
 
     def params(self) -> Params:
         params: Params = {"n_blocks": self.n_blocks, "bits": self.bits, "unit": self.unit}
@@ -72,11 +107,8 @@ class BlockDiagTerm:
 
     def tensors(self) -> dict[str, Tensor]:
         if self.bits == 16:
-            return {"values": self.codes}
-        return {
-            "codes": pack_bits(self.codes, self.bits),
-            "scales": store_scales(self.scales, self.unit, self.scale_bits),
-        }
+            return {"values": self.packed}
+        return {"codes": self.packed, "scales": self.stored_scales}
 
     @classmethod
     def from_parts(cls, shape: Shape, params: Params, tensors: dict[str, Tensor]) -> Self:
@@ -89,30 +121,32 @@ class BlockDiagTerm:
         n_values = kept_values(shape, n_blocks)
         if bits == 16:
             check_names(cls.codec, tensors, {"values"})
-            codes = check_part(cls.codec, tensors, "values", torch.float16, (n_values,))
-            scales = torch.full((m,), unit, dtype=torch.float32)
+            packed = check_part(cls.codec, tensors, "values", torch.float16, (n_values,))
+            stored, scale_bits = torch.ones(m, dtype=torch.float16), 16
         else:
             check_names(cls.codec, tensors, {"codes", "scales"})
             dtype = torch.uint8 if scale_bits == 8 else torch.float16
             stored = check_part(cls.codec, tensors, "scales", dtype, (m,))
-            scales = load_scales(stored, unit)
-            codes = unpack_bits(tensors["codes"], bits, n_values)
-        return cls(shape, n_blocks, bits, codes, scales, unit, scale_bits)
+            columns = columns_shape(shape, n_blocks, bits)
+            packed = stored_codes(cls.codec, tensors, "codes", bits, n_values, columns)
+        return cls(shape, n_blocks, bits, packed, stored, unit, scale_bits)
 
     def apply(self, x: Tensor) -> Tensor:
         out = torch.empty(x.shape[0], self.shape[0], dtype=torch.float32)
+        codes, scales = self.codes, self.scales
         for band in bands(self.shape, self.n_blocks):
             width, height = band.count * band.cols, band.count * band.rows
             part = x[:, band.col : band.col + width].float()
             part = part.reshape(len(x), band.count, band.cols).transpose(0, 1)
-            product = torch.bmm(part, self._band_values(band).transpose(1, 2))
+            product = torch.bmm(part, self._band_values(band, codes, scales).transpose(1, 2))
             out[:, band.row : band.row + height] = product.transpose(0, 1).flatten(1)
         return out
 
     def to_dense(self) -> Tensor:
         dense = torch.zeros(self.shape, dtype=torch.float32)
+        codes, scales = self.codes, self.scales
         for band in bands(self.shape, self.n_blocks):
-            values = self._band_values(band)
+            values = self._band_values(band, codes, scales)
             for block in range(band.count):
                 row, col = band.row + block * band.rows, band.col + block * band.cols
                 dense[row : row + band.rows, col : col + band.cols] = values[block]
@@ -127,9 +161,9 @@ class BlockDiagTerm:
                 continue
             local = ids[mine] - band.row
             inside = torch.arange(band.cols)
-            source = band.code + local.unsqueeze(1) * band.cols + inside
             target = band.col + (local // band.rows).unsqueeze(1) * band.cols + inside
-            values = self._values(self.codes[source], self.scales[ids[mine]])
+            scales = load_scales(self.stored_scales[ids[mine]], self.unit)
+            values = self._values(self._row_codes(band, local), scales)
             out[mine] = torch.zeros(len(mine), self.shape[1]).scatter_(1, target, values)
         return out
 
@@ -138,24 +172,30 @@ class BlockDiagTerm:
         bits) and scales ``[s, m_max]`` as on disk (`store_scales`); padding is zero.
         """
         m, n = (-(-size // self.n_blocks) for size in self.shape)
-        codes = torch.zeros(self.n_blocks, m, n, dtype=self.codes.dtype)
-        scales = torch.zeros(
-            self.n_blocks, m, dtype=torch.uint8 if self.scale_bits == 8 else torch.float16
-        )
+        unpacked = self.codes
+        codes = torch.zeros(self.n_blocks, m, n, dtype=unpacked.dtype)
+        scales = torch.zeros(self.n_blocks, m, dtype=self.stored_scales.dtype)
         for band in bands(self.shape, self.n_blocks):
             height, blocks = band.count * band.rows, slice(band.first, band.first + band.count)
-            part = self.codes[band.code : band.code + height * band.cols]
+            part = unpacked[band.code : band.code + height * band.cols]
             codes[blocks, : band.rows, : band.cols] = part.view(band.count, band.rows, band.cols)
-            part = self.scales[band.row : band.row + height]
-            scale = store_scales(part, self.unit, self.scale_bits)
-            scales[blocks, : band.rows] = scale.view(band.count, band.rows)
+            part = self.stored_scales[band.row : band.row + height]
+            scales[blocks, : band.rows] = part.view(band.count, band.rows)
         return codes, scales
 
-    def _band_values(self, band: Band) -> Tensor:
-        """Float32 ``[count, rows, cols]`` of one band."""
+    def _row_codes(self, band: Band, rows: Tensor) -> Tensor:
+        """Codes ``[t, cols]`` of rows ``[t]`` counted within one band; unpacks no others."""
+        if self.in_columns:
+            columns = self.packed[rows // band.rows, :, rows % band.rows].unsqueeze(-1)
+            return unpack_columns(columns, self.bits, band.cols).squeeze(-1)
+        places = band.code + rows.unsqueeze(1) * band.cols + torch.arange(band.cols)
+        return self.packed[places] if self.bits == 16 else codes_at(self.packed, self.bits, places)
+
+    def _band_values(self, band: Band, codes: Tensor, scales: Tensor) -> Tensor:
+        """Float32 ``[count, rows, cols]`` of one band, from all codes and scales."""
         height = band.count * band.rows
-        codes = self.codes[band.code : band.code + height * band.cols].view(height, band.cols)
-        values = self._values(codes, self.scales[band.row : band.row + height])
+        own = codes[band.code : band.code + height * band.cols].view(height, band.cols)
+        values = self._values(own, scales[band.row : band.row + height])
         return values.view(band.count, band.rows, band.cols)
 
     def _values(self, codes: Tensor, scales: Tensor) -> Tensor:
@@ -163,6 +203,43 @@ class BlockDiagTerm:
         if self.bits != 16:
             centred -= ((1 << self.bits) - 1) / 2
         return centred.mul_(scales.unsqueeze(1))
+
+
+def blockdiag_from_codes(
+    shape: Shape,
+    n_blocks: int,
+    bits: int,
+    codes: Tensor,
+    scales: Tensor,
+    unit: float,
+    scale_bits: int = 16,
+) -> BlockDiagTerm:
+    """Pack ``codes [N]`` (`BlockDiagTerm.codes`), in the order of kernels if they fill its bytes.
+
+    scales  float32 ``[m]``, as `as_stored` returns them; not used for 16 bits
+    """
+    if bits == 16:
+        parts = {"values": codes}
+    else:
+        columns = columns_shape(shape, n_blocks, bits)
+        if columns is None:
+            packed = pack_bits(codes, bits)
+        else:
+            by_row = codes.view(n_blocks, columns[2], shape[1] // n_blocks)
+            packed = pack_columns(by_row.transpose(1, 2), bits).contiguous()
+        parts = {"codes": packed, "scales": store_scales(scales, unit, scale_bits)}
+    params: Params = {"n_blocks": n_blocks, "bits": bits, "unit": unit, "scale_bits": scale_bits}
+    return BlockDiagTerm.from_parts(shape, params, parts)
+
+
+def columns_shape(shape: Shape, n_blocks: int, bits: int) -> tuple[int, int, int] | None:
+    """``[s, byte rows, rows of a block]`` of codes in the order of kernels; None if not all blocks
+    are alike and fill their bytes.
+    """
+    (m, m_rest), (n, n_rest) = (divmod(size, n_blocks) for size in shape)
+    if m_rest or n_rest or not fills_bytes(n, bits):
+        return None
+    return n_blocks, packed_rows(n, bits), m
 
 
 def store_scales(scales: Tensor, unit: float, scale_bits: int) -> Tensor:

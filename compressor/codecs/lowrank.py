@@ -6,11 +6,19 @@ dW ~ b^T a        a [k, n], b [k, m], the root of the singular value in each
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Self
+from functools import cached_property
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
+from compressor.codecs.columns import (
+    fills_bytes,
+    pack_columns,
+    packed_rows,
+    stored_codes,
+    unpack_columns,
+)
 from compressor.codecs.packing import pack_bits, packed_size, unpack_bits
 from compressor.codecs.quantize import (
     QUANT_BITS,
@@ -35,41 +43,36 @@ from compressor.errors import InputError
 LOWRANK_BITS = (2, 3, 4, 8, 16, 32)
 
 
-class FactorCodes(NamedTuple):
-    """One quantised factor as a server keeps it.
-
-    codes   uint8 ``[k, size]``
-    scales  float16 ``[k]``, one per component, in units of
-    unit    a power of two
-    """
-
-    codes: Tensor
-    scales: Tensor
-    unit: float
+Factor = Literal["a", "b"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class LowRankTerm:
     """Factors of a matrix ``[m, n]`` of rank k.
 
-    a, b    float32 ``[k, n]`` and ``[k, m]``, dequantised
-    stored  the same two as they are on disk: float32 (32 bits), float16 in `units` (16), or
-            packed codes and one float16 scale per component row
+    stored  both as they are on disk: float32 (32 bits), float16 in `units` (16), or packed codes
+            and one float16 scale per component row. Codes are a bit stream, or in the order of
+            kernels where they fill their bytes, each factor by itself: a, packed along n, is uint8
+            ``[n * bits / 8, k]``; b, packed along k, is uint8 ``[k * bits / 8, m]``
     units   what the float16 numbers of a and of b are multiples of; ones for 32 bits
     """
 
     codec: ClassVar[str] = "lowrank"
     shape: Shape
     bits: int
-    a: Tensor
-    b: Tensor
+    rank: int
     units: tuple[float, float]
     stored: dict[str, Tensor]
 
-    @property
-    def rank(self) -> int:
-        """Number of components k."""
-        return self.a.shape[0]
+    @cached_property
+    def a(self) -> Tensor:
+        """float32 ``[k, n]``, dequantised when first asked for."""
+        return self._values("a", self.units[0])
+
+    @cached_property
+    def b(self) -> Tensor:
+        """float32 ``[k, m]``, dequantised when first asked for."""
+        return self._values("b", self.units[1])
 
     def params(self) -> Params:
         params: Params = {"rank": self.rank, "bits": self.bits}
@@ -94,22 +97,31 @@ class LowRankTerm:
                 unit_param(cls.codec, params, "unit_b"),
             )
         check_names(cls.codec, tensors, set(_part_names(bits)))
-        a = _load_factor("a", (rank, n), bits, units[0], tensors)
-        b = _load_factor("b", (rank, m), bits, units[1], tensors)
-        return cls(shape, bits, a, b, units, dict(tensors))
+        _check_factor("a", (rank, n), bits, tensors)
+        _check_factor("b", (rank, m), bits, tensors)
+        return cls(shape, bits, rank, units, dict(tensors))
 
-    def factor_codes(self) -> tuple[FactorCodes, FactorCodes]:
-        """Return the codes of a and of b. Only for factors of 8 bits or less."""
+    def in_columns(self, factor: Factor) -> bool:
+        """Whether the codes of a factor of 8 bits or less are in the order of kernels."""
+        return self.bits in QUANT_BITS and self.stored[factor].ndim > 1
+
+    def codes(self, factor: Factor) -> Tensor:
+        """uint8 ``[k, size]`` of a factor of 8 bits or less, unpacked anew with every call."""
         assert self.bits in QUANT_BITS
-        a, b = (
-            FactorCodes(
-                unpack_bits(self.stored[name], self.bits, factor.numel()).view(factor.shape),
-                self.stored[f"{name}_scales"],
-                unit,
-            )
-            for name, factor, unit in (("a", self.a, self.units[0]), ("b", self.b, self.units[1]))
-        )
-        return a, b
+        packed, size = self.stored[factor], self.shape[1 if factor == "a" else 0]
+        if not self.in_columns(factor):
+            return unpack_bits(packed, self.bits, self.rank * size).view(self.rank, size)
+        if factor == "a":
+            return unpack_columns(packed, self.bits, size).T.contiguous()
+        return unpack_columns(packed, self.bits, self.rank)
+
+    def _values(self, factor: Factor, unit: float) -> Tensor:
+        if self.bits == 32:
+            return self.stored[factor]
+        if self.bits == 16:
+            return from_half(self.stored[factor], unit)
+        scales = from_half(self.stored[f"{factor}_scales"], unit)
+        return dequantize(self.codes(factor), scales, self.bits)
 
     def apply(self, x: Tensor) -> Tensor:
         return (x.float() @ self.a.T) @ self.b
@@ -154,7 +166,7 @@ def _part_names(bits: int) -> tuple[str, ...]:
     return ("a", "b") if bits in (16, 32) else ("a", "a_scales", "b", "b_scales")
 
 
-def _store_factor(name: str, factor: Tensor, bits: int) -> tuple[dict[str, Tensor], float]:
+def _store_factor(name: Factor, factor: Tensor, bits: int) -> tuple[dict[str, Tensor], float]:
     """One factor's parts on disk, and its unit."""
     if bits == 32:
         return {name: factor.contiguous()}, 1.0
@@ -163,19 +175,30 @@ def _store_factor(name: str, factor: Tensor, bits: int) -> tuple[dict[str, Tenso
         return {name: to_half(factor, unit).contiguous()}, unit
     codes, scales = quantize_rows(factor, bits)
     unit = unit_for(scales)
-    parts = {name: pack_bits(codes.reshape(-1), bits), f"{name}_scales": to_half(scales, unit)}
-    return parts, unit
+    if _columns_shape(name, (codes.shape[0], codes.shape[1]), bits) is None:
+        packed = pack_bits(codes.reshape(-1), bits)
+    else:
+        packed = pack_columns(codes.T if name == "a" else codes, bits).contiguous()
+    return {name: packed, f"{name}_scales": to_half(scales, unit)}, unit
 
 
-def _load_factor(
-    name: str, shape: tuple[int, int], bits: int, unit: float, tensors: dict[str, Tensor]
-) -> Tensor:
-    """Validate one factor's parts and return it in float32."""
+def _check_factor(
+    name: Factor, shape: tuple[int, int], bits: int, tensors: dict[str, Tensor]
+) -> None:
+    """Validate the parts of one factor ``[k, size]``; nothing is unpacked."""
     codec = LowRankTerm.codec
-    if bits == 32:
-        return check_part(codec, tensors, name, torch.float32, shape)
-    if bits == 16:
-        return from_half(check_part(codec, tensors, name, torch.float16, shape), unit)
-    stored = check_part(codec, tensors, f"{name}_scales", torch.float16, shape[:1])
-    codes = unpack_bits(tensors[name], bits, shape[0] * shape[1]).view(shape)
-    return dequantize(codes, from_half(stored, unit), bits)
+    if bits in (16, 32):
+        check_part(codec, tensors, name, torch.float32 if bits == 32 else torch.float16, shape)
+        return
+    check_part(codec, tensors, f"{name}_scales", torch.float16, shape[:1])
+    columns = _columns_shape(name, shape, bits)
+    stored_codes(codec, tensors, name, bits, shape[0] * shape[1], columns)
+
+
+def _columns_shape(name: Factor, shape: tuple[int, int], bits: int) -> tuple[int, int] | None:
+    """Shape of the codes of a factor ``[k, size]`` in the order of kernels; None if they do not
+    fill their bytes.
+    """
+    rank, size = shape
+    along, others = (size, rank) if name == "a" else (rank, size)
+    return (packed_rows(along, bits), others) if fills_bytes(along, bits) else None

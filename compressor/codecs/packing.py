@@ -46,18 +46,10 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
     """Inverse of `pack_bits`: uint8 ``[ceil(n * bits / 8)]`` -> uint8 ``[n]``.
 
-    Raises WrongShape if the length is not exactly that, Corrupt if a padding bit is set.
+    Raises as `check_stream`.
     """
-    _check_bits(bits)
+    check_stream(packed, bits, n)
     expected = packed_size(n, bits)
-    if packed.dtype != torch.uint8 or packed.ndim != 1 or packed.numel() != expected:
-        raise WrongShape(
-            f"packed codes: expected {expected} bytes for {n} codes of {bits} bit, "
-            f"found {list(packed.shape)} of {packed.dtype}"
-        )
-    used = n * bits % 8
-    if used and int(packed[-1]) >> used:
-        raise Corrupt("packed codes: padding bits after the last code are not zero")
     if 8 % bits == 0:
         return _split_bytes(packed, bits)[:n]
     groups = -(-n // _GROUP)
@@ -72,6 +64,34 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
             value |= source[byte + 1] << (8 - shift)
         lanes[lane] = value & ((1 << bits) - 1)
     return lanes.T.reshape(-1)[:n].clone()
+
+
+def check_stream(packed: Tensor, bits: int, n: int) -> None:
+    """Check that `packed` is what `pack_bits` can return for `n` codes.
+
+    Raises WrongShape if it is not uint8 of exactly that length, Corrupt if a padding bit is set.
+    """
+    _check_bits(bits)
+    expected = packed_size(n, bits)
+    if packed.dtype != torch.uint8 or packed.ndim != 1 or packed.numel() != expected:
+        raise WrongShape(
+            f"packed codes: expected {expected} bytes for {n} codes of {bits} bit, "
+            f"found {list(packed.shape)} of {packed.dtype}"
+        )
+    used = n * bits % 8
+    if used and int(packed[-1]) >> used:
+        raise Corrupt("packed codes: padding bits after the last code are not zero")
+
+
+def codes_at(packed: Tensor, bits: int, places: Tensor) -> Tensor:
+    """Return the codes at ``places [...]`` int64 of a stream, uint8 ``[...]``; unpacks no other."""
+    _check_bits(bits)
+    first_bit = places * bits
+    byte = first_bit >> 3
+    value = packed[byte].to(torch.int32)
+    if 8 % bits:  # a code may go on in the next byte; behind the last one there is none
+        value |= packed[(byte + 1).clamp(max=len(packed) - 1)].to(torch.int32) << 8
+    return ((value >> (first_bit & 7)) & ((1 << bits) - 1)).to(torch.uint8)
 
 
 def _split_bytes(packed: Tensor, bits: int) -> Tensor:

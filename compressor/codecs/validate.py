@@ -35,9 +35,17 @@ def check_part(
             f"{codec}: part {name} should be {dtype} {list(shape)}, "
             f"found {part.dtype} {list(part.shape)}"
         )
-    if part.dtype.is_floating_point and not bool(torch.isfinite(part).all()):
+    if part.dtype.is_floating_point and not is_finite(part):
         raise NonFinite(f"{codec}: part {name} holds NaN or infinity")
     return part
+
+
+def is_finite(part: Tensor) -> bool:
+    """Whether no element of a float tensor (of at least one) is NaN or infinite.
+
+    By its largest magnitude: several times faster than looking at every element by itself.
+    """
+    return bool(part.abs().amax() <= torch.finfo(part.dtype).max)  # false for NaN too
 
 
 def int_param(codec: str, params: Params, key: str, low: int, high: int) -> int:

@@ -23,7 +23,7 @@ from compressor.artifact.config import CODER, Coding, DeltaConfig
 from compressor.artifact.identity import identity_of
 from compressor.artifact.staging import StagedTensor
 from compressor.artifact.writer import ArtifactWriter
-from compressor.auto.goal import Choice, Inputs
+from compressor.auto.goal import Chosen, Inputs
 from compressor.auto.search import choose
 from compressor.checkpoint.companions import changed_companions, dropped_companions
 from compressor.checkpoint.files import Checkpoint
@@ -170,7 +170,7 @@ def _with_auto(run: _Run) -> _Made:
         device=options.device,
         tune=options.tune,
     )
-    chosen: Choice = choose(inputs, options.goal, run.progress)
+    chosen: Chosen = choose(inputs, options.goal, run.progress)
     changed = chosen.deltas.changed
     by_name = {pair.name: pair for pair in chosen.pairs}
     staged = [

@@ -19,6 +19,7 @@ from compressor.codecs.blockdiag import (
     SCALE_BITS,
     BlockDiagTerm,
     as_stored,
+    blockdiag_from_codes,
 )
 from compressor.codecs.lowrank import LOWRANK_BITS, LowRankTerm, lowrank_from_factors, lowrank_size
 from compressor.codecs.packing import packed_size
@@ -216,7 +217,7 @@ def encode_blocks(
         row += rows
         code += part.numel()
     stored, unit = as_stored(scales, scale_bits)
-    return BlockDiagTerm(shape, n_blocks, bits, codes, stored, unit, scale_bits)
+    return blockdiag_from_codes(shape, n_blocks, bits, codes, stored, unit, scale_bits)
 
 
 def _encode_halves(name: str, source: MatrixSource, n_blocks: int) -> BlockDiagTerm:
@@ -232,7 +233,7 @@ def _encode_halves(name: str, source: MatrixSource, n_blocks: int) -> BlockDiagT
         halves[start : start + values.numel()] = to_half(values * rescale, unit).view(-1)
         start += values.numel()
     scales = torch.full((shape[0],), unit, dtype=torch.float32)
-    return BlockDiagTerm(shape, n_blocks, 16, halves, scales, unit)
+    return blockdiag_from_codes(shape, n_blocks, 16, halves, scales, unit)
 
 
 def _batches(name: str, source: MatrixSource, n_blocks: int) -> Iterator[tuple[Tensor, float]]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from compressor.codecs.blockdiag import as_stored
 from compressor.codecs.quantize import quantize_rows
-from compressor.codecs.rows import SCALE_BITS, RowsTerm
+from compressor.codecs.rows import SCALE_BITS, RowsTerm, rows_from_codes
 from compressor.codecs.term import MatrixSource
 from compressor.encoders.sources import finite_block
 from compressor.encoders.svd import row_strips
@@ -31,7 +31,7 @@ def encode_largest_rows(name: str, source: MatrixSource, n_rows: int, bits: int)
             parts.append(strip[own.to(strip.device)].cpu())
     codes, scales = quantize_rows(torch.cat(parts), bits)
     stored, unit = as_stored(scales, SCALE_BITS)
-    return RowsTerm(source.shape, bits, chosen, codes, stored, unit)
+    return rows_from_codes(source.shape, bits, chosen, codes, stored, unit)
 
 
 def _read(name: str, source: MatrixSource, start: int, end: int) -> Tensor:

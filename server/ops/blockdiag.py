@@ -23,7 +23,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from server.ops.packed import PackedBlocks, scale_values, unpack_columns
+from compressor.codecs.columns import unpack_columns
+from server.ops.packed import PackedBlocks, scale_values
 from server.ops.row_mapping import SlotRun, SlotSegments, add_rows_, pad_rows
 
 

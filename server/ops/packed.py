@@ -1,13 +1,6 @@
 """Packed diagonal blocks as they lie in device memory, for all slots of one geometry.
 
-Codes are packed along the inputs (the contraction axis), so that every field of a byte row yields
-a contiguous run of inputs and every byte row a contiguous run of outputs: no shuffle in a kernel.
-
-    bits 2, 4, 8   F = 8 / bits fields; byte row j holds the inputs ``j + f * ceil(nb / F)`` in bits
-                   ``[f * bits, (f + 1) * bits)``
-    bits 3         two planes, one after the other: the low two bits of every code packed as 2-bit
-                   codes, then the high bits packed as 1-bit codes
-    bits 16        float16 values, one row an input
+Codes are packed along the inputs, in the order that `compressor.codecs.columns` describes.
 
 value = ``(code - (2^bits - 1) / 2) * scale * unit``, for 16 bits ``value * scale * unit``.
 Tensor parallelism: blocks are independent; shard the s axis together with the outputs' rows.
@@ -20,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compressor.codecs.columns import unpack_columns
 from compressor.codecs.quantize import from_octaves
-
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # bits of each plane, the lowest first
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,58 +90,3 @@ def octaves() -> Tensor:
 def scale_values(scales: Tensor) -> Tensor:
     """Stored scales -> float32, still in units of the term's unit."""
     return from_octaves(scales, 1.0) if scales.dtype is torch.uint8 else scales.float()
-
-
-def packed_rows(n_inputs: int, bits: int) -> int:
-    """Byte rows that `n_inputs` inputs take (rows of float16 for 16 bits)."""
-    if bits == 16:
-        return n_inputs
-    return sum(-(-n_inputs * plane // 8) for plane in PLANES[bits])
-
-
-def pack_columns(codes: Tensor, bits: int) -> Tensor:
-    """Pack along the second last axis: uint8 [..., nb, mb] -> uint8 [..., byte rows, mb].
-
-    For 16 bits the float16 values pass unchanged.
-    """
-    if bits == 16:
-        return codes
-    parts, low = [], 0
-    for plane in PLANES[bits]:
-        mask = (1 << plane) - 1
-        parts.append(_pack_plane((codes >> low) & mask, plane))
-        low += plane
-    return torch.cat(parts, dim=-2)
-
-
-def unpack_columns(packed: Tensor, bits: int, nb: int) -> Tensor:
-    """Inverse of `pack_columns`: uint8 [..., byte rows, mb] -> uint8 [..., nb, mb]."""
-    if bits == 16:
-        return packed
-    codes: Tensor | None = None
-    start, low = 0, 0
-    for plane in PLANES[bits]:
-        rows = -(-nb * plane // 8)
-        part = _unpack_plane(packed[..., start : start + rows, :], plane, nb) << low
-        codes = part if codes is None else codes | part
-        start, low = start + rows, low + plane
-    assert codes is not None
-    return codes
-
-
-def _pack_plane(codes: Tensor, bits: int) -> Tensor:
-    """Along the inputs, where a term's codes are contiguous; the result is transposed back."""
-    by_output = codes.transpose(-1, -2)
-    n_inputs, fields = by_output.shape[-1], 8 // bits
-    rows = -(-n_inputs // fields)
-    packed = by_output.new_zeros((*by_output.shape[:-1], rows))
-    for field in range(fields):
-        part = by_output[..., field * rows : (field + 1) * rows]
-        packed[..., : part.shape[-1]] |= part << (field * bits)
-    return packed.transpose(-1, -2)
-
-
-def _unpack_plane(packed: Tensor, bits: int, nb: int) -> Tensor:
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device).view(-1, 1, 1)
-    fields = (packed.unsqueeze(-3) >> shifts) & ((1 << bits) - 1)
-    return fields.flatten(-3, -2)[..., :nb, :]

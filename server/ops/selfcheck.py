@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from compressor.codecs.columns import packed_rows
 from server.ops.attention import (
     AttentionCall,
     AttentionMetadata,
@@ -25,7 +26,7 @@ from server.ops.factors import ImpartFactors, LowRankFactors, rank_lists
 from server.ops.kernels import Kernels, TorchKernels
 from server.ops.lowrank import HeldLowRank, PackedLowRank
 from server.ops.norm import RmsForm
-from server.ops.packed import PackedBlocks, packed_rows
+from server.ops.packed import PackedBlocks
 from server.ops.quantize import has_float8, quantize
 from server.ops.row_mapping import Places, RowMapping, Segment, SlotSegments
 

@@ -7,6 +7,7 @@ import json
 import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compressor.artifact.reader import BaseInfo, DeltaConfig
+from compressor.artifact.entropy import code_frame
+from compressor.artifact.reader import BaseInfo, DeltaConfig, read_artifact, read_config
 from compressor.artifact.writer import ArtifactWriter
 from compressor.codecs import DenseRows, TensorDelta
 from compressor.encoders.codec import make_encoder
 from compressor.encoders.rows import encode_largest_rows
 from compressor.encoders.sources import TensorSource
 from compressor.plan.settings import with_bytes
-from tests.compressor.codec_oracles import encode, random_matrix
+from tests.compressor.artifact.mutations import read_frames, write_frames
+from tests.compressor.codec_oracles import as_stream, encode, random_matrix
 
 BASE = "ab" * 32
 AUX = {"tokenizer.json": b'{"v": 1}', "chat_template.jinja": "{{ 'h\u00e9' }}".encode()}
@@ -48,6 +51,8 @@ def deltas() -> list[TensorDelta]:
     made = []
     for name, shape, codec, params in [
         ("z.block", (11, 9), block, {"bits": 3, "n_blocks": 2}),
+        ("y.columns", (12, 16), block, {"bits": 2, "n_blocks": 2}),
+        ("y.low", (6, 16), make_encoder("lowrank", bits=2), {"bits": 2, "rank": 4}),
         ("b.half", (6, 6), block, {"bits": 16, "n_blocks": 3}),
         ("a.impart", (10, 8), make_encoder("impart"), IMPART),
         ("d.qt", (40, 38), make_encoder("impart-qt"), IMPART_QT),
@@ -88,6 +93,36 @@ def write_artifact(
             )
             config = with_bytes(CONFIG, found)
         return writer.finish(config, AUX, lambda size: f"# card, {size} bytes\n".encode())
+
+
+def write_as_version(path: Path, out: Path, version: int) -> None:
+    """Write the artifact `path` to `out` as a release that wrote format version 1 or 2 would have:
+    codes in bit streams, never entropy coded (1) or always (2).
+    """
+    import zstandard
+
+    artifact, header = read_artifact(path), b'"impart_format_version":"'
+    config = replace(artifact.config, coding=None)
+    with ArtifactWriter(out, run_key="key") as writer:
+        for delta in artifact.tensors:
+            terms = tuple(as_stream(term) for term in delta.terms)
+            writer.add(replace(delta, terms=terms), 0.5)
+        if version == 2:
+            written = writer.write_tensors(
+                group_of=lambda entry, is_exact: entry.name, coded=True, always=True
+            )
+            config = with_bytes(config, written)
+        writer.finish(config, artifact.aux)
+    file = out / "delta.safetensors"
+    if version == 2:
+        frames = read_frames(file.read_bytes())
+        index = zstandard.decompress(frames["index"])
+        frames["index"] = code_frame(index.replace(header + b"3", header + b"1"))
+        file.write_bytes(write_frames(frames, "2"))
+    else:
+        file.write_bytes(file.read_bytes().replace(header + b"3", header + b"1"))
+    edit_config(out, lambda record: record.update(format_version=version))
+    assert read_config(out).format_version == version
 
 
 def seal(path: Path) -> None:

@@ -17,6 +17,7 @@ from compressor.codecs import (
     Term,
 )
 from compressor.codecs.impart_sampling import sample_blocks
+from compressor.codecs.packing import pack_bits
 from compressor.encoders.codec import Codec
 from compressor.encoders.sources import TensorSource
 
@@ -42,6 +43,31 @@ def bit_codes(packed: Tensor, bits: int, n: int) -> list[int]:
     return [sum(stream[e * bits + b] << b for b in range(bits)) for e in range(n)]
 
 
+def column_code(packed: Tensor, bits: int, k: int, i: int) -> int:
+    """Code ``[k, i]`` of ``[byte rows, outputs]`` in the order of kernels."""
+    field, row = divmod(k, len(packed))
+    return int(packed[row, i]) >> (field * bits) & (2**bits - 1)
+
+
+def row_codes(packed: Tensor, bits: int, n_rows: int, n: int) -> list[int]:
+    """Codes row after row, from a bit stream or from ``[byte rows of n, n_rows]``."""
+    if packed.ndim == 1:
+        return bit_codes(packed, bits, n_rows * n)
+    return [column_code(packed, bits, j, i) for i in range(n_rows) for j in range(n)]
+
+
+def as_stream(term: Term) -> Term:
+    """The same term with its codes in bit streams, as format versions 1 and 2 store them."""
+    parts = dict(term.tensors())
+    if isinstance(term, LowRankTerm):
+        for name in ("a", "b"):
+            parts[name] = pack_bits(term.codes(name).flatten(), term.bits)
+    else:
+        assert isinstance(term, BlockDiagTerm | RowsTerm)
+        parts["codes"] = pack_bits(term.codes.flatten(), term.bits)
+    return type(term).from_parts(term.shape, term.params(), parts)
+
+
 def cuts(size: int, parts: int) -> list[range]:
     return [range(int(run[0]), int(run[-1]) + 1) for run in np.array_split(np.arange(size), parts)]
 
@@ -55,8 +81,11 @@ def dense_blockdiag(term: BlockDiagTerm) -> np.ndarray:
     n_values = sum(len(r) * len(c) for r, c in zip(rows, cols, strict=True))
     if params["bits"] == 16:
         values = [float(v) * params["unit"] for v in parts["values"]]
-    else:
+    elif parts["codes"].ndim == 1:
         values = bit_codes(parts["codes"], params["bits"], n_values)
+    else:
+        size = len(rows[0]), len(cols[0])
+        values = [c for block in parts["codes"] for c in row_codes(block, params["bits"], *size)]
     e = 0
     for block_rows, block_cols in zip(rows, cols, strict=True):
         for i in block_rows:
@@ -77,7 +106,10 @@ def _factor(parts: dict[str, Tensor], name: str, size: int, params: Params) -> n
     rank, bits = params["rank"], params["bits"]
     if bits >= 16:
         return parts[name].double().numpy() * params.get(f"unit_{name}", 1.0)
-    codes = bit_codes(parts[name], bits, rank * size)
+    if name == "b" and parts[name].ndim == 2:
+        codes = [column_code(parts[name], bits, k, j) for k in range(rank) for j in range(size)]
+    else:
+        codes = row_codes(parts[name], bits, rank, size)
     factor = np.zeros((rank, size))
     for k in range(rank):
         scale = float(parts[f"{name}_scales"][k]) * params[f"unit_{name}"]
@@ -102,7 +134,7 @@ def dense_rows(term: RowsTerm) -> np.ndarray:
     parts, params = term.tensors(), term.params()
     m, n = term.shape
     bits, mask = params["bits"], bit_codes(parts["mask"], 1, m)
-    codes = bit_codes(parts["codes"], bits, params["n_rows"] * n)
+    codes = row_codes(parts["codes"], bits, params["n_rows"], n)
     dense = np.zeros((m, n))
     k = 0
     for i in range(m):

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from compressor.codecs.blockdiag import BlockDiagTerm
+from compressor.codecs.columns import pack_columns, packed_rows
 from compressor.codecs.term import Shape, Term
 from server.deltas.pools.base import PoolParts, TermPool, copy_into
 from server.deltas.pools.places import SlotPlaces
 from server.ops.blockdiag import BlockDiagOp
 from server.ops.kernels import Kernels
 from server.ops.linear import BlockShare
-from server.ops.packed import PackedBlocks, pack_columns, packed_rows
+from server.ops.packed import PackedBlocks
 from server.ops.row_mapping import RowMapping
 
 
@@ -58,8 +59,10 @@ class BlockDiagPool(TermPool):
 
     def stage(self, term: Term) -> PoolParts:
         assert isinstance(term, BlockDiagTerm)
-        codes, scales = term.code_blocks()
         unit = torch.tensor([term.unit], dtype=torch.float32)
+        if term.in_columns:  # as on disk
+            return term.packed, term.stored_scales.view(self.n_blocks, -1), unit
+        codes, scales = term.code_blocks()
         return pack_columns(codes.transpose(1, 2), self.bits).contiguous(), scales, unit
 
     @property

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compressor.codecs.columns import pack_columns
 from compressor.codecs.lowrank import LowRankTerm
 from compressor.codecs.term import Shape, Term
 from server.deltas.pools.base import FactorPool, PoolParts
 from server.ops.factors import LowRankFactors, lowrank_rows
 from server.ops.kernels import Kernels
 from server.ops.lowrank import HeldLowRank, PackedLowRank
-from server.ops.packed import pack_columns
 from server.ops.row_mapping import RowMapping
 
 RANK_STEP = 4  # ranks of packed factors are rounded up to a multiple: variants then share pools
@@ -56,16 +56,32 @@ class PackedLowRankPool(FactorPool):
 
     def stage(self, term: Term) -> PoolParts:
         assert isinstance(term, LowRankTerm)
-        down, up = term.factor_codes()
         missing = self.rank - term.rank
-        codes = [F.pad(part.codes, (0, 0, 0, missing)) for part in (down, up)]
+        unit_a, unit_b = term.units
         return (
-            pack_columns(codes[0].T, self.bits).contiguous(),
-            F.pad(down.scales, (0, missing)),
-            torch.tensor([down.unit], dtype=torch.float32),
-            pack_columns(codes[1], self.bits).contiguous(),
-            F.pad(up.scales.float() * up.unit, (0, missing)),
+            self._down_codes(term),
+            F.pad(term.stored["a_scales"], (0, missing)),
+            torch.tensor([unit_a], dtype=torch.float32),
+            self._up_codes(term),
+            F.pad(term.stored["b_scales"].float() * unit_b, (0, missing)),
         )
+
+    def _down_codes(self, term: LowRankTerm) -> Tensor:
+        """uint8 [rows of n, rank]: a; as on disk but for components that are not there."""
+        packed = term.stored["a"]
+        if not term.in_columns("a"):
+            packed = pack_columns(term.codes("a").T, self.bits).contiguous()
+        missing = self.rank - term.rank
+        return F.pad(packed, (0, missing)) if missing else packed
+
+    def _up_codes(self, term: LowRankTerm) -> Tensor:
+        """uint8 [rows of rank, m]: b, as on disk where it is of this rank: components share bytes,
+        and which of them do depends on the rank.
+        """
+        missing = self.rank - term.rank
+        if term.in_columns("b") and not missing:
+            return term.stored["b"]
+        return pack_columns(F.pad(term.codes("b"), (0, 0, 0, missing)), self.bits).contiguous()
 
     def add_together_(
         self, pools: Sequence[Self], outputs: Sequence[Tensor], x: Tensor, rows: RowMapping

@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compressor.codecs.columns import pack_columns
 from compressor.codecs.rows import RowsTerm
 from compressor.codecs.term import Shape, Term
 from server.deltas.pools.base import PoolParts, TermPool, segments_at
 from server.ops.blockdiag import BlockDiagOp
 from server.ops.kernels import Kernels
-from server.ops.packed import PackedBlocks, pack_columns
+from server.ops.packed import PackedBlocks
 from server.ops.row_mapping import RowMapping
 from server.ops.static_row_mapping import StaticRowMapping
 
@@ -62,12 +63,15 @@ class RowsPool(TermPool):
     def stage(self, term: Term) -> PoolParts:
         assert isinstance(term, RowsTerm)
         index = _filled_up(term.index, self.n_rows, self.shape[0])
-        own = torch.isin(index, term.index)
-        codes = torch.zeros(self.n_rows, self.shape[1], dtype=torch.uint8)
-        scales = torch.zeros(1, self.n_rows, dtype=torch.uint8)
-        codes[own], scales[0, own] = term.codes, term.stored_scales()
         unit = torch.tensor([term.unit], dtype=torch.float32)
-        return pack_columns(codes.T, self.bits).contiguous()[None], scales, unit, index
+        packed, scales = term.packed, term.stored_scales
+        if not term.in_columns:
+            packed = pack_columns(term.codes.T, self.bits).contiguous()
+        if len(index) > len(term.index):
+            own = torch.searchsorted(index, term.index)
+            packed = packed.new_zeros((len(packed), len(index))).index_copy_(1, own, packed)
+            scales = scales.new_zeros(len(index)).index_copy_(0, own, scales)
+        return packed[None], scales[None], unit, index
 
     def add_(self, y: Tensor, x: Tensor, rows: RowMapping) -> None:
         segments = rows.table(self.places.shown)

@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from compressor.codecs.columns import packed_rows
 from server.ops.cpu.kernels import NumbaKernels
 from server.ops.kernels import Kernels, TorchKernels
 from server.ops.linear import BlockShare
-from server.ops.packed import PackedBlocks, packed_rows
+from server.ops.packed import PackedBlocks
 from server.ops.row_mapping import RowMapping, Segment
 from server.ops.selfcheck import Case, cases, deviation, randoms
 

@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from compressor.codecs.columns import PLANES
 from server.ops.cpu.codegen.intrinsics import f32_at, fetch, i64_at, u16_at, u32_at
 from server.ops.cpu.codegen.piece_product import add_piece_four, add_piece_three, add_piece_two
-from server.ops.packed import PLANES, PackedBlocks
+from server.ops.packed import PackedBlocks
 
 U = np.uint64
 BITS = (2, 3, 4)  # that codes may have here

@@ -21,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from compressor.codecs.columns import PLANES
 from server.ops.lowrank import PackedLowRank
-from server.ops.packed import PLANES
 from server.ops.triton import lowrank
 from server.ops.triton.compat import (
     UPCAST,

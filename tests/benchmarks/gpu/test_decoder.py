@@ -41,8 +41,7 @@ def terms_of(model: LlamaForCausalLM, slot: int) -> dict[str, BlockDiagTerm]:
     for number, (path, module) in enumerate(model.model.layers.named_modules()):
         if isinstance(module, torch.nn.Linear):
             m, n = module.weight.shape
-            terms[path] = random_term((m, n), 2, 4, 100 * slot + number)
-            terms[path].scales.mul_(0.25)
+            terms[path] = random_term((m, n), 2, 4, 100 * slot + number).rescaled(0.25)
     return terms
 
 

@@ -18,6 +18,7 @@ from tests.compressor.artifacts import CONFIG
 from tests.compressor.codec_oracles import encode, random_matrix
 
 SHAPE = (22, 18)
+EVEN_SHAPE = (24, 16)  # whose codes fill bytes, so that they are stored in the order of kernels
 QT_SHAPE = (64, 60)  # so that all three classes of components occur
 TIED = (("lm_head.weight", "embed.weight"),)
 
@@ -58,6 +59,7 @@ def every_term() -> Iterator[tuple[str, tuple[Term, ...]]]:
         yield f"lowrank.{bits}", (lowrank_from_factors(*factors, bits),)
     for bits in (2, 3, 4, 8):
         yield f"rows.{bits}", (encode_largest_rows("rows", TensorSource(matrix), 5, bits),)
+    yield from every_term_in_columns()
     sampled: Params = {"beta": 0.0, "C": 1.0, "block_rows": 8}
     yield "impart", encode(make_encoder("impart"), matrix, sampled | {"kept": 6})
     quantised = make_encoder("impart-qt")
@@ -65,6 +67,20 @@ def every_term() -> Iterator[tuple[str, tuple[Term, ...]]]:
         params = sampled | {"payload": payload, "gptq": False}
         terms = encode(quantised, random_matrix(QT_SHAPE), params)
         yield f"impart-qt.{payload}", terms
+
+
+def every_term_in_columns() -> Iterator[tuple[str, tuple[Term, ...]]]:
+    """Terms whose codes are in the order of kernels, both factors of a low-rank one."""
+    matrix = random_matrix(EVEN_SHAPE)
+    factors = random_matrix((4, EVEN_SHAPE[1])), random_matrix((4, EVEN_SHAPE[0]), 1, 1.0)
+    for bits in (2, 4, 8):
+        blocks = make_encoder("blockdiag", bits=bits)
+        for n_blocks in (1, 2, 4):
+            params: Params = {"bits": bits, "n_blocks": n_blocks}
+            yield f"blockdiag.columns.{bits}.{n_blocks}", encode(blocks, matrix, params)
+        yield f"lowrank.columns.{bits}", (lowrank_from_factors(*factors, bits),)
+        source = TensorSource(matrix)
+        yield f"rows.columns.{bits}", (encode_largest_rows("rows", source, 5, bits),)
 
 
 def write_every_codec(path: Path, *, coded: bool) -> str:

@@ -48,11 +48,11 @@ def read(path: Path) -> tuple[str, dict[str, Any], list[Tensor]]:
         assert hashlib.sha256((path / name).read_bytes()).hexdigest() == digest, name
     config = json.loads((path / "delta_config.json").read_bytes())
     assert config["format"] == "impart-delta"
-    assert config["format_version"] in (1, 2)
+    assert config["format_version"] in (1, 2, 3)
     raw = (path / "delta.safetensors").read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     parts = tensors_of(raw[8 : 8 + length], raw[8 + length :])
-    if config["format_version"] == 2:
+    if config["format_version"] == 2 or "coding" in config:
         parts = tensors_of(*decoded(parts))
     tensors = []
     for i, entry in enumerate(config["tensors"]):
@@ -124,8 +124,21 @@ def codes_of(packed: np.ndarray, bits: int, n: int) -> np.ndarray:
     return stream.astype(np.int64) @ (1 << np.arange(bits))
 
 
-def levels(packed: np.ndarray, bits: int, n: int) -> np.ndarray:
-    return (codes_of(packed, bits, n) - (2**bits - 1) / 2).astype(np.float32)
+def kernel_order(packed: np.ndarray, bits: int) -> np.ndarray:
+    """Codes ``[..., K, outputs]``."""
+    fields = [packed >> (f * bits) & (2**bits - 1) for f in range(8 // bits)]
+    return np.concatenate(fields, axis=-2).astype(np.int64)
+
+
+def rows_of_codes(packed: np.ndarray, bits: int, n: int) -> np.ndarray:
+    """All n codes, row after row: of a bit stream, or of the transpose in kernel order."""
+    if packed.ndim == 1:
+        return codes_of(packed, bits, n)
+    return np.swapaxes(kernel_order(packed, bits), -1, -2).reshape(n)
+
+
+def levels(codes: np.ndarray, bits: int) -> np.ndarray:
+    return (codes - (2**bits - 1) / 2).astype(np.float32)
 
 
 def scales_of(stored: np.ndarray, unit: float) -> np.ndarray:
@@ -147,7 +160,7 @@ def blockdiag(shape: list[int], params: Params, parts: Parts) -> np.ndarray:
         values = scales_of(parts["values"], params["unit"])
         scales = np.ones(shape[0], np.float32)
     else:
-        values = levels(parts["codes"], params["bits"], n)
+        values = levels(rows_of_codes(parts["codes"], params["bits"], n), params["bits"])
         scales = scales_of(parts["scales"], params["unit"])
     for rows, cols in blocks:
         block = dense[rows, cols]
@@ -163,7 +176,11 @@ def lowrank(shape: list[int], params: Params, parts: Parts) -> np.ndarray:
         if bits >= 16:
             return scales_of(parts[name], params.get(f"unit_{name}", 1.0))
         scales = scales_of(parts[f"{name}_scales"], params[f"unit_{name}"])
-        return levels(parts[name], bits, rank * size).reshape(rank, size) * scales[:, None]
+        if name == "b" and parts["b"].ndim == 2:
+            codes = kernel_order(parts["b"], bits)
+        else:
+            codes = rows_of_codes(parts[name], bits, rank * size).reshape(rank, size)
+        return levels(codes, bits) * scales[:, None]
 
     return factor("b", shape[0]).T @ factor("a", shape[1])
 
@@ -171,7 +188,8 @@ def lowrank(shape: list[int], params: Params, parts: Parts) -> np.ndarray:
 def rows(shape: list[int], params: Params, parts: Parts) -> np.ndarray:
     dense, (m, n) = np.zeros(shape, np.float32), shape
     stored = codes_of(parts["mask"], 1, m).astype(bool)
-    values = levels(parts["codes"], params["bits"], params["n_rows"] * n).reshape(-1, n)
+    codes = rows_of_codes(parts["codes"], params["bits"], params["n_rows"] * n)
+    values = levels(codes, params["bits"]).reshape(-1, n)
     dense[stored] = values * scales_of(parts["scales"], params["unit"])[:, None]
     return dense
 

@@ -214,6 +214,24 @@ def mutate_header(files: Files, random: Random) -> Files:
     return sealed(files | {TENSORS: struct.pack("<Q", len(header)) + header + data})
 
 
+def mutate_order(files: Files, random: Random) -> Files:
+    """Other dimensions for parts of bytes, of as many bytes: the order of their codes."""
+    raw = files[TENSORS]
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    parts = [part for part in header.values() if part.get("dtype") == "U8"]
+    for part in random.sample(parts, min(len(parts), random.randint(1, 3))):
+        start, end = part["data_offsets"]
+        rest, part["shape"] = end - start, []
+        for _ in range(random.randint(0, 2)):
+            factor = random.choice([f for f in range(1, 33) if rest % f == 0])
+            part["shape"].append(factor)
+            rest //= factor
+        part["shape"].append(rest)
+    text = json.dumps(header).encode()
+    return sealed(files | {TENSORS: struct.pack("<Q", len(text)) + text + raw[8 + length :]})
+
+
 def mutate_frames(files: Files, random: Random) -> Files:
     """Of an entropy coded artifact: what a frame holds, or a whole frame; header made right."""
     import zstandard
@@ -241,9 +259,9 @@ def read_frames(raw: bytes) -> dict[str, bytes]:
     return {key: data[slice(*entry["data_offsets"])] for key, entry in header.items()}
 
 
-def write_frames(frames: dict[str, bytes]) -> bytes:
+def write_frames(frames: dict[str, bytes], version: str = "3") -> bytes:
     """Inverse of `read_frames`."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "impart_format_version": "2"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "impart_format_version": version}}
     start = 0
     for key, frame in frames.items():
         offsets = [start, start + len(frame)]
@@ -260,5 +278,6 @@ def mutate_both(files: Files, random: Random) -> Files:
 
 MUTATIONS: tuple[Callable[[Files, Random], Files], ...] = (
     mutate_any_bytes, mutate_config, mutate_header, mutate_both,
+    mutate_order,
 )  # fmt: skip
 CODED_MUTATIONS = (*MUTATIONS, mutate_frames, mutate_frames)  # most of it is frames

@@ -57,7 +57,7 @@ def test_read_artifact_of_a_coded_one_returns_what_was_written(pristine_coded: P
     for got, want in zip(artifact.tensors, sorted(deltas(), key=lambda d: d.name), strict=True):
         same_delta(got, want)
     assert artifact.aux == AUX
-    assert json.loads((pristine_coded / "delta_config.json").read_bytes())["format_version"] == 2
+    assert json.loads((pristine_coded / "delta_config.json").read_bytes())["format_version"] == 3
     assert read_config(pristine_coded) == artifact.config
 
 
@@ -76,13 +76,13 @@ def test_coded_tensor_file_is_safetensors_of_frames_that_zstd_alone_decodes(
     pristine: Path, pristine_coded: Path
 ) -> None:
     with safe_open(pristine_coded / "delta.safetensors", "pt") as stored:
-        assert stored.metadata()["impart_format_version"] == "2"
+        assert stored.metadata()["impart_format_version"] == "3"
         raw = {
             key: zstandard.decompress(bytes(stored.get_tensor(key).numpy()))
             for key in stored.keys()  # noqa: SIM118
         }
     index = json.loads(raw.pop("index"))
-    assert index.pop("__metadata__")["impart_format_version"] == "1"
+    assert index.pop("__metadata__")["impart_format_version"] == "3"
     data = b"".join(raw[str(number)] for number in range(len(raw)))
     with safe_open(pristine / "delta.safetensors", "pt") as plain:
         assert set(index) == set(plain.keys())
@@ -150,6 +150,7 @@ def test_what_expands_beyond_the_limit_is_known_before_it_is_published(tmp_path:
     ("change", "error"),
     [
         ({"format_version": 1}, UnsupportedVersion),
+        ({"format_version": 2}, UnsupportedVersion),
         ({"coding": None}, Corrupt),
         ({"coding": {"coder": "zstd"}}, Corrupt),
         ({"coding": {"coder": "zstd", "raw_bytes": {"x": -1}}}, Corrupt),
@@ -166,9 +167,15 @@ def test_configuration_that_contradicts_the_coded_file_raises(
 
 def test_configuration_that_calls_a_plain_file_coded_raises(artifact: Path) -> None:
     coding = {"coder": "zstd", "raw_bytes": {}}
-    edit_config(artifact, lambda record: record.update(format_version=2, coding=coding))
-    with pytest.raises(UnsupportedVersion):
+    edit_config(artifact, lambda record: record.update(coding=coding))
+    with pytest.raises(Corrupt, match="expected index"):
         read_artifact(artifact)
+
+
+def test_configuration_that_calls_a_coded_file_plain_raises(coded: Path) -> None:
+    edit_config(coded, lambda record: record.pop("coding"))
+    with pytest.raises(Corrupt, match="explains the tensor"):
+        read_artifact(coded)
 
 
 def _resized(frame: bytes, change: int) -> bytes:
@@ -231,8 +238,8 @@ def test_index_of_another_version_raises_unsupported_version(coded: Path) -> Non
     def nest(frames: Frames) -> None:
         text = zstandard.decompress(frames["index"])
         version = b'"impart_format_version":"'
-        assert version + b"1" in text
-        frames["index"] = code_frame(text.replace(version + b"1", version + b"2"))
+        assert version + b"3" in text
+        frames["index"] = code_frame(text.replace(version + b"3", version + b"1"))
 
     damage(coded, nest)
     with pytest.raises(UnsupportedVersion):

@@ -37,7 +37,7 @@ def test_other_base_raises_wrong_base_before_the_tensors_are_read(artifact: Path
         read_artifact(artifact, base_identity="cd" * 32)
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None, True, 10**30])
+@pytest.mark.parametrize("version", [0, 4, "3", None, True, 10**30])
 def test_unknown_format_version_raises_unsupported_version(artifact: Path, version) -> None:
     edit_config(artifact, lambda record: record.update(format_version=version))
     for read in (read_artifact, read_config):
@@ -45,10 +45,14 @@ def test_unknown_format_version_raises_unsupported_version(artifact: Path, versi
             read(artifact)
 
 
-def test_unknown_version_in_the_tensor_file_raises_unsupported_version(artifact: Path) -> None:
+@pytest.mark.parametrize("version", [b"1", b"2", b"4"])
+def test_other_version_in_the_tensor_file_raises_unsupported_version(
+    artifact: Path, version: bytes
+) -> None:
     file = artifact / "delta.safetensors"
-    raw = file.read_bytes()
-    file.write_bytes(raw.replace(b'"impart_format_version":"1"', b'"impart_format_version":"2"'))
+    raw, key = file.read_bytes(), b'"impart_format_version":"'
+    assert key + b"3" in raw
+    file.write_bytes(raw.replace(key + b"3", key + version))
     seal(artifact)
     with pytest.raises(UnsupportedVersion):
         read_artifact(artifact)
@@ -93,6 +97,28 @@ def test_set_padding_bit_raises_corrupt(artifact: Path) -> None:
     key = key_of(artifact, "z.block", "0.codes")
     edit_tensors(artifact, lambda tensors: _set(tensors, key, 255, -1))
     with pytest.raises(Corrupt, match="padding"):
+        read_artifact(artifact)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "shape"),
+    [
+        ("y.columns", "0.codes", [2, 6, 2]),  # instead of [2, 2, 6]
+        ("y.columns", "0.codes", [4, 6]),
+        ("y.columns", "0.codes", [1, 2, 2, 6]),
+        ("y.low", "0.a", [1, 16]),  # instead of [4, 4]
+        ("y.low", "0.b", [6, 1]),  # instead of [1, 6]
+        ("z.block", "0.codes", [1, 19]),  # codes of three bits, and blocks that differ
+        ("c.low", "0.a", [1, 11]),  # 7 codes of 4 bits do not fill their bytes
+        ("e.rows", "0.codes", [1, 11]),
+    ],
+)
+def test_codes_in_an_order_that_is_none_raise_wrong_shape_naming_the_tensor(
+    artifact: Path, name: str, part: str, shape: list[int]
+) -> None:
+    key = key_of(artifact, name, part)
+    edit_tensors(artifact, lambda tensors: tensors.update({key: tensors[key].reshape(shape)}))
+    with pytest.raises(WrongShape, match=name):
         read_artifact(artifact)
 
 

@@ -18,15 +18,19 @@ from compressor.artifact.reader import read_artifact
 from compressor.checkpoint.companions import COMPANIONS
 from compressor.codecs import TensorDelta, Term
 from tests.compressor.artifact import format_reader
-from tests.compressor.artifact.every_codec import every_term, write_every_codec
+from tests.compressor.artifact.every_codec import (
+    every_term,
+    every_term_in_columns,
+    write_every_codec,
+)
 from tests.compressor.codec_oracles import random_matrix
 
 pytest.importorskip("zstandard")
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "compressor" / "artifact" / "FORMAT.md").read_text(encoding="utf-8")
 DEMO = sorted((ROOT / "deploy" / "demo" / "deltas").iterdir())
-# Artifacts of `every_codec`, written by the releases that wrote these versions.
-OLD = sorted((Path(__file__).parent / "data").iterdir())
+# Artifacts of `every_codec`, written by the releases that wrote these versions first.
+STORED = sorted((Path(__file__).parent / "data").iterdir())
 SMALL = 1 << 16  # elements; adding terms to a base is no different for large parameters
 ROUNDED_ONCE = ("blockdiag", "rows")  # the values of the others are sums, in any order
 
@@ -65,19 +69,37 @@ def check_value(delta: TensorDelta, tensor: format_reader.Tensor) -> None:
         assert torch.equal(got[start:end], delta.exact.values.float())
 
 
-@pytest.mark.parametrize(("coded", "version"), [(False, 1), (True, 2)])
+@pytest.mark.parametrize("coded", [False, True])
 def test_format_reader_of_every_codec_decodes_the_projects_values(
-    tmp_path: Path, coded: bool, version: int
+    tmp_path: Path, coded: bool
 ) -> None:
     digest = write_every_codec(tmp_path / "delta", coded=coded)
     found, config, _ = format_reader.read(tmp_path / "delta")
-    assert (found, config["format_version"]) == (digest, version)
+    assert (found, config["format_version"], "coding" in config) == (digest, 3, coded)
     check_same(tmp_path / "delta")
 
 
-@pytest.mark.parametrize("path", [*OLD, *DEMO], ids=lambda path: path.name)
+def test_terms_of_even_sizes_are_stored_in_kernel_order() -> None:
+    for name, (term,) in every_term_in_columns():
+        parts = term.tensors()
+        codes = [parts[part] for part in ("codes", "a", "b") if part in parts]
+        assert all(part.ndim > 1 for part in codes), name
+
+
+@pytest.mark.parametrize("path", [*STORED, *DEMO], ids=lambda path: path.name)
 def test_format_reader_of_stored_artifacts_decodes_the_projects_values(path: Path) -> None:
     check_same(path)
+
+
+def test_stored_artifacts_are_of_every_version_and_of_the_same_values() -> None:
+    """What a release has written reads to the same values ever after."""
+    read = [format_reader.read(path) for path in STORED]
+    assert [config["format_version"] for _, config, _ in read] == [1, 2, 3]
+    first, *others = ({t.entry["name"]: t for t in tensors} for _, _, tensors in read)
+    for other in others:
+        for name, tensor in first.items():
+            for want, got in zip(tensor.terms, other[name].terms, strict=True):
+                assert np.array_equal(want, got), name
 
 
 def test_format_reader_of_a_base_finds_its_identity(tmp_path: Path) -> None:

@@ -14,6 +14,10 @@ from typer.testing import CliRunner
 
 from compressor.artifact.reader import read_artifact
 from compressor.cli.app import app
+from compressor.codecs import BlockDiagTerm
+from tests.compressor.artifacts import write_as_version
+
+STORED = sorted((Path(__file__).parents[1] / "artifact" / "data").iterdir())
 
 
 def impart(*arguments: object) -> tuple[int, str, str]:
@@ -98,6 +102,30 @@ def test_verify_good_artifact_with_and_without_base(delta: Path, tiny_llama: Pat
         assert (code, stderr) == (0, "")
         assert "ok" in stdout
         assert f"digest {digest}" in stdout
+
+
+@pytest.mark.parametrize("path", STORED, ids=lambda path: path.name)
+def test_verify_and_inspect_of_every_stored_version_work(path: Path) -> None:
+    for arguments in (("verify", path), ("inspect", "--tensors", path)):
+        code, stdout, stderr = impart(*arguments)
+        assert (code, stderr) == (0, "")
+        assert stdout
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_reconstruct_of_an_older_version_writes_the_same_model(
+    delta: Path, tiny_llama: Path, tmp_path: Path, version: int
+) -> None:
+    write_as_version(delta, tmp_path / "old", version)
+    terms = [term for d in read_artifact(delta).tensors for term in d.terms]
+    assert any(isinstance(term, BlockDiagTerm) and term.in_columns for term in terms)
+    for path, out in ((delta, "new-model"), (tmp_path / "old", "old-model")):
+        assert impart("verify", path, "--base", tiny_llama)[0] == 0
+        assert impart("reconstruct", tiny_llama, path, tmp_path / out)[0] == 0
+    models = [load_file(tmp_path / out / "model.safetensors") for out in ("new-model", "old-model")]
+    assert models[0].keys() == models[1].keys()
+    for name, tensor in models[0].items():
+        assert torch.equal(models[1][name], tensor), name
 
 
 def test_verify_wrong_base_exits_2(delta: Path, tiny_llama_ft: Path, tiny_gpt2: Path) -> None:

@@ -123,6 +123,15 @@ def test_blockdiag_stored_before_one_byte_scales_still_reads() -> None:
     check_term(BlockDiagTerm.from_parts((11, 9), term.params(), term.tensors()))
 
 
+@pytest.mark.parametrize(("bits", "scale_bits"), [(2, 8), (4, 16), (16, 16)])
+def test_blockdiag_rescaled_is_exactly_the_multiple_and_stored_as_such(bits, scale_bits) -> None:
+    term = make((11, 9), 2, bits, scale_bits=scale_bits)
+    for factor in (0.25, 2.0):
+        rescaled = term.rescaled(factor)
+        assert torch.equal(rescaled.to_dense(), term.to_dense() * factor)
+        check_term(rescaled)
+
+
 def test_blockdiag_one_block_of_16_bits_is_the_matrix() -> None:
     matrix = random_matrix((9, 14))
     torch.testing.assert_close(make((9, 14), 1, 16).to_dense(), matrix, rtol=2**-11, atol=0)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compressor.codecs.packing import pack_bits, packed_size, unpack_bits
+from compressor.codecs.packing import codes_at, pack_bits, packed_size, unpack_bits
 from compressor.errors import Corrupt, WrongShape
 from tests.compressor.codec_oracles import bit_codes
 
@@ -25,6 +25,16 @@ def test_pack_bits_any_width_and_length_is_the_little_endian_bit_stream(case) ->
     assert bytes(packed.tolist()) == whole.to_bytes(packed.numel(), "little")
     assert bit_codes(packed, bits, len(codes)) == codes
     assert unpack_bits(packed, bits, len(codes)).tolist() == codes
+
+
+@given(coded(), st.randoms(use_true_random=False))
+def test_codes_at_any_places_are_the_codes_there(case, random) -> None:
+    bits, codes = case
+    packed = pack_bits(torch.tensor(codes, dtype=torch.uint8), bits)
+    places = [random.randrange(len(codes)) for _ in range(6 if codes else 0)]
+    found = codes_at(packed, bits, torch.tensor(places, dtype=torch.int64).view(-1, 2))
+    assert found.dtype == torch.uint8
+    assert found.flatten().tolist() == [codes[place] for place in places]
 
 
 @pytest.mark.parametrize(("bits", "n"), [(2, 3), (3, 5), (4, 1), (3, 1), (1, 7)])

@@ -61,12 +61,12 @@ def test_coded_artifact_fills_what_is_asked_for_with_more_than_fits_plain(
     assert before > sum(coded.config.bytes.values())
 
 
-def test_without_coding_the_format_is_the_first_version(
+def test_without_coding_the_configuration_names_no_coder(
     pair: tuple[Path, Path], tmp_path: Path
 ) -> None:
     make(pair, tmp_path / "plain", Options(codec="blockdiag", ratio=RATIO, entropy="none"))
     record = json.loads((tmp_path / "plain" / "delta_config.json").read_bytes())
-    assert record["format_version"] == 1
+    assert record["format_version"] == 3
     assert "coding" not in record
 
 

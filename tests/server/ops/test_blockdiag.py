@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from compressor.codecs.columns import pack_columns
 from server.ops.choose import choose_kernels
 from server.ops.kernels import Kernels
-from server.ops.packed import PackedBlocks, pack_columns
+from server.ops.packed import PackedBlocks
 from server.ops.row_mapping import SlotSegments
 
 CPU = torch.device("cpu")

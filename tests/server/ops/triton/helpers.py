@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from compressor.codecs.blockdiag import BlockDiagTerm
+from compressor.codecs.blockdiag import BlockDiagTerm, blockdiag_from_codes
+from compressor.codecs.columns import pack_columns, packed_rows
 from compressor.codecs.quantize import to_half
-from server.ops.packed import PackedBlocks, pack_columns, packed_rows
+from server.ops.packed import PackedBlocks
 from server.ops.row_mapping import BASE_SLOT, Segment
 
 CPU = torch.device("cpu")
@@ -27,10 +28,11 @@ def random_term(shape: tuple[int, int], n_blocks: int, bits: int, seed: int) -> 
     unit = 2.0**-12
     if bits == 16:
         values = torch.randn(count, generator=generator(seed)).half()
-        return BlockDiagTerm(shape, n_blocks, 16, values, torch.full((m,), unit), unit)
+        return blockdiag_from_codes(shape, n_blocks, 16, values, torch.full((m,), unit), unit)
     codes = torch.randint(0, 1 << bits, (count,), generator=generator(seed), dtype=torch.uint8)
     scales = (torch.rand(m, generator=generator(seed + 1)) + 0.5) * 2.0**-3
-    return BlockDiagTerm(shape, n_blocks, bits, codes, to_half(scales, unit).float() * unit, unit)
+    scales = to_half(scales, unit).float() * unit
+    return blockdiag_from_codes(shape, n_blocks, bits, codes, scales, unit)
 
 
 def pack(variants: dict[int, list[BlockDiagTerm]], n_slots: int) -> tuple[PackedBlocks, Tensor]:
@@ -68,10 +70,11 @@ def _padded(term: BlockDiagTerm, mb: int, nb: int) -> tuple[Tensor, Tensor]:
     (m, n), s = term.shape, term.n_blocks
     values, scales = torch.zeros(s, nb, mb, dtype=torch.float16), torch.zeros(s, mb)
     at = row = 0
+    codes = term.codes
     for block in range(s):
         for i in range(m // s + (block < m % s)):
             width = n // s + (block < n % s)
-            values[block, :width, i] = term.codes[at : at + width].half()
+            values[block, :width, i] = codes[at : at + width].half()
             scales[block, i] = term.scales[row] / term.unit
             at, row = at + width, row + 1
     return values, scales.half()

@@ -10,9 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from compressor.codecs.columns import pack_columns, packed_rows
 from server.ops.kernels import TorchKernels
 from server.ops.lowrank import HeldLowRank, PackedLowRank
-from server.ops.packed import pack_columns, packed_rows
 from server.ops.row_mapping import Segment
 from server.ops.static_row_mapping import StaticRowMapping
 from server.ops.triton import lowrank
