@@ -72,7 +72,6 @@ ELSEWHERE = {
     "compressor.peft.config": "tests/compressor/peft/test_adapter.py",
     "compressor.peft.dora": "tests/compressor/peft/test_importer.py",
     "compressor.printable": "tests/compressor/artifact/test_reader_fuzz.py",
-    "compressor.progress": "tests/compressor/plan/test_settings.py",
     "compressor.report.data": "tests/compressor/report/test_html.py",
     "compressor.report.plots": "tests/compressor/report/test_html.py",
     "server.api.body": "tests/server/api/test_hostile.py",

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from compressor.errors import ImpartError
@@ -54,7 +54,8 @@ def progress_bar(quiet: bool) -> Iterator[Progress]:
     """Yield a callback that draws bars on stderr, or nothing when that is no terminal."""
     console = Console(stderr=True)
     columns: tuple[Any, ...] = (
-        TextColumn("{task.description:>8}"),
+        SpinnerColumn(finished_text=" "),
+        TextColumn("{task.description}", justify="right"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeRemainingColumn(elapsed_when_finished=True),
@@ -63,6 +64,8 @@ def progress_bar(quiet: bool) -> Iterator[Progress]:
     with Bars(*columns, console=console, disable=quiet or not console.is_terminal) as bars:
 
         def report(stage: str, done: int, total: int) -> None:
+            if not total:  # nothing to do, which is all of it
+                done = total = 1
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)
