@@ -37,7 +37,6 @@ ELSEWHERE = {
     "compressor.checkpoint.headers": "tests/compressor/checkpoint/test_files.py",
     "compressor.checkpoint.writer": "tests/compressor/export/test_reconstruct.py",
     "compressor.cli": "tests/compressor/cli/test_app.py",
-    "compressor.cli.common": "tests/compressor/cli/test_app.py",
     "compressor.cli.compress": "tests/compressor/cli/test_app.py",
     "compressor.cli.eval": "tests/compressor/measure/test_evaluation.py",
     "compressor.cli.export": "tests/compressor/peft/test_export.py",

@@ -256,6 +256,7 @@ class _Search:
             "tokens": bench.n_tokens,
             "base_kl": bench.of_base.kl,
             "tried": tried,
+            "chosen": candidate.label,
         }
         if self._shrunk:
             record["rescaled"] = self._shrunk

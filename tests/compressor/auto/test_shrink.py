@@ -66,7 +66,8 @@ def test_shrink_large_matrix_gets_the_factor_the_model_likes(
 def test_shrink_that_makes_one_set_worse_is_not_kept() -> None:
     deltas = StagedDeltas(changed={"large": delta("large", LARGE)})
 
-    def measure(tried: Mapping[str, TensorDelta]) -> Measured:
+    def measure(tried: Mapping[str, TensorDelta], progress: Progress = silent) -> Measured:
+        del progress
         scale = scale_of(tried["large"], deltas["large"])
         return Measured({"one": scale, "two": 0.1001 - 1e-4 * scale}, {})
 
@@ -78,7 +79,8 @@ def test_shrink_that_makes_one_set_worse_is_not_kept() -> None:
 def test_shrink_that_gains_little_is_not_kept() -> None:
     deltas = StagedDeltas(changed={"large": delta("large", LARGE)})
 
-    def measure(tried: Mapping[str, TensorDelta]) -> Measured:
+    def measure(tried: Mapping[str, TensorDelta], progress: Progress = silent) -> Measured:
+        del progress
         scale = scale_of(tried["large"], deltas["large"])
         return Measured({"one": 0.09 + 0.01 * scale}, {})
 
