@@ -17,19 +17,33 @@ def why_unreadable(path: Path) -> str | None:
     nothing does.
     """
     try:
-        if path.is_dir():
-            with os.scandir(path) as entries:
-                for entry in entries:  # to list needs one permission, to enter another
-                    entry.stat(follow_symlinks=False)
-                    break
-        else:
-            with path.open("rb"):
-                pass
+        _open(path)
     except PermissionError:
         return _forbidden(path)
     except OSError as error:
         return f"{path} cannot be read: {error.strerror}"
     return None
+
+
+def is_forbidden(path: Path) -> bool:
+    """Whether it is there, as far as can be told, and this process may not read it."""
+    try:
+        _open(path)
+    except PermissionError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _open(path: Path) -> None:
+    if not path.is_dir():
+        with path.open("rb"):
+            return
+    with os.scandir(path) as entries:
+        for entry in entries:  # to list needs one permission, to enter another
+            entry.stat(follow_symlinks=False)
+            return
 
 
 def _forbidden(path: Path) -> str:

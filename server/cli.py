@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from pydantic import create_model
@@ -23,9 +23,6 @@ from typer.core import TyperCommand
 from compressor import __version__
 from server.errors import ConfigError
 from server.settings import GROUPS, Settings, Unit, WhenUnset, size_text
-
-if TYPE_CHECKING:
-    import click  # typer's; not a dependency of its own
 
 PREFIX = "IMPART_"
 SWITCH = "SWITCH"
@@ -74,7 +71,8 @@ def app(serve: Callable[[Settings], None]) -> typer.Typer:
 class GroupedCommand(TyperCommand):
     """A command whose help shows the options by `GROUPS`."""
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options; the arguments' types are click's, of which typer has its own copy."""
         groups: dict[str, list[tuple[str, str]]] = {}
         heading = ""
         for parameter in self.get_params(ctx):

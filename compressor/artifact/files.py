@@ -33,6 +33,11 @@ def open_directory(path: Path) -> Iterator[int]:
     """Open an artifact directory; every read then goes through it, whatever is renamed."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError as error:
+        raise NotADelta(
+            f"{path.name} may not be read by this process's user; allow it (chmod a+rx) or run as "
+            "the owner"
+        ) from error
     except OSError as error:
         raise NotADelta(f"{path.name} cannot be opened as a directory: {error.strerror}") from error
     try:

@@ -34,7 +34,8 @@ def choice(config: DeltaConfig) -> Iterator[tuple[str, str]]:
     if not isinstance(record, dict):
         return
     yield "chosen by", f"auto: {_short(record.get('basis', ''))}"
-    chosen, others = [], []
+    chosen: list[str] = []
+    others: list[str] = []
     tried = record.get("tried")
     for trial in tried[:_MAX_SHOWN] if isinstance(tried, list) else []:
         told = _trial(trial)

@@ -12,7 +12,7 @@ from typing import Any
 
 from compressor.checkpoint.hub import HubRef, fetch_artifact, fetch_files, fetch_settings, parse_ref
 from compressor.errors import CheckpointError
-from compressor.readable import why_unreadable
+from compressor.readable import is_forbidden, why_unreadable
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -34,7 +34,7 @@ def resolve(path: str | Path) -> Path:
         return local
     if os.path.exists(local):
         raise CheckpointError(f"{path} is a file; give the directory that holds the model")
-    if _is_hidden(local):
+    if is_forbidden(local):
         raise CheckpointError(why_unreadable(local))
     ref = parse_ref(str(path))
     if ref is None:
@@ -66,17 +66,6 @@ def check_readable(folder: Path) -> None:
     for file in sorted({file for pattern in _READ for file in folder.glob(pattern)}):
         if (problem := why_unreadable(file)) is not None:
             raise CheckpointError(problem)
-
-
-def _is_hidden(path: Path) -> bool:
-    """Whether something may be there that this process may not see."""
-    try:
-        path.stat()
-    except PermissionError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def read_model_config(path: Path) -> dict[str, Any]:

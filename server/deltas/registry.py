@@ -17,7 +17,7 @@ from pathlib import Path
 
 from compressor.artifact.reader import read_config, read_digest
 from compressor.errors import ArtifactError, WrongBase
-from compressor.readable import why_unreadable
+from compressor.readable import is_forbidden
 
 log = logging.getLogger(__name__)
 WEIGHTS = "delta.safetensors"
@@ -85,7 +85,7 @@ class DeltaRegistry:
             if old is not None and old.digest == digest and old.error is None:
                 return old
             config = read_config(path)
-            if why_unreadable(path / WEIGHTS) is not None:
+            if is_forbidden(path / WEIGHTS):
                 raise _Refused(
                     f"{WEIGHTS} may not be read by the server's user; "
                     "allow it (chmod a+r) or run the server as the owner"
