@@ -59,6 +59,17 @@ def _fetched(ref: HubRef) -> Path:
     return folder
 
 
+def look_at_folder(path: str | Path) -> Path:
+    """As `resolve`, and what is there must be an adapter, a delta or a whole model, as far as names
+    of files tell.
+    """
+    folder = resolve(path)
+    if not (folder / _ADAPTER).is_file() and not (folder / _DELTA).is_file():
+        read_model_config(folder)
+        weight_files(folder)
+    return folder
+
+
 def check_readable(folder: Path) -> None:
     """Raise CheckpointError if this process may not list a model's folder or read a file of it."""
     if (problem := why_unreadable(folder)) is not None:

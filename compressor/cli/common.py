@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
@@ -47,6 +48,23 @@ def reporting(command: Callable[P, R]) -> Callable[P, R]:
             raise typer.Exit(2) from error
 
     return wrapped
+
+
+def look_at(*models: str, deltas: Iterable[Path] = ()) -> None:
+    """Say what is wrong with local models, adapters and deltas before torch is imported.
+
+    Hub ids are left to whoever fetches them.
+    """
+    from compressor.artifact.files import open_directory, read_checksums
+    from compressor.checkpoint.folder import look_at_folder
+    from compressor.checkpoint.hub import parse_ref
+
+    for model in models:
+        if os.path.lexists(model) or parse_ref(model) is None:
+            look_at_folder(model)
+    for delta in deltas:
+        with open_directory(delta) as directory:
+            read_checksums(directory)
 
 
 @contextmanager
