@@ -53,8 +53,8 @@ class BlockDiagTerm:
     """Diagonal blocks of a matrix ``[m, n]``.
 
     packed  the codes as on disk: uint8 ``[ceil(N * bits / 8)]``, a bit stream, or uint8
-            ``[s, n / s * bits / 8, m / s]`` in the order of kernels (`columns_shape`); for 16 bits
-            float16 values ``[N]``
+            ``[s, n / s * bits / 8, m / s]`` in the order of kernels (`block_columns_shape`); for
+            16 bits float16 values ``[N]``
     stored_scales  ``[m]`` as on disk, the rescale ``n / n_b`` folded in: float16, or uint8 for 8
             `scale_bits`; ones for 16 bits (the values already hold the rescale)
     unit    what the numbers on disk are multiples of
@@ -127,7 +127,7 @@ class BlockDiagTerm:
             check_names(cls.codec, tensors, {"codes", "scales"})
             dtype = torch.uint8 if scale_bits == 8 else torch.float16
             stored = check_part(cls.codec, tensors, "scales", dtype, (m,))
-            columns = columns_shape(shape, n_blocks, bits)
+            columns = block_columns_shape(shape, n_blocks, bits)
             packed = stored_codes(cls.codec, tensors, "codes", bits, n_values, columns)
         return cls(shape, n_blocks, bits, packed, stored, unit, scale_bits)
 
@@ -221,7 +221,7 @@ def blockdiag_from_codes(
     if bits == 16:
         parts = {"values": codes}
     else:
-        columns = columns_shape(shape, n_blocks, bits)
+        columns = block_columns_shape(shape, n_blocks, bits)
         if columns is None:
             packed = pack_bits(codes, bits)
         else:
@@ -232,7 +232,7 @@ def blockdiag_from_codes(
     return BlockDiagTerm.from_parts(shape, params, parts)
 
 
-def columns_shape(shape: Shape, n_blocks: int, bits: int) -> tuple[int, int, int] | None:
+def block_columns_shape(shape: Shape, n_blocks: int, bits: int) -> tuple[int, int, int] | None:
     """``[s, byte rows, rows of a block]`` of codes in the order of kernels; None if not all blocks
     are alike and fill their bytes.
     """

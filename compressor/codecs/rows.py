@@ -100,7 +100,7 @@ class RowsTerm:
         if len(index) != n_rows:
             raise Corrupt(f"{cls.codec}: the mask names {len(index)} rows, not {n_rows}")
         stored = check_part(cls.codec, tensors, "scales", torch.uint8, (n_rows,))
-        columns = columns_shape(n, n_rows, bits)
+        columns = row_columns_shape(n, n_rows, bits)
         packed = stored_codes(cls.codec, tensors, "codes", bits, n_rows * n, columns)
         return cls(shape, bits, index, packed, stored, unit)
 
@@ -144,14 +144,14 @@ def rows_from_codes(
 
     scales  float32 ``[K]``, as `as_stored` returns them
     """
-    if columns_shape(shape[1], len(index), bits) is None:
+    if row_columns_shape(shape[1], len(index), bits) is None:
         packed = pack_bits(codes.flatten(), bits)
     else:
         packed = pack_columns(codes.T, bits).contiguous()
     return RowsTerm(shape, bits, index, packed, store_scales(scales, unit, SCALE_BITS), unit)
 
 
-def columns_shape(n: int, n_rows: int, bits: int) -> tuple[int, int] | None:
+def row_columns_shape(n: int, n_rows: int, bits: int) -> tuple[int, int] | None:
     """``[byte rows, K]`` of codes in the order of kernels; None if they do not fill their bytes."""
     return (packed_rows(n, bits), n_rows) if fills_bytes(n, bits) else None
 

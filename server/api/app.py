@@ -6,7 +6,7 @@ from fastapi import FastAPI
 
 from server.api import chat, completions, deltas, errors, health, models, tokens
 from server.api.context import Api
-from server.api.middleware import EarlyRefusal, RequestCap, RequestContext
+from server.api.middleware import EarlyRefusal, HeadAsGet, RequestCap, RequestContext
 from server.api.open_requests import OpenRequests
 from server.engine.types import EngineClient
 from server.metrics.series import Metrics
@@ -34,6 +34,7 @@ def create_app(engine: EngineClient, settings: Settings, metrics: Metrics | None
     errors.install(app)
     for module in (completions, chat, models, deltas, tokens, health):
         app.include_router(module.router)
+    app.add_middleware(HeadAsGet)
     # The last added is the outermost.
     app.add_middleware(RequestCap, max_bytes=settings.max_body_bytes)
     app.add_middleware(EarlyRefusal, check=api.check_open)

@@ -42,10 +42,10 @@ async def parse_body(request: Request, model: type[Model]) -> Model:
 
 
 def parse_json(raw: bytes) -> object:
-    """Return the JSON value in `raw`. Raises InvalidRequest."""
+    """Return the JSON value in `raw`, after a byte order mark or not. Raises InvalidRequest."""
     try:
         return json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
+            raw.decode("utf-8-sig"), object_pairs_hook=_unique, parse_constant=_refuse_constant
         )
     except RecursionError:
         raise InvalidRequest("The body is nested too deeply.") from None

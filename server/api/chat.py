@@ -10,8 +10,9 @@ from fastapi import APIRouter, Request, Response
 from server.api.body import parse_body
 from server.api.context import api_of
 from server.api.generation import GenerationResponse
+from server.api.logprobs import entries
 from server.api.prompts import Prompt, render_messages
-from server.api.reply import Choice, clamp
+from server.api.reply import Choice
 from server.api.sampling import output_budget, sampling_params
 from server.api.schemas import ChatRequest
 from server.engine.types import (
@@ -86,18 +87,4 @@ class ChatReply:
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not self.body.logprobs:
             return None
-        n_top = self.body.top_logprobs or 0
-        return {"content": [_token(token, n_top) for token in tokens], "refusal": None}
-
-
-def _token(token: TokenLogprob, n_top: int) -> dict[str, Any]:
-    top = [_entry(item) for item in token.top[:n_top]]
-    return {**_entry(token), "top_logprobs": top}
-
-
-def _entry(token: TokenLogprob) -> dict[str, Any]:
-    return {
-        "token": token.token,
-        "logprob": clamp(token.logprob),
-        "bytes": list(token.token.encode("utf-8", "replace")),
-    }
+        return {"content": entries(tokens, self.body.top_logprobs or 0), "refusal": None}

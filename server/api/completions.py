@@ -11,8 +11,9 @@ from fastapi import APIRouter, Request, Response
 from server.api.body import parse_body
 from server.api.context import api_of
 from server.api.generation import GenerationResponse
+from server.api.logprobs import parallel_lists, prompt_in_text
 from server.api.prompts import Prompt, encode_prompt
-from server.api.reply import Choice, clamp
+from server.api.reply import Choice
 from server.api.sampling import output_budget, sampling_params
 from server.api.schemas import CompletionRequest
 from server.engine.types import (
@@ -50,16 +51,23 @@ class CompletionReply:
         return len(self.body.prompt)
 
     async def prompts(self, engine: EngineClient, variant: VariantHandle) -> list[Prompt]:
-        prompts = [await encode_prompt(engine, variant, prompt) for prompt in self.body.prompt]
+        special = self.body.add_special_tokens is not False
+        prompts = [
+            await encode_prompt(engine, variant, prompt, add_special_tokens=special)
+            for prompt in self.body.prompt
+        ]
         if not self.body.echo:
             return prompts
-        return list(await asyncio.gather(*(_with_text(engine, variant, p) for p in prompts)))
+        is_whole = self.body.max_tokens == 0
+        texts = (_with_text(engine, variant, prompt, is_whole=is_whole) for prompt in prompts)
+        return list(await asyncio.gather(*texts))
 
     def params(
         self, prompt: Prompt, variant: VariantHandle, max_model_len: int, child: int
     ) -> SamplingParams:
         asked = self.body.output_limit  # 0: echo only, so the prompt may fill the context
-        max_tokens = output_budget(len(prompt.ids), asked, DEFAULT_MAX_TOKENS, max_model_len)
+        default = variant.defaults.get("max_new_tokens", DEFAULT_MAX_TOKENS)
+        max_tokens = output_budget(len(prompt.ids), asked, default, max_model_len)
         return sampling_params(
             self.body,
             variant.defaults,
@@ -73,22 +81,30 @@ class CompletionReply:
         return []
 
     def piece(self, choice: Choice, chunk: OutputChunk) -> dict[str, Any] | None:
-        text, tokens = chunk.text, chunk.logprobs
+        text, prompt_logprobs = chunk.text, chunk.prompt_logprobs
         if self.body.echo and choice.n_chunks == 1:
             text = (choice.prompt.text or "") + text
-            tokens = chunk.prompt_logprobs + tokens
-        if not text and not tokens and chunk.finish_reason is None:
+        if not text and not prompt_logprobs and not chunk.logprobs and chunk.finish_reason is None:
             return None
-        return self._choice(choice, text, tokens)
+        return self._choice(choice, text, prompt_logprobs, chunk.logprobs)
 
     def whole(self, choice: Choice) -> dict[str, Any]:
         text = "".join(choice.text)
         if self.body.echo:
             text = (choice.prompt.text or "") + text
-        return self._choice(choice, text, (*choice.prompt_logprobs, *choice.logprobs))
+        return self._choice(choice, text, choice.prompt_logprobs, choice.logprobs)
 
-    def _choice(self, choice: Choice, text: str, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-        logprobs = None if self.body.logprobs is None else _logprobs(choice, tokens)
+    def _choice(
+        self,
+        choice: Choice,
+        text: str,
+        of_prompt: Sequence[TokenLogprob],
+        of_output: Sequence[TokenLogprob],
+    ) -> dict[str, Any]:
+        logprobs = None
+        if self.body.logprobs is not None:
+            prompt = prompt_in_text(of_prompt, choice.prompt.text or "")
+            logprobs = parallel_lists(choice, [*prompt, *of_output])
         return {
             "index": choice.index,
             "text": text,
@@ -98,32 +114,10 @@ class CompletionReply:
         }
 
 
-async def _with_text(engine: EngineClient, variant: VariantHandle, prompt: Prompt) -> Prompt:
+async def _with_text(
+    engine: EngineClient, variant: VariantHandle, prompt: Prompt, *, is_whole: bool
+) -> Prompt:
+    """Return the prompt with its text; a character that it only begins comes with the output."""
     if prompt.text is not None:
         return prompt
-    return Prompt(prompt.ids, await engine.decode(variant, prompt.ids))
-
-
-def _logprobs(choice: Choice, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-    """Return OpenAI's four parallel lists."""
-    offsets = []
-    for token in tokens:
-        offsets.append(choice.text_offset)
-        choice.text_offset += len(token.token)
-    return {
-        "tokens": [token.token for token in tokens],
-        "token_logprobs": [None if t.logprob is None else clamp(t.logprob) for t in tokens],
-        "top_logprobs": [_top(token) for token in tokens],
-        "text_offset": offsets,
-    }
-
-
-def _top(token: TokenLogprob) -> dict[str, float] | None:
-    """Return the best alternatives and the token itself; None for a prompt's first token."""
-    if token.logprob is None:
-        return None
-    best: dict[str, float] = {}
-    for item in token.top:  # best first; tokens that print alike share a key, the best one wins
-        best.setdefault(item.token, clamp(item.logprob))
-    best.setdefault(token.token, clamp(token.logprob))
-    return best
+    return Prompt(prompt.ids, await engine.decode(variant, prompt.ids, is_whole=is_whole))

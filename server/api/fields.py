@@ -34,6 +34,11 @@ def _text(value: object, what: str) -> str:
     return value
 
 
+def parse_text(value: object) -> str | None:
+    """Return a text that can be encoded, None for none."""
+    return None if value is None else _text(value, "the text")
+
+
 def _token_ids(value: list[object], what: str) -> list[int]:
     for item in value:
         # bool is an int to Python and must not be one here
@@ -134,4 +139,5 @@ Prompts = Annotated[list[str | list[int]], PlainValidator(parse_prompts)]
 Stop = Annotated[tuple[str, ...], PlainValidator(parse_stop)]
 LogitBias = Annotated[tuple[tuple[int, float], ...], PlainValidator(parse_logit_bias)]
 Content = Annotated[str | None, PlainValidator(parse_content)]
+OptionalText = Annotated[str | None, PlainValidator(parse_text)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]

@@ -175,6 +175,34 @@ class RequestCap:
         return BodyTooLarge(f"The body exceeds {self._max_bytes} bytes. Send less at once.")
 
 
+class HeadAsGet:
+    """Answers HEAD as GET, wherever GET is; the server leaves the body out."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+        route = dict(scope, method="GET")
+        try:
+            await self._app(route, receive, _without_body(send))
+        finally:
+            scope["route"] = route.get("route")  # for the log and the metrics
+
+
+def _without_body(send: Send) -> Send:
+    """Return a `send` that leaves out the bytes of a body and keeps its declared length."""
+
+    async def send_head(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            message = {**message, "body": b""}
+        await send(message)
+
+    return send_head
+
+
 def _generates(scope: Scope) -> bool:
     return scope["method"] == "POST" and scope["path"] in GENERATION_PATHS
 

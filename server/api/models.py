@@ -25,7 +25,7 @@ async def list_models(request: Request) -> JSONResponse:
 async def get_model(request: Request, name: str) -> JSONResponse:
     """Describe one model."""
     for info in api_of(request).engine.models():
-        if info.name == name:
+        if info.is_named(name):
             return JSONResponse(model_entry(info))
     raise ModelNotFound(f"The model `{name[:256]}` does not exist.", param="model")
 

@@ -25,13 +25,18 @@ class Prompt:
 
 
 async def encode_prompt(
-    engine: EngineClient, variant: VariantHandle, prompt: str | list[int]
+    engine: EngineClient,
+    variant: VariantHandle,
+    prompt: str | list[int],
+    *,
+    add_special_tokens: bool = True,
 ) -> Prompt:
     """Return the prompt's token ids. Raises InvalidRequest: too long."""
     if not isinstance(prompt, str):
         return Prompt(prompt)
     check_length(len(prompt), engine.max_model_len, "prompt")
-    return Prompt(await engine.encode(variant, prompt), prompt)
+    ids = await engine.encode(variant, prompt, add_special_tokens=add_special_tokens)
+    return Prompt(ids, prompt)
 
 
 async def render_messages(engine: EngineClient, variant: VariantHandle, chat: ChatInput) -> Prompt:
@@ -43,6 +48,7 @@ async def render_messages(engine: EngineClient, variant: VariantHandle, chat: Ch
         [message.as_dict() for message in chat.messages],
         add_generation_prompt=chat.generation_prompt,
         continue_final_message=bool(chat.continue_final_message),
+        add_special_tokens=bool(chat.add_special_tokens),
     )
     return Prompt(ids)
 

@@ -10,7 +10,16 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from server.api.fields import Content, LogitBias, Prompts, Stop, TokenId, conflict, neutral
+from server.api.fields import (
+    Content,
+    LogitBias,
+    OptionalText,
+    Prompts,
+    Stop,
+    TokenId,
+    conflict,
+    neutral,
+)
 
 MAX_N = 16
 MAX_LOGPROBS = 20
@@ -62,7 +71,6 @@ class GenerationRequest(Strict):
     user: Annotated[str, Field(max_length=512)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
-    add_special_tokens: Annotated[Any, neutral(True)] = None
     allowed_token_ids: Annotated[Any, neutral([])] = None
     bad_words: Annotated[Any, neutral([])] = None
     best_of: Annotated[Any, neutral(1)] = None
@@ -113,6 +121,7 @@ class CompletionRequest(GenerationRequest):
     """Body of ``POST /v1/completions``."""
 
     prompt: Prompts
+    add_special_tokens: Flag = None  # default: yes
     echo: Flag = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -161,6 +170,7 @@ class ChatInput(Strict):
     messages: Messages
     add_generation_prompt: Flag = None
     continue_final_message: Flag = None
+    add_special_tokens: Flag = None  # default: no, a template has its own
 
     @model_validator(mode="after")
     def _check_ending(self) -> Self:
@@ -218,11 +228,11 @@ class TokenizeRequest(Strict):
     """Body of ``POST /tokenize``: a prompt, or a conversation."""
 
     model: Name
-    prompt: str | None = None
+    prompt: OptionalText = None
     messages: Messages | None = None
     add_generation_prompt: Flag = None
     continue_final_message: Flag = None
-    add_special_tokens: Annotated[Any, neutral(True)] = None
+    add_special_tokens: Flag = None  # default: yes for a prompt, no for a conversation
     return_token_strs: Flag = None
 
     @model_validator(mode="after")
@@ -240,6 +250,7 @@ class TokenizeRequest(Strict):
             messages=self.messages,
             add_generation_prompt=self.add_generation_prompt,
             continue_final_message=self.continue_final_message,
+            add_special_tokens=self.add_special_tokens,
         )
 
 

@@ -26,9 +26,18 @@ class Stalled(Exception):
     """The reader took nothing for `STALL_S` seconds."""
 
 
+# JSON leaves them as they are, but readers of lines split at them, within an event's data.
+_LINE_BREAKS = {ord(letter): f"\\u{ord(letter):04x}" for letter in "\u0085\u2028\u2029"}
+
+
 def encode_json(value: object) -> bytes:
-    """Return compact JSON. Raises ValueError on NaN, which clients could not read."""
-    return _JSON.encode(value).encode("utf-8", "replace")
+    """Return compact JSON in one line, also for readers that know Unicode's line breaks. Raises
+    ValueError on NaN, which clients could not read.
+    """
+    text = _JSON.encode(value)
+    if not text.isascii():
+        text = text.translate(_LINE_BREAKS)
+    return text.encode("utf-8", "replace")
 
 
 def frame(payload: object) -> bytes:

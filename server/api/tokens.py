@@ -13,7 +13,7 @@ from server.api.prompts import check_length, render_messages
 from server.api.schemas import DetokenizeRequest, TokenizeRequest
 from server.errors import InvalidRequest
 
-MAX_TOKEN_STRINGS = 4096  # each is one call of the tokenizer
+MAX_TOKEN_STRINGS = 4096  # each is a call of the tokenizer
 
 router = APIRouter()
 
@@ -31,7 +31,9 @@ async def tokenize(request: Request) -> JSONResponse:
     if chat is None:
         text = body.prompt or ""
         check_length(len(text), api.engine.max_model_len, "prompt")
-        ids = await api.engine.encode(variant, text)
+        ids = await api.engine.encode(
+            variant, text, add_special_tokens=body.add_special_tokens is not False
+        )
     else:
         ids = list((await render_messages(api.engine, variant, chat)).ids)
     strings = None
@@ -41,7 +43,7 @@ async def tokenize(request: Request) -> JSONResponse:
                 f"return_token_strs is limited to {MAX_TOKEN_STRINGS} tokens.",
                 param="return_token_strs",
             )
-        strings = [await api.engine.decode(variant, [token]) for token in ids]
+        strings = await api.engine.token_texts(variant, ids)
     return JSONResponse(
         {
             "count": len(ids),

@@ -98,7 +98,6 @@ class EngineCore:
             self.scheduler,
             self.slots,
             self.loader,
-            self._sampler,
             self._lookahead,
             self.admission,
             observer,

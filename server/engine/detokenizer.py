@@ -1,4 +1,4 @@
-"""Token ids -> text, incrementally, and stop strings.
+"""Token ids -> text as a client may see it, incrementally, and stop strings.
 
 Text that could be the beginning of a stop string is held back until it is known not to be one.
 """
@@ -7,46 +7,45 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from server.engine.text_stream import TextStream
 
 
 @dataclass(slots=True)
 class Detokenizer:
     """Incremental decoder of one request.
 
-    held  decoded but not yet shown
+    held     decoded but not yet shown
+    settled  the pieces of text of the ids that the last call settled, oldest first
     """
 
-    backend: Tokenizer
+    stream: TextStream
     stop: tuple[str, ...] = ()
     include_stop: bool = False
-    skip_special_tokens: bool = True
     held: str = ""
     stopped_by: str | None = None
-    _stream: DecodeStream = field(init=False)
-    _ids: list[int] = field(default_factory=list)
-    _n_chars: int = 0
-
-    def __post_init__(self) -> None:
-        self._stream = DecodeStream(skip_special_tokens=self.skip_special_tokens)
+    settled: list[str] = field(default_factory=list)
+    _may_stop: list[bool] = field(default_factory=list)  # of ids that wait
 
     def push(self, token_id: int, *, check_stop: bool = True) -> str:
         """Add one token; return the text that may be shown. Sets `stopped_by` on a stop string."""
-        self._ids.append(token_id)
-        piece = self._stream.step(self.backend, token_id) or ""
-        self._n_chars += len(piece)
-        self.held += piece
-        if check_stop and self._cut_at_stop(len(piece)):
-            return self._show(len(self.held))
-        return self._show(len(self.held) - self._possible_stop_length())
+        self._may_stop.append(check_stop)
+        self.settled = self.stream.push(token_id)
+        return self._take(self.settled)
 
     def finish(self) -> str:
         """Return what is still held, incomplete UTF-8 shown as the tokenizer's decode shows it."""
-        if self.stopped_by is None:
-            text = self.backend.decode(self._ids, skip_special_tokens=self.skip_special_tokens)
-            self.held += text[self._n_chars :]
-        return self._show(len(self.held))
+        self.settled = [] if self.stopped_by is not None else self.stream.flush()
+        return self._take(self.settled) + self._show(len(self.held))
+
+    def _take(self, pieces: list[str]) -> str:
+        for piece in pieces:
+            if self.stopped_by is not None:
+                break
+            self.held += piece
+            may_stop = self._may_stop.pop(0) if self._may_stop else False
+            if may_stop and piece and self._cut_at_stop(len(piece)):
+                return self._show(len(self.held))
+        return self._show(len(self.held) - self._possible_stop_length())
 
     def _show(self, n_chars: int) -> str:
         shown, self.held = self.held[:n_chars], self.held[n_chars:]

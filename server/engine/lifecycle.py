@@ -11,7 +11,6 @@ from server.engine.request import Event, Request, Status
 from server.engine.schedule.admission import Admission
 from server.engine.schedule.scheduler import Scheduler
 from server.engine.step.lookahead import Lookahead
-from server.engine.step.sampler import Sampler
 from server.engine.variant import BASE_KEY
 from server.errors import DeadlineExceeded, NoSlot, ServeError
 
@@ -21,8 +20,8 @@ Events = list[tuple[Request, Event]]
 class RequestLifecycle:
     """All open requests, and the events of a step until they are published.
 
-    A request that ends while a step in flight has a row of it keeps its KV blocks, slot and
-    generator until that step has been read: `close` says it has ended, `release` gives them back.
+    A request that ends while a step in flight has a row of it keeps its KV blocks and slot until
+    that step has been read: `close` says it has ended, `release` gives them back.
     """
 
     def __init__(
@@ -30,7 +29,6 @@ class RequestLifecycle:
         scheduler: Scheduler,
         slots: SlotTable,
         loader: DeltaLoader,
-        sampler: Sampler,
         lookahead: Lookahead,
         admission: Admission,
         observer: Observer | None,
@@ -38,7 +36,6 @@ class RequestLifecycle:
         self._scheduler = scheduler
         self._slots = slots
         self._loader = loader
-        self._sampler = sampler
         self._lookahead = lookahead
         self._admission = admission
         self._observer = observer
@@ -80,9 +77,8 @@ class RequestLifecycle:
             self.release(request)
 
     def release(self, request: Request) -> None:
-        """KV blocks, slot and generator go back."""
+        """KV blocks and slot go back."""
         self._scheduler.remove(request)
-        self._sampler.forget(request)
         if request.slot is None and not self.waiting_for(request.variant.key):
             self._loader.forget(request.variant.key)
         if request.slot is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from server.engine.lifecycle import Events
 from server.engine.limits import check_request
 from server.engine.observer import CoreStats, Observer
 from server.engine.output import RequestOutput, TextOutput
+from server.engine.pauses import PauseWatch
 from server.engine.request import Request
 from server.engine.schedule.admission import AdmissionTicket
 from server.engine.single_flight import SingleFlight
@@ -63,6 +65,7 @@ class LLMEngine:
         # Their own, of low priority: who opens a variant must not keep others from tokenising.
         self._openers = background_pool(2, "opener")
         self._openings: SingleFlight[Variant] = SingleFlight(self._openers)
+        self._pauses = PauseWatch(parts.settings.heartbeat_timeout_s / 2)
         self._started = False
 
     @classmethod
@@ -83,6 +86,7 @@ class LLMEngine:
         """Start the engine thread; events go to the running event loop."""
         self._publisher.loop = asyncio.get_running_loop()
         self.core.start()
+        self._pauses.start()
         self._started = True
 
     async def shutdown(self, drain_timeout_s: float) -> None:
@@ -94,6 +98,7 @@ class LLMEngine:
                 break
             await asyncio.sleep(0.05)
         await asyncio.to_thread(self.core.stop)
+        self._pauses.stop()
         for pool in (self._workers, self._templates, self._openers):
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -154,11 +159,19 @@ class LLMEngine:
 
     # -- text ------------------------------------------------------------------------------------
 
-    async def encode(self, variant: Variant, text: str) -> list[int]:
-        return await self._in_thread(lambda: variant.text.encode(text))
+    async def encode(
+        self, variant: Variant, text: str, *, add_special_tokens: bool = True
+    ) -> list[int]:
+        encode = variant.text.encode
+        return await self._in_thread(lambda: encode(text, add_special_tokens=add_special_tokens))
 
-    async def decode(self, variant: Variant, token_ids: Sequence[int]) -> str:
-        return await self._in_thread(lambda: variant.text.decode(list(token_ids)))
+    async def decode(
+        self, variant: Variant, token_ids: Sequence[int], *, is_whole: bool = True
+    ) -> str:
+        return await self._in_thread(lambda: variant.text.decode(token_ids, is_whole=is_whole))
+
+    async def token_texts(self, variant: Variant, token_ids: Sequence[int]) -> list[str]:
+        return await self._in_thread(lambda: variant.text.token_texts(token_ids))
 
     async def render_chat(
         self,
@@ -167,6 +180,7 @@ class LLMEngine:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        add_special_tokens: bool = False,
     ) -> list[int]:
         rendering = asyncio.get_running_loop().run_in_executor(
             self._templates,
@@ -174,6 +188,7 @@ class LLMEngine:
                 messages,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
+                add_special_tokens=add_special_tokens,
             ),
         )
         try:
@@ -214,7 +229,9 @@ class LLMEngine:
             prompt_ids, params, vocab_size=variant.vocab_size, max_model_len=self.max_model_len
         )
         output = RequestOutput(
-            TextOutput(variant.text, params), on_output, abort=lambda: self.core.abort(request)
+            TextOutput(variant.text, params, prompt_ids),
+            on_output,
+            abort=lambda: self.core.abort(request),
         )
         request = Request(
             # Clients choose request ids; inside the engine they must be unique.
@@ -237,9 +254,12 @@ class LLMEngine:
     def is_alive(self) -> bool:
         """Whether the loop lives. It beats once per layer, not only once per step: a long prompt
         on a slow machine is no hang, a kernel that never returns is one after
-        `Settings.heartbeat_timeout_s`.
+        `Settings.heartbeat_timeout_s`. While this process stood still no time passed for it.
         """
-        return self._started and self.core.is_alive(self._settings.heartbeat_timeout_s)
+        longest_s = self._settings.heartbeat_timeout_s
+        if self._pauses.resumed_within(longest_s):
+            longest_s = math.inf
+        return self._started and self.core.is_alive(longest_s)
 
     def is_ready(self) -> bool:
         return self.is_alive() and not self.core.admission.draining

@@ -8,10 +8,13 @@ more, which nobody sees: the request is aborted and what still comes of it is dr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 
 from server.engine.detokenizer import Detokenizer
 from server.engine.request import Event, as_serve_error
 from server.engine.text import TextAssets
+from server.engine.text_stream import text_stream
+from server.engine.token_words import TokenWords, worded_prompt
 from server.engine.types import OutputChunk, SamplingParams, TokenLogprob
 from server.errors import ServeError
 
@@ -21,43 +24,51 @@ MAX_BEHIND = 64  # chunks kept for a reader that takes none; then they become on
 class TextOutput:
     """Words the chunks of one request."""
 
-    def __init__(self, text: TextAssets, params: SamplingParams) -> None:
-        self._text = text
-        self.detokenizer = Detokenizer(
-            text.backend, params.stop, params.include_stop_str_in_output, params.skip_special_tokens
-        )
+    def __init__(
+        self, text: TextAssets, params: SamplingParams, prompt_ids: Sequence[int] = ()
+    ) -> None:
+        self._vocabulary = text.vocabulary
+        self._params = params
+        skip = params.skip_special_tokens
+        stream = text_stream(text.vocabulary, skip_special_tokens=skip, prompt_ids=prompt_ids)
+        include_stop = params.include_stop_str_in_output
+        self.detokenizer = Detokenizer(stream, params.stop, include_stop)
+        self._words = TokenWords(text.vocabulary, stream, skip_special_tokens=skip)
 
     def with_text(self, chunk: OutputChunk) -> OutputChunk:
         """Return the chunk with what may be shown of it.
 
-        A stop string that it completes ends the text.
+        A stop string that it completes ends the text. A stop token is shown only if stops are.
         """
         text, reason, stop_reason = "", chunk.finish_reason, chunk.stop_reason
-        if reason != "stop":  # a stop token is not shown
-            for token in chunk.token_ids:
+        is_shown = reason != "stop" or self._params.include_stop_str_in_output
+        logprobs: list[TokenLogprob] = []
+        for token, logprob in zip_longest(chunk.token_ids, chunk.logprobs):
+            if logprob is not None:
+                self._words.arrive(logprob)
+            if is_shown:
                 text += self.detokenizer.push(token, check_stop=chunk.may_stop)
-            if self.detokenizer.stopped_by is not None:
-                reason, stop_reason = "stop", self.detokenizer.stopped_by
+                logprobs += self._words.settle(self.detokenizer.settled)
+        if self.detokenizer.stopped_by is not None:
+            reason, stop_reason = "stop", self.detokenizer.stopped_by
         if reason is not None:
             text += self.detokenizer.finish()
+            logprobs += self._words.settle(self.detokenizer.settled)
+            logprobs += self._words.end()
         return OutputChunk(
             text=text,
             token_ids=chunk.token_ids,
-            logprobs=self._worded(chunk.logprobs),
-            prompt_logprobs=self._worded(chunk.prompt_logprobs),
+            logprobs=tuple(logprobs),
+            prompt_logprobs=self._worded_prompt(chunk.prompt_logprobs),
             finish_reason=reason,
             stop_reason=stop_reason,
             n_cached_tokens=chunk.n_cached_tokens,
             may_stop=chunk.may_stop,
         )
 
-    def _worded(self, logprobs: Sequence[TokenLogprob]) -> tuple[TokenLogprob, ...]:
-        """Return the log probabilities with the texts of their tokens, alternatives included."""
-        token_text = self._text.token_text
-        return tuple(
-            TokenLogprob(one.token_id, one.logprob, self._worded(one.top), token_text(one.token_id))
-            for one in logprobs
-        )
+    def _worded_prompt(self, logprobs: Sequence[TokenLogprob]) -> tuple[TokenLogprob, ...]:
+        is_whole = self._params.max_tokens == 0
+        return worded_prompt(self._vocabulary, logprobs, is_whole=is_whole)
 
 
 class RequestOutput:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ class Request:
     cache_salt  only requests of the same salt find each other's KV blocks: who shares none cannot
                 tell by its time to the first token what others have sent
     n_cached_tokens  prompt tokens whose keys and values were already there when it started
+    noise_key   with a position, all that is random about a draw: the seed, or a random number
     unproven    its KV blocks hold keys and values that no finite logits have come from yet
     deliver     takes each event; called by whoever `publish` hands the step's events to
     deadline    time.monotonic() at which it fails; None: never
@@ -54,6 +56,7 @@ class Request:
     cache_salt: str = ""
     status: Status = Status.WAITING
     tokens: list[int] = field(default_factory=list)
+    noise_key: int = field(init=False)
     kv_blocks: list[int] = field(default_factory=list)
     n_computed: int = 0
     slot: Slot | None = None
@@ -69,6 +72,8 @@ class Request:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.prompt_ids)
+        seed = self.params.seed
+        self.noise_key = secrets.randbits(64) if seed is None else seed
 
     @property
     def cache_key(self) -> str:

@@ -47,13 +47,21 @@ class TokenLogprob(NamedTuple):
 
     logprob  None for a prompt's first token
     top      alternatives, which have no `top` of their own
-    token    its text; "" until `TextOutput` has worded it, because the engine knows ids only
+
+    The engine knows ids only; `TextOutput` adds the words:
+
+    token    what it adds to the text: "" for a part of a character, the character for the part that
+             completes it; of a token without a place in the text its name (`</s>`)
+    raw      its own bytes, also where they are a part of a character
+    n_chars  how many characters of the text are its own: 0 for a name
     """
 
     token_id: int
     logprob: float | None
     top: tuple[TokenLogprob, ...] = ()
     token: str = ""
+    raw: bytes = b""
+    n_chars: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +73,8 @@ class OutputChunk:
     text       what may be shown now (text that might become a stop string is held back), so it
                can be empty although token_ids is not
     token_ids  empty if only the prompt was to be scored
+    logprobs   of the tokens whose text is settled now: those of a character that is split over
+               tokens come together
     may_stop   whether a stop string may end the text here (`min_tokens` are there)
     """
 
@@ -126,6 +136,11 @@ class ModelInfo:
     codec: str = ""
     error: str | None = None  # why it failed, safe to show
     fidelity: dict[str, Any] = field(default_factory=dict)
+
+    def is_named(self, model: str) -> bool:
+        """Whether a request's `model` means this one: a variant also answers to `BASE:NAME`."""
+        long_name = self.name if self.parent is None else f"{self.parent}:{self.name}"
+        return model in (self.name, long_name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,11 +222,23 @@ class EngineClient(Protocol):
         """Resolve a name and begin loading. Raises ModelNotFound, DeltaUnusable."""
         ...
 
-    async def encode(self, variant: VariantHandle, text: str) -> list[int]:
-        """Tokenise with the variant's tokenizer, its special-token defaults included."""
+    async def encode(
+        self, variant: VariantHandle, text: str, *, add_special_tokens: bool = True
+    ) -> list[int]:
+        """Tokenise with the variant's tokenizer, the special tokens that it adds included."""
         ...
 
-    async def decode(self, variant: VariantHandle, token_ids: Sequence[int]) -> str: ...
+    async def decode(
+        self, variant: VariantHandle, token_ids: Sequence[int], *, is_whole: bool = True
+    ) -> str:
+        """Ids -> text, special tokens included; without `is_whole` a character at the end that the
+        ids only begin is left out.
+        """
+        ...
+
+    async def token_texts(self, variant: VariantHandle, token_ids: Sequence[int]) -> list[str]:
+        """What each of the ids adds to their text."""
+        ...
 
     async def render_chat(
         self,
@@ -220,6 +247,7 @@ class EngineClient(Protocol):
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        add_special_tokens: bool = False,
     ) -> list[int]:
         """Chat template -> token ids, in the sandbox, with a deadline. Raises InvalidRequest."""
         ...

@@ -111,7 +111,7 @@ class CoreHarness:
         chosen = SamplingParams(**({"max_tokens": 16, "temperature": 0.0} | params))
         self._count += 1
         output = RequestOutput(
-            TextOutput(variant.text, chosen),
+            TextOutput(variant.text, chosen, ids),
             on_output=lambda: recorded.chunks.extend(output.take()),
             abort=lambda: self.core.abort(request),
         )

@@ -138,7 +138,8 @@ class Lookahead:
         """Run a step and choose its tokens; wait for nothing."""
         started, load = time.perf_counter(), load_of(step.scheduled)
         logits = self._runner.forward(step)
-        chosen = self._sampler.choose([item.request for item in step.scheduled], logits)
+        requests = [item.request for item in step.scheduled]
+        chosen = self._sampler.choose(requests, logits, [row.length for row in step.rows])
         copied = torch.empty(chosen.shape, dtype=chosen.dtype, pin_memory=self._cuda)
         copied.copy_(chosen, non_blocking=True)
         done = None

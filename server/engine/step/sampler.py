@@ -1,8 +1,9 @@
 """Logits -> token ids: penalties and bias ours, the filters transformers' own.
 
-Rows with the same filter settings are filtered together. Every request may bring its seed: its
-random numbers, one a token, then come from its own generator, so its text does not depend on who
-shares the batch.
+Rows with the same filter settings are filtered together. What is random about a draw is a hash of
+the request's noise key, the position and the id (`server.ops.race`): it depends on nobody who
+shares the batch, and a request that is preempted, or whose prefix was cached, draws with the same
+noise.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from server.engine.schedule.scheduler import Scheduled
 from server.engine.step.batch import LogitRows
 from server.engine.types import SamplingParams, TokenLogprob
 from server.errors import GenerationFailed
+from server.ops.race import race, row_key, token_hashes
 
 
 @dataclass(slots=True)
@@ -41,12 +43,9 @@ class Sampled:
 
 @dataclass(slots=True)
 class Sampler:
-    """Keeps the generators of seeded requests."""
+    """Stateless but for what every draw needs of the ids: their hashes, made once."""
 
-    _generators: dict[str, torch.Generator] = field(default_factory=dict)
-
-    def forget(self, request: Request) -> None:
-        self._generators.pop(request.request_id, None)
+    _hashes: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int32))
 
     def sample_chunks(
         self, scheduled: Sequence[Scheduled], outputs: Sequence[LogitRows], logits: Tensor
@@ -101,20 +100,23 @@ class Sampler:
             for outcome, logprob in zip(scored, found, strict=True):
                 outcome.logprob = logprob
 
-    def choose(self, requests: list[Request], logits: Tensor) -> Tensor:
+    def choose(self, requests: list[Request], logits: Tensor, positions: Sequence[int]) -> Tensor:
         """As `sample` for requests that are all `is_plain`, waiting for nothing: int64 [2, R] on
         the device of ``logits [R, V]``, each row's token and whether it was finite.
+
+        positions  of the new tokens in their sequences: the host may not know the last ones yet
         """
         logits = logits.to(torch.float32, copy=True)
         mask_foreign_ids_(logits, [r.variant.vocab_size for r in requests])
         largest, tokens = logits.max(-1)
         for rows in _by_filters(requests, range(len(requests))):
+            chosen = [requests[row] for row in rows]
+            at = [positions[row] for row in rows]
             if len(rows) == len(requests):
-                tokens = self._drawn(requests, logits)
+                tokens = self._drawn(chosen, logits, at)
             else:
                 index = _sent(rows, torch.int64, logits.device)
-                chosen = [requests[row] for row in rows]
-                drawn = self._drawn(chosen, logits.index_select(0, index))
+                drawn = self._drawn(chosen, logits.index_select(0, index), at)
                 tokens = tokens.index_copy(0, index, drawn)
         return torch.stack([tokens, largest.isfinite().long()])
 
@@ -132,25 +134,24 @@ class Sampler:
         for rows in _by_filters(requests, fine):
             with _failing(*(outcomes[row] for row in rows)):
                 chosen = logits if len(rows) == len(requests) else logits[rows]
-                drawn = self._drawn([requests[row] for row in rows], chosen).tolist()
+                drawing = [requests[row] for row in rows]
+                positions = [len(request.tokens) for request in drawing]
+                drawn = self._drawn(drawing, chosen, positions).tolist()
                 for row, token in zip(rows, drawn, strict=True):
                     outcomes[row].token_id = token
 
-    def _drawn(self, requests: list[Request], logits: Tensor) -> Tensor:
+    def _drawn(self, requests: list[Request], logits: Tensor, positions: Sequence[int]) -> Tensor:
         """A random token for each row, int64 [R]; all have the same filters."""
         scores = _warpers(requests[0].params)(None, logits)
-        numbers = [self._uniform(request) for request in requests]
-        return draw(torch.softmax(scores, -1), _sent(numbers, torch.float64, logits.device))
+        keys = [row_key(r.noise_key, at) for r, at in zip(requests, positions, strict=True)]
+        return race(scores, _sent(keys, torch.int32, logits.device), self._hashes_of(logits))
 
-    def _uniform(self, request: Request) -> float:
-        """In [0, 1), made on the host: generators are the same for every device."""
-        generator = None
-        if request.params.seed is not None:
-            if request.request_id not in self._generators:
-                generator = torch.Generator().manual_seed(request.params.seed)
-                self._generators[request.request_id] = generator
-            generator = self._generators[request.request_id]
-        return torch.rand(1, dtype=torch.float64, generator=generator).item()
+    def _hashes_of(self, logits: Tensor) -> Tensor:
+        """`token_hashes` for ``logits [R, V]``, made once."""
+        n_ids, device = logits.shape[1], logits.device
+        if len(self._hashes) < n_ids or self._hashes.device != device:
+            self._hashes = token_hashes(n_ids, device)
+        return self._hashes[:n_ids]
 
 
 def is_plain(request: Request) -> bool:
@@ -176,7 +177,9 @@ def _by_filters(requests: list[Request], rows: Iterable[int]) -> list[list[int]]
     return list(groups.values())
 
 
-def _sent(values: list[int] | list[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _sent(
+    values: Sequence[int] | Sequence[tuple[int, int]], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """Numbers on the device, which the host does not wait for."""
     made = torch.tensor(values, dtype=dtype)
     return made if device.type == "cpu" else made.pin_memory().to(device, non_blocking=True)
@@ -188,19 +191,6 @@ def pick_rows(logits: Tensor, rows: list[int]) -> Tensor:
     """
     first, last = rows[0], rows[-1]
     return logits[first : last + 1] if rows == list(range(first, last + 1)) else logits[rows]
-
-
-def draw(probs: Tensor, numbers: Tensor) -> Tensor:
-    """Inverse transform: ``probs [R, V]`` float32 (any sum), ``numbers [R]`` float64 in [0, 1) ->
-    int64 [R], each the first id whose cumulative probability exceeds the number's share of the
-    row's sum, in float64. An id of probability 0 is never drawn; of a row that is not finite, any.
-    """
-    cumulative = probs.cumsum(-1, dtype=torch.float64)
-    total = cumulative[:, -1]
-    below = total.nextafter(torch.zeros_like(total))  # a product with a number near 1 may round up
-    wanted = torch.minimum(numbers * total, below)
-    found = torch.searchsorted(cumulative, wanted.unsqueeze(1), right=True).squeeze(1)
-    return found.clamp_(max=probs.shape[1] - 1)
 
 
 def _best(logits: Tensor, finite: Tensor) -> tuple[list[int], list[bool]]:

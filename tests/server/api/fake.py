@@ -94,6 +94,7 @@ class FakeEngine:
         self.rescans = 0
         self.n_active = 0
         self.n_encoded = 0
+        self.special: list[bool] = []  # whether each encoding added special tokens
         self.aborted: list[str] = []
         self.finished: list[str] = []
         self.params: list[SamplingParams] = []
@@ -162,12 +163,21 @@ class FakeEngine:
 
     # -- text
 
-    async def encode(self, variant: FakeVariant, text: str) -> list[int]:
+    async def encode(
+        self, variant: FakeVariant, text: str, *, add_special_tokens: bool = True
+    ) -> list[int]:
         self.n_encoded += 1
+        self.special.append(add_special_tokens)
         return list(text.encode())
 
-    async def decode(self, variant: FakeVariant, token_ids: Sequence[int]) -> str:
-        return bytes(i for i in token_ids if i < 256).decode("utf-8", "replace")
+    async def decode(
+        self, variant: FakeVariant, token_ids: Sequence[int], *, is_whole: bool = True
+    ) -> str:
+        data = bytes(i for i in token_ids if i < 256)
+        return data.decode("utf-8", "replace" if is_whole else "ignore")
+
+    async def token_texts(self, variant: FakeVariant, token_ids: Sequence[int]) -> list[str]:
+        return [await self.decode(variant, [token]) for token in token_ids]
 
     async def render_chat(
         self,
@@ -176,6 +186,7 @@ class FakeEngine:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        add_special_tokens: bool = False,
     ) -> list[int]:
         if any(m["content"] == "template fails" for m in messages):
             raise InvalidRequest("the template refuses this", param="messages")
@@ -184,7 +195,7 @@ class FakeEngine:
             text = text[:-1]
         if add_generation_prompt:
             text += "<assistant>"
-        return await self.encode(variant, text)
+        return await self.encode(variant, text, add_special_tokens=add_special_tokens)
 
     # -- generation
 
@@ -262,15 +273,16 @@ class FakeEngine:
             return ()
         best = [(ord(token), token, -0.25), (ord("?"), "?", -1.5), (ord("!"), "!", float("-inf"))]
         top = tuple(
-            TokenLogprob(i, value, token=text) for i, text, value in best[: params.logprobs]
+            TokenLogprob(i, value, (), text, text.encode())
+            for i, text, value in best[: params.logprobs]
         )
-        return (TokenLogprob(ord(token), -0.25, top, token),)
+        return (TokenLogprob(ord(token), -0.25, top, token, token.encode(), len(token)),)
 
     def _prompt_logprobs(
         self, ids: Sequence[int], params: SamplingParams
     ) -> tuple[TokenLogprob, ...]:
         if not params.prompt_logprobs:
             return ()
-        first = TokenLogprob(ids[0], None, token=chr(ids[0]))
+        first = TokenLogprob(ids[0], None, (), chr(ids[0]), bytes(ids[:1]), 1)
         rest = (self._logprobs(chr(i), params)[0] for i in ids[1:])
         return (first, *rest)

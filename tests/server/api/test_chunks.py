@@ -19,7 +19,7 @@ from server.api.schemas import ChatRequest, CompletionRequest
 from server.engine.types import OutputChunk, TokenLogprob
 
 ENVELOPE = Envelope("id-1", "chunk", 17, 'a "model"', "print")
-LOGPROB = TokenLogprob(7, -0.5, token="x")
+LOGPROB = TokenLogprob(7, -0.5, (), "x", b"x", 1)
 TEXTS = st.text(st.characters(), max_size=8)  # lone surrogates too
 
 
@@ -88,3 +88,17 @@ def test_render_text_equal_to_a_key_of_the_frame_changes_only_the_text() -> None
         event = writer.render(choice, OutputChunk(text, (1,)))
         (line,) = event.strip().splitlines()
         assert json.loads(line.removeprefix(b"data: "))["choices"][0]["text"] == text
+
+
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+def test_render_unicode_line_breaks_stay_within_one_line_of_data(kind: str) -> None:
+    """Readers that split as `str.splitlines` does (httpx is one) see one line an event."""
+    text = "a\u2028b\u2029c\x85d\x0b\x0c\x1c\x1d\x1e\r\ne"
+    writer, choice = ChunkWriter(reply_of(kind), ENVELOPE), choices()[0]
+    seen = ""
+    for piece in ("x", text, "\u2028"):
+        events = writer.render(choice, OutputChunk(piece, (1,))).decode()
+        for line in filter(None, events.splitlines()):
+            made = json.loads(line.removeprefix("data: "))["choices"][0]
+            seen += made["text"] if kind == "completion" else made["delta"].get("content", "")
+    assert seen == f"x{text}\u2028"

@@ -50,7 +50,7 @@ async def test_disconnect_while_tokenising_starts_nothing():
     async with held() as (engine, app):
         started, never = asyncio.Event(), asyncio.Event()
 
-        async def slow(*_: Any) -> list[int]:
+        async def slow(*_: Any, **__: Any) -> list[int]:
             started.set()
             await never.wait()
             return [1]
@@ -150,9 +150,9 @@ async def test_deadline_counts_from_arrival_not_from_the_prompt(method):
     app = create_app(engine, make_settings(request_timeout_s=60.0))
     inner = getattr(engine, method)
 
-    async def slow(*arguments: Any) -> Any:
+    async def slow(*arguments: Any, **more: Any) -> Any:
         await asyncio.sleep(0.05)
-        return await inner(*arguments)
+        return await inner(*arguments, **more)
 
     setattr(engine, method, slow)
     before = time.monotonic()
@@ -171,7 +171,7 @@ async def test_deadline_passes_while_the_prompt_is_made(method):
     engine = FakeEngine()
     app = create_app(engine, make_settings(request_timeout_s=0.01))
 
-    async def stuck(*_: Any) -> None:
+    async def stuck(*_: Any, **__: Any) -> None:
         await asyncio.Event().wait()
 
     setattr(engine, method, stuck)

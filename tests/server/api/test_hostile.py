@@ -257,6 +257,15 @@ async def test_default_max_tokens_is_cut_to_the_room_left(http, engine):
     assert usage["total_tokens"] == engine.max_model_len
 
 
+async def test_default_length_is_that_of_the_generation_config(http, engine):
+    engine.defaults["alpha"] = {"max_new_tokens": 5}
+    for path in (COMPLETIONS, CHAT):
+        body = body_for(path, model="alpha", max_tokens=None)
+        assert (await http.post(path, json=body)).json()["usage"]["completion_tokens"] == 5
+        body = body_for(path, model="alpha", max_tokens=7)
+        assert (await http.post(path, json=body)).json()["usage"]["completion_tokens"] == 7
+
+
 async def test_text_beyond_any_token_length_is_refused_before_tokenising(http, engine):
     text = "a" * (engine.max_model_len * 256 + 1)
 
@@ -364,7 +373,7 @@ async def test_special_text_reaches_the_tokenizer_unchanged(http, engine):
 
 
 async def test_unforeseen_failure_is_a_constant_500_with_the_request_id(http, engine, caplog):
-    async def fails(*_: Any) -> None:
+    async def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError(MARK)
 
     engine.encode = fails

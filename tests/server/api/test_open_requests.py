@@ -51,7 +51,7 @@ async def test_drain_timeout_ends_a_request_with_an_error(stream):
 async def test_drain_timeout_ends_a_request_that_is_still_tokenising():
     async with held() as (engine, app):
         never = asyncio.Event()
-        engine.encode = lambda *_: never.wait()
+        engine.encode = lambda *_, **__: never.wait()
         call = Call(app, "/v1/completions", body(True))
         await until(lambda: len(app.state.api.open_requests) == 1)
         await asyncio.sleep(0.01)

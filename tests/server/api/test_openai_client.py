@@ -144,11 +144,15 @@ def test_completion_logprobs_are_parallel_lists(client, live):
 
     assert len(found.tokens) == len(found.token_logprobs) == n_tokens
     assert len(found.top_logprobs) == len(found.text_offset) == n_tokens
+    assert "".join(found.tokens).endswith(answer.choices[0].text)
+    assert found.text_offset == sorted(found.text_offset)
+    for token, start in zip(found.tokens[1:], found.text_offset[1:], strict=True):
+        assert answer.choices[0].text[start:].startswith(token)
     assert found.token_logprobs[0] is None
     assert found.top_logprobs[0] is None
     for own, top in zip(found.token_logprobs[1:], found.top_logprobs[1:], strict=True):
         assert own <= 0
-        assert 1 <= len(top) <= 3
+        assert 2 <= len(top) <= 3
         assert own <= max(top.values())
 
 
@@ -175,7 +179,9 @@ def test_chat_logprobs_have_bytes_and_alternatives(client, live):
 
     assert len(content) == answer.usage.completion_tokens
     assert all(len(token.top_logprobs) == 2 for token in content)
-    assert all(bytes(token.bytes).decode() == token.token for token in content)
+    joined = b"".join(bytes(token.bytes) for token in content)
+    assert joined.decode("utf-8", "replace") == answer.choices[0].message.content
+    assert "".join(token.token for token in content) == answer.choices[0].message.content
 
 
 def test_streamed_logprobs_equal_whole(client, live):
@@ -218,6 +224,20 @@ def test_base_colon_variant_names_the_variant(client, live):
     )
 
     assert answer.model == live.variant
+    assert client.models.retrieve(f"{live.base}:{live.variant}").id == live.variant
+    for wrong in (f"{live.variant}:{live.base}", f"{live.base}:nobody"):
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve(wrong)
+
+
+def test_head_is_answered_wherever_get_is(live):
+    paths = ("/v1/models", f"/v1/models/{live.variant}", "/v1/deltas", "/health", "/health/ready")
+    for path in (*paths, "/ping", "/version", "/load", "/metrics"):
+        head, get = httpx.head(f"{live.url}{path}"), httpx.get(f"{live.url}{path}")
+        assert (head.status_code, head.content) == (get.status_code, b""), path
+        assert head.headers["content-type"] == get.headers["content-type"]
+    assert httpx.head(f"{live.url}/v1/models/nobody").status_code == 404
+    assert httpx.head(f"{live.url}/v1/completions").status_code == 405
 
 
 def test_unknown_field_is_refused_by_name(client, live):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,43 @@ def live(tiny_llama: Path, tiny_llama_ft: Path, tmp_path_factory) -> Iterator[Li
     metrics.watch(engine, settings.max_variants_per_step)
     with serve(engine, settings, metrics=metrics) as url:
         yield Live(url, engine, "tiny", "tuned")
+
+
+MIXED = "I like 😊 and 火星 naïve €5 é 🎉!"
+
+
+@pytest.mark.parametrize("as_ids", [False, True])
+@pytest.mark.parametrize("stream", [False, True])
+def test_echoed_tokens_and_offsets_are_those_of_the_text(
+    live: Live, as_ids: bool, stream: bool
+) -> None:
+    def post(path: str, **fields: object) -> httpx.Response:
+        return httpx.post(f"{live.url}{path}", json={"model": "tuned", **fields}, timeout=60)
+
+    ids = post("/tokenize", prompt=MIXED).json()["tokens"]
+    asked = {"prompt": ids if as_ids else MIXED, "echo": True, "logprobs": 5, "seed": 1}
+    answer = post("/v1/completions", **asked, max_tokens=12, ignore_eos=True, stream=stream)
+    if stream:
+        events = [line.removeprefix("data: ") for line in answer.text.splitlines() if line]
+        pieces = [json.loads(event)["choices"][0] for event in events[:-1]]
+    else:
+        pieces = answer.json()["choices"]
+    text = "".join(piece["text"] for piece in pieces)
+    lists = [piece["logprobs"] for piece in pieces]
+    tokens, offsets, top = (
+        [item for one in lists for item in one[name]]
+        for name in ("tokens", "text_offset", "top_logprobs")
+    )
+    assert text.startswith("<s>" * as_ids + MIXED)
+    assert tokens[0] == "<s>"
+    assert len(tokens) == len(ids) + 12
+    names = {"<s>", "<pad>", "<|endoftext|>", "<|im_start|>", "<|im_end|>"}
+    shown = tokens if as_ids else tokens[1:]
+    assert "".join(shown[: len(ids) - 1 + as_ids]) == "<s>" * as_ids + MIXED
+    for token, start, end in zip(tokens, offsets, [*offsets[1:], len(text)], strict=True):
+        assert text[start:end] == token or (token in names and start == end)
+    assert all(5 <= len(one) <= 6 for one in top[1:])
+    assert all(token in one for token, one in zip(tokens[1:], top[1:], strict=True))
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -64,3 +64,10 @@ def test_output_budget_without_room_is_for_the_engine_to_refuse(n_prompt, asked,
     params = SamplingParams(max_tokens=output_budget(n_prompt, asked, default, 16))
     with pytest.raises(InvalidRequest, match="16 tokens"):
         check_request([0] * n_prompt, params, vocab_size=1, max_model_len=16)
+
+
+def test_generation_config_greedy_keeps_its_penalty_and_gives_way_to_the_request():
+    defaults = {"temperature": 0.0, "repetition_penalty": 1.2}
+    found = params(defaults)
+    assert (found.temperature, found.repetition_penalty) == (0.0, 1.2)
+    assert params(defaults, temperature=0.7).temperature == 0.7

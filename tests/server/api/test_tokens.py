@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import httpx
+import pytest
 
 from server.api.app import create_app
 from tests.server.api.conftest import make_settings
@@ -22,3 +25,34 @@ async def test_tokenize_renders_conversations_and_names_tokens():
         assert (
             await http.post("/detokenize", json={"model": BASE, "tokens": [300]})
         ).status_code == 400
+
+
+@pytest.mark.parametrize("field", ["prompt", "model"])
+async def test_lone_surrogate_is_refused(field: str):
+    transport = httpx.ASGITransport(create_app(FakeEngine(), make_settings()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        body = json.dumps({"model": BASE, "prompt": "Hi", field: "a\ud800"}).encode()
+        headers = {"content-type": "application/json"}
+        answer = await http.post("/tokenize", content=body, headers=headers)
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == field
+
+
+@pytest.mark.parametrize(
+    ("fields", "want"),
+    [
+        ({"prompt": "Hi"}, True),
+        ({"prompt": "Hi", "add_special_tokens": False}, False),
+        ({"messages": [{"role": "user", "content": "Hi"}]}, False),
+        ({"messages": [{"role": "user", "content": "Hi"}], "add_special_tokens": True}, True),
+    ],
+)
+async def test_special_tokens_are_added_to_prompts_unless_the_caller_says_otherwise(fields, want):
+    engine = FakeEngine()
+    transport = httpx.ASGITransport(create_app(engine, make_settings()))
+    path = "/v1/chat/completions" if "messages" in fields else "/v1/completions"
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        for url, more in (("/tokenize", {}), (path, {"max_tokens": 1})):
+            answer = await http.post(url, json={"model": BASE, **fields, **more})
+            assert answer.status_code == 200, answer.text
+    assert engine.special == [want, want]

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from server.engine.output import MAX_BEHIND, RequestOutput, TextOutput
 from server.engine.text import TextAssets
 from server.engine.types import OutputChunk, SamplingParams, TokenLogprob
 from server.errors import DeadlineExceeded, GenerationFailed
-from tests.tiny import make_tokenizer
+from tests.tiny import BOS, EOS, make_tokenizer
+from tests.tokenizer_kinds import KINDS, WITH_BYTES, tokenizer_of
 
 TEXT = TextAssets(make_tokenizer(320), frozenset(), {})
 
@@ -94,6 +96,93 @@ def test_stop_token_is_counted_and_not_shown_and_held_text_comes_out() -> None:
     assert len(chunks[-1].token_ids) == 1
 
 
+@pytest.mark.parametrize("skip", [True, False])
+def test_stop_token_is_shown_where_stops_are(skip: bool) -> None:
+    """As vLLM does: a special one has no place in the text unless they are not skipped."""
+    ordinary, special = ids_of("b")[0], TEXT.tokenizer.eos_token_id
+    for token, want in ((ordinary, "aXYb"), (special, "aXY" if skip else f"aXY{EOS}")):
+        reader = Reader(stop=("XYZ",), include_stop_str_in_output=True, skip_special_tokens=skip)
+        reader.feed(ids_of("aXY"))
+        scored = (TokenLogprob(token, -1.0),)
+        reader.output.receive(
+            engine_chunk(token, finish_reason="stop", stop_reason=9, logprobs=scored)
+        )
+        chunks = reader.output.take()
+        assert text_of(chunks) == want
+        (last,) = chunks[-1].logprobs
+        assert last.token == (EOS if token == special else "b")
+        assert last.n_chars == len(want) - 3
+
+
+def scored_chunks(kind: str, text: str, **params: object) -> tuple[str, list[TokenLogprob]]:
+    """The text and the log probabilities of a text after the prompt "book"."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(kind), eos_token=EOS)
+    assets = TextAssets(tokenizer, frozenset(), {})
+    prompt = assets.encode("book", add_special_tokens=False)
+    own = text if kind in ("byte-level", "gemma") else text.lstrip()  # others add the first space
+    ids = assets.encode(own, add_special_tokens=False)
+    fields = {"max_tokens": 100} | params
+    output = TextOutput(assets, SamplingParams(**fields), prompt)  # type: ignore[arg-type]
+    shown, found = "", []
+    for i, token in enumerate(ids):
+        top = tuple(TokenLogprob(other, -2.0) for other in (token, *ids[:3]))
+        known = {"logprobs": (TokenLogprob(token, -1.0, top),)}
+        reason = "length" if i + 1 == len(ids) else None
+        chunk = output.with_text(engine_chunk(token, finish_reason=reason, **known))
+        shown += chunk.text
+        found += chunk.logprobs
+    assert [one.token_id for one in found] == ids
+    return shown, found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("text", [" like 😊 and 火星 naïve €5", " é 🎉!", " 🎉"])
+def test_tokens_and_bytes_of_log_probabilities_join_to_the_text(kind: str, text: str) -> None:
+    shown, found = scored_chunks(kind, text)
+    assert "".join(one.token for one in found if one.token != "<unk>") == shown
+    assert sum(one.n_chars for one in found) == len(shown)
+    if kind in ("byte-level", *WITH_BYTES):
+        assert shown == text
+        assert b"".join(one.raw for one in found) == text.encode()
+        assert not any("\ufffd" in one.token for one in found)
+    for one in found:
+        own = next(item for item in one.top if item.token_id == one.token_id)
+        assert (own.token, own.raw) == (one.token, one.raw)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", *WITH_BYTES])
+def test_text_that_ends_within_a_character_gives_its_last_token_what_is_shown(kind: str) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(kind))
+    assets = TextAssets(tokenizer, frozenset(), {})
+    *ids, _ = assets.encode("book🎉", add_special_tokens=False)
+    output = TextOutput(assets, SamplingParams(100))
+    chunks = [output.with_text(engine_chunk(i, logprobs=(TokenLogprob(i, -1.0),))) for i in ids]
+    chunks.append(output.with_text(OutputChunk(finish_reason="abort")))
+    tokens = [one for chunk in chunks for one in chunk.logprobs]
+    assert text_of(chunks) == "".join(one.token for one in tokens) == assets.decode(ids)
+    assert [one.raw for one in tokens[-3:]] == [b"\xf0", b"\x9f", b"\x8e"]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", *WITH_BYTES])
+@pytest.mark.parametrize("max_tokens", [0, 5])
+def test_prompts_log_probabilities_are_named_and_join(kind: str, max_tokens: int) -> None:
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(kind), bos_token=BOS)
+    assets = TextAssets(tokenizer, frozenset(), {})
+    *ids, last = assets.encode(f"{BOS}é book🎉", add_special_tokens=False)
+    output = TextOutput(assets, SamplingParams(max_tokens), ids)
+    known = tuple(TokenLogprob(i, -1.0) for i in ids)
+    chunk = output.with_text(OutputChunk(prompt_logprobs=known))
+    first, *rest = chunk.prompt_logprobs
+    assert (first.token, first.n_chars) == (BOS, 0)
+    shown = "".join(one.token for one in rest).lstrip()
+    if max_tokens == 0:
+        assert shown.startswith("é book\ufffd")
+    else:  # the output brings the character that the prompt began
+        assert shown == "é book"
+        assert output.with_text(engine_chunk(last, finish_reason="length")).text == "🎉"
+    assert [one.raw for one in rest[-3:]] == [b"\xf0", b"\x9f", b"\x8e"]
+
+
 def test_reader_that_takes_none_holds_a_bounded_number_of_chunks_and_loses_nothing() -> None:
     reader, ids = Reader(), ids_of("The quick brown fox. ") * 40
     assert len(ids) > 3 * MAX_BEHIND
@@ -112,7 +201,7 @@ def test_reader_that_takes_none_holds_a_bounded_number_of_chunks_and_loses_nothi
     assert whole.text == TEXT.backend.decode(ids)
     assert whole.token_ids == tuple(ids)
     assert len(whole.logprobs) == len(ids)
-    assert [t.token for t in whole.logprobs[0].top] == [TEXT.token_text(i) for i in ids[:2]]
+    assert [t.token for t in whole.logprobs[0].top] == [TEXT.decode([i]) for i in ids[:2]]
     assert [p.token_id for p in whole.prompt_logprobs] == [3]
     assert (whole.finish_reason, whole.n_cached_tokens) == ("length", 16)
     assert reader.output.take() == []

@@ -97,6 +97,9 @@ async def test_uvicorn_has_what_the_protocol_relies_on(monkeypatch: pytest.Monke
     assert protocol.cycle.response_complete is False
     connection.send(b"}")
     assert seen == ["on_body", "on_body", "on_message_complete"]
+    assert protocol.cycle.more_body is False
+    assert protocol.cycle.scope["http_version"] == "1.1"
+    assert protocol.cycle.keep_alive is True
     await connection.answered()
     assert protocol.cycle.response_started is True
     assert protocol.cycle.response_complete is True

@@ -196,3 +196,56 @@ def test_client_that_hangs_up_frees_its_request():
         wait_for(lambda: engine.n_active == 0)
 
     assert len(engine.aborted) >= 1
+
+
+def half_closed(url: str, data: bytes, *, close: bool = False) -> bytes:
+    """What a client reads that sends no more, or nothing at all any more."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(data)
+        if close:
+            return b""
+        connection.shutdown(socket.SHUT_WR)
+        answer = b""
+        while chunk := connection.recv(65536):
+            answer += chunk
+        return answer
+
+
+def request_of(version: str = "1.1", **fields: object) -> bytes:
+    body = json.dumps({"model": BASE, "prompt": "x", "max_tokens": 6, **fields}).encode()
+    head = f"POST /v1/completions HTTP/{version}\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    return f"{head}Content-Type: application/json\r\n\r\n".encode() + body
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+@pytest.mark.parametrize("streams", [False, True])
+def test_client_that_sends_no_more_gets_its_whole_answer(version: str, streams: bool):
+    engine = FakeEngine()
+    engine.delay_s = 0.2
+    with serve(engine, make_settings()) as url:
+        answer = half_closed(url, request_of(version, stream=streams))
+    interim, _, rest = answer.rpartition(b"HTTP/1.1 200 OK\r\n")
+    n_interim = interim.count(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert len(interim) == n_interim * len(b"HTTP/1.1 100 Continue\r\n\r\n")
+    assert (n_interim > 0) == (version == "1.1")
+    assert (b"data: [DONE]" in rest) if streams else (b'"012340"' in rest)
+    assert b"connection: close" in rest
+    assert len(engine.finished) == 1
+
+
+def test_client_that_closes_its_end_frees_a_request_that_has_not_answered_yet():
+    engine = FakeEngine()
+    engine.delay_s = 3600.0
+    with serve(engine, make_settings()) as url:
+        half_closed(url, request_of(), close=True)
+        wait_for(lambda: len(engine.aborted) == 1)
+
+
+def test_client_that_sends_half_a_request_and_no_more_is_hung_up_on():
+    engine = FakeEngine()
+    with serve(engine, make_settings()) as url:
+        assert half_closed(url, request_of()[:-5]) == b""
+        assert half_closed(url, b"") == b""
+        assert httpx.get(f"{url}/health").status_code == 200
+    assert engine.prompts == []

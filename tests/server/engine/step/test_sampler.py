@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from server.engine.request import Request
-from server.engine.step.sampler import Sampler, draw
+from server.engine.step.sampler import Sampler
 from server.engine.text import TextAssets
 from server.engine.types import OutputChunk, SamplingParams, TokenLogprob
 from server.engine.variant import Variant
@@ -247,31 +247,47 @@ def test_seeded_text_is_the_same_alone_and_in_any_batch(
     assert different.output_ids != second[0].output_ids
 
 
-def test_draw_is_the_first_id_past_the_numbers_share() -> None:
-    probs = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]])
-    top = 1 - 2.0**-53  # the largest number there is
-    numbers = [0.0, 0.2499, 0.25, 0.7499, 0.75, top]
-    drawn = [int(draw(probs, torch.tensor([u], dtype=torch.float64))) for u in numbers]
-    assert drawn == [1, 1, 3, 3, 4, 4]
-    doubled = draw(2 * probs.repeat(6, 1), torch.tensor(numbers, dtype=torch.float64))
-    assert doubled.tolist() == drawn
+def sampled_text(engine: CoreHarness, **params: object) -> list[int]:
+    fields = {"temperature": 1.0, "top_p": 0.95, "seed": 5, "ignore_eos": True}
+    one = engine.submit("impart", PROMPT, **(fields | params))  # type: ignore[arg-type]
+    engine.run(one)
+    return one.output_ids
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_draw_equals_a_literal_loop(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    probs = (3 * torch.randn(20, 50, generator=generator)).softmax(-1)
-    probs[:, ::7] = 0
-    numbers = torch.rand(20, dtype=torch.float64, generator=generator)
-    want = []
-    for row, number in zip(probs.tolist(), numbers.tolist(), strict=True):
-        left = number * math.fsum(row)
-        for token, p in enumerate(row):
-            left -= p
-            if left < 0:
-                want.append(token)
-                break
-    assert draw(probs, numbers).tolist() == want
+def test_seeded_text_is_the_same_with_a_cached_prefix(pair: Served, harness: Make) -> None:
+    engine = harness(pair)
+    first = sampled_text(engine)
+    assert engine.core.stats().n_prefix_hit == 0
+    assert sampled_text(engine) == first
+    assert engine.core.stats().n_prefix_hit > 0
+
+
+def test_seeded_text_is_the_same_when_preempted(pair: Served, harness: Make) -> None:
+    want = sampled_text(harness(pair), max_tokens=40)
+    engine = harness(pair, kv_cache_bytes=1 << 17)
+    params = {"temperature": 1.0, "top_p": 0.95, "ignore_eos": True, "max_tokens": 40}
+    sent = [engine.submit("impart", PROMPT, seed=5 + i // 3, **params) for i in range(4)]
+    engine.run(*sent)
+    assert engine.core.stats().n_preemptions > 0
+    assert [one.output_ids for one in sent[:3]] == [want] * 3
+    assert sent[3].output_ids != want
+
+
+def test_seed_continues_where_a_text_was_cut(pair: Served, harness: Make) -> None:
+    """The noise belongs to the position: prompt and output sent again go on as one request."""
+    engine = harness(pair)
+    whole = sampled_text(engine)
+    prompt = engine.catalog.open("impart").text.encode(PROMPT)
+    params = {"temperature": 1.0, "top_p": 0.95, "seed": 5, "ignore_eos": True}
+    rest = engine.submit("impart", prompt + whole[:7], max_tokens=9, **params)
+    engine.run(rest)
+    assert rest.output_ids == whole[7:]
+
+
+def test_text_without_a_seed_differs_every_time(pair: Served, harness: Make) -> None:
+    engine = harness(pair)
+    texts = {tuple(sampled_text(engine, seed=None)) for _ in range(4)}
+    assert len(texts) == 4
 
 
 N_DRAWS = 3000

@@ -10,7 +10,7 @@ from compressor.encoders.blockdiag import encode_blocks
 from compressor.encoders.rows import encode_largest_rows
 from compressor.encoders.sources import TensorSource
 from server.deltas.pools.base import TermPool
-from server.deltas.pools.layouts import layout_of, make_pool
+from server.deltas.pools.geometry import geometry_of, make_pool
 from server.deltas.pools.rows import ROWS_STEP
 from server.ops.kernels import TorchKernels
 from tests.compressor.codec_oracles import as_stream, random_matrix
@@ -22,7 +22,7 @@ PACKING = ("pack_columns", "unpack_columns", "pack_bits", "unpack_bits")
 
 
 def pool_of(term: Term) -> TermPool:
-    return make_pool(layout_of(term), term.shape, torch.float32, CPU, TorchKernels())
+    return make_pool(geometry_of(term), term.shape, torch.float32, CPU, TorchKernels())
 
 
 def lowrank(rank: int, bits: int) -> LowRankTerm:
@@ -53,7 +53,7 @@ def terms() -> dict[str, Term]:
 def test_stage_of_either_order_gives_identical_arrays(name: str) -> None:
     term = terms()[name]
     pool, stream = pool_of(term), as_stream(term)
-    assert layout_of(stream) == layout_of(term)
+    assert geometry_of(stream) == geometry_of(term)
     for one, other in zip(pool.stage(term), pool.stage(stream), strict=True):
         assert (one.dtype, one.shape) == (other.dtype, other.shape)
         assert torch.equal(one, other)

@@ -1,0 +1,113 @@
+"""What a tokenizer's ids are beside text: bytes, special tokens, ids without a token.
+
+A character may be split over ids in two ways. A byte-level tokenizer writes every byte of every
+token as a letter of its own; one with byte fallback has 256 tokens `<0x00>` to `<0xFF>` for what it
+has no other token for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from tokenizers import Tokenizer
+
+N_BYTES = 256
+# Decoders that change nothing of what ByteLevel makes.
+_NEUTRAL = frozenset({"ByteLevel", "Fuse"})
+
+
+class Vocabulary:
+    """Made once for each tokenizer; it is read only.
+
+    byte_of        byte that an id of byte fallback stands for
+    is_byte_level  whether the text is exactly the tokens' bytes, one after the other
+    may_split      whether other tokens than those of `byte_of` may end within a character
+    anchor         an ordinary token with text; decoded before others, it makes them show as they
+                   do within a text (the first token of a text may lose its space). None where the
+                   tokenizer has no such token
+    """
+
+    def __init__(self, backend: Tokenizer) -> None:
+        self.backend = backend
+        kinds = frozenset(_kinds(json.loads(backend.decoder.__getstate__())))
+        self.is_byte_level = "ByteLevel" in kinds and kinds <= _NEUTRAL
+        self.may_split = "ByteLevel" in kinds and not self.is_byte_level
+        self.byte_of = _fallback_bytes(backend) if "ByteFallback" in kinds else {}
+        self._special = frozenset(
+            token_id
+            for token_id, token in backend.get_added_tokens_decoder().items()
+            if token.special
+        )
+        self._letters = {ord(letter): byte for byte, letter in enumerate(byte_letters())}
+        self.anchor = next(self._ordinary(), None)
+
+    def is_shown(self, token_id: int, *, skip_special_tokens: bool) -> bool:
+        """Whether the id has a place in a text at all."""
+        if skip_special_tokens and token_id in self._special:
+            return False
+        return self.backend.id_to_token(token_id) is not None
+
+    def name(self, token_id: int) -> str:
+        """The token as the vocabulary writes it, "" for an id that has none."""
+        return self.backend.id_to_token(token_id) or ""
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """The token's own bytes where it may be a part of a character; None elsewhere."""
+        if token_id in self.byte_of:
+            return bytes([self.byte_of[token_id]])
+        if not (self.is_byte_level or self.may_split):
+            return None
+        letters = self._letters
+        name = self.name(token_id)
+        try:
+            return bytes([letters[ord(letter)] for letter in name])
+        except KeyError:  # an added token, which is text
+            return name.encode("utf-8", "replace")
+
+    def decode(self, token_ids: list[int]) -> str:
+        """All of the ids as text, special tokens included."""
+        text: str = self.backend.decode(token_ids, skip_special_tokens=False)
+        return text
+
+    def _ordinary(self) -> Iterator[int]:
+        """Ids of tokens that are letters, from the first."""
+        for token_id in range(self.backend.get_vocab_size()):
+            if token_id in self._special or token_id in self.byte_of:
+                continue
+            name = self.name(token_id)
+            if name.isalpha() and self.decode([token_id]) == name:
+                yield token_id
+
+
+def byte_letters() -> list[str]:
+    """The letter that a byte-level tokenizer writes for each byte: GPT-2's table.
+
+    Bytes that are printable in Latin-1 are themselves, the others follow from U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(N_BYTES, 2 * N_BYTES))
+    return [chr(byte if byte in printable else next(others)) for byte in range(N_BYTES)]
+
+
+def _kinds(decoder: dict[str, Any] | None) -> Iterator[str]:
+    """The types of a decoder and of all that it is made of."""
+    if decoder is None:
+        return
+    if decoder["type"] == "Sequence":
+        for part in decoder["decoders"]:
+            yield from _kinds(part)
+    else:
+        yield decoder["type"]
+
+
+def _fallback_bytes(backend: Tokenizer) -> dict[int, int]:
+    """Bytes by id. The decoder reads both cases of the hexadecimal digits."""
+    found = {}
+    for byte in range(N_BYTES):
+        for name in (f"<0x{byte:02X}>", f"<0x{byte:02x}>"):
+            token_id = backend.token_to_id(name)
+            if token_id is not None:
+                found[token_id] = byte
+    return found
