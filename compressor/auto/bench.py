@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from compressor.checkpoint.groups import VOCABULARY, group_of
 from compressor.checkpoint.pairing import TensorPair
 from compressor.codecs import TensorDelta
 from compressor.errors import CheckpointError, InputError
-from compressor.measure.comparison import n_predicted
+from compressor.measure.comparison import SampleBatch, n_predicted
 from compressor.measure.evaluation import Reference
 from compressor.measure.fidelity import Fidelity
 from compressor.measure.samples import load_tokenizer
@@ -78,13 +78,18 @@ class Bench:
         return self._measure("variant", progress)
 
     def _measure(self, weights: Weights, progress: Progress) -> Measured:
-        n_steps = 1 + len(self._references)
-        progress(weights, 0, n_steps)
+        n_steps = 1 + sum(len(reference.batches) for reference in self._references.values())
+        steps = iter(range(n_steps))
+
+        def run(batch: SampleBatch) -> Iterable[Tensor]:
+            progress(weights, next(steps), n_steps)
+            return self._model.log_probs(batch.samples)
+
+        progress(weights, next(steps), n_steps)
         self._model.use(dict.fromkeys(self._model.names, weights))
         kl, agreement = {}, {}
-        for done, (name, reference) in enumerate(self._references.items(), 1):
-            progress(weights, done, n_steps)
-            found = reference.compare(reference.outputs())
+        for name, reference in self._references.items():
+            found = reference.compare(reference.outputs_of(run))
             kl[name] = rounded(found.kl.mean)
             agreement[name] = rounded(found.top1_agreement.mean)
         self._model.use({})

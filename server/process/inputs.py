@@ -7,6 +7,8 @@ weights are whole. Only what needs the model itself is left to the engine.
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +18,7 @@ from typing import Any
 
 from compressor.checkpoint.folder import read_model_config, resolve, weight_files
 from compressor.checkpoint.headers import read_header
-from compressor.checkpoint.hub import cached_ref, with_revision
+from compressor.checkpoint.hub import cached_ref, parse_ref, with_revision
 from compressor.errors import ImpartError
 from compressor.readable import why_unreadable
 from compressor.usable_memory import usable_memory_bytes
@@ -50,9 +52,10 @@ def located(settings: Settings) -> Settings:
     if settings.device == "cpu":
         check_kv_cache(settings, usable_memory_bytes())
     try:
-        folder = resolve(
-            with_revision(str(settings.base), settings.base_revision, "--base-revision")
-        )
+        wanted = with_revision(str(settings.base), settings.base_revision, "--base-revision")
+        if parse_ref(wanted) is not None and not os.path.lexists(wanted):
+            _announce_fetch(wanted)
+        folder = resolve(wanted)
         n_positions = _n_positions(read_model_config(folder))
         stored = stored_model(folder)
     except ImpartError as error:
@@ -84,6 +87,14 @@ def stored_model(folder: Path) -> StoredModel:
     dtype = max(elements, key=lambda name: elements[name], default="")
     n_bytes = sum(file.stat().st_size for file in files)
     return StoredModel(elements.total(), DTYPES.get(dtype, dtype), n_bytes)
+
+
+def _announce_fetch(ref: str) -> None:
+    from huggingface_hub.utils import disable_progress_bars
+
+    log.info("the server takes %s from the Hub's cache, or fetches it into that", ref)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
 
 
 def _n_positions(config: Mapping[str, Any]) -> int | None:
