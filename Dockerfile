@@ -5,6 +5,7 @@
 #          (the index that pytorch.org's "Get Started" page names for CPU; any other build likewise)
 #          docker run --gpus all ...
 #   run    docker run -p 8000:8000 -v /srv/base:/models/base:ro -v /srv/deltas:/models/deltas:ro impart-serve
+#          (user 10001 must be able to read both: chmod -R a+rX, or docker run --user OWNER)
 ARG PYTHON=3.12
 
 FROM python:${PYTHON}-slim AS build

@@ -1,4 +1,8 @@
-"""``impart-serve`` and ``python -m server``: settings -> engine -> HTTP server."""
+"""``impart-serve`` and ``python -m server``: settings -> engine -> HTTP server.
+
+Mistakes come first: settings, the address and the files are looked at before torch is imported.
+Exit codes: 0 asked to stop, 1 the engine died, 2 the settings are wrong.
+"""
 
 from __future__ import annotations
 
@@ -6,39 +10,58 @@ import io
 import logging
 import os
 import sys
+from socket import socket
 from typing import cast
 
 import typer
-from prometheus_client import disable_created_metrics
 
 from compressor.usable_cpus import set_thread_defaults
 from server.cli import app
 from server.errors import ConfigError
-from server.metrics.series import Metrics
 from server.process import logs
+from server.process.early_stop import Stopped, stop_signals
+from server.process.inputs import located
+from server.process.listen import bind, close
 from server.settings import Settings
 
 CONFIG_EXIT_CODE = 2
+
+log = logging.getLogger("server")
 
 
 def serve(settings: Settings) -> None:
     """Run the server; ends the process with its exit code."""
     try:
-        logs.configure(settings.log_level, settings.log_format)
-        exit_code = _serve(settings)
+        with stop_signals():
+            exit_code = _prepare_and_serve(settings)
     except ConfigError as error:
         typer.echo(f"impart-serve: {error.message}", err=True)
         raise typer.Exit(CONFIG_EXIT_CODE) from None
+    except Stopped as stopped:
+        log.info("%s came before the server was ready; the process ends", stopped.name)
+        raise typer.Exit(0) from None
     logging.shutdown()
     sys.stdout.flush()
     # A thread that hangs (a dead engine's) must not keep the process from ending.
     os._exit(exit_code)
 
 
-def _serve(settings: Settings) -> int:
+def _prepare_and_serve(settings: Settings) -> int:
+    logs.configure(settings.log_level, settings.log_format)
+    sockets = bind(settings.host, settings.port)
+    try:
+        return _serve(located(settings), sockets)
+    finally:
+        close(sockets)
+
+
+def _serve(settings: Settings, sockets: list[socket]) -> int:
     set_thread_defaults(settings.torch_threads)
-    # Here, because they import torch: `--help` and wrong flags should answer at once.
+    # Here, because they import torch and fastapi: what comes before should answer at once.
+    from prometheus_client import disable_created_metrics
+
     from server.engine.llm_engine import LLMEngine
+    from server.metrics.series import Metrics
     from server.process.run import RunnableEngine, run, run_in_loop
 
     # A second series for each counter and histogram that nobody reads; the call has no types.
@@ -47,7 +70,7 @@ def _serve(settings: Settings) -> int:
     engine = LLMEngine.from_settings(settings, metrics)
     metrics.watch(engine, settings.max_variants_per_step)
     # The engine takes the Variant its own `open` returned; the protocol says any VariantHandle.
-    return run_in_loop(run(cast(RunnableEngine, engine), settings, metrics))
+    return run_in_loop(run(cast(RunnableEngine, engine), settings, metrics, sockets))
 
 
 def main() -> None:

@@ -18,12 +18,15 @@ from typing import Annotated, Any, Literal
 import typer
 from pydantic import create_model
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from typer.core import TyperCommand
 
+from compressor import __version__
 from server.errors import ConfigError
-from server.settings import Settings, Unit, WhenUnset, size_text
+from server.settings import GROUPS, Settings, Unit, WhenUnset, size_text
 
 PREFIX = "IMPART_"
 SWITCH = "SWITCH"
+UNGROUPED = ("version", "help")  # options that are no settings
 FLAGS = {"mode_overrides": "--mode-override"}  # takes one of them; the others are named as they are
 
 
@@ -61,14 +64,34 @@ def app(serve: Callable[[Settings], None]) -> typer.Typer:
     In plain text: rich's table of four columns cuts long flags short on a usual terminal.
     """
     line = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-    line.command()(command(serve))
+    line.command(cls=GroupedCommand)(command(serve))
     return line
+
+
+class GroupedCommand(TyperCommand):
+    """A command whose help shows the options by `GROUPS`."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options; the arguments' types are click's, of which typer has its own copy."""
+        groups: dict[str, list[tuple[str, str]]] = {}
+        heading = ""
+        for parameter in self.get_params(ctx):
+            heading = GROUPS.get(parameter.name or "", heading)
+            if parameter.name in UNGROUPED:
+                heading = "Help"
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                groups.setdefault(heading, []).append(record)
+        for heading, records in groups.items():
+            with formatter.section(heading):
+                formatter.write_dl(records)
 
 
 def command(serve: Callable[[Settings], None]) -> Callable[..., None]:
     """Return `serve` with one keyword parameter per setting, as typer wants it."""
 
-    def entry(**flags: Any) -> None:
+    def entry(version: bool, **flags: Any) -> None:
+        del version  # it has ended the program, if it was given
         given = {name: value for name, value in flags.items() if value not in (None, [])}
         try:
             settings = Settings(**with_environment(given))
@@ -76,7 +99,7 @@ def command(serve: Callable[[Settings], None]) -> Callable[..., None]:
             raise typer.BadParameter(error.message) from None
         serve(settings)
 
-    parameters = [_parameter(declared) for declared in declarations()]
+    parameters = [*(_parameter(declared) for declared in declarations()), _version_parameter()]
     entry.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     entry.__annotations__ = {p.name: p.annotation for p in parameters}
     entry.__doc__ = (
@@ -126,6 +149,21 @@ def _default_text(name: str, default: Any) -> str:
     if isinstance(default, int | float):
         return f"{default:g}"
     return default if isinstance(default, str) else "none"
+
+
+def _version_parameter() -> inspect.Parameter:
+    def show(asked: bool) -> None:
+        if asked:
+            typer.echo(f"impart-serve {__version__}")
+            raise typer.Exit
+
+    option = typer.Option("--version", callback=show, is_eager=True, help="Print the version.")
+    return inspect.Parameter(
+        "version",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False,
+        annotation=Annotated[bool, option],
+    )
 
 
 def _parameter(declared: Declaration) -> inspect.Parameter:

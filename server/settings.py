@@ -26,6 +26,17 @@ from pydantic.dataclasses import dataclass
 from server.errors import ConfigError
 
 GIB = 1 << 30
+# The first setting of each group, in the order of `Settings`, and the group's heading in --help.
+GROUPS = {
+    "base": "Models",
+    "host": "Address",
+    "device": "Device and kernels",
+    "mode": "Variants",
+    "kv_cache_bytes": "Memory for the KV cache",
+    "max_model_len": "Batches",
+    "max_queued_requests": "Requests",
+    "heartbeat_timeout_s": "Process and log",
+}
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
 
@@ -102,12 +113,17 @@ Overrides = Annotated[dict[str, Mode], BeforeValidator(parse_overrides), Unit("V
 class Settings:
     """How one server runs."""
 
-    base: Path = Field(description="Base model: a Hugging Face directory.")
+    base: Path = Field(
+        description="Base model: a Hugging Face directory, or a Hub id org/name[@revision]."
+    )
+    base_revision: Annotated[str | None, WhenUnset("none")] = Field(
+        default=None, description="Branch, tag or commit, if the base is a Hub id."
+    )
     deltas: Annotated[Path | None, WhenUnset("none")] = Field(
         default=None,
         description="Folder of delta artifacts; a variant's name is its folder's name.",
     )
-    served_base_name: Annotated[str | None, WhenUnset("the folder's name")] = Field(
+    served_base_name: Annotated[str | None, WhenUnset("the folder's name, or the Hub id")] = Field(
         default=None, description="Name of the base in requests."
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
@@ -240,6 +256,10 @@ class Settings:
                 f"max_prefill_slowdown must be above 1, or 0 for no limit, "
                 f"got {self.max_prefill_slowdown}"
             )
+        if (self.kernels, self.device) in (("triton", "cpu"), ("numba", "cuda")):
+            raise ConfigError(
+                f"{self.kernels} kernels do not run with device {self.device}; use kernels auto"
+            )
         reconstructs = "reconstruct" in (self.mode, *self.mode_overrides.values())
         if self.base_quant != "none" and (reconstructs or self.reconstruct_budget_bytes):
             raise ConfigError(
@@ -247,6 +267,29 @@ class Settings:
                 "reconstruct budget, or base_quant none"
             )
         return self
+
+
+def check_kv_cache(settings: Settings, host_bytes: int) -> None:
+    """Raise ConfigError where the cache asked for, in a CPU's memory, is more than that holds.
+
+    host_bytes  what this process may still take
+    """
+    asked = settings.kv_cache_bytes
+    if asked is not None and asked > host_bytes:
+        raise ConfigError(
+            f"kv_cache_bytes is {size_text(asked)}, but this process may take no more than "
+            f"{host_bytes / GIB:.1f} GiB of memory; lower it"
+        )
+
+
+def check_max_model_len(settings: Settings, n_positions: int) -> None:
+    """Raise ConfigError where the base has not so many positions."""
+    asked = settings.max_model_len
+    if asked is not None and asked > n_positions:
+        raise ConfigError(
+            f"max_model_len is {asked}, but the base model has positions for {n_positions} tokens "
+            "only; lower it"
+        )
 
 
 def _sentence(error: Any) -> str:

@@ -14,12 +14,15 @@ COMPRESSOR = (
     "compressor.artifact", "compressor.codecs", "compressor.errors",
     "compressor.safetensors_header",
     "compressor.usable_cpus", "compressor.usable_memory", "compressor.cgroups",
+    "compressor.readable",
 )  # fmt: skip
 # The base's identity is read off the base's checkpoint; and the names of tokenizer files.
 FROM_CHECKPOINTS = {
     "compressor.checkpoint",
     "compressor.checkpoint.companions",
     "compressor.checkpoint.files",
+    "compressor.checkpoint.folder",
+    "compressor.checkpoint.headers",
     "compressor.checkpoint.hub",
 }
 
@@ -58,6 +61,14 @@ def test_http_layer_imports_without_torch() -> None:
     loaded = loaded_by(*modules_of("server/api"))
     assert "server.api.app" in loaded
     assert "torch" not in loaded, "server.api imports torch through another module"
+
+
+def test_what_looks_at_mistakes_imports_nothing_heavy() -> None:
+    """`server.__main__` and all it needs up to the engine; tests/server/test_main.py runs it."""
+    heavy = {"torch", "numpy", "transformers", "fastapi", "uvicorn", "huggingface_hub"}
+    loaded = loaded_by("server.__main__")
+    assert "server.process.inputs" in loaded
+    assert not heavy & loaded
 
 
 @pytest.mark.parametrize("folder", ["api", "process", "metrics", "engine", "model", "deltas"])

@@ -5,6 +5,7 @@
     compressor:  codecs < encoders < checkpoint < artifact < plan < measure < auto < compress
                  < export < peft < merge < report < cli      (each may use those before it)
     server     -> compressor.{artifact, codecs, errors}      (the format)
+                  compressor.checkpoint.{folder, headers, hub}, readable  (a base on disk, no torch)
                   and compressor.usable_cpus, usable_memory  (nothing else)
     compressor -> never server
 
@@ -49,6 +50,7 @@ HELPERS = {
     "compressor.atomic": {"compressor.errors"},
     "compressor.printable": set[str](),
     "compressor.progress": set[str](),
+    "compressor.readable": set[str](),
     "compressor.safetensors_header": set[str](),
     "compressor.cgroups": set[str](),
     "compressor.usable_cpus": {"compressor.cgroups"},
@@ -78,7 +80,11 @@ WEB = {"fastapi", "starlette", "pydantic", "uvicorn"}
 TENSOR = {"torch", "transformers", "safetensors", "numpy", "triton", "numba", "llvmlite"}
 OPS_ONLY = {"torch", "numpy", "numba", "triton", "llvmlite", "filelock"}
 FORMAT = ("compressor.artifact", "compressor.codecs", "compressor.errors")
-OPEN = (*FORMAT, "compressor.usable_cpus", "compressor.usable_memory")
+OPEN = (
+    *FORMAT, "compressor.usable_cpus", "compressor.usable_memory", "compressor.readable",
+    "compressor.checkpoint.folder", "compressor.checkpoint.headers", "compressor.checkpoint.hub",
+    "compressor.__version__",
+)  # fmt: skip
 IMPORTING_PACKAGES = {"compressor.codecs"}  # others' `__init__` holds what it is and no more
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {("torch", "load"), ("yaml", "load"), ("yaml", "unsafe_load")}

@@ -22,10 +22,12 @@ from safetensors.torch import save_file
 from compressor import atomic
 from compressor.checkpoint.files import Checkpoint
 from compressor.errors import OutputError
+from compressor.readable import why_unreadable
 from server.deltas import background
 from server.deltas.host_memory import trim_heap
 from server.ops.cpu import parallel
 from server.process import run
+from server.process.early_stop import Stopped, stop_signals
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -158,6 +160,22 @@ async def test_signal_in_a_loop_that_cannot_wait_for_it_reaches_its_action(
         await asyncio.wait_for(came.wait(), 5)
     finally:
         signal.signal(signal.SIGUSR1, before)
+
+
+def test_stop_signals_without_sighup_has_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(signal, "SIGHUP")
+    with pytest.raises(Stopped), stop_signals():
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_why_unreadable_without_user_ids_names_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delattr(os, "geteuid")
+    monkeypatch.setattr(Path, "open", raising(errno.EACCES))
+    said = why_unreadable(tmp_path / "weights")
+    assert said is not None
+    assert "may not be read by this process's user; allow it" in said
 
 
 def test_run_in_loop_without_uvloop_uses_asyncio(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,11 @@ def open_directory(path: Path) -> Iterator[int]:
     """Open an artifact directory; every read then goes through it, whatever is renamed."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError as error:
+        raise NotADelta(
+            f"{path.name} may not be read by this process's user; allow it (chmod a+rx) or run as "
+            "the owner"
+        ) from error
     except OSError as error:
         raise NotADelta(f"{path.name} cannot be opened as a directory: {error.strerror}") from error
     try:
@@ -52,6 +57,11 @@ def read_file(directory: int, name: str) -> bytearray:
         descriptor = os.open(name, flags, dir_fd=directory)
     except FileNotFoundError:
         raise Corrupt(f"{name} is missing") from None
+    except PermissionError as error:
+        raise Corrupt(
+            f"{name} may not be read by this process's user; allow it (chmod a+r) or run as the "
+            "owner"
+        ) from error
     except OSError as error:
         raise Corrupt(
             f"{name} cannot be opened ({error.strerror}); it must be a readable regular file, "

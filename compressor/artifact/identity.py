@@ -13,7 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from compressor.checkpoint.files import Checkpoint, StoredTensor
+from compressor.checkpoint.files import Checkpoint
+from compressor.checkpoint.headers import StoredTensor
 from compressor.errors import CheckpointError
 
 _CHUNK_BYTES = 4096

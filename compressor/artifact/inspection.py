@@ -15,6 +15,7 @@ from rich.text import Text
 from compressor.artifact.config import DeltaConfig, TensorEntry
 from compressor.artifact.identity import base_identity
 from compressor.artifact.reader import Artifact, read_artifact
+from compressor.artifact.wording import ERROR_MEANS, choice, measured
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.layout import read_layout
 from compressor.codecs import TensorDelta
@@ -128,10 +129,11 @@ def print_inspection(
         ("digest", inspection.digest),
         ("codec", f"{config.codec} {_options(config.options)}"),
         ("settings", _settings(config.tensors)),
-        *(("chosen by", line) for line in _chosen_by(config.options)),
+        *choice(config),
         ("ratio", f"{inspection.ratio:.2f}{asked}, {inspection.n_bytes:,} bytes in all"),
         ("tensors", f"{len(config.tensors)} stored, {len(config.unchanged)} as in the base"),
-        ("fidelity", _fidelity(inspection)),
+        *(("fidelity", line) for line in measured(config.fidelity) or ["not measured"]),
+        *_error(inspection),
         ("made by", f"{config.created_by}, seed {config.seed}"),
     ]
     for name, value in rows:
@@ -189,18 +191,9 @@ def _options(options: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in options.items() if key != "auto")
 
 
-def _chosen_by(options: dict[str, Any]) -> list[str]:
-    """What `auto` chose by, and what it tried; nothing if settings were given."""
-    record = options.get("auto")
-    if not isinstance(record, dict):
-        return []
-    lines = [f"auto: {record.get('basis', '')}"]
-    tried = record.get("tried")
-    for trial in tried if isinstance(tried, list) else []:
-        if isinstance(trial, dict) and isinstance(trial.get("kl"), dict):
-            kl = ", ".join(f"{value} on {name} texts" for name, value in trial["kl"].items())
-            lines.append(f"{trial.get('setting')} at ratio {trial.get('ratio')}: KL {kl}")
-    return lines
+def _error(inspection: Inspection) -> list[tuple[str, str]]:
+    error = inspection.mean_error()
+    return [] if error is None else [("relative error", f"{error:.3g} ({ERROR_MEANS})")]
 
 
 def _settings(entries: tuple[TensorEntry, ...]) -> str:
@@ -215,16 +208,3 @@ def _settings(entries: tuple[TensorEntry, ...]) -> str:
     )
     shown = [f"{setting} ({count})" for setting, count in found.most_common(4)]
     return ", ".join(shown + ["..."] * (len(found) > len(shown))) or "none"
-
-
-def _fidelity(inspection: Inspection) -> str:
-    parts = []
-    measured = inspection.config.fidelity
-    if "kl_per_token" in measured:
-        parts.append(
-            f"KL {measured['kl_per_token']:.4g} nats per token, top-1 agreement "
-            f"{measured['top1_agreement']:.2%} ({measured['n_tokens']:,} tokens)"
-        )
-    if (error := inspection.mean_error()) is not None:
-        parts.append(f"relative error of the weights' difference {error:.3g}")
-    return "; ".join(parts) or "not measured"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,12 +23,12 @@ from compressor.checkpoint.groups import VOCABULARY, group_of
 from compressor.checkpoint.pairing import TensorPair
 from compressor.codecs import TensorDelta
 from compressor.errors import CheckpointError, InputError
-from compressor.measure.comparison import n_predicted
+from compressor.measure.comparison import SampleBatch, n_predicted
 from compressor.measure.evaluation import Reference
 from compressor.measure.fidelity import Fidelity
 from compressor.measure.samples import load_tokenizer
 from compressor.measure.swapped_model import SwappedModel, Weights
-from compressor.progress import Progress
+from compressor.progress import Progress, counted, silent, whole, within
 
 _CPU_PARAMETERS = 1_500_000_000  # beyond, the passes that auto needs take too long without a GPU
 _BYTES_A_PARAMETER = 16  # weights, gradients and two sums of squares in float32
@@ -44,37 +44,56 @@ class Bench:
     Raises CheckpointError if the model cannot be run here, InputError if `own` cannot be used.
     """
 
-    def __init__(self, base: Checkpoint, tuned: Checkpoint, own: Path | None) -> None:
+    def __init__(
+        self,
+        base: Checkpoint,
+        tuned: Checkpoint,
+        own: Path | None,
+        progress: Progress = silent,
+    ) -> None:
         self._base, self._tuned = base, tuned
         tokenizer = load_tokenizer(tuned.path)
         texts = calibration_sets(own, tokenizer)
         sets = {name: found.measured for name, found in texts.items()}
-        self._model = SwappedModel(base, tuned)
+        with whole(progress, "load"):
+            self._model = SwappedModel(base, tuned)
         if own is None:
-            sets[SELF] = self_written(self._model.module, tokenizer)
-        self._references = {name: Reference(self._model, found) for name, found in sets.items()}
+            sets[SELF] = self_written(self._model.module, tokenizer, progress)
+        self._references = {
+            name: Reference(self._model, sets[name])
+            for name in counted(progress, "fine-tune", list(sets), lambda name: len(sets[name]))
+        }
         self._spare = {name: found.spare for name, found in texts.items()}
         self.main = next(iter(sets))  # the user's own texts, if there are any
-        self.of_base = self._measure("base")
+        self.of_base = self._measure("base", progress)
 
     @property
     def n_tokens(self) -> dict[str, int]:
         """Predicted tokens by set."""
         return {name: reference.n_tokens for name, reference in self._references.items()}
 
-    def measure(self, deltas: Mapping[str, TensorDelta]) -> Measured:
+    def measure(self, deltas: Mapping[str, TensorDelta], progress: Progress = silent) -> Measured:
         """Run the fine-tune with these deltas in place of its own."""
         self._model.set_variant(deltas)
-        return self._measure("variant")
+        return self._measure("variant", progress)
 
-    def _measure(self, weights: Weights) -> Measured:
+    def _measure(self, weights: Weights, progress: Progress) -> Measured:
+        n_steps = 1 + sum(len(reference.batches) for reference in self._references.values())
+        steps = iter(range(n_steps))
+
+        def run(batch: SampleBatch) -> Iterable[Tensor]:
+            progress(weights, next(steps), n_steps)
+            return self._model.log_probs(batch.samples)
+
+        progress(weights, next(steps), n_steps)
         self._model.use(dict.fromkeys(self._model.names, weights))
         kl, agreement = {}, {}
         for name, reference in self._references.items():
-            found = reference.compare(reference.outputs())
+            found = reference.compare(reference.outputs_of(run))
             kl[name] = rounded(found.kl.mean)
             agreement[name] = rounded(found.top1_agreement.mean)
         self._model.use({})
+        progress(weights, n_steps, n_steps)
         return Measured(kl, agreement)
 
     def why_not_tuned(self) -> str:
@@ -97,7 +116,8 @@ class Bench:
 
     def tune(self, deltas: StagedDeltas, found: Measured, progress: Progress) -> Kept:
         """Tune what is stored of `deltas`, which were found to be `found`, on the spare texts."""
-        tuner = Tuner(self._model, self._spare)
+        with whole(progress, "targets"):
+            tuner = Tuner(self._model, self._spare)
         kept = Kept(Tuned(0, deltas, STEPS), found, tuner.n_tokens, found)
 
         def visit(tuned: Tuned) -> None:
@@ -127,37 +147,35 @@ class Bench:
         self, pairs: Sequence[TensorPair], device: str, head_bits: int, progress: Progress
     ) -> dict[str, HeadCosts]:
         """How much the model minds what each head leaves of each matrix, all sets alike."""
-        weights, left_out = self._weights(pairs, device, head_bits)
-        sizes = [math.prod(pair.matrix_shape) for pair in pairs]
+        weights, left_out = self._weights(pairs, device, head_bits, progress)
         costs = {}
-        for index, pair in enumerate(pairs):
-            progress("survey", sum(sizes[:index]), sum(sizes))
+        for pair in counted(progress, "survey", pairs, _n_elements):
             name = pair.name
             source = DeltaSource(self._base, self._tuned, pair, device)
             found = head_costs(name, source, _oriented(weights.pop(name), pair), head_bits)
             costs[name] = replace(found, left_out=left_out.get(name, ()))
-        progress("survey", sum(sizes), sum(sizes))
         return costs
 
     def _weights(
-        self, pairs: Sequence[TensorPair], device: str, head_bits: int
+        self, pairs: Sequence[TensorPair], device: str, head_bits: int, progress: Progress
     ) -> tuple[dict[str, Tensor], dict[str, tuple[float, ...]]]:
         """Diagonal Fisher of all sets, and what leaving out the rest of vocabulary matrices costs,
         each divided by what plain sampling would cost on it.
         """
         names = [pair.name for pair in pairs]
         rests: dict[str, Rests] = {}
-        for pair in pairs:
-            name = pair.name
-            if group_of(pair) in VOCABULARY and not pair.transposed:
-                source = DeltaSource(self._base, self._tuned, pair, str(self._model.module.device))
-                rest = rests_of(name, source, head_bits)
-                rests |= {} if rest is None else {name: rest}
+        of_words = [p for p in pairs if group_of(p) in VOCABULARY and not p.transposed]
+        for pair in counted(progress, "vocabulary", of_words, _n_elements):
+            source = DeltaSource(self._base, self._tuned, pair, str(self._model.module.device))
+            rest = rests_of(pair.name, source, head_bits)
+            rests |= {} if rest is None else {pair.name: rest}
         total: dict[str, Tensor] = {}
         left_out: dict[str, Tensor] = {}
-        for reference in self._references.values():
+        n_sets = len(self._references)
+        for index, reference in enumerate(self._references.values()):
             samples = spread(reference.samples, _FISHER_TOKENS, _FISHER_TEXTS)
-            found = survey(self._model.module, names, samples, rests)
+            share = within(progress, "gradients", index / n_sets, (index + 1) / n_sets)
+            found = survey(self._model.module, names, samples, rests, share)
             cost = 0.0
             for pair in pairs:
                 source = DeltaSource(self._base, self._tuned, pair, device)
@@ -195,6 +213,7 @@ def open_bench(
     pairs: Sequence[TensorPair],
     own: Path | None,
     n_parameters: int,
+    progress: Progress = silent,
 ) -> Bench | str:
     """Return the bench, or why there is none. With texts of the user's, none is an InputError."""
     from compressor.checkpoint.layout import read_layout
@@ -202,7 +221,7 @@ def open_bench(
     reason = why_not_measurable(n_parameters, pairs, read_layout(tuned.path).parameters)
     if not reason:
         try:
-            return Bench(base, tuned, own)
+            return Bench(base, tuned, own, progress)
         except CheckpointError as error:
             reason = str(error)
     if own is not None:
@@ -215,6 +234,10 @@ def open_bench(
 def rounded(value: float) -> float:
     """To a few significant digits: what is beyond depends on the number of threads."""
     return float(f"{value:.{_DIGITS}g}")
+
+
+def _n_elements(pair: TensorPair) -> int:
+    return math.prod(pair.matrix_shape)
 
 
 def _oriented(weights: Tensor, pair: TensorPair) -> Tensor:

@@ -31,6 +31,7 @@ from compressor.auto.goal import Chosen, Goal, Inputs
 from compressor.auto.kept import Kept, Measured
 from compressor.auto.self_written import SELF
 from compressor.auto.shrink import shrink
+from compressor.auto.tries import Tries
 from compressor.auto.tune import STEPS, Tuned
 from compressor.checkpoint.pairing import TensorPair
 from compressor.encoders.blockdiag import BlockDiagCodec
@@ -85,7 +86,9 @@ def choose(inputs: Inputs, goal: Goal, progress: Progress) -> Chosen:
     """
     started = time.perf_counter()
     encoded = [pair for pair in inputs.pairs if pair.is_encoded]
-    bench = open_bench(inputs.base, inputs.tuned, encoded, inputs.own_texts, inputs.n_parameters)
+    bench = open_bench(
+        inputs.base, inputs.tuned, encoded, inputs.own_texts, inputs.n_parameters, progress
+    )
     if isinstance(bench, str):
         return _unmeasured(inputs, goal, bench, progress)
     costs = bench.survey(encoded, inputs.device, HEAD_BITS, progress)
@@ -130,13 +133,17 @@ class _Search:
         self._inputs, self._goal, self._bench, self._progress = inputs, goal, bench, progress
         self._finer = finer
         self._trials: list[_Trial] = []
+        self._tries = Tries(progress)
         self._shrunk: dict[str, float] = {}
 
     def run(self, choices: Sequence[_Candidate]) -> _Trial:
         """The best of `choices`; if a KL is asked for, at the ratio where it keeps that."""
         ratio = rounded(self._goal.starting_ratio(self._inputs.tuned.n_bytes))
         max_kl = self._goal.max_kl
+        if max_kl is not None:
+            self._tries.expect(_SEARCH_TRIALS, at_most=True)
         while True:
+            self._tries.expect(len(choices))
             tried, impossible = [], None
             for index, candidate in enumerate(choices):
                 try:
@@ -199,13 +206,13 @@ class _Search:
         inputs, codec = self._inputs, candidate.codec
         config = self._expected_config(candidate, ratio, to_come)
         planner = Planner(codec, config, inputs.companions, inputs.stage, candidate.allot)
-        stage = f"try {len(self._trials) + 1}"
-        made = planner.encode(inputs.pairs, partial(count, config), self._progress, stage)
-        for trial in self._trials:
-            if trial.ratio == ratio and trial.pairs == made.pairs:
-                return trial
-        deltas = StagedDeltas(made.staged)
-        found = self._bench.measure(deltas)
+        with self._tries.next() as share:
+            made = planner.encode(inputs.pairs, partial(count, config), share)
+            for trial in self._trials:
+                if trial.ratio == ratio and trial.pairs == made.pairs:
+                    return trial
+            deltas = StagedDeltas(made.staged)
+            found = self._bench.measure(deltas, share)
         trial = _Trial(candidate, ratio, made.pairs, deltas, found)
         self._trials.append(trial)
         return trial
@@ -249,6 +256,7 @@ class _Search:
             "tokens": bench.n_tokens,
             "base_kl": bench.of_base.kl,
             "tried": tried,
+            "chosen": candidate.label,
         }
         if self._shrunk:
             record["rescaled"] = self._shrunk

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compressor.measure.samples import Sample
 from compressor.measure.texts import built_in_texts
+from compressor.progress import Progress, silent, within
 
 SELF = "self-written"
 
@@ -24,16 +26,20 @@ _PREFIX_TOKENS = 16
 _MARK = "\u2063impart\u2063"  # what no template holds
 
 
-def self_written(model: Any, tokenizer: Any, seed: int = 0) -> list[Sample]:
+def self_written(
+    model: Any, tokenizer: Any, progress: Progress = silent, seed: int = 0
+) -> list[Sample]:
     """Return texts drawn from `model`; what it was given to begin with does not count.
 
     model  a Hugging Face causal language model with the fine-tune's weights
     """
     samples = []
+    groups = _beginnings(tokenizer)
     with torch.random.fork_rng(devices=()), torch.inference_mode():
         torch.manual_seed(seed)
-        for beginnings in _beginnings(tokenizer):
-            samples += _continue(model, tokenizer, beginnings)
+        for index, beginnings in enumerate(groups):
+            share = within(progress, SELF, index / len(groups), (index + 1) / len(groups))
+            samples += _continue(model, tokenizer, beginnings, share)
     return samples
 
 
@@ -67,8 +73,15 @@ def _empty_chat(tokenizer: Any) -> list[int]:
     return ids
 
 
-def _continue(model: Any, tokenizer: Any, beginnings: Sequence[Sequence[int]]) -> list[Sample]:
+def _continue(
+    model: Any, tokenizer: Any, beginnings: Sequence[Sequence[int]], progress: Progress
+) -> list[Sample]:
     from transformers import GenerationConfig
+
+    def tell(drawn: Tensor, _: Any) -> Tensor:
+        """Called with all tokens ``[B, T]`` after each that is drawn; asks no text to stop."""
+        progress(SELF, drawn.shape[1] - ids.shape[1], _NEW_TOKENS)
+        return torch.zeros(len(drawn), dtype=torch.bool, device=drawn.device)
 
     eos = _eos(tokenizer)
     ids = torch.tensor(beginnings, device=model.device)
@@ -81,7 +94,14 @@ def _continue(model: Any, tokenizer: Any, beginnings: Sequence[Sequence[int]]) -
         eos_token_id=eos,
         pad_token_id=0 if eos is None else eos,
     )
-    drawn = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+    progress(SELF, 0, _NEW_TOKENS)
+    drawn = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        generation_config=config,
+        stopping_criteria=[tell],
+    )
+    progress(SELF, _NEW_TOKENS, _NEW_TOKENS)  # also where all texts ended before
     n_given = ids.shape[1]
     samples = []
     for row in drawn.tolist():

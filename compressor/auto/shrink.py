@@ -21,7 +21,7 @@ from compressor.auto.kept import Measured, is_better
 from compressor.codecs import TensorDelta
 from compressor.codecs.blockdiag import BlockDiagTerm
 from compressor.codecs.partition import kept_values
-from compressor.progress import Progress
+from compressor.progress import Progress, within
 
 _SHARE = 0.05  # of all codes, that a matrix has at least to be tried
 _FACTOR = 0.5
@@ -40,7 +40,7 @@ class Shrunk:
 def shrink(
     deltas: StagedDeltas,
     found: Measured,
-    measure: Callable[[StagedDeltas], Measured],
+    measure: Callable[[StagedDeltas, Progress], Measured],
     progress: Progress,
 ) -> Shrunk:
     """Halve the rescale of large matrices where that helps.
@@ -50,9 +50,9 @@ def shrink(
     best = Shrunk(deltas, found, {})
     names = _large(deltas)
     for done, name in enumerate(names):
-        progress("shrink", done, len(names))
+        share = within(progress, "shrink", done / len(names), (done + 1) / len(names))
         tried = best.deltas.with_changes({name: with_rescale(best.deltas[name], _FACTOR)})
-        now = measure(tried)
+        now = measure(tried, share)
         if is_better(now, best.found, found) and now.score <= _GAIN * best.found.score:
             best = Shrunk(tried, now, best.factors | {name: _FACTOR})
     progress("shrink", len(names), len(names))

@@ -21,6 +21,7 @@ from compressor.codecs.term import MatrixSource
 from compressor.encoders.sources import finite_block
 from compressor.encoders.svd import factors, row_strips
 from compressor.measure.samples import Sample
+from compressor.progress import Progress, counted, silent
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,6 +68,7 @@ def survey(
     names: Sequence[str],
     samples: Sequence[Sample],
     rests: Mapping[str, Rests] | None = None,
+    progress: Progress = silent,
     seed: int = 0,
 ) -> Survey:
     """Take the gradients of some samples.
@@ -84,12 +86,12 @@ def survey(
     found = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in wanted.items()}
     generator = torch.Generator().manual_seed(seed)
     n_tokens = 0
-    for sample in samples:
+    for sample in counted(progress, "gradients", samples, lambda sample: len(sample.ids)):
         ids = torch.tensor([sample.ids], device=model.device)
-        counted = torch.tensor(sample.counted[1:])
+        wanted_rows = torch.tensor(sample.counted[1:])
         with torch.enable_grad():
             logits = model(input_ids=ids, use_cache=False).logits[0, :-1]
-            logp = logits[counted.to(logits.device)].float().log_softmax(-1)
+            logp = logits[wanted_rows.to(logits.device)].float().log_softmax(-1)
             drawn = torch.multinomial(logp.detach().exp().cpu(), 1, generator=generator)
             loss = logp.gather(1, drawn.to(logp.device)).sum()
             gradients = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)

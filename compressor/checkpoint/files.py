@@ -6,79 +6,24 @@ memory of a run is what it holds and not whatever the kernel has mapped.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from compressor.checkpoint.hub import (
-    cached_ref,
-    fetch_artifact,
-    fetch_files,
-    fetch_settings,
-    parse_ref,
-)
+from compressor.checkpoint.folder import read_model_config, resolve, weight_files
+from compressor.checkpoint.headers import StoredTensor, TensorIndex, read_header
+from compressor.checkpoint.hub import cached_ref
 from compressor.errors import CheckpointError
-from compressor.safetensors_header import (
-    LENGTH_BYTES,
-    BadHeader,
-    HeaderEntry,
-    parse_header,
-    parse_length,
-)
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
 
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _CHUNK_BYTES = 8 << 20
-_SLICE = re.compile(r"(?P<name>.+)\[(?P<index>0|[1-9][0-9]{0,5})\]")
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_ADAPTER = "adapter_config.json"
-_DELTA = "delta_config.json"
-
-
-@dataclass(frozen=True, slots=True)
-class StoredTensor:
-    """Where one tensor lies: ``n_bytes`` from ``offset`` in `file`, row-major."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    n_bytes: int
-
-
-class TensorIndex(dict[str, StoredTensor]):
-    """Tensors by name. Of a 3-D tensor ``X``, ``X[i]`` is the matrix ``i``, though not listed."""
-
-    def __missing__(self, key: str) -> StoredTensor:
-        match = _SLICE.fullmatch(key)
-        if match is None or match["name"] not in self:
-            raise KeyError(key)
-        whole, index = self[match["name"]], int(match["index"])
-        if len(whole.shape) != 3 or index >= whole.shape[0]:
-            raise CheckpointError(
-                f"{whole.file}: tensor {match['name']} has shape {list(whole.shape)}; "
-                f"config.json asks for a matrix number {index} in it"
-            )
-        n_bytes = whole.n_bytes // whole.shape[0]
-        offset = whole.offset + index * n_bytes
-        return StoredTensor(whole.file, whole.dtype, whole.shape[1:], offset, n_bytes)
-
-
-def slice_name(name: str, index: int) -> str:
-    """Name of one matrix of a 3-D tensor."""
-    return f"{name}[{index}]"
 
 
 class TensorFiles:
@@ -93,7 +38,7 @@ class TensorFiles:
         self.name = name
         self.tensors = TensorIndex()
         for file in files:
-            for key, tensor in _read_header(file).items():
+            for key, tensor in read_header(file).items():
                 if key in self.tensors:
                     raise CheckpointError(f"{name}: tensor {key} is in two shards")
                 self.tensors[key] = tensor
@@ -201,128 +146,4 @@ class Checkpoint(TensorFiles):
         self.config = read_model_config(self.path)
         ref = cached_ref(self.path)
         self.revision = ref.revision if ref else None
-        super().__init__(ref.repo if ref else self.path.resolve().name, _weight_files(self.path))
-
-
-def resolve(path: str | Path) -> Path:
-    """Return the local directory of a model, adapter or delta given by path or by Hub id.
-
-    From the Hub come the safetensors weights and the files beside them, nothing else.
-    """
-    local = Path(path)
-    if local.is_dir():
-        return local
-    if local.exists():
-        raise CheckpointError(f"{path} is a file; give the directory that holds the model")
-    ref = parse_ref(str(path))
-    if ref is None:
-        raise CheckpointError(
-            f"{path}: no such directory, and not a Hub id such as org/name or org/name@revision"
-        )
-    folder = fetch_settings(ref)
-    if (folder / _DELTA).is_file():
-        return fetch_artifact(ref, folder)
-    if (folder / _ADAPTER).is_file():
-        fetch_files(ref, folder, ["adapter_model.safetensors"])
-    else:
-        read_model_config(folder)  # refused before its weights are fetched
-        names = _shard_names(folder) if (folder / _INDEX).is_file() else [_SINGLE]
-        fetch_files(ref, folder, names)
-    return folder
-
-
-def stored_names(path: Path) -> set[str]:
-    """Names of all tensors of a model directory; only headers are read."""
-    return {name for file in _weight_files(path) for name in _read_header(file)}
-
-
-def read_model_config(path: Path) -> dict[str, Any]:
-    """Read ``config.json`` and refuse what only remote code or a quantiser could load."""
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no config.json; not a Hugging Face model") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} does not hold a JSON object")
-    if "auto_map" in config:
-        raise CheckpointError(
-            f"{file} has auto_map, which asks for code from the model's repository to be run; "
-            "only architectures that transformers itself ships are supported"
-        )
-    if "quantization_config" in config:
-        raise CheckpointError(
-            f"{file}: the checkpoint is quantised; give the original 16- or 32-bit weights"
-        )
-    return config
-
-
-def _weight_files(path: Path) -> list[Path]:
-    if (path / _SINGLE).is_file():
-        return [path / _SINGLE]
-    if (path / _INDEX).is_file():
-        return _sharded_files(path)
-    pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
-    if pickled:
-        raise CheckpointError(
-            f"{path} holds {pickled[0]}, a pickle, which can run code when it is read. Convert it "
-            f'once where you trust it: python -c "from transformers import AutoModelForCausalLM '
-            f"as M, AutoTokenizer as T; d, o = '{path}', '{path}-safetensors'; "
-            f"M.from_pretrained(d, dtype='auto').save_pretrained(o); "
-            f'T.from_pretrained(d).save_pretrained(o)"'
-        )
-    raise CheckpointError(f"{path}: neither {_SINGLE} nor {_INDEX} is there")
-
-
-def _sharded_files(path: Path) -> list[Path]:
-    names = _shard_names(path)
-    for name in names:
-        if not (path / name).is_file():
-            raise CheckpointError(f"{path}: shard {name} is missing; download the model again")
-    return [path / name for name in names]
-
-
-def _shard_names(path: Path) -> list[str]:
-    index = path / _INDEX
-    try:
-        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be read: {error!r}") from error
-    for name in names:
-        if not isinstance(name, str) or name != os.path.basename(name):
-            raise CheckpointError(f"{index} names a shard outside its own directory: {name!r}")
-    return names
-
-
-def _read_header(file: Path) -> dict[str, StoredTensor]:
-    try:
-        with file.open("rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            length = parse_length(stream.read(LENGTH_BYTES))
-            if not 2 <= length <= min(_MAX_HEADER_BYTES, size - LENGTH_BYTES):
-                raise CheckpointError(f"{file} is not a complete safetensors file")
-            header = parse_header(stream.read(length))
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    except BadHeader as error:
-        raise CheckpointError(f"{file} is not a safetensors file: {error}") from error
-    data = LENGTH_BYTES + length
-    tensors = {name: _stored(file, name, entry, data) for name, entry in header.tensors.items()}
-    for name, tensor in tensors.items():
-        if tensor.offset + tensor.n_bytes > size:
-            raise CheckpointError(
-                f"{file} is cut short: tensor {name} lies beyond its end; download it again"
-            )
-    return tensors
-
-
-def _stored(file: Path, name: str, entry: HeaderEntry, data_start: int) -> StoredTensor:
-    n_bytes = entry.end - entry.start
-    known = DTYPES.get(entry.dtype)
-    if known is not None and math.prod(entry.shape) * known.itemsize != n_bytes:
-        raise CheckpointError(
-            f"{file} is not a safetensors file: size and shape of {name} disagree"
-        )
-    return StoredTensor(file, entry.dtype, entry.shape, data_start + entry.start, n_bytes)
+        super().__init__(ref.repo if ref else self.path.resolve().name, weight_files(self.path))

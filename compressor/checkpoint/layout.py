@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from compressor.checkpoint.files import slice_name, stored_names
+from compressor.checkpoint.headers import slice_name, stored_names
 from compressor.errors import CheckpointError, UnsupportedTensor
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compressor.atomic import RunLock, publish_directory, recover_directory
 from compressor.checkpoint.files import DTYPES as STORED_DTYPES
-from compressor.checkpoint.files import slice_name
+from compressor.checkpoint.headers import slice_name
 from compressor.checkpoint.layout import Layout
 from compressor.errors import InputError, OutputError
 from compressor.progress import Progress

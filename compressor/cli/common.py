@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 from compressor.errors import ImpartError
@@ -49,12 +50,30 @@ def reporting(command: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
+def look_at(*models: str, deltas: Iterable[Path] = ()) -> None:
+    """Say what is wrong with local models, adapters and deltas before torch is imported.
+
+    Hub ids are left to whoever fetches them.
+    """
+    from compressor.artifact.files import open_directory, read_checksums
+    from compressor.checkpoint.folder import look_at_folder
+    from compressor.checkpoint.hub import parse_ref
+
+    for model in models:
+        if os.path.lexists(model) or parse_ref(model) is None:
+            look_at_folder(model)
+    for delta in deltas:
+        with open_directory(delta) as directory:
+            read_checksums(directory)
+
+
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Progress]:
     """Yield a callback that draws bars on stderr, or nothing when that is no terminal."""
     console = Console(stderr=True)
     columns: tuple[Any, ...] = (
-        TextColumn("{task.description:>8}"),
+        SpinnerColumn(finished_text=" "),
+        TextColumn("{task.description}", justify="right"),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeRemainingColumn(elapsed_when_finished=True),
@@ -63,6 +82,8 @@ def progress_bar(quiet: bool) -> Iterator[Progress]:
     with Bars(*columns, console=console, disable=quiet or not console.is_terminal) as bars:
 
         def report(stage: str, done: int, total: int) -> None:
+            if not total:  # nothing to do, which is all of it
+                done = total = 1
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)

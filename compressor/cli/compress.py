@@ -13,6 +13,7 @@ from compressor.cli.common import (
     BaseRevision,
     Overwrite,
     Quiet,
+    look_at,
     progress_bar,
     reporting,
     silence_libraries,
@@ -104,7 +105,8 @@ def compress(
     quiet: Quiet = False,
 ) -> None:
     """Compress FINETUNED, a full fine-tune of BASE, into the delta artifact OUT."""
-    from compressor.checkpoint.files import resolve
+    look_at(base, finetuned)
+    from compressor.checkpoint.folder import resolve
     from compressor.checkpoint.hub import with_revision
     from compressor.compress.options import Options
     from compressor.compress.pipeline import compress as run

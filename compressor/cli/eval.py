@@ -16,6 +16,7 @@ from compressor.cli.common import (
     BaseArg,
     DeltaArg,
     Quiet,
+    look_at,
     progress_bar,
     reporting,
     silence_libraries,
@@ -62,6 +63,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Measure DELTA against FINETUNED: KL, agreement, flips, perplexity, by layer if asked."""
+    look_at(base, finetuned, deltas=[delta])
     silence_libraries()
     with progress_bar(quiet or as_json) as progress:
         (evaluation,) = run_evaluation(

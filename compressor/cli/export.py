@@ -13,6 +13,7 @@ from compressor.cli.common import (
     DeltaArg,
     Overwrite,
     Quiet,
+    look_at,
     progress_bar,
     reporting,
     silence_libraries,
@@ -42,6 +43,7 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write BASE + DELTA as a Hugging Face model, a PEFT LoRA or for mergekit."""
+    look_at(base, deltas=[delta])
     from compressor.checkpoint.hub import with_revision
     from compressor.export.mergekit import export_mergekit
     from compressor.export.reconstruct import reconstruct

@@ -13,6 +13,7 @@ from compressor.cli.common import (
     BaseRevision,
     Overwrite,
     Quiet,
+    look_at,
     progress_bar,
     reporting,
     silence_libraries,
@@ -44,8 +45,9 @@ def import_adapter(
     quiet: Quiet = False,
 ) -> None:
     """Turn a PEFT adapter of BASE into a delta: LoRA exactly, DoRA with a stated error."""
+    look_at(base, adapter)
     from compressor.artifact.reader import read_config
-    from compressor.checkpoint.files import resolve
+    from compressor.checkpoint.folder import resolve
     from compressor.checkpoint.hub import with_revision
     from compressor.compress.options import Options
     from compressor.peft.config import is_adapter

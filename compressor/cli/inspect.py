@@ -12,6 +12,7 @@ from rich.console import Console
 from compressor.cli.common import (
     BaseRevision,
     DeltaArg,
+    look_at,
     reporting,
     silence_libraries,
 )
@@ -24,6 +25,7 @@ def inspect(
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor too.")] = False,
 ) -> None:
     """Show what an artifact is: bytes by group, true ratio, codec, base, fidelity."""
+    look_at(deltas=[delta])
     from compressor.artifact.inspection import inspect_artifact, print_inspection
 
     inspection = inspect_artifact(delta)
@@ -43,6 +45,7 @@ def verify(
     base_revision: BaseRevision = None,
 ) -> None:
     """Check every byte of an artifact, and with --base that it fits that model."""
+    look_at(*([base] if base else []), deltas=[delta])
     from compressor.artifact.inspection import check, describe_stored
     from compressor.checkpoint.hub import with_revision
 

@@ -13,6 +13,7 @@ from compressor.cli.common import (
     DeltaArg,
     Overwrite,
     Quiet,
+    look_at,
     progress_bar,
     reporting,
     silence_libraries,
@@ -34,6 +35,7 @@ def reconstruct(
     quiet: Quiet = False,
 ) -> None:
     """Write BASE + DELTA to OUT as an ordinary Hugging Face model."""
+    look_at(base, deltas=[delta])
     from compressor.checkpoint.hub import with_revision
     from compressor.export.reconstruct import reconstruct as run
 

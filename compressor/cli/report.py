@@ -11,6 +11,7 @@ from compressor.cli.common import (
     BaseArg,
     Overwrite,
     Quiet,
+    look_at,
     progress_bar,
     reporting,
     silence_libraries,
@@ -36,16 +37,19 @@ def report(
 ) -> None:
     """Write OUT.html: spectra, bytes, KL by layer, quality against size. One file, no scripts."""
     from compressor.errors import InputError, OutputError
-    from compressor.measure.samples import Sample, load_tokenizer, read_samples
-    from compressor.peft.config import is_adapter
-    from compressor.report.data import make_report
-    from compressor.report.html import render
 
     *deltas, out = deltas_and_out
     if not deltas or out.suffix.lower() not in (".html", ".htm"):
         raise InputError("give one or more delta directories and, last, the page: OUT.html")
     if out.exists() and not (overwrite and out.is_file()):
         raise OutputError(f"{out} exists; remove it or use --overwrite")
+    look_at(base, finetuned, deltas=deltas)
+
+    from compressor.measure.samples import Sample, load_tokenizer, read_samples
+    from compressor.peft.config import is_adapter
+    from compressor.report.data import make_report
+    from compressor.report.html import render
+
     if is_adapter(finetuned):
         raise InputError(f"{finetuned} is a LoRA adapter; merge it into the base first")
 

@@ -38,7 +38,7 @@ from compressor.measure.moments import LazyMoments
 from compressor.measure.texts import file_digest, load_texts, texts_digest
 from compressor.plan.settings import Planner, with_bytes
 from compressor.plan.size import check_size, groups_by_entry, surroundings_bytes
-from compressor.progress import Progress, counted, silent
+from compressor.progress import Progress, counted, silent, whole
 
 
 def compress(
@@ -116,7 +116,8 @@ class _Run:
     def write(self, pairs: Sequence[TensorPair], staged: Sequence[StagedTensor]) -> TensorBytes:
         """Write delta.safetensors."""
         coded = self.config.coding is not None
-        return self.writer.write_tensors(staged, groups_by_entry(pairs), coded=coded)
+        with whole(self.progress, "write"):
+            return self.writer.write_tensors(staged, groups_by_entry(pairs), coded=coded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,10 +143,9 @@ def _with_codec(run: _Run, codec: Codec) -> _Made:
     def with_fidelity(config: DeltaConfig, staged: Sequence[StagedTensor]) -> DeltaConfig:
         if options.calibration is None:
             return config
-        run.progress("measure", 0, 1)
         deltas = (tensor.read() for tensor in staged)
-        found = measure(run.base, run.tuned.path, deltas, run.texts)
-        run.progress("measure", 1, 1)
+        with whole(run.progress, "measure"):
+            found = measure(run.base, run.tuned.path, deltas, run.texts)
         return replace(config, fidelity=found.to_json())
 
     planner = Planner(codec, config, run.companions, run.encoder(inputs).stage)

@@ -7,7 +7,7 @@ from pathlib import Path
 import yaml
 
 from compressor.artifact.reader import read_config
-from compressor.checkpoint.files import resolve
+from compressor.checkpoint.folder import resolve
 from compressor.export.reconstruct import reconstruct
 from compressor.progress import Progress
 

@@ -14,7 +14,8 @@ from compressor.artifact.identity import identity_of
 from compressor.artifact.reader import read_artifact
 from compressor.checkpoint.companions import changed_companions, dropped_companions
 from compressor.checkpoint.difference import DeltaSource
-from compressor.checkpoint.files import Checkpoint, resolve
+from compressor.checkpoint.files import Checkpoint
+from compressor.checkpoint.folder import resolve
 from compressor.checkpoint.layout import Layout, Parameter
 from compressor.checkpoint.pairing import TensorPair, is_unchanged, pair_tensors
 from compressor.codecs import Shape, TensorDelta, Term

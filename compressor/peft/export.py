@@ -21,7 +21,8 @@ from torch import Tensor
 from compressor.artifact.identity import identity_of
 from compressor.artifact.reader import Artifact, read_artifact
 from compressor.checkpoint.companions import copy_companions
-from compressor.checkpoint.files import Checkpoint, resolve
+from compressor.checkpoint.files import Checkpoint
+from compressor.checkpoint.folder import resolve
 from compressor.checkpoint.layout import Layout, Parameter, read_layout
 from compressor.checkpoint.writer import DTYPES, check_dtype, published
 from compressor.codecs import DenseRows, TensorDelta, lowrank_from_factors

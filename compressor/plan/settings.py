@@ -74,7 +74,6 @@ class Planner:
         pairs: Sequence[TensorPair],
         write: Write,
         progress: Progress,
-        stage_name: str = "encode",
         complete: Callable[[DeltaConfig, Sequence[StagedTensor]], DeltaConfig] | None = None,
     ) -> Encoded:
         """Plan, encode and write all of `pairs`; once more, better, if the size is missed.
@@ -83,7 +82,7 @@ class Planner:
         """
         planned = self.plan(pairs, progress)
         for passes_left in reversed(range(_PASSES)):
-            steps = counted(progress, stage_name, planned, lambda pair: math.prod(pair.shape))
+            steps = counted(progress, "encode", planned, lambda pair: math.prod(pair.shape))
             staged = [self.stage(pair, self.codec) for pair in steps]
             written = write(planned, staged)
             config = with_bytes(self.config, written)

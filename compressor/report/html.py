@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from compressor import __version__
 from compressor.artifact.inspection import Inspection
+from compressor.artifact.wording import ERROR_MEANS, choice, measured, plain_settings, unknown
 from compressor.measure.comparison import Estimate
 from compressor.measure.evaluation import Evaluation, Part
 from compressor.printable import printable
 from compressor.report.data import Report
 from compressor.report.plots import N_COLOURS, bytes_plot, layers_plot, quality_plot, spectrum_plot
-
-_MAX_SHOWN = 20  # columns and settings of one kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,27 +119,19 @@ def _identity(inspection: Inspection) -> Grid:
         ["base", f"{config.base.name_or_path}, {config.base.n_parameters:,} parameters"],
         ["base identity", config.base.identity],
         ["codec", config.codec],
-        ["settings", _settings(config.options)],
+        ["settings", plain_settings(config.options)],
+        *([name, told] for name, told in choice(config)),
         ["seed", str(config.seed)],
         ["ratio", f"{inspection.ratio:.2f}{asked}"],
         ["tensors", f"{len(config.tensors)} stored, {len(config.unchanged)} as in the base"],
         ["made by", config.created_by],
     ]
-    if config.fidelity:
-        rows.append(["recorded when made", _settings(config.fidelity)])
+    rows += [["recorded when made", line] for line in measured(config.fidelity)]
+    if rest := unknown(config.fidelity):
+        rows.append(["also recorded", plain_settings(rest)])
     if (error := inspection.mean_error()) is not None:
-        rows.append(["relative error of the difference", f"{error:.3g}"])
+        rows.append(["relative error", f"{error:.3g} ({ERROR_MEANS})"])
     return Grid("Identity and settings", ["", ""], rows, frozenset())
-
-
-def _settings(options: dict[str, Any]) -> str:
-    shown = [f"{key} {_value(value)}" for key, value in list(options.items())[:_MAX_SHOWN]]
-    return ", ".join(shown + ["…"] * (len(options) > _MAX_SHOWN)) or "none"
-
-
-def _value(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 200 else text[:199] + "…"
 
 
 def _quality(name: str, evaluation: Evaluation) -> Grid:

@@ -50,6 +50,14 @@ def convert(gguf: Path, out: Path) -> None:
     AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(out)
 
 
+def let_others_read(folder: Path) -> None:
+    """Of what `save_pretrained` writes only its owner may read the weights; a container's user is
+    another one. The model is public.
+    """
+    for file in folder.iterdir():
+        file.chmod(0o644)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -57,6 +65,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="Hugging Face directory to make")
     args = parser.parse_args()
     if (args.out / "config.json").exists():
+        let_others_read(args.out)  # of an earlier version
         print(f"{args.out} is there already")
         return
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -66,6 +75,7 @@ def main() -> None:
         made = Path(work) / "model"
         print(f"dequantising {gguf.name} ...", flush=True)
         convert(gguf, made)
+        let_others_read(made)
         made.rename(args.out)
     print(f"base model: {args.out}")
 

@@ -11,13 +11,17 @@ import logging
 import re
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from compressor.artifact.reader import read_config, read_digest
 from compressor.errors import ArtifactError, WrongBase
+from compressor.readable import is_forbidden
 
 log = logging.getLogger(__name__)
+WEIGHTS = "delta.safetensors"
+N_NAMED = 5  # of the variants that cannot be served, in one line
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
@@ -69,9 +73,7 @@ class DeltaRegistry:
                     continue
                 found[path.name] = self._read(path)
             self._by_name = found
-        for delta in found.values():
-            if delta.error:
-                log.error("delta %s cannot be served: %s", delta.name, delta.error)
+        log_found(self._root, found.values())
 
     def _read(self, path: Path) -> RegisteredDelta:
         old = self._by_name.get(path.name)
@@ -83,6 +85,11 @@ class DeltaRegistry:
             if old is not None and old.digest == digest and old.error is None:
                 return old
             config = read_config(path)
+            if is_forbidden(path / WEIGHTS):
+                raise _Refused(
+                    f"{WEIGHTS} may not be read by the server's user; "
+                    "allow it (chmod a+r) or run the server as the owner"
+                )
             if config.base.identity != self._base_identity:
                 raise WrongBase("it was made for another base")
             return RegisteredDelta(
@@ -98,6 +105,17 @@ class DeltaRegistry:
             return RegisteredDelta(
                 path.name, path, digest, 0, "", {}, int(time.time()), error=_shown(error)
             )
+
+
+def log_found(root: Path, deltas: Collection[RegisteredDelta]) -> None:
+    """Say how many variants there are, and in one more line which cannot be served and why."""
+    refused = [delta for delta in deltas if delta.error]
+    log.info("%d of %d variants in %s can be served", len(deltas) - len(refused), len(deltas), root)
+    if refused:
+        named = [f"{delta.name} ({delta.error})" for delta in refused[:N_NAMED]]
+        rest = len(refused) - len(named)
+        more = f"; and {rest} more, which GET /v1/deltas lists" if rest else ""
+        log.error("variants cannot be served: %s%s", "; ".join(named), more)
 
 
 class _Refused(Exception):

@@ -31,7 +31,7 @@ from server.errors import ConfigError
 from server.model.base import BaseModel, load_base_model
 from server.ops.kernels import Kernels
 from server.ops.precision import host_cpu, name_of
-from server.settings import Settings
+from server.settings import GIB, Settings, check_kv_cache, check_max_model_len
 
 log = logging.getLogger(__name__)
 Publish = Callable[[Events], None]
@@ -75,6 +75,8 @@ def build_engine(
 
     Raises ConfigError.
     """
+    if device_of(settings).type == "cpu":  # said before the base is loaded
+        check_kv_cache(settings, usable_memory_bytes())
     base = build_base(settings, kernels)
     catalog = build_catalog(settings, base)
     settings = with_kv_cache(settings, base.device)
@@ -88,19 +90,17 @@ def build_base(settings: Settings, kernels: Kernels | None = None) -> BaseModel:
         raise ConfigError("the base is not a directory; give a Hugging Face model directory")
     if settings.deltas is not None and not settings.deltas.is_dir():
         raise ConfigError("the deltas path is not a directory")
+    device = device_of(settings)
+    log.info("the server loads the base onto %s", _device_text(device))
     base = load_base_model(
         settings.base,
-        device_of(settings),
+        device,
         None if settings.dtype == "auto" else getattr(torch, settings.dtype),
         kernels or settings.kernels,
         None if settings.base_quant == "none" else settings.base_quant,
         widened_budget_bytes=_widened_budget(settings),
     )
-    if settings.max_model_len is not None and settings.max_model_len > base.max_len:
-        raise ConfigError(
-            f"max_model_len is {settings.max_model_len}, but the base model has positions for "
-            f"{base.max_len} tokens only; lower it"
-        )
+    check_max_model_len(settings, base.max_len)
     return base
 
 
@@ -154,6 +154,7 @@ def graphs_on_cuda(runner: Runner, settings: Settings) -> None:
         return
     assert settings.max_model_len is not None, "see `build_core`"
     max_rows = min(settings.max_num_seqs, BUCKETS[-1])
+    log.info("the server captures CUDA graphs of decode steps; that takes some seconds")
     runner.use_static(max_rows=max_rows, max_len=settings.max_model_len)
     runner.capture()
 
@@ -180,6 +181,14 @@ def device_of(settings: Settings) -> torch.device:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda but torch sees no GPU; use --device cpu")
     return torch.device(settings.device)
+
+
+def _device_text(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "the CPU"
+    free, total = torch.cuda.mem_get_info(device)
+    name = torch.cuda.get_device_name(device)
+    return f"the GPU {name} ({free / GIB:.1f} of {total / GIB:.1f} GiB are free)"
 
 
 def _widened_budget(settings: Settings) -> int:

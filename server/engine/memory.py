@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import torch
 
+from compressor.usable_memory import usable_memory_bytes
 from server.deltas.pools.places import slack
 from server.engine.schedule.kv_blocks import KVBlockPool
 from server.errors import ConfigError
 from server.model.base import BaseModel
-from server.settings import GIB, Settings
+from server.settings import GIB, Settings, check_kv_cache, size_text
 
 log = logging.getLogger(__name__)
 CPU_KV_CACHE_BYTES = 1 * GIB
@@ -22,9 +23,10 @@ def with_kv_cache(settings: Settings, device: torch.device) -> Settings:
 
     On a GPU the cache takes, unless told how much, what base and deltas leave of
     `gpu_memory_utilization`. Raises ConfigError where that is nothing, or less than was asked for:
-    running out later would fail requests.
+    running out later would fail requests. So it does on a CPU, if more is asked for than is left.
     """
     if device.type != "cuda":
+        check_kv_cache(settings, usable_memory_bytes())
         return replace(settings, kv_cache_bytes=settings.kv_cache_bytes or CPU_KV_CACHE_BYTES)
     torch.cuda.empty_cache()  # what loading and quantising the base left behind
     free, total = torch.cuda.mem_get_info(device)
@@ -56,7 +58,13 @@ def allocate_kv_blocks(base: BaseModel, settings: Settings) -> KVBlockPool:
             f"{settings.kv_block_tokens} tokens need {2 * block_bytes} bytes"
         )
     # One more, which nobody is given: padding rows of static steps write there.
-    base.store.allocate(n_kv_blocks + 1, settings.kv_block_tokens, base.device)
+    try:
+        base.store.allocate(n_kv_blocks + 1, settings.kv_block_tokens, base.device)
+    except (RuntimeError, MemoryError) as error:  # torch's own word for both kinds of memory
+        raise ConfigError(
+            f"kv_cache_bytes is {size_text(settings.kv_cache_bytes)}, and so much memory was not "
+            "to be had; lower it"
+        ) from error
     return KVBlockPool(n_kv_blocks, settings.kv_block_tokens, reuse=settings.prefix_cache)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ from server.ops.precision import cpu_precision, gigabytes, host_cpu, name_of
 from server.ops.quantize import BaseQuant, has_float8
 
 log = logging.getLogger(__name__)
+MAX_ERROR_CHARS = 400  # of what transformers says, which may be pages
 N_PROBED = 5  # tokens: some embeddings are all zeros
 
 
@@ -82,14 +84,17 @@ def load_base_model(
     _check_config(path)
     transformers_logging.disable_progress_bar()  # it would write into the server's log
     register_attention()
-    model = AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype="auto" if dtype is None else dtype,
-        attn_implementation=ATTENTION_NAME,
-        local_files_only=True,
-        use_safetensors=True,
-    )
-    model = model.eval().requires_grad_(False).to(device)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype="auto" if dtype is None else dtype,
+            attn_implementation=ATTENTION_NAME,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+        model = model.eval().requires_grad_(False).to(device)
+    except (OSError, ValueError, RuntimeError) as error:  # the last where memory does not suffice
+        raise ConfigError(f"the base cannot be loaded: {_in_a_line(error)}") from error
     if dtype is None and device.type == "cpu":
         _widen_if_faster(model, widened_budget_bytes)
     if base_quant == "float8" and not has_float8(device):
@@ -167,11 +172,20 @@ def _kernels(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> 
 def _check_config(path: Path) -> None:
     if not (path / "config.json").is_file():
         raise ConfigError("the base directory holds no config.json; give a Hugging Face directory")
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"transformers cannot read the base's config.json: {_in_a_line(error)}"
+        ) from error
     if getattr(config, "auto_map", None):
         raise ConfigError(
             "this base model needs code from its repository (auto_map), which the server never runs"
         )
+
+
+def _in_a_line(error: Exception) -> str:
+    return textwrap.shorten(str(error), MAX_ERROR_CHARS)
 
 
 def _without_padding_check(model: nn.Module) -> None:

@@ -50,6 +50,10 @@ def _triton_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
     from server.ops.selfcheck import check_kernels
     from server.ops.triton.kernels import TritonKernels
 
+    log.info(
+        "the server compiles the Triton kernels and compares them with torch on the device; that "
+        "takes up to minutes where they were never compiled"
+    )
     kernels = TritonKernels(device)
     check_kernels(kernels, device, dtype)
     return kernels

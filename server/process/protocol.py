@@ -15,7 +15,8 @@ tests/server/process/test_protocol.py fails where a later one differs:
     eof_received, connection_lost
     on_body, on_message_complete      called by the parser, from within data_received
 
-`server.process.run` relies on `uvicorn.Server.capture_signals`, which it replaces.
+`server.process.run` relies on `uvicorn.Server.capture_signals`, which it replaces, and on
+`startup`, which it extends.
 """
 
 from __future__ import annotations

@@ -23,6 +23,7 @@ from server.api.open_requests import OpenRequests
 from server.engine.types import EngineClient
 from server.errors import Draining, EngineDead, ServeError
 from server.metrics.series import Metrics
+from server.process.listen import listen, urls
 from server.process.protocol import BoundedProtocol
 from server.settings import Settings
 
@@ -47,6 +48,12 @@ class Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        assert sockets is not None, "see `run`"
+        listen(sockets)
+        await super().startup(sockets)
+        log.info("the server listens on %s", ", ".join(urls(sockets)))
 
 
 class Control:
@@ -160,9 +167,12 @@ async def run(
     engine: RunnableEngine,
     settings: Settings,
     metrics: Metrics,
-    sockets: Sequence[socket.socket] | None = None,
+    sockets: Sequence[socket.socket],
 ) -> int:
-    """Serve until told to stop; return the exit code."""
+    """Serve until told to stop; return the exit code.
+
+    sockets  bound, see `server.process.listen`
+    """
     app = create_app(engine, settings, metrics)
     server = Server(uvicorn_config(app, settings))
     control = Control(engine, app.state.api.open_requests, server, settings.drain_timeout_s)
@@ -170,7 +180,7 @@ async def run(
     engine.start()
     watch = asyncio.create_task(control.watch())
     try:
-        await server.serve(None if sockets is None else list(sockets))
+        await server.serve(list(sockets))
     finally:
         watch.cancel()
         await _stop_engine(engine)
@@ -178,16 +188,17 @@ async def run(
 
 
 def uvicorn_config(app: object, settings: Settings) -> uvicorn.Config:
-    """Return uvicorn's settings: our bounds on headers, no access log of its own."""
+    """Return uvicorn's settings: our bounds on headers, no access log of its own, and of its other
+    log lines those that something is wrong: ours tell the rest.
+    """
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
-        host=settings.host,
-        port=settings.port,
         http=BoundedProtocol,
         ws="none",
         lifespan="off",
         access_log=False,
         log_config=None,
+        log_level="debug" if settings.log_level == "debug" else "warning",
         server_header=False,
         timeout_graceful_shutdown=3,  # draining came before; this is for idle connections
     )

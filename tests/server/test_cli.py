@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from compressor import __version__
 from server import cli
-from server.settings import Settings
+from server.settings import GROUPS, Settings
 
 
 def settings_from(*arguments: str, env: dict[str, str] | None = None) -> Settings:
@@ -45,6 +46,23 @@ def test_help_shows_every_setting_with_its_default():
     assert (
         "Folder of delta artifacts; a variant's name is its folder's name. [default: none]" in text
     )
+
+
+def test_help_groups_the_settings_in_their_order():
+    shown = CliRunner().invoke(cli.app(lambda _: None), ["--help"]).output
+    headings = [line[:-1] for line in shown.splitlines() if line.endswith(":") and line[0] != " "]
+    assert headings == [*GROUPS.values(), "Help"]
+    names = [field.name for field in fields(Settings)]
+    assert [name for name in names if name in GROUPS] == list(GROUPS)
+    address = shown[shown.index("\nAddress:") : shown.index("\nDevice and kernels:")]
+    assert "--host" in address
+    assert "--port" in address
+    assert "--base" not in address
+
+
+def test_version_is_that_of_the_package_and_needs_no_base():
+    result = CliRunner().invoke(cli.app(lambda _: None), ["--version"])
+    assert (result.exit_code, result.output) == (0, f"impart-serve {__version__}\n")
 
 
 def test_cli_reads_flags_of_every_kind():

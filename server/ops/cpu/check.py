@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
@@ -37,6 +37,7 @@ NAMES = ("attention", "prefill", "rotary", "rows", "embedding", "blockdiag", "li
 # -P: the folder that the server was started in may hold a `server` package of its own.
 CHILD = ("-P", "-m", "server.ops.cpu.check_child")
 TIMEOUT_S = 300.0  # for one kernel, compilation included: minutes on a busy, slow machine
+USUAL_S = 45  # for all of them, on two idle cores
 VERDICTS = "verdicts.json"
 PACKAGES = Path(__file__).resolve().parents[3]
 Verdicts = dict[str, str | None]  # kernel -> what is wrong with it
@@ -63,7 +64,13 @@ def usable_kernels(
             verdicts = _read(path)
             missing = [name for name in names if name not in verdicts]
             if missing:
-                log.info("the server compiles %d CPU kernels for %s, once", len(missing), target)
+                log.info(
+                    "the server compiles %d CPU kernels for %s, once; that usually takes about "
+                    "%d s, and minutes on a busy machine",
+                    len(missing),
+                    target,
+                    USUAL_S * len(missing) / len(NAMES),
+                )
                 verdicts |= try_kernels(missing, folder, child=child, environment=environment)
                 _write(path, verdicts)
     for name in names:
@@ -104,16 +111,34 @@ def try_kernels(
         settings["NUMBA_CACHE_DIR"] = str(cache_root_of(folder))
     verdicts: Verdicts = {}
     left = list(names)
+    started = time.monotonic()
+
+    def tell(name: str) -> None:
+        log.info(
+            "the CPU kernel %r is ready after %.0f s (%d of %d)",
+            name,
+            time.monotonic() - started,
+            names.index(name) + 1,
+            len(names),
+        )
+
     while left:
-        verdicts |= _run_child(left, child, settings, timeout_s)
+        verdicts |= _run_child(left, child, settings, timeout_s, tell)
         left = [name for name in left if name not in verdicts]
     return verdicts
 
 
 def _run_child(
-    names: Sequence[str], child: Sequence[str], environment: Mapping[str, str], timeout_s: float
+    names: Sequence[str],
+    child: Sequence[str],
+    environment: Mapping[str, str],
+    timeout_s: float,
+    tell: Callable[[str], None],
 ) -> Verdicts:
-    """The verdicts of one child: of all kernels, or up to the one that ended it."""
+    """The verdicts of one child: of all kernels, or up to the one that ended it.
+
+    tell  is called with the name of each that passes, as soon as it does
+    """
     with tempfile.TemporaryFile() as errors:
         try:
             process = subprocess.Popen(
@@ -127,8 +152,10 @@ def _run_child(
         except OSError as error:
             return dict.fromkeys(names, f"could not be tried ({error})")
         with process:
-            verdicts, hangs = _listen(process, timeout_s)
-            process.kill()
+            try:
+                verdicts, hangs = _listen(process, timeout_s, tell)
+            finally:  # also where this process is asked to stop meanwhile
+                process.kill()
         if len(verdicts) < len(names):
             failed = next(name for name in names if name not in verdicts)
             how = f"did not finish within {timeout_s:g} s" if hangs else _how_it_ended(process)
@@ -136,7 +163,9 @@ def _run_child(
     return verdicts
 
 
-def _listen(child: subprocess.Popen[str], timeout_s: float) -> tuple[Verdicts, bool]:
+def _listen(
+    child: subprocess.Popen[str], timeout_s: float, tell: Callable[[str], None]
+) -> tuple[Verdicts, bool]:
     """The verdicts that a child prints, a line each, and whether it fell silent."""
     assert child.stdout is not None
     lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
@@ -152,6 +181,8 @@ def _listen(child: subprocess.Popen[str], timeout_s: float) -> tuple[Verdicts, b
             return verdicts, False
         name, problem = json.loads(line)
         verdicts[name] = problem
+        if problem is None:
+            tell(name)
 
 
 def _forward(stream: IO[str], lines: queue.SimpleQueue[str | None]) -> None:

@@ -90,6 +90,46 @@ def test_auto_record_is_what_an_evaluation_of_the_artifact_finds(
     assert found.kl[OWN] == pytest.approx(config.fidelity["kl_per_token"], rel=1e-3)
 
 
+def test_auto_tells_of_all_it_does_and_each_stage_to_its_end(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto_shrink, "_SHARE", 0.01)
+    told: dict[str, list[float]] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        told.setdefault(stage, []).append(done / total)
+
+    compress(*pair, tmp_path / "out", Options(codec="auto", ratio=12.0), progress)
+    tries = [f"try {n} of 4" for n in (1, 2, 3, 4)]
+    before = ["compare", "load", SELF, "fine-tune", "base", "vocabulary", "gradients", "survey"]
+    assert list(told) == [*before, *tries, "shrink", "write"]
+    for stage, shares in told.items():
+        assert shares == sorted(shares), stage
+        assert shares[-1] == 1, stage
+    assert len(set(told[SELF])) > 24, "every token that is drawn"
+    assert len(set(told["gradients"])) > 2, "every text"
+    assert len(set(told["shrink"])) > 4, "every matrix, and within it"
+
+
+def test_auto_tuning_is_told_and_so_is_a_search(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(auto_bench, "_TUNING_TOKENS", 10)
+    file = tmp_path / "own.txt"
+    file.write_text("".join(f"the {n} foxes jump over {n + 3} dogs\n" for n in range(24)))
+    told: dict[str, bool] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        told[stage] = done == total
+
+    options = Options(codec="auto", max_kl=1.0, calibration=file)
+    compress(*pair, tmp_path / "out", options, progress)
+    assert SELF not in told
+    assert "try 1 of up to 12" in told
+    assert list(told)[-4:] == ["shrink", "targets", "tune", "write"]
+    assert all(told.values())
+
+
 def test_auto_same_inputs_give_identical_bytes(pair: Pair, tmp_path: Path) -> None:
     one, _ = run(pair, tmp_path / "one", ratio=8.0)
     two, _ = run(pair, tmp_path / "two", ratio=8.0)

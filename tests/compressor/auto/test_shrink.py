@@ -17,6 +17,7 @@ from compressor.codecs import BlockDiagTerm, TensorDelta
 from compressor.compress.options import Options
 from compressor.compress.pipeline import compress
 from compressor.encoders.codec import make_encoder
+from compressor.progress import Progress, silent
 from tests.compressor.codec_oracles import encode, random_matrix
 
 LARGE, SMALL = (64, 32), (8, 8)
@@ -37,10 +38,11 @@ def scale_of(tried: TensorDelta, original: TensorDelta) -> float:
 
 def model_that_likes(
     wanted: dict[str, float], originals: Mapping[str, TensorDelta]
-) -> Callable[[Mapping[str, TensorDelta]], Measured]:
+) -> Callable[..., Measured]:
     """KL grows with the distance of each matrix's scale from the wanted one; two sets."""
 
-    def measure(deltas: Mapping[str, TensorDelta]) -> Measured:
+    def measure(deltas: Mapping[str, TensorDelta], progress: Progress = silent) -> Measured:
+        del progress
         off = [(scale_of(d, originals[name]) - wanted[name]) ** 2 for name, d in deltas.items()]
         return Measured({"one": 0.1 + sum(off), "two": 0.2 + sum(off)}, {})
 
@@ -64,7 +66,8 @@ def test_shrink_large_matrix_gets_the_factor_the_model_likes(
 def test_shrink_that_makes_one_set_worse_is_not_kept() -> None:
     deltas = StagedDeltas(changed={"large": delta("large", LARGE)})
 
-    def measure(tried: Mapping[str, TensorDelta]) -> Measured:
+    def measure(tried: Mapping[str, TensorDelta], progress: Progress = silent) -> Measured:
+        del progress
         scale = scale_of(tried["large"], deltas["large"])
         return Measured({"one": scale, "two": 0.1001 - 1e-4 * scale}, {})
 
@@ -76,7 +79,8 @@ def test_shrink_that_makes_one_set_worse_is_not_kept() -> None:
 def test_shrink_that_gains_little_is_not_kept() -> None:
     deltas = StagedDeltas(changed={"large": delta("large", LARGE)})
 
-    def measure(tried: Mapping[str, TensorDelta]) -> Measured:
+    def measure(tried: Mapping[str, TensorDelta], progress: Progress = silent) -> Measured:
+        del progress
         scale = scale_of(tried["large"], deltas["large"])
         return Measured({"one": 0.09 + 0.01 * scale}, {})
 

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from compressor.artifact.reader import read_artifact, read_config
-from compressor.checkpoint.files import Checkpoint, resolve
+from compressor.checkpoint.files import Checkpoint
+from compressor.checkpoint.folder import resolve
 from compressor.checkpoint.hub import cached_ref, parse_ref, with_revision
 from compressor.compress.options import Options
 from compressor.compress.pipeline import compress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import pytest
 
 from server.deltas.registry import DeltaRegistry
 from tests.compressor.artifacts import BASE, CONFIG, edit_config, write_artifact
+from tests.unprivileged import forbid, open_folder, run_unprivileged
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +153,52 @@ def test_rescan_repaired_artifact_loses_its_error(root: Path, artifact: Path) ->
     found = registry.get("one")
     assert found is not None
     assert found.error is None
+
+
+SCAN = """
+import sys
+from pathlib import Path
+from server.deltas.registry import DeltaRegistry
+"""
+SHOW = """
+registry = DeltaRegistry(Path(sys.argv[1]), sys.argv[2])
+registry.rescan()
+print(registry.get("one").error)
+"""
+
+
+@pytest.mark.parametrize("name", ["delta.safetensors", "delta_config.json", "SHA256SUMS", "."])
+def test_rescan_artifact_that_this_user_may_not_read_is_listed_with_the_remedy(
+    artifact: Path, name: str
+) -> None:
+    with open_folder() as folder:
+        copy = Path(shutil.copytree(artifact, folder / "one"))
+        for file in copy.iterdir():
+            file.chmod(0o644)
+        copy.chmod(0o755)
+        forbid(copy / name)
+        done = run_unprivileged(SCAN, SHOW, [str(folder), BASE])
+        copy.chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    assert "may not be read by" in done.stdout
+    assert "chmod a+r" in done.stdout
+    assert "/" not in done.stdout
+    assert name == "." or name in done.stdout
+
+
+def test_rescan_says_how_many_are_served_and_names_the_first_that_are_not(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for n in range(7):
+        (root / f"empty{n}").mkdir()
+    with caplog.at_level(logging.INFO):
+        scan(root)
+    found, refused = (record.getMessage() for record in caplog.records)
+    assert found == f"1 of 8 variants in {root} can be served"
+    assert refused.startswith("variants cannot be served: empty0 (NotADelta: no SHA256SUMS here")
+    assert "empty4 (" in refused
+    assert "empty5" not in refused
+    assert refused.endswith("; and 2 more, which GET /v1/deltas lists")
 
 
 def test_rescan_unreadable_root_keeps_the_names_known_before(root: Path) -> None:

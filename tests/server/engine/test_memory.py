@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.engine.memory import with_kv_cache
+from server.engine.memory import allocate_kv_blocks, with_kv_cache
 from server.errors import ConfigError
+from server.model.base import load_base_model
 from server.settings import GIB, Settings
 
 CUDA = torch.device("cuda")
@@ -35,6 +36,18 @@ def test_cpu_cache_is_a_gib_or_what_was_asked_for() -> None:
     cpu = torch.device("cpu")
     assert with_kv_cache(settings(), cpu).kv_cache_bytes == GIB
     assert with_kv_cache(settings(kv_cache_bytes=7), cpu).kv_cache_bytes == 7
+
+
+def test_cpu_cache_beyond_what_is_left_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"kv_cache_bytes is 9TiB, .* lower it"):
+        with_kv_cache(settings(kv_cache_bytes=9 << 40), torch.device("cpu"))
+
+
+def test_cache_that_cannot_be_reserved_is_refused(tiny_llama: Path) -> None:
+    """As on a machine that promises memory and then has none: torch raises a RuntimeError."""
+    base = load_base_model(tiny_llama, torch.device("cpu"), torch.float32, "torch")
+    with pytest.raises(ConfigError, match="so much memory was not to be had"):
+        allocate_kv_blocks(base, settings(kv_cache_bytes=1 << 60))
 
 
 def test_gpu_cache_takes_what_base_and_deltas_leave(gpu: Gpu) -> None:

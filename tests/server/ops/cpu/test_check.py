@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from server.ops.cpu.check_child import deviations, find_problem
 from server.ops.cpu.compile import cache_folder
 from server.ops.cpu.features import host_target
 from server.ops.cpu.kernels import NumbaKernels
+from server.process.early_stop import Stopped, stop_signals
 from tests.server.ops.cpu.kinds import kind
 
 # A child that does to each kernel what the table says, and writes down that it was started.
@@ -84,6 +88,36 @@ def test_try_kernels_every_one_crashes_ends(fates: Fates) -> None:
 def test_try_kernels_hang_is_ended_after_the_time(fates: Fates) -> None:
     verdicts = try_kernels(["a", "b"], child=SCRIPT, environment=fates(a="hang"), timeout_s=2.0)
     assert verdicts == {"a": "did not finish within 2 s", "b": None}
+
+
+def test_try_kernels_says_of_each_when_it_is_ready(
+    fates: Fates, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        try_kernels(["a", "b", "c"], child=SCRIPT, environment=fates(b="is wrong"))
+    said = [record.getMessage() for record in caplog.records]
+    assert [line.rpartition(" ready ")[0] for line in said] == [
+        "the CPU kernel 'a' is",
+        "the CPU kernel 'c' is",
+    ]
+    assert said[-1].endswith("(3 of 3)")
+
+
+def test_try_kernels_asked_to_stop_ends_its_child(
+    fates: Fates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    children: list[subprocess.Popen[str]] = []
+    start = subprocess.Popen
+
+    def stop_soon(*arguments: Any, **options: Any) -> subprocess.Popen[str]:
+        children.append(start(*arguments, **options))
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return children[0]
+
+    monkeypatch.setattr(subprocess, "Popen", stop_soon)
+    with stop_signals(), pytest.raises(Stopped):
+        try_kernels(["a"], child=SCRIPT, environment=fates(a="hang"))
+    assert children[0].returncode == -signal.SIGKILL
 
 
 def test_try_kernels_without_a_python_to_start_says_so(
