@@ -30,8 +30,19 @@ from server.ops.kernels import Kernels
 from server.ops.quantize import BaseQuant
 from server.settings import Settings
 
-NO_TEXT = TextAssets(None, frozenset(), {})  # type: ignore[arg-type]
 SPARE_STEPS = 1024  # that rows may live beside the timed ones: prefill of others, a load
+
+
+def wordless() -> TextAssets:
+    """What a random model has for text: nothing is read or written here but token ids."""
+    from tokenizers import Tokenizer
+    from tokenizers.decoders import ByteLevel
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(WordLevel({"a": 0}, unk_token="a"))
+    tokenizer.decoder = ByteLevel()
+    return TextAssets(PreTrainedTokenizerFast(tokenizer_object=tokenizer), frozenset(), {})
 
 
 @dataclass
@@ -43,11 +54,12 @@ class Engine:
     runner: Runner
     readers: dict[str, Callable[[], Artifact]] = field(default_factory=dict)
     first_tokens: dict[str, float] = field(default_factory=dict)  # by request
+    text: TextAssets = field(default_factory=wordless)
     _generator: torch.Generator = field(default_factory=lambda: torch.Generator().manual_seed(0))
     _count: int = 0
 
     def variant(self, key: str) -> Variant:
-        return Variant(key, key, key, key, self.scope.shape.vocab, NO_TEXT)
+        return Variant(key, key, key, key, self.scope.shape.vocab, self.text)
 
     def submit(self, key: str, n_prompt: int) -> Request:
         """A greedy request of random tokens that ends by `abort`, or at the longest length."""

@@ -38,7 +38,7 @@ from compressor.atomic import (
     write_new,
 )
 from compressor.codecs import TensorDelta
-from compressor.errors import OutputError
+from compressor.errors import InputError, OutputError
 
 
 class ArtifactWriter:
@@ -50,7 +50,7 @@ class ArtifactWriter:
     resume     take over what an interrupted run with the same key has staged
 
     Entering takes the lock and raises OutputError if another run holds it or `out` exists.
-    Leaving without `finish` keeps the staged tensors for the next run.
+    Leaving without `finish` keeps the staged tensors for the next run, unless the input is wrong.
     """
 
     staging: Staging
@@ -81,8 +81,10 @@ class ArtifactWriter:
             self._open = stack.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         shutil.rmtree(self._files, ignore_errors=True)
+        if isinstance(error, InputError):
+            self.staging.remove()  # the same input would end in the same error
         self._open.close()
 
     def reuse(self, name: str) -> StagedTensor | None:

@@ -100,7 +100,7 @@ def test_baseline_is_charged_with_what_surrounds_the_tensors(
     with Pair(tiny_llama, tiny_llama_ft) as pair:
         assert pair.surroundings_bytes(4.0) == total - stored
         size = make_method("dare").install(variant, pair, 4.0, 0)
-        exact = sum(job.exact_bytes for job in pair.jobs)
+        exact = sum(tensor.exact_bytes for tensor in pair.tensors)
     assert exact > 0
     assert size.n_bytes > total - stored + exact
     assert size.ratio == pytest.approx(4, rel=0.03)

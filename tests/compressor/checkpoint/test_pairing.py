@@ -18,9 +18,9 @@ from compressor.checkpoint.layout import Parameter, read_layout
 from compressor.checkpoint.pairing import (
     Pairing,
     TensorPair,
-    check_encodable,
     is_unchanged,
     pair_tensors,
+    to_store,
 )
 from compressor.errors import CheckpointError, UnsupportedTensor
 from tests.tiny import KINDS, Kind, make_tiny, perturb
@@ -198,12 +198,34 @@ def test_is_unchanged_wider_dtype_of_equal_values_is_unchanged(
             assert is_unchanged(b, t, p) == ("layers" in p.name)
 
 
-def test_check_encodable_changed_convolution_raises() -> None:
+def test_to_store_changed_convolution_raises(tiny_llama: Path) -> None:
     shape = (4, 8, 8)
     odd = Parameter("model.conv.weight", "other", shape, transposed=False, module="Conv1d")
-    odd_pair = TensorPair(odd.name, odd.kind, shape, shape, False, odd.name, odd.name, odd.module)
-    with pytest.raises(UnsupportedTensor, match=r"model\.conv\.weight: shape \[4, 8, 8\].*Conv1d"):
-        check_encodable(odd_pair)
+    odd_pair = TensorPair(odd, shape, odd.name, odd.name)
+    with (
+        Checkpoint(tiny_llama) as tuned,
+        pytest.raises(UnsupportedTensor, match=r"model\.conv\.weight: shape \[4, 8, 8\].*Conv1d"),
+    ):
+        to_store(tuned, odd_pair, unchanged=False)
+
+
+def test_to_store_says_what_is_encoded_and_which_rows_are_exact(
+    tiny_llama: Path, tiny_llama_ft_vocab: Path
+) -> None:
+    with Checkpoint(tiny_llama) as base, Checkpoint(tiny_llama_ft_vocab) as tuned:
+        pairs = {p.name: p for p in pair_tensors(base, tuned).pairs}
+        embedding = pairs["model.embed_tokens.weight"]
+        n_added, width = embedding.shape[0] - embedding.base_shape[0], embedding.shape[1]
+        for unchanged in (False, True):
+            found = to_store(tuned, embedding, unchanged=unchanged)
+            assert found is not None
+            assert found.is_encoded is not unchanged
+            assert found.exact_start == embedding.base_shape[0]
+            assert found.exact_bytes == 4 * n_added * width
+        norm = to_store(tuned, pairs["model.norm.weight"], unchanged=False)
+        assert norm is not None
+        assert (norm.is_encoded, norm.exact_start, norm.exact_bytes) == (False, 0, 4 * width)
+        assert to_store(tuned, pairs["model.norm.weight"], unchanged=True) is None
 
 
 @pytest.mark.parametrize("kept", [True, False])

@@ -39,7 +39,7 @@ def test_base_runs_eagerly_within_the_length_that_fixes_its_angles_and_says_so(
     assert base.varying_rope == VaryingRope(kind, LENGTHS[kind])
     assert base.max_len == LENGTHS[kind]
     assert f"base's {kind} rotary embedding" in caplog.text
-    assert ("limited to that length instead of 512" in caplog.text) == (kind == "longrope")
+    assert ("limits sequences to that length instead of 512" in caplog.text) == (kind == "longrope")
     assert_parity(engine, pair)
     assert engine.core.stats().n_static_steps == 0
 
