@@ -20,10 +20,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
 import json
-import os
-import platform
 import shutil
 import statistics
 import sys
@@ -31,19 +28,16 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from benchmarks.child import ServerChild, free_port
 from benchmarks.load import Job, LoadClient, Outcome
-from benchmarks.wire import EventReader, HttpClient
-from compressor.artifact.files import CHECKSUMS, CONFIG, format_checksums
-from compressor.usable_cpus import usable_cpus
+from benchmarks.stream import Stream, gaps_between, machine, replace_files
+from compressor.artifact.files import CHECKSUMS, CONFIG
 
 PHASES = ("quiet", "cold", "warm")
-STREAM_TOKENS = 4000  # more than the phases take; the stream is left when they are over
 PROMPT_TOKENS = 16
 SETTLE_S = 1.0
 
@@ -75,37 +69,8 @@ def copy_artifacts(source: Path, target: Path, count: int) -> list[str]:
         copy = Path(shutil.copytree(originals[index % len(originals)], target / name))
         config = json.loads((copy / CONFIG).read_bytes())
         config["seed"] = index
-        (copy / CONFIG).write_text(json.dumps(config))
-        lines = (copy / CHECKSUMS).read_text().splitlines()
-        sums = {line[66:]: line[:64] for line in lines}
-        sums[CONFIG] = hashlib.sha256((copy / CONFIG).read_bytes()).hexdigest()
-        (copy / CHECKSUMS).write_bytes(format_checksums(sums))
+        replace_files(copy, {CONFIG: json.dumps(config).encode()})
     return names
-
-
-class Stream:
-    """A running stream of the base. `arrivals_s` grows with every token."""
-
-    def __init__(self, url: str, prompt: list[int]) -> None:
-        self.arrivals_s: list[float] = []
-        self._client = HttpClient(url, timeout_s=600.0)
-        body = {"model": "base", "prompt": prompt, "max_tokens": STREAM_TOKENS, "stream": True}
-        body |= {"temperature": 0.0, "ignore_eos": True}
-        reader = EventReader(lambda _: self.arrivals_s.append(time.perf_counter()))
-        self._sent = asyncio.create_task(self._client.post("/v1/completions", body, reader.feed))
-
-    async def leave(self) -> None:
-        """Hang up. Stops the program if the stream had ended before: figures would be empty."""
-        if self._sent.done():
-            raise SystemExit(f"the stream ended before the phases did: {self._sent.result()}")
-        self._sent.cancel()
-        await asyncio.gather(self._sent, return_exceptions=True)
-        await self._client.close()
-
-
-def gaps_between(arrivals: Sequence[float], start_s: float, end_s: float) -> list[float]:
-    """The gaps between successive arrivals that overlap ``[start_s, end_s]``."""
-    return [late - early for early, late in pairwise(arrivals) if late > start_s and early < end_s]
 
 
 async def measure(url: str, names: Sequence[str], quiet_s: float) -> Round:
@@ -187,20 +152,6 @@ def _row(label: str, number: str, rounds: Sequence[Round]) -> str:
         f"{median([one.last_answer_s for one in rounds]):.2f}",
     ]
     return f"| {' | '.join(cells)} |"
-
-
-def machine() -> str:
-    """What this ran on, in a line."""
-    model = ""
-    if Path("/proc/cpuinfo").is_file():
-        fields = [line.split(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
-        known = {field[0].strip(): field[1].strip() for field in fields if len(field) == 2}
-        model = f"{known.get('model name', '')}, model {known.get('model', '?')}"
-    load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    return (
-        f"{model or platform.processor()}, {usable_cpus().cpus} CPUs; load average at the end "
-        f"{load}; Python {platform.python_version()}; {time.strftime('%Y-%m-%d', time.gmtime())}"
-    )
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cold_loads import Round, copy_artifacts, gaps_between, table
+from benchmarks.cold_loads import Round, copy_artifacts, table
 from compressor.artifact.reader import read_artifact
 from tests.compressor.artifacts import same_delta, write_artifact
 
@@ -22,13 +22,6 @@ def test_copies_are_whole_artifacts_of_different_digests(tmp_path: Path) -> None
     for copy in copies:
         for got, want in zip(copy.tensors, original.tensors, strict=True):
             same_delta(got, want)
-
-
-def test_gaps_are_those_that_overlap_the_phase() -> None:
-    arrivals = [0.0, 1.0, 3.0, 6.0, 10.0]
-    assert gaps_between(arrivals, 2.0, 5.0) == [2.0, 3.0]
-    assert gaps_between(arrivals, 3.0, 6.0) == [3.0]
-    assert gaps_between(arrivals, 20.0, 30.0) == []
 
 
 def test_table_has_every_round_and_medians_of_ratios() -> None:
