@@ -5,11 +5,13 @@
     │   ├── InvalidRequest 400      a field is wrong; `param` names it
     │   ├── ModelNotFound 404       no base, variant or alias of that name
     │   └── BodyTooLarge 413
+    ├── DeltaBroken 424             this variant's artifact is wrong: nobody need try again
     ├── Unavailable 503             try again; `retry_after_s` says when
     │   ├── QueueFull
     │   ├── Draining
     │   ├── NoSlot                  every slot is in use and stayed so
-    │   └── DeltaUnusable           this variant's artifact failed to load; others are served
+    │   ├── DeltaUnusable           this variant's artifact cannot be read now
+    │   └── DeltasUnreadable        the directory of the deltas cannot be read now
     ├── DeadlineExceeded 504
     └── EngineError
         ├── GenerationFailed 500    this request only
@@ -64,6 +66,13 @@ class BodyTooLarge(ClientError):
     kind = "RequestEntityTooLarge"
 
 
+class DeltaBroken(ServeError):
+    """The variant's artifact cannot be served as it is: an operator must mend it."""
+
+    status = 424  # clients retry each 5xx, and gateways take a server with many for ill
+    kind = "FailedDependencyError"
+
+
 class Unavailable(ServeError):
     """Cannot be served now."""
 
@@ -84,7 +93,11 @@ class NoSlot(Unavailable):
 
 
 class DeltaUnusable(Unavailable):
-    """The variant's artifact could not be loaded."""
+    """The variant's artifact could not be read or loaded this time."""
+
+
+class DeltasUnreadable(Unavailable):
+    """The directory of the deltas could not be read; the names known before are served."""
 
 
 class DeadlineExceeded(ServeError):

@@ -12,8 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from compressor.artifact.files import GENERATION
 from compressor.artifact.identity import base_identity
+from compressor.artifact.settings_files import check_settings_file
 from compressor.usable_cpus import Threads, product_threads
+from compressor.errors import Corrupt
 from compressor.usable_memory import usable_memory_bytes
 from server.deltas.loads import LoadJob
 from server.deltas.registry import DeltaRegistry
@@ -105,7 +108,8 @@ def build_base(settings: Settings, kernels: Kernels | None = None) -> BaseModel:
 
 
 def build_catalog(settings: Settings, base: BaseModel) -> VariantCatalog:
-    """Register the variants of the deltas directory, none of them opened."""
+    """Register the variants of the deltas directory, none of them opened. Raises ConfigError."""
+    _check_generation_config(settings)
     name = settings.served_base_name or settings.base.resolve().name
     identity = base_identity(settings.base)
     registry = DeltaRegistry(settings.deltas, identity, reserved=frozenset({name}))
@@ -180,6 +184,16 @@ def device_of(settings: Settings) -> torch.device:
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda but torch sees no GPU; use --device cpu")
     return torch.device(settings.device)
+
+
+def _check_generation_config(settings: Settings) -> None:
+    """The base's own is held to what an artifact's is. Raises ConfigError."""
+    path = settings.base / GENERATION
+    try:
+        if path.is_file():
+            check_settings_file(GENERATION, path.read_bytes())
+    except Corrupt as error:
+        raise ConfigError(f"the base cannot be served: {error}; correct the file") from error
 
 
 def _widened_budget(settings: Settings) -> int:
