@@ -4,6 +4,7 @@
     ├── ClientError
     │   ├── InvalidRequest 400      a field is wrong; `param` names it
     │   ├── ModelNotFound 404       no base, variant or alias of that name
+    │   ├── Forbidden 403           whoever asks may not
     │   └── BodyTooLarge 413
     ├── DeltaBroken 424             this variant's artifact is wrong: nobody need try again
     ├── Unavailable 503             try again; `retry_after_s` says when
@@ -57,6 +58,13 @@ class ModelNotFound(ClientError):
 
     status = 404
     kind = "NotFoundError"
+
+
+class Forbidden(ClientError):
+    """Whoever asks may not have it done."""
+
+    status = 403
+    kind = "PermissionDeniedError"
 
 
 class BodyTooLarge(ClientError):

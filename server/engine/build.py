@@ -30,7 +30,7 @@ from server.engine.step.runner import Runner
 from server.engine.step.static_step import BUCKETS
 from server.engine.text import load_base_text
 from server.engine.variant import Variant
-from server.errors import ConfigError
+from server.errors import ConfigError, DeltasUnreadable
 from server.model.base import BaseModel, load_base_model
 from server.ops.kernels import Kernels
 from server.ops.precision import host_cpu, name_of
@@ -113,7 +113,10 @@ def build_catalog(settings: Settings, base: BaseModel) -> VariantCatalog:
     name = settings.served_base_name or settings.base.resolve().name
     identity = base_identity(settings.base)
     registry = DeltaRegistry(settings.deltas, identity, reserved=frozenset({name}))
-    registry.rescan()
+    try:
+        registry.rescan()
+    except DeltasUnreadable as error:
+        raise ConfigError(error.message) from error
     return VariantCatalog(
         settings,
         registry,

@@ -410,9 +410,7 @@ def test_copy_that_only_claims_a_digest_takes_nobody_down(own: Served, harness: 
     assert engine.core.loader.errors == {}
 
 
-def test_twin_that_is_deleted_or_damaged_leaves_the_other_alone(
-    own: Served, harness: Make
-) -> None:
+def test_twin_that_is_deleted_or_damaged_leaves_the_other_alone(own: Served, harness: Make) -> None:
     for name in ("a-twin", "z-twin"):
         put(own.deltas / "vocab", own.deltas / name)
     engine = harness(own, max_resident_variants=1)
