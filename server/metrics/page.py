@@ -41,7 +41,7 @@ class MetricsPage:
         if self._rendering is None or self._is_stale():
             self._rendered_at = time.monotonic()
             loop = asyncio.get_running_loop()
-            self._rendering = loop.run_in_executor(self._pool, render, self._registry)
+            self._rendering = loop.run_in_executor(self._pool, metrics_text, self._registry)
         return await asyncio.shield(self._rendering)
 
     def _is_stale(self) -> bool:
@@ -52,7 +52,7 @@ class MetricsPage:
         return failed or time.monotonic() - self._rendered_at >= self._fresh_s
 
 
-def render(registry: Families, pause_s: float = PAUSE_S) -> bytes:
+def metrics_text(registry: Families, pause_s: float = PAUSE_S) -> bytes:
     """Everything in Prometheus' text format."""
     pages = []
     for family in registry.collect():

@@ -292,7 +292,8 @@ async def test_body_that_never_ends_is_answered_with_408():
     async def app(*_: Any) -> None:
         pytest.fail("the application ran")
 
-    await RequestCap(app, 100, timeout_s=0.01)({"type": "http", "headers": []}, never, send)
+    scope = {"type": "http", "path": "/", "http_version": "1.0", "headers": []}
+    await RequestCap(app, 100, timeout_s=0.01)(scope, never, send)
     assert sent[0]["status"] == 408
 
 
