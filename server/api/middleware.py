@@ -120,8 +120,9 @@ class EarlyRefusal:
 class RequestCap:
     """Bounds headers, and reads the body before the application runs: bounded in bytes and in time.
 
-    max_bytes is for the routes that read a body (`BODY_PATHS`). With a Content-Length beyond the cap nothing is read at all. The body is kept as one buffer,
-    because a list of one-byte chunks would take a hundred times its size.
+    With a Content-Length beyond the cap nothing is read at all. The body is kept as one buffer,
+    because a list of one-byte chunks would take a hundred times its size. Where no route reads a
+    body (`BODY_PATHS`) the cap is a small one, whatever `max_bytes` is.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> None:

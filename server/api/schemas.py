@@ -1,6 +1,7 @@
 """What clients may send. Every field has bounds; what is not listed here is refused.
 
-Lists stop at their first wrong item (`fail_fast`): a list of all of them could be as long as the body.
+Lists stop at their first wrong item (`fail_fast`): the list of all of them could be as long as the
+body.
 
 Optional fields accept null, which means "not given". A field that OpenAI or vLLM has and this
 server has not is listed with the values that change nothing (see `fields.neutral`).

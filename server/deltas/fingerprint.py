@@ -1,7 +1,7 @@
 """What a directory looked like: enough to see that its files were replaced, without reading them.
 
-Failures are remembered with it: who asks again for an artifact that was found broken gets the answer
-for a few system calls, and a mended one is read again at once.
+Failures are remembered with it: who asks again for an artifact that was found broken gets the
+answer for a few system calls, and a mended one is read again at once.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class KnownFailures:
         return None
 
     def note(self, path: Path, use: str, seen: Fingerprint | None, failure: Failure) -> None:
-        """Remember a failure. `seen` is of before the directory was read: if somebody replaced files
-        meanwhile, the next who asks sees a difference.
+        """Remember a failure. `seen` is of before the directory was read: if somebody replaced
+        files meanwhile, the next who asks sees a difference.
         """
         if seen is not None:
             self._failures[path, use] = (seen, failure)

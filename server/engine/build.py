@@ -15,8 +15,8 @@ import torch
 from compressor.artifact.files import GENERATION
 from compressor.artifact.identity import base_identity
 from compressor.artifact.settings_files import check_settings_file
-from compressor.usable_cpus import Threads, product_threads
 from compressor.errors import Corrupt
+from compressor.usable_cpus import Threads, product_threads
 from compressor.usable_memory import usable_memory_bytes
 from server.deltas.loads import LoadJob
 from server.deltas.registry import DeltaRegistry

@@ -1,20 +1,20 @@
 """What Prometheus reads, rendered beside the event loop.
 
 With a hundred models in use it is 29 000 lines, half a second of CPU time. It is rendered on a
-thread, family by family with a pause after each, so that the event loop gets the interpreter when it
-wants it; once for all who ask meanwhile, and for a second after.
+thread, family by family with a pause after each, so that the event loop gets the interpreter when
+it wants it; once for all who ask meanwhile, and for a second after.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from prometheus_client import Metric, generate_latest
-from prometheus_client.registry import Collector, CollectorRegistry
+from prometheus_client.registry import Collector
 
 FRESH_S = 1.0
 PAUSE_S = 0.001  # longer than the event loop needs to notice
@@ -23,7 +23,7 @@ PAUSE_S = 0.001  # longer than the event loop needs to notice
 class Families(Protocol):
     """What is rendered; `CollectorRegistry` is one."""
 
-    def collect(self) -> Iterator[Metric]: ...
+    def collect(self) -> Iterable[Metric]: ...
 
 
 class MetricsPage:

@@ -15,8 +15,8 @@ tests/server/process/test_protocol.py fails where a later one differs:
     eof_received, connection_lost
     on_body, on_message_complete      called by the parser, from within data_received
 
-`server.process.run` relies on `uvicorn.Server.capture_signals`, which it replaces, and on `on_tick`,
-which uvicorn calls ten times a second, for `server.process.unsent` to look at the connections.
+`server.process.run` relies on `uvicorn.Server.capture_signals`, which it replaces, and on
+`on_tick`, which uvicorn calls ten times a second: `server.process.unsent` looks at connections.
 """
 
 from __future__ import annotations

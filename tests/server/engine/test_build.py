@@ -93,5 +93,5 @@ def test_build_engine_refuses_a_base_whose_generation_config_cannot_be_used(
 ) -> None:
     base = shutil.copytree(settings.base, tmp_path / "base")
     (base / "generation_config.json").write_text('{"repetition_penalty": 0}')
-    with pytest.raises(ConfigError, match="repetition_penalty must be a number from 0.01"):
+    with pytest.raises(ConfigError, match=r"repetition_penalty must be a number from 0\.01"):
         build_engine(replace(settings, base=base), deliver)
