@@ -19,7 +19,6 @@ PACKAGES = ("compressor", "server")
 # Module -> the test files that cover it, or why there are none.
 ELSEWHERE = {
     "compressor.__main__": "tests/compressor/cli/test_app.py",
-    "compressor.artifact.config": "tests/compressor/artifact/test_reader.py",
     "compressor.artifact.entropy": "tests/compressor/artifact/test_coded_file.py",
     "compressor.artifact.inspection": "tests/compressor/cli/test_app.py",
     "compressor.artifact.json_fields": "tests/compressor/artifact/test_reader_attacks.py",

@@ -22,8 +22,8 @@ _NO_BRACKET = bytes(set(range(256)) - set(b"[]{}"))
 def check_bounds(raw: bytes) -> None:
     """Refuse a body with too many values, lists or objects, or too deep. Raises InvalidRequest.
 
-    Whether it is JSON at all is not looked at: brackets are counted outside of what its quotation
-    marks make strings.
+    Whether it is JSON at all is not looked at: commas and brackets are counted outside of what its
+    quotation marks make strings. An empty list or object counts as two values.
     """
     if _n_containers(raw) <= MAX_DEPTH and raw.count(b",") <= MAX_VALUES - MAX_DEPTH:
         return  # most bodies: even if nothing of it were text
