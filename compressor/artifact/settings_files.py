@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from compressor.artifact.files import GENERATION
 from compressor.artifact.json_fields import load_json
-from compressor.errors import Corrupt
+from compressor.checkpoint.companions import changed_companions
+from compressor.errors import CheckpointError, Corrupt
 
 SETTINGS_FILES = (
     "added_tokens.json",
@@ -58,6 +60,22 @@ RANGES: Mapping[str, Range] = {
     "repetition_penalty": Range(0.01, 100),
     "max_new_tokens": Range(1, 1 << 24, whole=True),
 }
+
+
+def companions_of(base: Path, tuned: Path) -> dict[str, bytes]:
+    """The fine-tune's companion files that differ from the base's, by name, for an artifact.
+
+    Raises CheckpointError for one that no server would take: before an hour's work, not after it.
+    """
+    companions = changed_companions(base, tuned)
+    for name, content in companions.items():
+        try:
+            check_settings_file(name, content)
+        except Corrupt as error:
+            raise CheckpointError(
+                f"{tuned.name}: no server would take this: {error}; correct the file"
+            ) from error
+    return companions
 
 
 def check_settings_file(name: str, content: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytest
 
 from compressor.artifact.reader import describe_artifact, open_artifact, read_artifact
 from compressor.artifact.settings_files import check_generation, check_settings_file
-from compressor.errors import Corrupt, TooLarge
+from compressor.compress.options import Options
+from compressor.compress.pipeline import compress
+from compressor.errors import CheckpointError, Corrupt, TooLarge
 from tests.compressor.artifacts import BASE, seal, write_artifact
 
 GENERATION = "generation_config.json"
@@ -80,6 +83,20 @@ def test_settings_that_are_no_object_raise_corrupt_by_name(name: str, content: b
 def test_files_of_other_kinds_are_not_looked_at() -> None:
     check_settings_file("tokenizer.json", b"not JSON")
     check_settings_file("chat_template.jinja", b"{{ 1")
+
+
+def test_compress_refuses_what_no_server_would_take_and_writes_nothing(
+    tiny_llama: Path, tiny_llama_ft: Path, tmp_path: Path
+) -> None:
+    tuned = shutil.copytree(tiny_llama_ft, tmp_path / "ft")
+    (tuned / GENERATION).write_text('{"do_sample": true, "top_p": 5}')
+    options = Options(codec="blockdiag", ratio=9)
+    with pytest.raises(CheckpointError, match="top_p must be a number above 0 to 1"):
+        compress(tiny_llama, tuned, tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
+    (tuned / GENERATION).write_text('{"do_sample": true, "top_p": 0.5}')
+    compress(tiny_llama, tuned, tmp_path / "out", options)
+    assert GENERATION in read_artifact(tmp_path / "out").aux
 
 
 @pytest.fixture
