@@ -8,6 +8,7 @@
     ├── OutputError             the output exists, is locked by another run, or cannot be written
     └── ArtifactError           a delta artifact that must not be used
         ├── NotADelta           not an artifact directory at all
+        ├── Unreadable          the system did not let us read it: says nothing of its bytes
         ├── Corrupt             bytes differ from the manifest, or do not parse
         ├── WrongBase           made for another base model
         ├── WrongShape          a tensor's shape, dtype or index range contradicts the config
@@ -51,6 +52,10 @@ class ArtifactError(ImpartError):
 
 class NotADelta(ArtifactError):
     """Not an artifact directory."""
+
+
+class Unreadable(ArtifactError):
+    """The system did not let us open or read it; its bytes may be whole."""
 
 
 class Corrupt(ArtifactError):

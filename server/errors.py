@@ -4,12 +4,15 @@
     ├── ClientError
     │   ├── InvalidRequest 400      a field is wrong; `param` names it
     │   ├── ModelNotFound 404       no base, variant or alias of that name
+    │   ├── Forbidden 403           whoever asks may not
     │   └── BodyTooLarge 413
+    ├── DeltaBroken 424             this variant's artifact is wrong: nobody need try again
     ├── Unavailable 503             try again; `retry_after_s` says when
     │   ├── QueueFull
     │   ├── Draining
     │   ├── NoSlot                  every slot is in use and stayed so
-    │   └── DeltaUnusable           this variant's artifact failed to load; others are served
+    │   ├── DeltaUnusable           this variant's artifact cannot be read now
+    │   └── DeltasUnreadable        the directory of the deltas cannot be read now
     ├── DeadlineExceeded 504
     └── EngineError
         ├── GenerationFailed 500    this request only
@@ -57,11 +60,25 @@ class ModelNotFound(ClientError):
     kind = "NotFoundError"
 
 
+class Forbidden(ClientError):
+    """Whoever asks may not have it done."""
+
+    status = 403
+    kind = "PermissionDeniedError"
+
+
 class BodyTooLarge(ClientError):
     """The request body exceeds the cap."""
 
     status = 413
     kind = "RequestEntityTooLarge"
+
+
+class DeltaBroken(ServeError):
+    """The variant's artifact cannot be served as it is: an operator must mend it."""
+
+    status = 424  # clients retry each 5xx, and gateways take a server with many for ill
+    kind = "FailedDependencyError"
 
 
 class Unavailable(ServeError):
@@ -84,7 +101,11 @@ class NoSlot(Unavailable):
 
 
 class DeltaUnusable(Unavailable):
-    """The variant's artifact could not be loaded."""
+    """The variant's artifact could not be read or loaded this time."""
+
+
+class DeltasUnreadable(Unavailable):
+    """The directory of the deltas could not be read; the names known before are served."""
 
 
 class DeadlineExceeded(ServeError):

@@ -15,6 +15,7 @@ from compressor.artifact.json_fields import (
     as_object,
     as_pair,
     as_text,
+    check_keys,
     corrupt,
     get,
     get_count,
@@ -22,6 +23,7 @@ from compressor.artifact.json_fields import (
     get_name,
     get_number,
     get_shape,
+    get_text,
     load_json,
 )
 from compressor.codecs import Params, TensorDelta
@@ -33,6 +35,19 @@ _READABLE = (1, 2, 3)  # 1: never entropy coded; 2: always; neither has codes in
 CODER = "zstd"
 MAX_CONFIG_BYTES = 64 << 20
 _MAX_TENSORS = 1 << 20
+_MAX_CODEC = 64  # characters
+_MAX_FIDELITY_BYTES = 64 << 10  # as text: servers keep it, and show it of every variant
+_MAX_GROUPS = 1024  # of the byte table
+_HEAD = (
+    "format", "format_version", "created_by", "codec", "options", "ratio_requested",
+    "finetuned_bytes", "finetuned", "base", "seed", "bytes", "coding", "fidelity", "unchanged",
+    "tensors",
+)  # fmt: skip
+_BASE = ("identity", "name_or_path", "n_parameters", "dtype", "tied", "revision")
+_CODING = ("coder", "raw_bytes")
+_ENTRY = ("name", "shape", "base_shape", "transposed", "terms", "exact", "error")
+_TERM = ("codec", "params")
+_EXACT = ("row_start",)
 # Settings of config.json that choose what code runs; a delta has no business with them.
 _CODE_SETTINGS = ("auto_map", "architectures", "model_type", "quantization_config")
 
@@ -208,9 +223,13 @@ def parse_config(text: bytes) -> DeltaConfig:
     if record.get("format") != FORMAT:
         raise NotADelta(f"delta_config.json: format is not {FORMAT!r}")
     version = _version(record)
+    check_keys(record, _HEAD, "it")
     base = get(record, "base", dict)
+    check_keys(base, _BASE, "base")
     finetuned = get_free(record, "finetuned")
     table = get(record, "bytes", dict)
+    if len(table) > _MAX_GROUPS:
+        raise TooLarge(f"delta_config.json: bytes has more than {_MAX_GROUPS} groups")
     tensors = get(record, "tensors", list)
     if len(tensors) > _MAX_TENSORS:
         raise TooLarge(f"delta_config.json: more than {_MAX_TENSORS} tensors")
@@ -219,19 +238,19 @@ def parse_config(text: bytes) -> DeltaConfig:
         raise Corrupt("delta_config.json: a tensor is listed twice")
     ratio = record.get("ratio_requested")
     return DeltaConfig(
-        created_by=get(record, "created_by", str),
-        codec=get(record, "codec", str),
+        created_by=get_text(record, "created_by"),
+        codec=get_text(record, "codec", _MAX_CODEC),
         options=get_free(record, "options"),
         ratio_requested=None if ratio is None else get_number(record, "ratio_requested"),
         finetuned_bytes=get_count(record, "finetuned_bytes"),
-        finetuned=get(finetuned, "name_or_path", str),
+        finetuned=get_text(finetuned, "name_or_path"),
         base=BaseInfo(
-            identity=get(base, "identity", str),
-            name_or_path=get(base, "name_or_path", str),
+            identity=get_text(base, "identity"),
+            name_or_path=get_text(base, "name_or_path"),
             n_parameters=get_count(base, "n_parameters"),
-            dtype=get(base, "dtype", str),
+            dtype=get_text(base, "dtype"),
             tied=tuple(as_pair(pair) for pair in get(base, "tied", list)),
-            revision=get(base, "revision", str) if "revision" in base else None,
+            revision=get_text(base, "revision") if "revision" in base else None,
         ),
         seed=get_count(record, "seed"),
         tensors=entries,
@@ -258,6 +277,7 @@ def _coding(record: dict[str, Any], version: int) -> Coding | None:
     if version == 1 or (version > 2 and "coding" not in record):
         return None
     coding = get(record, "coding", dict)
+    check_keys(coding, _CODING, "coding")
     coder = get(coding, "coder", str)
     if coder != CODER:
         raise UnsupportedVersion(
@@ -277,21 +297,25 @@ def parse_entry(record: Any) -> TensorEntry:
     """Read one tensor's record."""
     if not isinstance(record, dict):
         corrupt("a tensor's entry is not an object")
+    check_keys(record, _ENTRY, "a tensor's entry")
     shape = get_shape(record, "shape")
     base_shape = get_shape(record, "base_shape") if "base_shape" in record else shape
     terms = []
     for term in get(record, "terms", list) if "terms" in record else []:
         if not isinstance(term, dict):
             corrupt("a term is not an object")
+        check_keys(term, _TERM, "a term")
         terms.append(TermEntry(get(term, "codec", str), get_free(term, "params")))
     exact = record.get("exact")
+    if exact is not None:
+        check_keys(as_object(exact), _EXACT, "exact")
     entry = TensorEntry(
         name=get_name(record),
         shape=shape,
         base_shape=base_shape,
         transposed=get(record, "transposed", bool) if "transposed" in record else False,
         terms=tuple(terms),
-        exact_row_start=None if exact is None else get(as_object(exact), "row_start", int),
+        exact_row_start=None if exact is None else get(exact, "row_start", int),
         error=None if record.get("error") is None else get_number(record, "error"),
     )
     _check_entry(entry)
@@ -317,6 +341,8 @@ def _check_entry(entry: TensorEntry) -> None:
 def _fidelity(record: dict[str, Any]) -> dict[str, Any]:
     """What was measured; the numbers that are shown have the right types."""
     fidelity = get_free(record, "fidelity")
+    if len(_compact(fidelity).encode()) > _MAX_FIDELITY_BYTES:
+        raise TooLarge(f"delta_config.json: fidelity has more than {_MAX_FIDELITY_BYTES} bytes")
     for key in fidelity.keys() & {"kl_per_token", "top1_agreement"}:
         get_number(fidelity, key)
     for key in fidelity.keys() & {"n_tokens", "n_texts"}:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -9,17 +10,28 @@ import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from compressor.checkpoint.companions import COMPANIONS
 from compressor.checkpoint.companions import TOKENIZER_FILES as TOKENIZER_FILES  # for the server
-from compressor.errors import Corrupt, NotADelta, TooLarge
+from compressor.errors import Corrupt, NotADelta, TooLarge, Unreadable
 
 TENSORS = "delta.safetensors"
 CONFIG = "delta_config.json"
 CHECKSUMS = "SHA256SUMS"
 README = "README.md"
-_MAX_BYTES = {TENSORS: 1 << 36, CONFIG: 64 << 20, CHECKSUMS: 1 << 16}
+GENERATION = "generation_config.json"
+TEMPLATE = "chat_template.jinja"
+_MAX_BYTES = {
+    TENSORS: 1 << 36,
+    CONFIG: 64 << 20,
+    CHECKSUMS: 1 << 16,
+    GENERATION: 1 << 20,
+    TEMPLATE: 1 << 20,
+}
 _MAX_AUXILIARY_BYTES = 256 << 20
+# What opening a link (which we do not follow), a socket or a device without a driver ends with.
+_NOT_A_FILE = (errno.ELOOP, errno.EMLINK, errno.ENXIO, errno.ENODEV)
 _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]{0,127})")
 
 
@@ -30,16 +42,16 @@ def is_auxiliary(name: str) -> bool:
 
 @contextmanager
 def open_directory(path: Path) -> Iterator[int]:
-    """Open an artifact directory; every read then goes through it, whatever is renamed."""
+    """Open an artifact directory; every read then goes through it, whatever is renamed.
+
+    Raises NotADelta if there is none, Unreadable if the system does not open it.
+    """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except PermissionError as error:
-        raise NotADelta(
-            f"{path.name} may not be read by this process's user; allow it (chmod a+rx) or run as "
-            "the owner"
-        ) from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NotADelta(f"it is not a directory any more ({error.strerror})") from error
     except OSError as error:
-        raise NotADelta(f"{path.name} cannot be opened as a directory: {error.strerror}") from error
+        _unreadable("its directory", error)
     try:
         yield descriptor
     finally:
@@ -49,36 +61,38 @@ def open_directory(path: Path) -> Iterator[int]:
 def read_file(directory: int, name: str) -> bytearray:
     """Read one file whole into memory.
 
-    Raises Corrupt if it is missing, a symbolic link, not a regular file, unreadable, or changes
-    size meanwhile; TooLarge beyond the limit for its kind. Never blocks on a pipe or device.
+    Raises Corrupt if it is missing, a symbolic link, not a regular file, or changes size meanwhile;
+    Unreadable if the system does not let us; TooLarge beyond the limit for its kind. Never blocks
+    on a pipe or device.
     """
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         descriptor = os.open(name, flags, dir_fd=directory)
     except FileNotFoundError:
         raise Corrupt(f"{name} is missing") from None
-    except PermissionError as error:
-        raise Corrupt(
-            f"{name} may not be read by this process's user; allow it (chmod a+r) or run as the "
-            "owner"
-        ) from error
     except OSError as error:
-        raise Corrupt(
-            f"{name} cannot be opened ({error.strerror}); it must be a readable regular file, "
-            "not a link"
-        ) from error
+        if error.errno in _NOT_A_FILE:
+            raise Corrupt(f"{name} must be a regular file, not a link") from error
+        _unreadable(name, error)
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise Corrupt(f"{name} is not a regular file")
-        limit = _MAX_BYTES.get(name, _MAX_AUXILIARY_BYTES)
-        if status.st_size > limit:
-            raise TooLarge(f"{name}: {status.st_size} bytes, the limit is {limit}")
+        _check_size(name, status.st_size)
         return _read_exactly(descriptor, status.st_size, name)
     except OSError as error:
-        raise Corrupt(f"{name} cannot be read: {error.strerror}") from error
+        _unreadable(name, error)
     finally:
         os.close(descriptor)
+
+
+def _unreadable(what: str, error: OSError) -> NoReturn:
+    if isinstance(error, PermissionError):
+        raise Unreadable(
+            f"{what} may not be read by this process's user; allow it (chmod a+rX) or run as the "
+            "owner"
+        ) from error
+    raise Unreadable(f"{what} cannot be read: {error.strerror}") from error
 
 
 def _read_exactly(descriptor: int, size: int, name: str) -> bytearray:
@@ -100,6 +114,8 @@ def read_checksums(directory: int) -> tuple[dict[str, str], str]:
     """
     try:
         os.stat(CHECKSUMS, dir_fd=directory, follow_symlinks=False)
+    except PermissionError as error:  # the directory may be listed, but not searched
+        _unreadable(CHECKSUMS, error)
     except OSError:
         raise NotADelta(
             f"no {CHECKSUMS} here: not a delta artifact (or an incomplete copy of one)"
@@ -147,11 +163,39 @@ def check_listing(directory: int, sums: Mapping[str, str]) -> int:
     Names that begin with a dot (what git and the Hub client leave) are ignored, never read.
     """
     total = 0
-    with os.scandir(directory) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.name not in sums and entry.name not in (README, CHECKSUMS):
-                raise Corrupt(f"{entry.name!r:.80} is not listed in {CHECKSUMS}; remove it")
-            total += entry.stat(follow_symlinks=False).st_size
+    try:
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.name not in sums and entry.name not in (README, CHECKSUMS):
+                    raise Corrupt(f"{entry.name!r:.80} is not listed in {CHECKSUMS}; remove it")
+                total += entry.stat(follow_symlinks=False).st_size
+    except OSError as error:
+        _unreadable("its directory", error)
     return total
+
+
+def check_files(directory: int, sums: Mapping[str, str]) -> None:
+    """Check without reading that every listed file is there, a regular file, and not too large.
+
+    Raises Corrupt, TooLarge, Unreadable.
+    """
+    for name in sums:
+        try:
+            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+        except FileNotFoundError:
+            raise Corrupt(f"{name} is missing") from None
+        except OSError as error:
+            _unreadable(name, error)
+        if not stat.S_ISREG(status.st_mode):
+            raise Corrupt(f"{name} must be a regular file, not a link")
+        _check_size(name, status.st_size)
+        if status.st_size == 0 and name in (CONFIG, TENSORS):
+            raise Corrupt(f"{name} is empty")
+
+
+def _check_size(name: str, n_bytes: int) -> None:
+    limit = _MAX_BYTES.get(name, _MAX_AUXILIARY_BYTES)
+    if n_bytes > limit:
+        raise TooLarge(f"{name}: {n_bytes} bytes, the limit is {limit}")

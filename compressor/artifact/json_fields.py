@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Container
 from typing import Any, NoReturn, TypeVar
 
 from compressor.errors import Corrupt, WrongShape
@@ -13,24 +14,25 @@ _MAX_DIM = 1 << 40
 _MAX_NUMBER = 1e300  # whole numbers in JSON have no bound of their own
 _MAX_WHOLE = 1 << 63
 _MAX_NAME = 512  # characters of a tensor's name
+_MAX_TEXT = 4096  # characters of what says where something came from
 _MAX_DEPTH = 16  # of options, parameters, fidelity: programs walk these recursively
 _HALF_CHARACTER = re.compile(r"\\u[dD][89abAB]")
 _T = TypeVar("_T")
 
 
-def load_json(text: bytes) -> dict[str, Any]:
+def load_json(text: bytes, file: str = "delta_config.json") -> dict[str, Any]:
     """Parse an object: UTF-8, every key once, finite numbers, whole characters."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         record = dict(pairs)
         if len(record) != len(pairs):
-            corrupt("a key occurs twice")
+            corrupt("a key occurs twice", file)
         return record
 
     def finite(digits: str) -> float:  # also called for NaN and Infinity
         number = float(digits)
         if not math.isfinite(number):
-            corrupt(f"{digits:.20} is not a number")
+            corrupt(f"{digits:.20} is not a number", file)
         return number
 
     try:
@@ -41,8 +43,17 @@ def load_json(text: bytes) -> dict[str, Any]:
         if _HALF_CHARACTER.search(decoded):
             json.dumps(record, ensure_ascii=False).encode("utf-8")  # fails if not in a pair
     except (ValueError, RecursionError) as error:
-        raise Corrupt(f"delta_config.json does not parse: {type(error).__name__}") from error
-    return as_object(record)
+        raise Corrupt(f"{file} does not parse: {type(error).__name__}") from error
+    if not isinstance(record, dict):
+        corrupt("an object is expected", file)
+    return record
+
+
+def check_keys(record: dict[str, Any], known: Container[str], what: str) -> None:
+    """Refuse a key that this reader does not know: what it says would be ignored."""
+    for key in record:
+        if key not in known:
+            corrupt(f"{what} has a key {key!r:.80} that no format version has")
 
 
 def get(record: dict[str, Any], key: str, kind: type[_T]) -> _T:
@@ -75,6 +86,14 @@ def get_name(record: dict[str, Any]) -> str:
     if not 0 < len(name) <= _MAX_NAME or not name.isprintable():
         corrupt(f"{name!r:.80} is not usable as a tensor's name")
     return name
+
+
+def get_text(record: dict[str, Any], key: str, max_chars: int = _MAX_TEXT) -> str:
+    """Text that is shown to people and clients: not endless."""
+    value = get(record, key, str)
+    if len(value) > max_chars:
+        corrupt(f"{key} has more than {max_chars} characters")
+    return value
 
 
 def get_count(record: dict[str, Any], key: str) -> int:
@@ -132,6 +151,6 @@ def as_whole(value: Any) -> int:
     return value
 
 
-def corrupt(what: str) -> NoReturn:
+def corrupt(what: str, file: str = "delta_config.json") -> NoReturn:
     """Raise Corrupt, naming the file."""
-    raise Corrupt(f"delta_config.json: {what}")
+    raise Corrupt(f"{file}: {what}")

@@ -18,7 +18,7 @@ Both return the digest, so that the caller can tell whether they have read the s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +30,20 @@ from compressor.artifact.config import BaseInfo, DeltaConfig, TensorEntry, TermE
 from compressor.artifact.files import (
     CONFIG,
     TENSORS,
+    check_files,
     check_listing,
     open_directory,
     read_checksums,
     read_verified,
 )
 from compressor.artifact.identity import base_identity
+from compressor.artifact.settings_files import SETTINGS_FILES, check_settings_file
 from compressor.artifact.tensor_file import (
     VERSION_KEY,
     TensorFile,
     parse_tensor_file,
 )
+from compressor.checkpoint.companions import COMPANIONS
 from compressor.codecs import DenseRows, TensorDelta, term_class
 from compressor.codecs.validate import is_finite
 from compressor.errors import Corrupt, NonFinite, UnsupportedVersion, WrongBase, WrongShape
@@ -53,6 +56,7 @@ __all__ = [
     "TensorEntry",
     "TermEntry",
     "base_identity",
+    "describe_artifact",
     "open_artifact",
     "read_artifact",
     "read_config",
@@ -108,13 +112,25 @@ def read_config(path: str | Path) -> DeltaConfig:
         return parse_config(bytes(read_verified(directory, CONFIG, sums)))
 
 
+def describe_artifact(path: str | Path, *, base_identity: str) -> OpenedArtifact:
+    """Check what can be checked of an artifact without reading its large files: which files there
+    are, the configuration, and the files of settings (`settings_files`), which `aux` holds.
+
+    Raises as `read_artifact` does for these.
+    """
+    with open_directory(Path(path)) as directory:
+        opened, sums = _open(directory, Path(path), base_identity, SETTINGS_FILES)
+        check_files(directory, sums)
+    return opened
+
+
 def open_artifact(path: str | Path, *, base_identity: str | None = None) -> OpenedArtifact:
     """Read and verify the configuration and the text files; `delta.safetensors` is not touched.
 
     Raises as `read_artifact` does for these files.
     """
     with open_directory(Path(path)) as directory:
-        return _open(directory, Path(path), base_identity, with_text=True)[0]
+        return _open(directory, Path(path), base_identity)[0]
 
 
 def read_terms(
@@ -134,16 +150,23 @@ def read_artifact(
     base_identity  refuse (WrongBase) an artifact made for any other base
     n_threads      that decode tensors at once
 
-    Raises NotADelta, Corrupt, TooLarge, UnsupportedVersion, WrongBase, WrongShape or NonFinite;
+    Raises NotADelta, Unreadable, Corrupt, TooLarge, UnsupportedVersion, WrongBase, WrongShape or
+    NonFinite;
     the base and every declared size are checked before the tensors are decoded.
     """
     return _read(Path(path), base_identity, n_threads, with_text=True)
 
 
 def _open(
-    directory: int, path: Path, base_identity: str | None, *, with_text: bool
+    directory: int,
+    path: Path,
+    base_identity: str | None,
+    texts: Collection[str] = COMPANIONS,
 ) -> tuple[OpenedArtifact, dict[str, str]]:
-    """Everything but the tensors, and the checksums to verify those with."""
+    """Everything but the tensors, and the checksums to verify those with.
+
+    texts  which of the other files to read
+    """
     sums, digest = read_checksums(directory)
     n_bytes = check_listing(directory, sums)
     config = parse_config(bytes(read_verified(directory, CONFIG, sums)))
@@ -152,14 +175,16 @@ def _open(
             f"made for base {config.base.name_or_path!r:.80} "
             f"({config.base.identity[:12]}), not for this one ({base_identity[:12]})"
         )
-    texts = sorted(set(sums) - {CONFIG, TENSORS}) if with_text else []
-    aux = {name: bytes(read_verified(directory, name, sums)) for name in texts}
+    names = sorted(sums.keys() & set(texts))
+    aux = {name: bytes(read_verified(directory, name, sums)) for name in names}
+    for name in names:
+        check_settings_file(name, aux[name])
     return OpenedArtifact(config, digest, path, n_bytes, aux), sums
 
 
 def _read(path: Path, base_identity: str | None, n_threads: int, *, with_text: bool) -> Artifact:
     with open_directory(path) as directory:
-        opened, sums = _open(directory, path, base_identity, with_text=with_text)
+        opened, sums = _open(directory, path, base_identity, COMPANIONS if with_text else ())
         stored = parse_tensor_file(read_verified(directory, TENSORS, sums))
     config = opened.config
     stored = _uncoded(stored, config, n_threads)

@@ -21,11 +21,12 @@ from compressor.artifact.assembly import TensorBytes
 from compressor.artifact.card import model_card, own_facts
 from compressor.artifact.config import CODER, Coding, DeltaConfig
 from compressor.artifact.identity import identity_of
+from compressor.artifact.settings_files import companions_of
 from compressor.artifact.staging import StagedTensor
 from compressor.artifact.writer import ArtifactWriter
 from compressor.auto.goal import Chosen, Inputs
 from compressor.auto.search import choose
-from compressor.checkpoint.companions import changed_companions, dropped_companions
+from compressor.checkpoint.companions import dropped_companions
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.pairing import Pairing, TensorPair, is_unchanged, pair_tensors, to_store
 from compressor.compress.describe import base_info, checkpoint_dtype
@@ -62,6 +63,7 @@ def compress(
         )
     with Checkpoint(base) as base_files, Checkpoint(tuned) as tuned_files:
         pairing = pair_tensors(base_files, tuned_files)
+        companions = companions_of(base_files.path, tuned_files.path)
         texts = _calibration(options, codec)
         config = _describe(base_files, tuned_files, pairing, options, texts)
         with ArtifactWriter(
@@ -77,7 +79,7 @@ def compress(
                 options=options,
                 config=replace(config, unchanged=tuple(unchanged)),
                 pairs=pairs,
-                companions=changed_companions(base_files.path, tuned_files.path),
+                companions=companions,
                 texts=texts,
                 writer=writer,
                 progress=progress,

@@ -10,8 +10,8 @@ from typing import Any
 from compressor import __version__
 from compressor.artifact.card import model_card, own_facts
 from compressor.artifact.config import DeltaConfig
+from compressor.artifact.settings_files import companions_of
 from compressor.artifact.writer import ArtifactWriter
-from compressor.checkpoint.companions import changed_companions
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.groups import group_of
 from compressor.checkpoint.layout import Layout, read_layout
@@ -64,7 +64,7 @@ def import_adapter(
             finetuned_details={"dtype": checkpoint_dtype(base_files)}
             | ({"card": facts} if (facts := own_facts(opened.path)) else {}),
         )
-        companions = changed_companions(base_files.path, adapter)
+        companions = companions_of(base_files.path, adapter)
         key = _run_key(config, opened)
         with ArtifactWriter(
             out, run_key=key, overwrite=options.overwrite, resume=options.resume

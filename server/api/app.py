@@ -9,6 +9,7 @@ from server.api.context import Api
 from server.api.middleware import EarlyRefusal, HeadAsGet, RequestCap, RequestContext
 from server.api.open_requests import OpenRequests
 from server.engine.types import EngineClient
+from server.metrics.page import MetricsPage
 from server.metrics.series import Metrics
 from server.settings import Settings
 
@@ -29,7 +30,7 @@ def create_app(engine: EngineClient, settings: Settings, metrics: Metrics | None
         redoc_url=None,
         redirect_slashes=False,
     )
-    api = Api(engine, settings, metrics, OpenRequests())
+    api = Api(engine, settings, metrics, OpenRequests(), MetricsPage(metrics.registry))
     app.state.api = api
     errors.install(app)
     for module in (completions, chat, models, deltas, tokens, health):

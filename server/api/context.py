@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 from fastapi import Request
@@ -12,18 +13,27 @@ from fastapi import Request
 from server.api.open_requests import OpenRequests
 from server.engine.types import EngineClient, Ticket
 from server.errors import QueueFull
+from server.metrics.page import MetricsPage
 from server.metrics.series import Metrics
 from server.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)
 class Api:
-    """The application's parts."""
+    """The application's parts.
+
+    body_parsers  one thread: several large bodies at once would only take the interpreter from the
+                  event loop more often
+    """
 
     engine: EngineClient
     settings: Settings
     metrics: Metrics
     open_requests: OpenRequests
+    metrics_page: MetricsPage
+    body_parsers: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="body-parser")
+    )
 
     def check_open(self) -> None:
         """Refuse what no request can change. Raises QueueFull, Draining, EngineDead."""

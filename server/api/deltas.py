@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
 from server.api.context import Api, api_of
+from server.api.origin import refuse_other_sites
 from server.engine.types import ModelInfo
 
 router = APIRouter()
@@ -17,15 +18,15 @@ router = APIRouter()
 @router.get("/v1/deltas")
 async def list_deltas(request: Request) -> JSONResponse:
     """List every registered delta, with its state and sizes."""
-    return _listing(api_of(request))
+    return await asyncio.to_thread(_listing, api_of(request))
 
 
-@router.post("/v1/deltas/rescan")
+@router.post("/v1/deltas/rescan", dependencies=[Depends(refuse_other_sites)])
 async def rescan(request: Request) -> JSONResponse:
     """Read the deltas directory again and list what it holds now."""
     api = api_of(request)
     await asyncio.to_thread(api.engine.rescan)
-    return _listing(api)
+    return await asyncio.to_thread(_listing, api)
 
 
 def _listing(api: Api) -> JSONResponse:

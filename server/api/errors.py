@@ -9,7 +9,7 @@ are listed, so an answer stays small whatever the request was.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -78,6 +78,15 @@ def invalid_request(error: ValidationError) -> InvalidRequest:
     if len(found) > MAX_ERRORS:
         lines.append(f"and {len(found) - MAX_ERRORS} more")
     return InvalidRequest("; ".join(lines), param=_field(found[0]))
+
+
+def unknown_fields(names: Sequence[str]) -> InvalidRequest:
+    """Refuse fields that a request does not have, in pydantic's words for it."""
+    fields = [name if _SAFE_NAME.fullmatch(name) else "<field>" for name in names[:MAX_ERRORS]]
+    lines = [f"{field}: Extra inputs are not permitted" for field in fields]
+    if len(names) > MAX_ERRORS:
+        lines.append(f"and {len(names) - MAX_ERRORS} more")
+    return InvalidRequest("; ".join(lines), param=fields[0])
 
 
 def install(app: FastAPI) -> None:

@@ -44,7 +44,7 @@ async def show_version() -> JSONResponse:
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
-    return Response(api_of(request).metrics.render(), media_type=CONTENT_TYPE)
+    return Response(await api_of(request).metrics_page.text(), media_type=CONTENT_TYPE)
 
 
 def package_version() -> str:

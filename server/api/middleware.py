@@ -27,6 +27,8 @@ MAX_HEADER_BYTES = 16 << 10  # names and values; the protocol bounds them before
 BODY_TIMEOUT_S = 30.0  # from the first byte after the headers to the last
 QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping", "/metrics"})
 GENERATION_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
+BODY_PATHS = GENERATION_PATHS | {"/tokenize", "/detokenize"}
+MAX_SMALL_BODY_BYTES = 64 << 10  # where no route reads a body
 METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"})
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,128}")
@@ -119,7 +121,8 @@ class RequestCap:
     """Bounds headers, and reads the body before the application runs: bounded in bytes and in time.
 
     With a Content-Length beyond the cap nothing is read at all. The body is kept as one buffer,
-    because a list of one-byte chunks would take a hundred times its size.
+    because a list of one-byte chunks would take a hundred times its size. Where no route reads a
+    body (`BODY_PATHS`) the cap is a small one, whatever `max_bytes` is.
     """
 
     def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> None:
@@ -131,16 +134,24 @@ class RequestCap:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        max_bytes = self._max_bytes
+        if scope["path"] not in BODY_PATHS:
+            max_bytes = min(max_bytes, MAX_SMALL_BODY_BYTES)
         raw_headers = scope["headers"]
         n_header_bytes = sum(len(name) + len(value) for name, value in raw_headers)
         if len(raw_headers) > MAX_HEADERS or n_header_bytes > MAX_HEADER_BYTES:
             response = http_error(431, "Too many or too long headers.", {"connection": "close"})
             await response(scope, receive, send)
             return
+        if _misses_its_host(scope):
+            message = "A request of HTTP/1.1 names its host once, in a Host header."
+            response = http_error(400, message, {"connection": "close"})
+            await response(scope, receive, send)
+            return
         try:
-            self._check_declared(Headers(scope=scope))
+            _check_declared(Headers(scope=scope), max_bytes)
             async with asyncio.timeout(self._timeout_s):
-                body = await self._read(receive)
+                body = await _read(receive, max_bytes)
         except BodyTooLarge as error:
             await response_of(error)(scope, receive, send)
             return
@@ -152,27 +163,38 @@ class RequestCap:
         if body is not None:
             await self._app(scope, replay(body, receive), send)
 
-    def _check_declared(self, headers: Headers) -> None:
-        declared = headers.get("content-length", "")
-        # llhttp refuses a length that is no number; another server may not
-        if declared.isdecimal() and int(declared[:20]) > self._max_bytes:
-            raise self._too_large()
 
-    async def _read(self, receive: Receive) -> bytes | None:
-        """Return the whole body, None if the client left meanwhile. Raises BodyTooLarge."""
-        body = bytearray()
-        while True:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body += message.get("body", b"")
-            if len(body) > self._max_bytes:
-                raise self._too_large()
-            if not message.get("more_body", False):
-                return bytes(body)
+def _misses_its_host(scope: Scope) -> bool:
+    """Whether no or several hosts are named, which proxies before this server may read otherwise;
+    HTTP/1.0 has no such header.
+    """
+    n_hosts = sum(1 for name, _ in scope["headers"] if name == b"host")
+    return n_hosts > 1 or (n_hosts == 0 and scope["http_version"] != "1.0")
 
-    def _too_large(self) -> BodyTooLarge:
-        return BodyTooLarge(f"The body exceeds {self._max_bytes} bytes. Send less at once.")
+
+def _check_declared(headers: Headers, max_bytes: int) -> None:
+    declared = headers.get("content-length", "")
+    # llhttp refuses a length that is no number; another server may not
+    if declared.isdecimal() and int(declared[:20]) > max_bytes:
+        raise _too_large(max_bytes)
+
+
+async def _read(receive: Receive, max_bytes: int) -> bytes | None:
+    """Return the whole body, None if the client left meanwhile. Raises BodyTooLarge."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        if len(body) > max_bytes:
+            raise _too_large(max_bytes)
+        if not message.get("more_body", False):
+            return bytes(body)
+
+
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"The body exceeds {max_bytes} bytes. Send less at once.")
 
 
 class HeadAsGet:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from server.api.context import api_of
+from server.api.context import Api, api_of
 from server.engine.types import ModelInfo
 from server.errors import ModelNotFound
 
@@ -17,7 +18,12 @@ router = APIRouter()
 @router.get("/v1/models")
 async def list_models(request: Request) -> JSONResponse:
     """List what can be named in a request's `model`."""
-    entries = [model_entry(info) for info in api_of(request).engine.models()]
+    return await asyncio.to_thread(_listing, api_of(request))
+
+
+def _listing(api: Api) -> JSONResponse:
+    """Beside the event loop: there may be thousands."""
+    entries = [model_entry(info) for info in api.engine.models()]
     return JSONResponse({"object": "list", "data": entries})
 
 

@@ -1,5 +1,8 @@
 """What clients may send. Every field has bounds; what is not listed here is refused.
 
+Lists stop at their first wrong item (`fail_fast`): the list of all of them could be as long as the
+body.
+
 Optional fields accept null, which means "not given". A field that OpenAI or vLLM has and this
 server has not is listed with the values that change nothing (see `fields.neutral`).
 """
@@ -10,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from server.api.body_bounds import MAX_VALUES
 from server.api.fields import (
     Content,
     LogitBias,
@@ -64,7 +68,7 @@ class GenerationRequest(Strict):
     logit_bias: LogitBias = ()
     seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     stop: Stop = ()
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=64, fail_fast=True)] | None = None
     include_stop_str_in_output: Flag = None
     ignore_eos: Flag = None
     skip_special_tokens: Flag = None
@@ -161,7 +165,7 @@ class Message(Strict):
         return {"role": self.role, "content": self.content, **named}
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class ChatInput(Strict):
@@ -258,4 +262,4 @@ class DetokenizeRequest(Strict):
     """Body of ``POST /detokenize``."""
 
     model: Name
-    tokens: Annotated[list[TokenId], Field(max_length=1 << 20)]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_VALUES, fail_fast=True)]

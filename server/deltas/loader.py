@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Protocol
@@ -29,6 +29,7 @@ import torch
 
 from compressor.artifact.reader import Artifact
 from server.deltas.background import background_pool
+from server.deltas.failures import Failure, is_lasting
 from server.deltas.host_memory import trim_heap
 from server.deltas.loads import (
     LoadCopied,
@@ -133,11 +134,13 @@ class DeltaLoader:
         job, n_bytes = decoded.job, decoded.n_bytes
         self._reads.pop(job.key, None)
         if n_bytes > self._slots.budget_bytes:
-            return self._fail(
-                job,
-                f"`{job.name}` needs {n_bytes} bytes of device memory, the "
-                f"delta budget is {self._slots.budget_bytes}; raise --delta-budget-bytes",
+            failure = Failure(
+                f"it needs {n_bytes} bytes of device memory, the delta budget is "
+                f"{self._slots.budget_bytes}",
+                "an operator must raise --delta-budget-bytes",
             )
+            job.reject(failure)
+            return self._end(LoadFailed(job.key, job.name, failure))
         self._waiting_for_room.append(decoded)
         return None
 
@@ -209,6 +212,12 @@ class DeltaLoader:
             return
         self._copier.submit(self._copy, decoded, slot, room, made)
 
+    def keep_errors(self, keys: Collection[str]) -> None:
+        """Forget the errors of all other variants. Any thread."""
+        for key in list(self.errors):
+            if key not in keys:
+                self.errors.pop(key, None)
+
     def close(self) -> None:
         for pool in (self._readers, self._copier, self._builder):
             pool.shutdown(wait=True, cancel_futures=True)
@@ -227,21 +236,23 @@ class DeltaLoader:
             parameter.hide(slot.index)
         self._weights.remove(slot.index)
 
-    def _fail(self, job: LoadJob, message: str) -> LoadFailed:
-        return self._end(LoadFailed(job.key, job.name, message))
-
     def _end(self, failed: LoadFailed) -> LoadFailed:
         self._loading.discard(failed.key)
         self._reads.pop(failed.key, None)
-        self.errors[failed.key] = failed.message
+        self.errors[failed.key] = failed.failure.reason
         return failed
 
     def _read(self, job: LoadJob) -> None:
         started = time.monotonic()
         try:
-            self._post(self._decoded(job, job.read(), started))
+            decoded = self._decoded(job, job.read(), started)
         except Exception as error:
-            self._post(failed_load(job, error))
+            failed = failed_load(job, error)
+            if is_lasting(error):  # of staging: `read` knows its own
+                job.reject(failed.failure)
+            self._post(failed)
+        else:
+            self._post(decoded)
 
     def _decoded(self, job: LoadJob, artifact: Artifact, started: float) -> LoadDecoded:
         if job.mode == "apply":

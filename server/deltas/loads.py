@@ -5,31 +5,30 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from compressor.artifact.reader import Artifact
-from compressor.errors import ArtifactError, UnsupportedTensor
+from server.deltas.failures import Failure, failure_of
 from server.deltas.parameter import Mode, StagedParameter
-from server.deltas.registry import unusable
 from server.deltas.room import Room
 from server.deltas.slots import Slot
-from server.errors import DeltaUnusable, ServeError
-
-log = logging.getLogger(__name__)
-RETRY_AFTER_S = 30  # an operator may have mended the artifact by then
 
 
 @dataclass(frozen=True, slots=True)
 class LoadJob:
-    """What to load. `read` runs on a reader's thread and returns the verified weights."""
+    """What to load.
+
+    read    runs on a reader's thread and returns the verified weights
+    reject  is told if they cannot be used, so that `read` need not read them for the next who asks
+    """
 
     key: str
     name: str
     mode: Mode
     read: Callable[[], Artifact]
+    reject: Callable[[Failure], None] = field(default=lambda _: None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +57,12 @@ class LoadCopied:
 
 @dataclass(frozen=True, slots=True)
 class LoadFailed:
-    """`message` is safe to show to clients."""
+    """`name` is one of those that wait for these bytes: what each of them is told names its own."""
 
     key: str
     name: str
-    message: str
+    failure: Failure
     slot: Slot | None = None
-    retry_after_s: int = RETRY_AFTER_S
-
-    @property
-    def error(self) -> DeltaUnusable:
-        """What each request that waited for the variant ends with."""
-        return DeltaUnusable(self.message, param="model", retry_after_s=self.retry_after_s)
 
 
 LoaderMessage = LoadDecoded | LoadCopied | LoadFailed
@@ -77,17 +70,4 @@ LoaderMessage = LoadDecoded | LoadCopied | LoadFailed
 
 def failed_load(job: LoadJob, error: Exception, slot: Slot | None = None) -> LoadFailed:
     """What a load that ended with `error` leaves, in `slot` if it had one already."""
-    retry_after_s = error.retry_after_s if isinstance(error, ServeError) else None
-    message = _explain(job.name, error)
-    return LoadFailed(job.key, job.name, message, slot, retry_after_s or RETRY_AFTER_S)
-
-
-def _explain(name: str, error: Exception) -> str:
-    if isinstance(error, ServeError):
-        return error.message
-    if isinstance(error, ArtifactError | OSError):
-        return unusable(name, error)
-    if isinstance(error, UnsupportedTensor):
-        return f"the delta of `{name}` cannot be used: {error}"
-    log.exception("loading %s failed", name, exc_info=error)
-    return f"the delta of `{name}` could not be loaded; see the server's log"
+    return LoadFailed(job.key, job.name, failure_of(error), slot)

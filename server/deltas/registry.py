@@ -3,11 +3,15 @@
 A variant's name is its folder's name; its identity is the digest of its bytes. `rescan` compares
 digests, so a changed artifact is a new variant under the old name: requests already running keep
 the digest they were opened with.
+
+A folder may be a link to one: that is how Kubernetes presents a volume's folders. Whoever may write
+to the deltas directory decides what is served anyway. Nothing inside an artifact may be a link.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 import time
@@ -15,9 +19,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from compressor.artifact.reader import read_config, read_digest
-from compressor.errors import ArtifactError, WrongBase
+from compressor.artifact.reader import describe_artifact, read_digest
+from compressor.errors import ArtifactError, Unreadable
 from compressor.readable import is_forbidden
+from server.deltas.failures import Failure, Refused, failure_of
+from server.deltas.fingerprint import Fingerprint, fingerprint_of
+from server.errors import DeltasUnreadable
 
 log = logging.getLogger(__name__)
 WEIGHTS = "delta.safetensors"
@@ -27,7 +34,9 @@ NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 @dataclass(frozen=True, slots=True)
 class RegisteredDelta:
-    """One discovered artifact. `error` is set if it cannot be served (safe to show)."""
+    """One discovered artifact. `failure` is set if it cannot be served, `seen` is then what its
+    directory looked like.
+    """
 
     name: str
     path: Path
@@ -36,11 +45,17 @@ class RegisteredDelta:
     codec: str
     fidelity: dict[str, object]
     created_s: int
-    error: str | None = None
+    failure: Failure | None = None
+    seen: Fingerprint | None = None
+
+    @property
+    def error(self) -> str | None:
+        """Why it cannot be served; safe to show."""
+        return None if self.failure is None else self.failure.reason
 
 
 class DeltaRegistry:
-    """Name -> artifact. `rescan` is the only writer; readers see one whole map or the next."""
+    """Name -> artifact. Readers see one whole map or the next."""
 
     def __init__(
         self, root: Path | None, base_identity: str, reserved: frozenset[str] = frozenset()
@@ -49,67 +64,102 @@ class DeltaRegistry:
         self._base_identity = base_identity
         self._reserved = reserved
         self._by_name: dict[str, RegisteredDelta] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of whoever replaces the map
 
     def get(self, name: str) -> RegisteredDelta | None:
         return self._by_name.get(name)
 
     def with_digest(self, digest: str | None) -> list[RegisteredDelta]:
         """Servable artifacts that claim to have these bytes, under whatever names they have now."""
-        servable = (d for d in self._by_name.values() if d.error is None)
+        servable = (d for d in self._by_name.values() if d.failure is None)
         return [d for d in servable if d.digest == digest]
 
     def all(self) -> list[RegisteredDelta]:
         return sorted(self._by_name.values(), key=lambda d: d.name)
 
     def rescan(self) -> None:
-        """Read the directory again. A bad artifact is listed with its error, never hidden."""
+        """Read the directory again. A bad artifact is listed with its error, never hidden.
+
+        Raises DeltasUnreadable, and then knows what it knew.
+        """
         if self._root is None:
             return
         with self._lock:
-            found: dict[str, RegisteredDelta] = {}
-            for path in sorted(self._root.iterdir()):
-                if not path.is_dir() or path.name.startswith("."):
-                    continue
-                found[path.name] = self._read(path)
+            found = {shown(path.name): self._read(path) for path in _folders(self._root)}
             self._by_name = found
         log_found(self._root, found.values())
 
+    def refresh(self, failed: RegisteredDelta) -> RegisteredDelta:
+        """What a delta that could not be served is now: read again only if its files changed."""
+        if failed.seen is not None and fingerprint_of(failed.path) == failed.seen:
+            return failed
+        with self._lock:
+            now = self._by_name.get(failed.name)
+            if now is not failed:  # somebody else was here
+                return now or failed
+            fresh = self._read(failed.path)
+            self._by_name = self._by_name | {failed.name: fresh}
+        return fresh
+
     def _read(self, path: Path) -> RegisteredDelta:
-        old = self._by_name.get(path.name)
+        old = self._by_name.get(shown(path.name))
+        seen = fingerprint_of(path)
         digest = ""
         try:
             if not NAME_PATTERN.fullmatch(path.name) or path.name in self._reserved:
-                raise _Refused("its folder name cannot be served as a model name; rename it")
-            digest = read_digest(path)
-            if old is not None and old.digest == digest and old.error is None:
+                raise Refused("its folder name cannot be served as a model name; rename it")
+            if old is not None and old.failure is not None and old.seen == seen is not None:
                 return old
-            config = read_config(path)
+            digest = read_digest(path)
+            if old is not None and old.digest == digest and old.failure is None:
+                return old
+            described = describe_artifact(path, base_identity=self._base_identity)
             if is_forbidden(path / WEIGHTS):
-                raise _Refused(
-                    f"{WEIGHTS} may not be read by the server's user; "
-                    "allow it (chmod a+r) or run the server as the owner"
+                raise Refused(
+                    f"{WEIGHTS} may not be read by the server's user; allow it (chmod a+r) or run "
+                    "the server as the owner"
                 )
-            if config.base.identity != self._base_identity:
-                raise WrongBase("it was made for another base")
-            return RegisteredDelta(
-                name=path.name,
-                path=path,
-                digest=digest,
-                n_bytes=sum(f.stat().st_size for f in path.iterdir() if f.is_file()),
-                codec=config.codec,
-                fidelity=dict(config.fidelity),
-                created_s=int(time.time()),
-            )
-        except (ArtifactError, OSError, _Refused) as error:
-            return RegisteredDelta(
-                path.name, path, digest, 0, "", {}, int(time.time()), error=_shown(error)
-            )
+        except (ArtifactError, OSError, MemoryError, Refused) as error:
+            return self._failed(path, digest, seen, error, old)
+        return RegisteredDelta(
+            name=path.name,
+            path=path,
+            digest=described.digest,
+            n_bytes=described.n_bytes,
+            codec=described.config.codec,
+            fidelity=dict(described.config.fidelity),
+            created_s=int(time.time()),
+        )
+
+    def _failed(
+        self,
+        path: Path,
+        digest: str,
+        seen: Fingerprint | None,
+        error: Exception,
+        old: RegisteredDelta | None,
+    ) -> RegisteredDelta:
+        is_passing = isinstance(error, Unreadable | OSError | MemoryError)
+        if is_passing and old is not None and old.failure is None:
+            log.warning("delta %s could not be read again: %s", old.name, error)
+            return old  # what is known of it may well be true still
+        return RegisteredDelta(
+            name=shown(path.name),
+            path=path,
+            # One of another base is known by its digest, as is one whose files are damaged.
+            digest=digest,
+            n_bytes=0,
+            codec="",
+            fidelity={},
+            created_s=int(time.time()),
+            failure=failure_of(error),
+            seen=None if is_passing else seen,
+        )
 
 
 def log_found(root: Path, deltas: Collection[RegisteredDelta]) -> None:
     """Say how many variants there are, and in one more line which cannot be served and why."""
-    refused = [delta for delta in deltas if delta.error]
+    refused = [delta for delta in deltas if delta.failure is not None]
     log.info("%d of %d variants in %s can be served", len(deltas) - len(refused), len(deltas), root)
     if refused:
         named = [f"{delta.name} ({delta.error})" for delta in refused[:N_NAMED]]
@@ -118,28 +168,27 @@ def log_found(root: Path, deltas: Collection[RegisteredDelta]) -> None:
         log.error("variants cannot be served: %s%s", "; ".join(named), more)
 
 
-class _Refused(Exception):
-    """The artifact is fine but this server cannot serve it."""
+def shown(name: str) -> str:
+    """A file's name as text: bytes that are no UTF-8 are written out."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def _shown(error: Exception) -> str:
-    return str(error) if isinstance(error, _Refused) else safe_reason(error)
+def _folders(root: Path) -> list[Path]:
+    """Folders in `root`, or links to some, sorted by name. Raises DeltasUnreadable."""
+    try:
+        with os.scandir(root) as entries:
+            names = [e.name for e in entries if not e.name.startswith(".") and _is_folder(e)]
+    except OSError as error:
+        raise DeltasUnreadable(
+            f"The directory of the deltas cannot be read ({error.strerror}); the names known "
+            "before are served. An operator must make it readable and rescan.",
+            retry_after_s=30,
+        ) from error
+    return [root / name for name in sorted(names)]
 
 
-def unusable(name: str, error: Exception) -> str:
-    """What a client reads of a variant whose artifact cannot be used, found when it was opened or
-    when its weights were read.
-    """
-    return (
-        f"`{name}` cannot be served: {safe_reason(error)}; "
-        "an operator must compress or copy it again"
-    )
-
-
-def safe_reason(error: Exception) -> str:
-    """Why an artifact cannot be used, as a client may read it: no paths."""
-    if isinstance(error, WrongBase):  # its own message names the other base, maybe by its path
-        return "WrongBase: it was made for another base model; compress it against this one"
-    if isinstance(error, OSError):
-        return f"it cannot be read ({error.strerror})"
-    return f"{type(error).__name__}: {error}"
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # where a link leads cannot be seen: a circle, no permission
+        return True  # listed with that as its error

@@ -12,7 +12,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from compressor.artifact.files import GENERATION
 from compressor.artifact.identity import base_identity
+from compressor.artifact.settings_files import check_settings_file
+from compressor.errors import Corrupt
 from compressor.usable_cpus import Threads, product_threads
 from compressor.usable_memory import usable_memory_bytes
 from server.deltas.loads import LoadJob
@@ -27,7 +30,7 @@ from server.engine.step.runner import Runner
 from server.engine.step.static_step import BUCKETS
 from server.engine.text import load_base_text
 from server.engine.variant import Variant
-from server.errors import ConfigError
+from server.errors import ConfigError, DeltasUnreadable
 from server.model.base import BaseModel, load_base_model
 from server.ops.kernels import Kernels
 from server.ops.precision import host_cpu, name_of
@@ -105,11 +108,15 @@ def build_base(settings: Settings, kernels: Kernels | None = None) -> BaseModel:
 
 
 def build_catalog(settings: Settings, base: BaseModel) -> VariantCatalog:
-    """Register the variants of the deltas directory, none of them opened."""
+    """Register the variants of the deltas directory, none of them opened. Raises ConfigError."""
+    _check_generation_config(settings)
     name = settings.served_base_name or settings.base.resolve().name
     identity = base_identity(settings.base)
     registry = DeltaRegistry(settings.deltas, identity, reserved=frozenset({name}))
-    registry.rescan()
+    try:
+        registry.rescan()
+    except DeltasUnreadable as error:
+        raise ConfigError(error.message) from error
     return VariantCatalog(
         settings,
         registry,
@@ -189,6 +196,16 @@ def _device_text(device: torch.device) -> str:
     free, total = torch.cuda.mem_get_info(device)
     name = torch.cuda.get_device_name(device)
     return f"the GPU {name} ({free / GIB:.1f} of {total / GIB:.1f} GiB are free)"
+
+
+def _check_generation_config(settings: Settings) -> None:
+    """The base's own is held to what an artifact's is. Raises ConfigError."""
+    path = settings.base / GENERATION
+    try:
+        if path.is_file():
+            check_settings_file(GENERATION, path.read_bytes())
+    except Corrupt as error:
+        raise ConfigError(f"the base cannot be served: {error}; correct the file") from error
 
 
 def _widened_budget(settings: Settings) -> int:

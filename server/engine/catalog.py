@@ -2,6 +2,10 @@
 
 Opening reads an artifact's configuration and text files. Its weights are read where they are
 needed, by the loader (`VariantCatalog.job_for`), and must belong to the digest that was opened.
+
+Bytes are found by their digest, in whichever folder has them whole: a variant's own first, then
+others that claim the same. A folder that cannot be used stands in nobody's way, and what a client
+reads names no other variant than the one it asked for.
 """
 
 from __future__ import annotations
@@ -9,24 +13,39 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
-from compressor.artifact.reader import Artifact, OpenedArtifact, open_artifact, read_terms
+from compressor.artifact.reader import (
+    Artifact,
+    OpenedArtifact,
+    open_artifact,
+    read_digest,
+    read_terms,
+)
 from compressor.errors import ArtifactError, Corrupt
+from server.deltas.failures import Changed, Failed, Failure, failure_of, is_lasting, is_scarcity
+from server.deltas.fingerprint import KnownFailures, fingerprint_of
 from server.deltas.loads import LoadJob
 from server.deltas.parameter import Mode
-from server.deltas.registry import DeltaRegistry, RegisteredDelta, safe_reason, unusable
+from server.deltas.registry import DeltaRegistry, RegisteredDelta
 from server.engine.text import TextAssets, load_variant_text
 from server.engine.variant import BASE_KEY, Variant
-from server.errors import DeltaUnusable, ModelNotFound
+from server.errors import ModelNotFound
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
 FINGERPRINT_CHARS = 12
+T = TypeVar("T")
 
 
 class VariantCatalog:
-    """Opened variants by key. Called from worker threads; one lock guards the maps."""
+    """Opened variants by key. Called from worker threads; one lock guards the maps.
+
+    All of them hold what the directory has now, and nothing of what it had before the last rescan:
+    requests that run hold their own variant.
+    """
 
     def __init__(
         self,
@@ -50,9 +69,8 @@ class VariantCatalog:
             base_name, BASE_KEY, None, self._fingerprint(None), base_vocab_size, base_text
         )
         self._opened: dict[str, Variant] = {}
-        self._paths: dict[str, RegisteredDelta] = {}
-        self._modes: dict[str, Mode] = {}
-        self._errors: dict[str, str] = {}
+        self._errors: dict[str, tuple[str, str]] = {}  # by name: digest, reason
+        self._known = KnownFailures()
         self._lock = threading.Lock()
 
     def mode_of(self, name: str) -> Mode:
@@ -61,90 +79,145 @@ class VariantCatalog:
     def key_of(self, delta: RegisteredDelta) -> str:
         return f"{delta.digest}:{self.mode_of(delta.name)}"
 
-    def load_error(self, key: str) -> str | None:
-        return self._errors.get(key)
+    def open_error(self, delta: RegisteredDelta) -> str | None:
+        """Why it could not be opened when it was last asked for; safe to show."""
+        digest, reason = self._errors.get(delta.name, ("", ""))
+        return reason if digest == delta.digest else None
 
     def cached(self, model: str) -> Variant | None:
-        """The variant if it needs no reading from disk. Raises ModelNotFound, DeltaUnusable."""
+        """The variant if it needs no reading from disk. Raises ModelNotFound."""
         if model == self.base_name:
             return self._base
         delta = self._registered(model)
-        variant = self._opened.get(self.key_of(delta))
+        variant = None if delta.failure is not None else self._opened.get(self.key_of(delta))
         if variant is None or variant.name == delta.name:
             return variant
-        return _renamed(variant, delta.name)
+        return replace(variant, name=delta.name)
 
     def open(self, model: str) -> Variant:
-        """Read and verify all of the artifact behind a name but its weights. Worker thread."""
+        """Read and verify all of the artifact behind a name but its weights. Worker thread.
+
+        Raises ModelNotFound, DeltaBroken, DeltaUnusable.
+        """
         known = self.cached(model)
         if known is not None:
             return known
         delta = self._registered(model)
-        key = self.key_of(delta)
+        if delta.failure is not None:
+            delta = self.registry.refresh(delta)
+        if delta.failure is not None:
+            raise delta.failure.error_for(delta.name)
         try:
-            opened = open_artifact(delta.path, base_identity=self._identity)
-            _check_digest(delta, opened.digest)
-            text = self._text_of(opened)
-        except (ArtifactError, OSError) as error:
-            self._errors[key] = safe_reason(error)
-            raise DeltaUnusable(unusable(delta.name, error), param="model") from error
+            opened, text = self._from_copies(self._copies_of(delta), self._read_texts, "text")
+        except Failed as error:
+            self._errors[delta.name] = (delta.digest, error.failure.reason)
+            raise error.failure.error_for(delta.name) from error
         variant = Variant(
             name=delta.name,
-            key=key,
+            key=self.key_of(delta),
             digest=delta.digest,
             fingerprint=self._fingerprint(delta.digest),
             vocab_size=max(self._base_vocab_size, *_vocabulary_rows(opened)),
             text=text,
+            mode=self.mode_of(delta.name),
+            origin=delta,
         )
         with self._lock:
-            self._errors.pop(key, None)
-            self._paths[key] = delta
-            self._modes[key] = self.mode_of(delta.name)
-            self._opened[key] = variant
+            self._errors.pop(delta.name, None)
+            self._opened[variant.key] = variant
         return variant
 
     def job_for(self, variant: Variant) -> LoadJob:
         """How the loader gets this variant's weights, now or after an eviction."""
-        copies = self.registry.with_digest(variant.digest) or [self._paths[variant.key]]
-        copies.sort(key=lambda delta: delta.name != variant.name)  # its own first
+        assert variant.origin is not None, "the base has no weights to load"
+        copies = self._copies_of(variant.origin, variant.name)
+        use = f"weights to {variant.mode}"
+        seen = {copy.path: fingerprint_of(copy.path) for copy in copies}
 
         def read() -> Artifact:
-            return self._read_weights(copies)
+            return self._from_copies(copies, self._read_weights, use)
 
-        return LoadJob(variant.key, variant.name, self._modes[variant.key], read)
+        def reject(failure: Failure) -> None:
+            for path in seen:
+                self._known.note(path, use, seen[path], failure)
+
+        return LoadJob(variant.key, variant.name, variant.mode, read, reject)
 
     def rescan(self) -> None:
+        """Read the directory again and forget what is there no more. Raises DeltasUnreadable."""
         self.registry.rescan()
+        deltas = self.registry.all()
+        with self._lock:
+            keys, digests = self.keys(), {delta.name: delta.digest for delta in deltas}
+            self._opened = {key: v for key, v in self._opened.items() if key in keys}
+            self._errors = {n: e for n, e in self._errors.items() if digests.get(n) == e[0]}
+        self._known.keep({delta.path for delta in deltas})
+
+    def keys(self) -> set[str]:
+        """Of all variants that the directory has."""
+        return {self.key_of(delta) for delta in self.registry.all() if delta.failure is None}
 
     def _registered(self, model: str) -> RegisteredDelta:
         prefix = f"{self.base_name}:"
         delta = self.registry.get(model.removeprefix(prefix))
         if delta is None:
             raise ModelNotFound(f"The model `{model[:200]}` does not exist.", param="model")
-        if delta.error is not None:
-            raise DeltaUnusable(f"`{delta.name}` cannot be served: {delta.error}", param="model")
         return delta
 
-    def _read_weights(self, copies: Sequence[RegisteredDelta]) -> Artifact:
-        """From the first copy that is whole; all claim the same digest. A reader's thread."""
-        errors: list[Exception] = []
+    def _copies_of(self, delta: RegisteredDelta, name: str | None = None) -> list[RegisteredDelta]:
+        """Folders that claim to have these bytes: this name's own first; `delta` itself if none
+        does any more.
+        """
+        copies = self.registry.with_digest(delta.digest) or [delta]
+        return sorted(copies, key=lambda copy: copy.name != (name or delta.name))
+
+    def _from_copies(
+        self,
+        copies: Sequence[RegisteredDelta],
+        read: Callable[[RegisteredDelta], T],
+        use: str,
+    ) -> T:
+        """What the first copy that is whole gives. Raises Failed: the first one's failure.
+
+        One that was found broken is not read again until its files change.
+        """
+        failures: list[Failure] = []
         for delta in copies:
-            try:
-                artifact = read_terms(
-                    delta.path, base_identity=self._identity, n_threads=self._read_threads
-                )
-                _check_digest(delta, artifact.digest)
-            except (ArtifactError, OSError, DeltaUnusable) as error:
-                log.warning("the weights of %s cannot be used: %s", delta.name, error)
-                errors.append(error)
-            else:
-                return artifact
-        raise errors[0]
+            failure = self._known.of(delta.path, use)
+            if failure is None:
+                seen = fingerprint_of(delta.path)
+                try:
+                    if read_digest(delta.path) != delta.digest:
+                        raise Changed
+                    return read(delta)
+                except Exception as error:
+                    log.warning("the artifact %s cannot be used: %s", delta.name, error)
+                    failure = failure_of(error)
+                    if is_lasting(error):
+                        self._known.note(delta.path, use, seen, failure)
+            failures.append(failure)
+        raise Failed(failures[0])
+
+    def _read_texts(self, delta: RegisteredDelta) -> tuple[OpenedArtifact, TextAssets]:
+        opened = open_artifact(delta.path, base_identity=self._identity)
+        if opened.digest != delta.digest:
+            raise Changed
+        return opened, self._text_of(opened)
+
+    def _read_weights(self, delta: RegisteredDelta) -> Artifact:
+        artifact = read_terms(
+            delta.path, base_identity=self._identity, n_threads=self._read_threads
+        )
+        if artifact.digest != delta.digest:
+            raise Changed
+        return artifact
 
     def _text_of(self, opened: OpenedArtifact) -> TextAssets:
         try:
             return load_variant_text(self._settings.base, self._base_text, opened)
-        except Exception as error:  # tokenizers raises Exception itself
+        except Exception as error:  # tokenizers raises Exception itself, transformers OSError
+            if is_scarcity(error) or isinstance(error, ArtifactError):
+                raise
             log.exception("the text files of %s cannot be used", opened.path.name)
             raise Corrupt("its tokenizer or generation config cannot be used") from error
 
@@ -153,20 +226,6 @@ class VariantCatalog:
         return f"impart-{self._identity[:FINGERPRINT_CHARS]}-{delta}"
 
 
-def _check_digest(delta: RegisteredDelta, digest: str) -> None:
-    if digest != delta.digest:
-        raise DeltaUnusable(
-            f"the files of `{delta.name}` changed after they were registered; rescan and try again",
-            retry_after_s=1,
-        )
-
-
 def _vocabulary_rows(opened: OpenedArtifact) -> list[int]:
     """Rows of every matrix that grew: the fine-tune's vocabulary if tokens were added."""
     return [0, *(e.shape[0] for e in opened.config.tensors if e.shape != e.base_shape)]
-
-
-def _renamed(variant: Variant, name: str) -> Variant:
-    return Variant(
-        name, variant.key, variant.digest, variant.fingerprint, variant.vocab_size, variant.text
-    )

@@ -271,7 +271,7 @@ class EngineCore:
                 self._observer.on_loaded(decoded.job.name, time.monotonic() - decoded.started)
         if isinstance(ended, LoadFailed):
             for request in self._requests.waiting_for(ended.key):
-                self._requests.fail(request, ended.error)
+                self._requests.fail(request, ended.failure.error_for(request.variant.name))
             if self._observer is not None:
                 self._observer.on_load_failed(ended.name)
 

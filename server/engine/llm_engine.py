@@ -121,7 +121,7 @@ class LLMEngine:
     def _info(
         self, delta: RegisteredDelta, key: str, slot: Slot | None, reconstructed_bytes: int
     ) -> ModelInfo:
-        error = delta.error or self._catalog.load_error(key) or self.core.loader.errors.get(key)
+        error = delta.error or self._catalog.open_error(delta) or self.core.loader.errors.get(key)
         return ModelInfo(
             name=delta.name,
             parent=self.base_name,
@@ -156,6 +156,7 @@ class LLMEngine:
 
     def rescan(self) -> None:
         self._catalog.rescan()
+        self.core.loader.keep_errors(self._catalog.keys())
 
     # -- text ------------------------------------------------------------------------------------
 

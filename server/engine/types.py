@@ -219,7 +219,7 @@ class EngineClient(Protocol):
         ...
 
     async def open(self, model: str) -> VariantHandle:
-        """Resolve a name and begin loading. Raises ModelNotFound, DeltaUnusable."""
+        """Resolve a name and begin loading. Raises ModelNotFound, DeltaBroken, DeltaUnusable."""
         ...
 
     async def encode(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from server.deltas.parameter import Mode
+from server.deltas.registry import RegisteredDelta
 from server.engine.text import TextAssets
 
 BASE_KEY = "base"
@@ -14,7 +16,8 @@ BASE_KEY = "base"
 class Variant:
     """What a request holds on to. Implements `server.engine.types.VariantHandle`.
 
-    key  identity inside the engine: the delta's digest (and mode), or "base"
+    key     identity inside the engine: the delta's digest (and mode), or "base"
+    origin  the artifact that it was opened from, None for the base
     """
 
     name: str
@@ -23,6 +26,8 @@ class Variant:
     fingerprint: str
     vocab_size: int
     text: TextAssets
+    mode: Mode = "apply"
+    origin: RegisteredDelta | None = field(default=None, compare=False, repr=False)
 
     @property
     def defaults(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from server.engine.types import EngineStats, ModelInfo
 
 ENGINE = "0"  # vLLM labels its engines; we have one
 LABELS = ("model_name", "engine")
+MAX_STATES = 256
 
 
 class StatsProvider(Protocol):
@@ -144,13 +145,16 @@ class EngineCollector(Collector):
         yield self._gauge("vllm:num_gpu_loaded_lora_adapters", "Resident variants", n_resident)
 
     def _states(self, variants: Sequence[ModelInfo]) -> Metric:
-        """1 for the state a variant is in; none for variants that are merely registered."""
+        """1 for the state a variant is in; none for variants that are merely registered, and for no
+        more than `MAX_STATES`, those in use first.
+        """
         family = GaugeMetricFamily(
             "impart_variant_state", "State of each variant in use", labels=["model_name", "state"]
         )
-        for info in variants:
-            if info.state != "registered":
-                family.add_metric([info.name, info.state], 1)
+        in_use = [info for info in variants if info.state in ("ready", "loading")]
+        failed = [info for info in variants if info.state == "failed"]
+        for info in (in_use + failed)[:MAX_STATES]:
+            family.add_metric([info.name, info.state], 1)
         return family
 
     def _labels(self) -> dict[str, str]:

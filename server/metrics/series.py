@@ -215,6 +215,11 @@ class Metrics:
         self.http_in_flight = Gauge(
             "impart_http_requests_in_flight", "Requests being answered", registry=self.registry
         )
+        self.unsent_bytes = Gauge(
+            "impart_unsent_response_bytes",
+            "Bytes of answers that wait for their clients to take them",
+            registry=self.registry,
+        )
         self.load_seconds = Histogram(
             "impart_variant_load_seconds",
             "From the first request for a variant to its deltas in device memory",

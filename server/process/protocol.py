@@ -16,7 +16,8 @@ tests/server/process/test_protocol.py fails where a later one differs:
     on_body, on_message_complete      called by the parser, from within data_received
 
 `server.process.run` relies on `uvicorn.Server.capture_signals`, which it replaces, and on
-`startup`, which it extends.
+`startup`, which it extends, and `on_tick`, which uvicorn calls ten times a second:
+`server.process.unsent` looks at connections.
 """
 
 from __future__ import annotations

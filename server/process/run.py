@@ -9,6 +9,7 @@ engine dead       end running requests, exit code 1
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -25,6 +26,7 @@ from server.errors import Draining, EngineDead, ServeError
 from server.metrics.series import Metrics
 from server.process.listen import listen, urls
 from server.process.protocol import BoundedProtocol
+from server.process.unsent import UnsentWatch
 from server.settings import Settings
 
 WATCH_S = 0.5
@@ -43,7 +45,17 @@ class RunnableEngine(EngineClient, Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn without its signal handling; `Control` has ours."""
+    """uvicorn without its signal handling, for which `Control` has ours, and with a watch over
+    answers that nobody reads.
+    """
+
+    def __init__(self, config: uvicorn.Config, unsent: UnsentWatch | None = None) -> None:
+        super().__init__(config)
+        self._unsent = unsent or UnsentWatch()
+
+    async def on_tick(self, counter: int) -> bool:
+        self._unsent.tick(self.server_state.connections)  # type: ignore[arg-type]
+        return await super().on_tick(counter)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -174,10 +186,14 @@ async def run(
     sockets  bound, see `server.process.listen`
     """
     app = create_app(engine, settings, metrics)
-    server = Server(uvicorn_config(app, settings))
+    server = Server(uvicorn_config(app, settings), UnsentWatch(metrics.unsent_bytes.set))
     control = Control(engine, app.state.api.open_requests, server, settings.drain_timeout_s)
     control.install()
     engine.start()
+    # What is there now stays: the collector need not look through it again, which takes it up to a
+    # second and holds up every stream.
+    gc.collect()
+    gc.freeze()
     watch = asyncio.create_task(control.watch())
     try:
         await server.serve(list(sockets))

@@ -114,7 +114,8 @@ class HotPolicy:
         assert key == self._building
         self._building = None
         if failed:
-            self._failed[key] = now
+            recent = {k: at for k, at in self._failed.items() if now - at < RETRY_S}
+            self._failed = recent | {key: now}
 
     def dropped(self, key: str) -> None:
         del self._kept[key]

@@ -99,6 +99,7 @@ class Reconstructor:
         if now < self._next_decision:
             return
         self._next_decision = now + DECIDE_S
+        self._seen = {k: v for k, v in self._seen.items() if self._slots.get(k) is not None}
         decision = self.policy.decide(now)
         for key in decision.demote:
             slot, _ = self._held[key]
@@ -130,8 +131,8 @@ class Reconstructor:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _start(self, key: str) -> None:
-        slot, variant = self._slots.get(key), self._seen[key]
-        if slot is None or not slot.ready:
+        slot, variant = self._slots.get(key), self._seen.get(key)
+        if slot is None or variant is None or not slot.ready:
             return
         job = self._job_for(variant)
         if job.mode != "apply":  # its weights are reconstructed already, by order

@@ -358,8 +358,3 @@ def test_config_field_of_wrong_type_raises_corrupt(artifact: Path, change) -> No
     edit_config(artifact, lambda record: record.update(change))
     with pytest.raises(Corrupt):
         read_config(artifact)
-
-
-def test_unknown_config_field_is_ignored(artifact: Path) -> None:
-    edit_config(artifact, lambda record: record.update(note="later addition"))
-    read_artifact(artifact)

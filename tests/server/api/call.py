@@ -32,7 +32,7 @@ class Call:
             "path": path,
             "raw_path": path.encode(),
             "query_string": b"",
-            "headers": [(b"content-type", b"application/json")],
+            "headers": [(b"host", b"test"), (b"content-type", b"application/json")],
             "scheme": "http",
             "server": ("test", 80),
             "client": ("test", 1),

@@ -16,7 +16,7 @@ from server.engine.limits import check_request
 from server.engine.schedule.admission import Admission, AdmissionTicket
 from server.engine.types import EngineStats, ModelInfo, OutputChunk, SamplingParams, TokenLogprob
 from server.errors import (
-    DeltaUnusable,
+    DeltaBroken,
     GenerationFailed,
     InvalidRequest,
     ModelNotFound,
@@ -152,7 +152,7 @@ class FakeEngine:
             raise self.open_error
         name = model if model == BASE else model.removeprefix(f"{BASE}:")
         if name == "broken":
-            raise DeltaUnusable("`broken` cannot be served.", param="model")
+            raise DeltaBroken("`broken` cannot be served.", param="model")
         if name not in LETTERS:
             raise ModelNotFound(f"The model `{model}` does not exist.", param="model")
         digest = None if name == BASE else name[0] * 64

@@ -16,6 +16,7 @@ from server.api import sse
 from server.api.app import create_app
 from server.errors import (
     DeadlineExceeded,
+    DeltaBroken,
     DeltaUnusable,
     Draining,
     EngineDead,
@@ -85,7 +86,8 @@ async def test_disconnect_counts_as_abort_in_the_metrics():
     [
         (QueueFull("Full.", retry_after_s=7), 503),
         (Draining("Ending."), 503),
-        (DeltaUnusable("Broken."), 503),
+        (DeltaBroken("Broken."), 424),
+        (DeltaUnusable("No memory."), 503),
         (DeadlineExceeded("Too late."), 504),
         (GenerationFailed("Failed."), 500),
         (EngineDead("Dead."), 503),
@@ -290,7 +292,8 @@ async def test_body_that_never_ends_is_answered_with_408():
     async def app(*_: Any) -> None:
         pytest.fail("the application ran")
 
-    await RequestCap(app, 100, timeout_s=0.01)({"type": "http", "headers": []}, never, send)
+    scope = {"type": "http", "path": "/", "http_version": "1.0", "headers": []}
+    await RequestCap(app, 100, timeout_s=0.01)(scope, never, send)
     assert sent[0]["status"] == 408
 
 

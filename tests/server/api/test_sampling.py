@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
+import pytest
+from pydantic import ValidationError
+
+from compressor.artifact.settings_files import RANGES
 from server.api.sampling import output_budget, sampling_params
 from server.api.schemas import CompletionRequest
 from server.engine.limits import check_request
@@ -71,3 +75,24 @@ def test_generation_config_greedy_keeps_its_penalty_and_gives_way_to_the_request
     found = params(defaults)
     assert (found.temperature, found.repetition_penalty) == (0.0, 1.2)
     assert params(defaults, temperature=0.7).temperature == 0.7
+
+
+@pytest.mark.parametrize("key", sorted(RANGES.keys() - {"max_new_tokens"}))
+def test_generation_config_may_set_what_a_request_may_ask_for(key: str) -> None:
+    low, high = RANGES[key].low, RANGES[key].high
+    whole = [int(low) - 1, int(low), int(low) + 1, int(high), int(high) + 1]
+    tried: list[Any] = [*whole, low, low - 1e-3, low + 1e-3, high, high + 0.1, True, "1", 1e30]
+    for value in tried:
+        try:
+            CompletionRequest(model="m", prompt="p", **{key: value})
+            is_allowed = True
+        except ValidationError:
+            is_allowed = False
+        assert (value in RANGES[key]) == is_allowed, value
+
+
+def test_generation_config_may_set_as_many_tokens_as_a_request_may_ask_for() -> None:
+    allowed = RANGES["max_new_tokens"]
+    CompletionRequest(model="m", prompt="p", max_tokens=int(allowed.high))
+    with pytest.raises(ValidationError):
+        CompletionRequest(model="m", prompt="p", max_tokens=int(allowed.high) + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from server.deltas import registry as registry_module
 from server.deltas.registry import DeltaRegistry
-from tests.compressor.artifacts import BASE, CONFIG, edit_config, write_artifact
+from server.errors import DeltaBroken, DeltasUnreadable
+from tests.compressor.artifacts import BASE, CONFIG, edit_config, seal, write_artifact
 from tests.unprivileged import forbid, open_folder, run_unprivileged
 
 
@@ -205,8 +208,114 @@ def test_rescan_unreadable_root_keeps_the_names_known_before(root: Path) -> None
     registry = scan(root)
     root.rename(root.with_name("moved"))
     try:
-        with pytest.raises(FileNotFoundError):
+        with pytest.raises(DeltasUnreadable, match="No such file") as caught:
             registry.rescan()
+        assert str(root) not in caught.value.message
         assert registry.get("one") is not None
     finally:
         root.with_name("moved").rename(root)
+
+
+def test_rescan_folder_whose_name_is_no_text_is_listed_with_an_error(
+    root: Path, artifact: Path
+) -> None:
+    shutil.copytree(artifact, root / os.fsdecode(b"caf\xe9"))
+    registry = scan(root)
+    assert [d.name for d in registry.all()] == ["caf\\xe9", "one"]
+    for delta in registry.all():
+        delta.name.encode("utf-8")
+    bad = registry.get("caf\\xe9")
+    assert bad is not None
+    assert bad.error is not None
+    assert "rename" in bad.error
+
+
+def test_rescan_names_that_differ_by_case_are_two_variants(root: Path, artifact: Path) -> None:
+    shutil.copytree(artifact, root / "ONE")
+    registry = scan(root)
+    assert [(d.name, d.error) for d in registry.all()] == [("ONE", None), ("one", None)]
+    assert registry.get("One") is None
+
+
+def test_rescan_generation_config_that_cannot_be_used_is_listed_with_its_key(root: Path) -> None:
+    (root / "one" / "generation_config.json").write_text('{"repetition_penalty": 0}')
+    seal(root / "one")
+    found = scan(root).get("one")
+    assert found is not None
+    assert found.error is not None
+    assert "repetition_penalty" in found.error
+    assert found.failure is not None
+    assert isinstance(found.failure.error_for("one"), DeltaBroken)
+
+
+def test_rescan_weights_that_are_missing_or_empty_are_listed_with_an_error(root: Path) -> None:
+    (root / "one" / "delta.safetensors").write_bytes(b"")
+    found = scan(root).get("one")
+    assert found is not None
+    assert found.error is not None
+    assert "empty" in found.error
+
+
+def test_rescan_without_descriptors_keeps_what_is_known(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = scan(root)
+
+    def fails(path: Path) -> str:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("server.deltas.registry.read_digest", fails)
+    registry.rescan()
+    kept = registry.get("one")
+    assert kept is not None
+    assert kept.error is None
+    fresh = scan(root).get("one")
+    assert fresh is not None
+    assert fresh.failure is not None
+    error = fresh.failure.error_for("one")
+    assert (error.status, error.retry_after_s) == (503, 5)
+    assert "too many open files" in error.message
+
+
+def test_rescan_does_not_read_a_broken_artifact_again_until_it_changes(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_config(root / "one", lambda record: record.update(seed=-1))
+    registry, calls = scan(root), []
+    inner = registry_module.describe_artifact
+
+    def counted(path: Path, **options: str) -> object:
+        calls.append(path)
+        return inner(path, **options)
+
+    monkeypatch.setattr(registry_module, "describe_artifact", counted)
+    registry.rescan()
+    registry.rescan()
+    assert calls == []
+    edit_config(root / "one", lambda record: record.update(seed=3))
+    failed = registry.get("one")
+    assert failed is not None
+    assert registry.refresh(failed).error is None
+    assert len(calls) == 1
+    now = registry.get("one")
+    assert now is not None
+    assert now.error is None
+
+
+def test_refresh_of_an_unchanged_artifact_gives_the_same(root: Path) -> None:
+    truncate(root / "one")
+    registry = scan(root)
+    failed = registry.get("one")
+    assert failed is not None
+    assert registry.refresh(failed) is failed
+
+
+def test_rescan_circle_of_links_is_listed_with_an_error(root: Path) -> None:
+    (root / "circle").symlink_to(root / "circle")
+    registry = scan(root)
+    found = registry.get("circle")
+    assert found is not None
+    assert found.error is not None
+    good = registry.get("one")
+    assert good is not None
+    assert good.error is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -85,3 +86,12 @@ def test_device_of_auto_is_the_cpu_without_a_gpu(
     assert device_of(replace(settings, device="auto")) == torch.device("cpu")
     with pytest.raises(ConfigError, match="no GPU"):
         device_of(replace(settings, device="cuda"))
+
+
+def test_build_engine_refuses_a_base_whose_generation_config_cannot_be_used(
+    settings: Settings, tmp_path: Path
+) -> None:
+    base = shutil.copytree(settings.base, tmp_path / "base")
+    (base / "generation_config.json").write_text('{"repetition_penalty": 0}')
+    with pytest.raises(ConfigError, match=r"repetition_penalty must be a number from 0\.01"):
+        build_engine(replace(settings, base=base), deliver)

@@ -14,7 +14,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from compressor.compress.pipeline import compress
 from compressor.export.reconstruct import reconstruct
-from server.errors import DeltaUnusable, InvalidRequest, ModelNotFound
+from server.errors import (
+    DeltaBroken,
+    DeltaUnusable,
+    InvalidRequest,
+    ModelNotFound,
+)
 from tests.compressor.artifacts import seal
 from tests.server.conftest import PAIR, Served
 from tests.server.engine.test_core import assert_true_text
@@ -81,21 +86,22 @@ def test_open_damaged_artifact_is_refused_without_a_path(own: Served, harness: M
     flip_a_bit(own.deltas / "vocab" / "tokenizer.json")
     engine = harness(own)
     for _ in range(2):
-        with pytest.raises(DeltaUnusable) as caught:
+        with pytest.raises(DeltaBroken) as caught:
             engine.catalog.open("vocab")
         assert "Corrupt" in caught.value.message
         assert str(own.deltas) not in caught.value.message
-    key = engine.catalog.key_of(engine.catalog.registry.get("vocab"))
-    assert str(own.deltas) not in engine.catalog.load_error(key)
+    shown = engine.catalog.open_error(engine.catalog.registry.get("vocab"))
+    assert "Corrupt" in shown
+    assert str(own.deltas) not in shown
     good = engine.submit("impart", PROMPT)
     engine.run(good)
     assert_true_text(own, good)
 
 
 def test_open_does_not_touch_the_weights(own: Served, harness: Make) -> None:
-    want = harness(own).catalog.open("vocab")
+    want, later = harness(own).catalog.open("vocab"), harness(own).catalog
     (own.deltas / "vocab" / "delta.safetensors").unlink()
-    got = harness(own).catalog.open("vocab")
+    got = later.open("vocab")
     assert (got.key, got.vocab_size) == (want.key, want.vocab_size)
     assert got.text.encode("<extra_1> fox") == want.text.encode("<extra_1> fox")
 
@@ -106,15 +112,16 @@ def test_damaged_weights_fail_their_requests_and_are_served_once_mended(
 ) -> None:
     weights = own.deltas / "vocab" / "delta.safetensors"
     whole = weights.read_bytes()
-    damage(weights)
     engine = harness(own)
+    damage(weights)
     for _ in range(2):
         bad = [engine.submit("vocab", PROMPT) for _ in range(2)]
         good = engine.submit("impart", PROMPT)
         engine.run(*bad, good)
         for one in bad:
-            assert isinstance(one.error, DeltaUnusable)
-            assert (one.error.status, one.error.param) == (503, "model")
+            assert isinstance(one.error, DeltaBroken)
+            assert (one.error.status, one.error.param) == (424, "model")
+            assert one.error.retry_after_s is None
             assert one.error.message.startswith("`vocab` cannot be served: Corrupt: delta.safe")
             assert str(own.deltas) not in one.error.message
             assert one.output_ids == []
@@ -135,7 +142,7 @@ def test_damaged_weights_replaced_by_another_artifact_are_served_after_rescan(
     engine = harness(own)
     bad = engine.submit("impart", PROMPT)
     engine.run(bad)
-    assert isinstance(bad.error, DeltaUnusable)
+    assert isinstance(bad.error, DeltaBroken)
     put(own.deltas / "blockdiag", own.deltas / "impart")
     engine.catalog.rescan()
     good = engine.submit("impart", PROMPT)
@@ -158,7 +165,7 @@ def test_open_unusable_text_files_are_refused_without_a_path(
 ) -> None:
     (own.deltas / "vocab" / file).write_bytes(content)
     seal(own.deltas / "vocab")
-    with pytest.raises(DeltaUnusable) as caught:
+    with pytest.raises(DeltaBroken) as caught:
         harness(own).catalog.open("vocab")
     assert "/" not in caught.value.message
 

@@ -22,7 +22,7 @@ from server.engine.types import OutputChunk, SamplingParams
 from server.engine.variant import Variant
 from server.errors import (
     ConfigError,
-    DeltaUnusable,
+    DeltaBroken,
     Draining,
     EngineDead,
     GenerationFailed,
@@ -241,7 +241,7 @@ async def test_models_show_state_mode_bytes_and_failure(pair: Served, tmp_path: 
     with (bad / "delta_config.json").open("ab") as config:
         config.write(b"\n")  # of a digest of its own: no other copy can stand in
     seal(bad)
-    (bad / "delta.safetensors").write_bytes(b"")
+    (bad / "delta.safetensors").write_bytes(b"cut short")
     modes = {"impart": "reconstruct"}
     async with running(replace(pair, deltas=deltas), mode_overrides=modes) as engine:
         assert {i.name: i.state for i in engine.models()} == {
@@ -251,7 +251,7 @@ async def test_models_show_state_mode_bytes_and_failure(pair: Served, tmp_path: 
             "impart": "registered",
         }
         answers = [await ask(engine, name) for name in ("impart", "blockdiag")]
-        with pytest.raises(DeltaUnusable, match="Corrupt"):
+        with pytest.raises(DeltaBroken, match="Corrupt"):
             await ask(engine, "bad")
         infos = {i.name: i for i in engine.models()}
         assert [infos[n].state for n in ("base", "impart", "blockdiag", "bad")] == [
