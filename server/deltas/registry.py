@@ -115,7 +115,7 @@ class DeltaRegistry:
                 return old
             described = describe_artifact(path, base_identity=self._base_identity)
             if is_forbidden(path / WEIGHTS):
-                raise Refused(
+                raise Unreadable(
                     f"{WEIGHTS} may not be read by the server's user; allow it (chmod a+r) or run "
                     "the server as the owner"
                 )
