@@ -9,6 +9,7 @@
     │   ├── QueueFull
     │   ├── Draining
     │   ├── NoSlot                  every slot is in use and stayed so
+    │   ├── TextLimit               work on this text ran into the limits of text workers
     │   └── DeltaUnusable           this variant's artifact failed to load; others are served
     ├── DeadlineExceeded 504
     └── EngineError
@@ -81,6 +82,10 @@ class Draining(Unavailable):
 
 class NoSlot(Unavailable):
     """Every slot is held by running requests."""
+
+
+class TextLimit(Unavailable):
+    """Tokenising or rendering took more time or memory than a text worker may take."""
 
 
 class DeltaUnusable(Unavailable):

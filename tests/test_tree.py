@@ -96,7 +96,7 @@ ELSEWHERE = {
     "server.deltas.pools.rows": "tests/server/deltas/pools/test_geometry.py",
     "server.deltas.residency": "tests/server/engine/step/test_static_step_parity.py",
     "server.engine.accounting": "tests/server/engine/test_core.py",
-    "server.engine.byte_run": "tests/server/engine/test_text_stream.py",
+    "server.text.byte_run": "tests/server/text/test_text_stream.py",
     "server.engine.inbox": "tests/server/engine/test_core.py",
     "server.engine.lifecycle": "tests/server/engine/test_core.py",
     "server.engine.observer": "tests/server/engine/test_core.py",

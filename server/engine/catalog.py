@@ -10,16 +10,20 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from compressor.artifact.reader import Artifact, OpenedArtifact, open_artifact, read_terms
 from compressor.errors import ArtifactError, Corrupt
 from server.deltas.loads import LoadJob
 from server.deltas.parameter import Mode
 from server.deltas.registry import DeltaRegistry, RegisteredDelta, safe_reason, unusable
-from server.engine.text import TextAssets, load_variant_text
 from server.engine.variant import BASE_KEY, Variant
-from server.errors import DeltaUnusable, ModelNotFound
+from server.errors import DeltaUnusable, ModelNotFound, Unavailable
 from server.settings import Settings
+from server.text.assets import TextAssets
+from server.text.description import Description, Undescribed
+from server.text.loading import load_variant_text
+from server.text.service import TextService
 
 log = logging.getLogger(__name__)
 FINGERPRINT_CHARS = 12
@@ -36,6 +40,7 @@ class VariantCatalog:
         base_identity: str,
         base_text: TextAssets,
         base_vocab_size: int,
+        text_service: TextService,
         read_threads: int = 1,
     ) -> None:
         self.registry = registry
@@ -45,6 +50,7 @@ class VariantCatalog:
         self._identity = base_identity
         self._base_text = base_text
         self._base_vocab_size = base_vocab_size
+        self._text_service = text_service
         self._read_threads = read_threads
         self._base = Variant(
             base_name, BASE_KEY, None, self._fingerprint(None), base_vocab_size, base_text
@@ -84,7 +90,8 @@ class VariantCatalog:
         try:
             opened = open_artifact(delta.path, base_identity=self._identity)
             _check_digest(delta, opened.digest)
-            text = self._text_of(opened)
+            n_rows = max(self._base_vocab_size, *_vocabulary_rows(opened))
+            text = self._text_of(opened, n_rows)
         except (ArtifactError, OSError) as error:
             self._errors[key] = safe_reason(error)
             raise DeltaUnusable(unusable(delta.name, error), param="model") from error
@@ -93,7 +100,7 @@ class VariantCatalog:
             key=key,
             digest=delta.digest,
             fingerprint=self._fingerprint(delta.digest),
-            vocab_size=max(self._base_vocab_size, *_vocabulary_rows(opened)),
+            vocab_size=n_rows,
             text=text,
         )
         with self._lock:
@@ -141,10 +148,22 @@ class VariantCatalog:
                 return artifact
         raise errors[0]
 
-    def _text_of(self, opened: OpenedArtifact) -> TextAssets:
+    def _text_of(self, opened: OpenedArtifact, n_rows: int) -> TextAssets:
+        """Raises Corrupt, TooLarge, and what a text worker's limits raise."""
+        service = self._text_service
+
+        def describe(folder: Path) -> Description:
+            return service.describe(folder, opened.digest, n_rows)
+
         try:
-            return load_variant_text(self._settings.base, self._base_text, opened)
-        except Exception as error:  # tokenizers raises Exception itself
+            return load_variant_text(
+                self._settings.base, self._base_text, opened, service.store, describe
+            )
+        except (Unavailable, ArtifactError):
+            raise
+        except Undescribed as error:
+            raise Corrupt(f"its tokenizer cannot be served: {error}") from error
+        except Exception as error:  # files may be wrong in any way
             log.exception("the text files of %s cannot be used", opened.path.name)
             raise Corrupt("its tokenizer or generation config cannot be used") from error
 

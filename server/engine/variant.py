@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from server.engine.text import TextAssets
+from server.text.assets import TextAssets
 
 BASE_KEY = "base"
 
@@ -23,6 +23,10 @@ class Variant:
     fingerprint: str
     vocab_size: int
     text: TextAssets
+
+    @property
+    def chars_per_token(self) -> int:
+        return self.text.chars_per_token
 
     @property
     def defaults(self) -> dict[str, Any]:

@@ -34,6 +34,7 @@ class FakeVariant:
     digest: str | None
     fingerprint: str
     vocab_size: int = VOCAB
+    chars_per_token: int = 256
     defaults: dict[str, Any] = field(default_factory=dict)
 
 

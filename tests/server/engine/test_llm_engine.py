@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from compressor.artifact.reader import open_artifact, read_terms
-from server.engine.detokenizer import Detokenizer
 from server.engine.llm_engine import LLMEngine
 from server.engine.types import OutputChunk, SamplingParams
 from server.engine.variant import Variant
@@ -31,6 +30,7 @@ from server.errors import (
 )
 from server.ops.precision import host_cpu
 from server.settings import Settings
+from server.text.detokenizer import Detokenizer
 from tests.compressor.artifacts import seal
 from tests.server.conftest import PAIR, Served
 

@@ -8,13 +8,13 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from server.engine.output import MAX_BEHIND, RequestOutput, TextOutput
-from server.engine.text import TextAssets
 from server.engine.types import OutputChunk, SamplingParams, TokenLogprob
 from server.errors import DeadlineExceeded, GenerationFailed
+from server.text.assets import TextAssets
 from tests.tiny import BOS, EOS, make_tokenizer
 from tests.tokenizer_kinds import KINDS, WITH_BYTES, tokenizer_of
 
-TEXT = TextAssets(make_tokenizer(320), frozenset(), {})
+TEXT = TextAssets.of_tokenizer(make_tokenizer(320))
 
 
 def ids_of(text: str) -> list[int]:
@@ -117,7 +117,7 @@ def test_stop_token_is_shown_where_stops_are(skip: bool) -> None:
 def scored_chunks(kind: str, text: str, **params: object) -> tuple[str, list[TokenLogprob]]:
     """The text and the log probabilities of a text after the prompt "book"."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(kind), eos_token=EOS)
-    assets = TextAssets(tokenizer, frozenset(), {})
+    assets = TextAssets.of_tokenizer(tokenizer)
     prompt = assets.encode("book", add_special_tokens=False)
     own = text if kind in ("byte-level", "gemma") else text.lstrip()  # others add the first space
     ids = assets.encode(own, add_special_tokens=False)
@@ -153,7 +153,7 @@ def test_tokens_and_bytes_of_log_probabilities_join_to_the_text(kind: str, text:
 @pytest.mark.parametrize("kind", ["byte-level", *WITH_BYTES])
 def test_text_that_ends_within_a_character_gives_its_last_token_what_is_shown(kind: str) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(kind))
-    assets = TextAssets(tokenizer, frozenset(), {})
+    assets = TextAssets.of_tokenizer(tokenizer)
     *ids, _ = assets.encode("book🎉", add_special_tokens=False)
     output = TextOutput(assets, SamplingParams(100))
     chunks = [output.with_text(engine_chunk(i, logprobs=(TokenLogprob(i, -1.0),))) for i in ids]
@@ -167,7 +167,7 @@ def test_text_that_ends_within_a_character_gives_its_last_token_what_is_shown(ki
 @pytest.mark.parametrize("max_tokens", [0, 5])
 def test_prompts_log_probabilities_are_named_and_join(kind: str, max_tokens: int) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(kind), bos_token=BOS)
-    assets = TextAssets(tokenizer, frozenset(), {})
+    assets = TextAssets.of_tokenizer(tokenizer)
     *ids, last = assets.encode(f"{BOS}é book🎉", add_special_tokens=False)
     output = TextOutput(assets, SamplingParams(max_tokens), ids)
     known = tuple(TokenLogprob(i, -1.0) for i in ids)

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from server.engine.request import Request
 from server.engine.step.sampler import Sampler
-from server.engine.text import TextAssets
 from server.engine.types import OutputChunk, SamplingParams, TokenLogprob
 from server.engine.variant import Variant
+from server.text.assets import TextAssets
 from tests.server.conftest import PAIR, Served
 from tests.server.helpers import CoreHarness, Recorded
 from tests.tiny import make_tokenizer
@@ -329,7 +329,7 @@ def literal_probs(temperature: float, top_k: int, top_p: float, min_p: float) ->
 )
 def test_draws_have_the_distribution_of_the_filters(setting: tuple[float, int, float, float]):
     temperature, top_k, top_p, min_p = setting
-    text = TextAssets(make_tokenizer(320), frozenset(), {})
+    text = TextAssets.of_tokenizer(make_tokenizer(320))
     variant = Variant("v", "v", None, "", len(LOGITS), text)
     requests = [
         Request(

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from server.engine.text import TextAssets, load_base_text
 from server.errors import ConfigError
+from server.text.assets import TextAssets, load_base_text
 from tests.tiny import BOS, make_tokenizer
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
@@ -17,7 +17,7 @@ MESSAGES = [{"role": "developer", "content": "a"}, {"role": "user", "content": "
 
 
 def assets(template: str = TEMPLATE, *, bos: bool = True) -> TextAssets:
-    return TextAssets(make_tokenizer(320, bos=bos, chat_template=template), frozenset(), {})
+    return TextAssets.of_tokenizer(make_tokenizer(320, bos=bos, chat_template=template))
 
 
 def test_bos_of_the_text_is_not_doubled() -> None:

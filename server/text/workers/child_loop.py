@@ -1,0 +1,63 @@
+"""What a text worker does: one task at a time from its socket, until the server closes that."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from server.errors import InvalidRequest
+from server.text.description import Undescribed
+from server.text.workers import limits
+from server.text.workers.frames import Frame, receive, send
+from server.text.workers.tasks import Tokenizers, run
+
+
+def serve(descriptor: int, memory_bytes: int) -> None:
+    """Serve tasks until the server has gone, or until memory has run out."""
+    limits.confine(memory_bytes)
+    tokenizers = Tokenizers()
+    with socket.socket(fileno=descriptor) as connection:
+        send(connection, Frame({"ready": True}))
+        _be_silent()
+        try:
+            is_sound = True
+            while is_sound:
+                is_sound = _serve_one(connection, tokenizers)
+        except (EOFError, OSError):
+            return  # the server closed the socket, or is gone
+
+
+def _serve_one(connection: socket.socket, tokenizers: Tokenizers) -> bool:
+    """Do one task; return whether the worker is sound afterwards."""
+    frame = receive(connection)
+    order = frame.record
+    factor = 1.0 if tokenizers.has(order["folder"]) else order["load_factor"]
+    limits.begin_task(order["cpu_s"] * factor, order["wall_s"] * factor)
+    reply = _reply(order, frame.blob, tokenizers)
+    limits.end_task()
+    send(connection, reply)
+    return "ended" not in reply.record
+
+
+def _reply(order: dict[str, object], blob: bytes, tokenizers: Tokenizers) -> Frame:
+    task, folder, record = order["task"], order["folder"], order["record"]
+    assert isinstance(task, str) and isinstance(folder, str) and isinstance(record, dict)
+    try:
+        done = run(task, tokenizers, folder, Frame(record, blob))
+    except MemoryError:
+        return Frame({"ended": "memory"})
+    except InvalidRequest as error:
+        return Frame({"refused": error.message, "param": error.param})
+    except Undescribed as error:
+        return Frame({"unusable": str(error)})
+    except BaseException as error:  # native code raises panics, which are no Exception
+        return Frame({"failed": type(error).__name__})
+    return Frame({"done": done.record}, done.blob)
+
+
+def _be_silent() -> None:
+    """Errors of native code may hold a request's text, which no log may have."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    os.close(nowhere)
