@@ -32,7 +32,7 @@ _DECODERS = frozenset(
 
 
 class Undescribed(Exception):
-    """This tokenizer cannot be served; the message says why."""
+    """A tokenizer that cannot be served; the message says why."""
 
 
 @dataclass(frozen=True, slots=True)

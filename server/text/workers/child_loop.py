@@ -41,7 +41,9 @@ def _serve_one(connection: socket.socket, tokenizers: Tokenizers) -> bool:
 
 def _reply(order: dict[str, object], blob: bytes, tokenizers: Tokenizers) -> Frame:
     task, folder, record = order["task"], order["folder"], order["record"]
-    assert isinstance(task, str) and isinstance(folder, str) and isinstance(record, dict)
+    assert isinstance(task, str)
+    assert isinstance(folder, str)
+    assert isinstance(record, dict)
     try:
         done = run(task, tokenizers, folder, Frame(record, blob))
     except MemoryError:

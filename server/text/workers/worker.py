@@ -142,7 +142,7 @@ def _reason_of(code: int | None) -> Reason:
 
 
 def _environment() -> dict[str, str]:
-    """This process's, so that the worker finds what this process found, however it was started."""
+    """The server's own, so that the worker finds what the server found, however it was started."""
     found = [str(PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])]
     return dict(os.environ) | {
         "PYTHONPATH": os.pathsep.join(found),
