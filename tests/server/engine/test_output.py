@@ -18,7 +18,7 @@ TEXT = TextAssets.of_tokenizer(make_tokenizer(320))
 
 
 def ids_of(text: str) -> list[int]:
-    return list(TEXT.backend.encode(text, add_special_tokens=False).ids)
+    return list(TEXT.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def engine_chunk(token: int, **fields: object) -> OutputChunk:
@@ -198,7 +198,7 @@ def test_reader_that_takes_none_holds_a_bounded_number_of_chunks_and_loses_nothi
     chunks = reader.output.take()
     assert len(chunks) <= peak <= MAX_BEHIND + 1
     whole = OutputChunk.joined(chunks)
-    assert whole.text == TEXT.backend.decode(ids)
+    assert whole.text == TEXT.tokenizer.backend_tokenizer.decode(ids)
     assert whole.token_ids == tuple(ids)
     assert len(whole.logprobs) == len(ids)
     assert [t.token for t in whole.logprobs[0].top] == [TEXT.decode([i]) for i in ids[:2]]

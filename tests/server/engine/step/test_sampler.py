@@ -133,7 +133,7 @@ def test_repetition_penalty_greedy_equals_generate(pair: Served, harness: Make) 
 
 def test_presence_frequency_and_bias_equal_a_literal_loop(pair: Served, harness: Make) -> None:
     engine = harness(pair)
-    plain = pair.truth("blockdiag", engine.catalog.open("base").text.encode(PROMPT))
+    plain = pair.truth("blockdiag", engine.encode(engine.catalog.open("base"), PROMPT))
     bias = ((plain[0], -3.0), (plain[1], 1.5), (7, 2.0))
     one = engine.submit(
         "blockdiag",
@@ -277,7 +277,7 @@ def test_seed_continues_where_a_text_was_cut(pair: Served, harness: Make) -> Non
     """The noise belongs to the position: prompt and output sent again go on as one request."""
     engine = harness(pair)
     whole = sampled_text(engine)
-    prompt = engine.catalog.open("impart").text.encode(PROMPT)
+    prompt = engine.encode(engine.catalog.open("impart"), PROMPT)
     params = {"temperature": 1.0, "top_p": 0.95, "seed": 5, "ignore_eos": True}
     rest = engine.submit("impart", prompt + whole[:7], max_tokens=9, **params)
     engine.run(rest)
