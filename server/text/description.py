@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders
 
 from server.text.token_width import max_chars_per_token
-from server.text.vocabulary import Traits, Vocabulary, decoder_kinds, traits_of
+from server.text.vocabulary import Traits, Vocabulary, decoder_kinds, decoder_state, traits_of
 
 MAX_TOKENS = 1 << 21
 MAX_TOKEN_BYTES = 64 << 20  # of all tokens together
@@ -81,7 +81,7 @@ def describe(
 
     n_rows  of the model's embedding: no id from there on is ever generated. Raises Undescribed.
     """
-    decoder = json.loads(backend.decoder.__getstate__()) if backend.decoder else None
+    decoder = decoder_state(backend)
     _check_decoder(decoder)
     n_ids = min(n_rows, MAX_TOKENS, _last_id(backend) + 1)
     ends, names = array("I"), bytearray()

@@ -99,12 +99,20 @@ class Vocabulary:
 
 def traits_of(backend: Tokenizer) -> Traits:
     """Return what a vocabulary needs to know of a tokenizer. It takes long for a hostile one."""
-    kinds = frozenset(decoder_kinds(json.loads(backend.decoder.__getstate__())))
+    kinds = frozenset(decoder_kinds(decoder_state(backend)))
     byte_of = _fallback_bytes(backend) if "ByteFallback" in kinds else {}
     added = backend.get_added_tokens_decoder().items()
     special = frozenset(token_id for token_id, token in added if token.special)
     anchor = next(_ordinary(backend, byte_of.keys() | special), None)
     return Traits(kinds, byte_of, special, anchor)
+
+
+def decoder_state(backend: Tokenizer) -> dict[str, Any] | None:
+    """Return what a tokenizer's decoder is, as tokenizer.json has it; None: it has none."""
+    if backend.decoder is None:
+        return None
+    state: dict[str, Any] = json.loads(backend.decoder.__getstate__())
+    return state
 
 
 def _ordinary(backend: Tokenizer, others: Set[int]) -> Iterator[int]:
