@@ -149,7 +149,6 @@ ELSEWHERE = {
     "server.ops.selfcheck": "tests/server/ops/triton/test_kernels.py",
     "server.process.logs": "tests/server/process/test_run.py",
     "server.text.byte_run": "tests/server/text/test_text_stream.py",
-    "server.text.service": "tests/server/text/test_service_over_http.py",
     "server.text.workers.child": "tests/server/text/workers/test_worker.py",
     "server.text.workers.child_loop": "tests/server/text/workers/test_worker.py",
     "server.text.workers.limits": "tests/server/text/workers/test_worker.py",

@@ -76,7 +76,9 @@ def encode_within(
     return encode(tokenizer, text, add_special_tokens=add_special_tokens)
 
 
-def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, room: Room) -> list[int]:
+def render_conversation(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, room: Room
+) -> list[int]:
     """Render the chat template and tokenise. Raises InvalidRequest if either cannot be."""
     template = conversation.template or tokenizer.chat_template
     if not template:

@@ -15,7 +15,7 @@ from server.errors import ConfigError
 from server.text.assets import TextAssets, defaults_of, stop_ids
 from server.text.description import Description
 from server.text.store import TokenizerStore
-from server.text.workers.tasks import load_tokenizer
+from server.text.workers.tasks import load_fast_tokenizer
 
 TEMPLATE = "chat_template.jinja"
 MAX_TEMPLATE_BYTES = 1 << 20
@@ -27,7 +27,7 @@ Describe = Callable[[Path], Description]
 def load_base_text(base_dir: Path) -> TextAssets:
     """Read the base's text assets from its directory. Raises ConfigError."""
     try:
-        tokenizer = load_tokenizer(base_dir)
+        tokenizer = load_fast_tokenizer(base_dir)
     except ValueError as error:
         raise ConfigError(f"the base's tokenizer cannot be used: {error}") from error
     generation = _read_json(base_dir, "generation_config.json")

@@ -12,9 +12,9 @@ import sys
 def main(descriptor: int, memory_bytes: int) -> None:
     """Serve tasks until the server has gone."""
     sys.modules["torch"] = None  # type: ignore[assignment]
-    from server.text.workers.child_loop import serve
+    from server.text.workers.child_loop import serve_tasks
 
-    serve(descriptor, memory_bytes)
+    serve_tasks(descriptor, memory_bytes)
 
 
 if __name__ == "__main__":

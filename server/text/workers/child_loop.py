@@ -9,10 +9,10 @@ from server.errors import InvalidRequest
 from server.text.description import Undescribed
 from server.text.workers import limits
 from server.text.workers.frames import Frame, receive, send
-from server.text.workers.tasks import Tokenizers, run
+from server.text.workers.tasks import Tokenizers, do_task
 
 
-def serve(descriptor: int, memory_bytes: int) -> None:
+def serve_tasks(descriptor: int, memory_bytes: int) -> None:
     """Serve tasks until the server has gone, or until memory has run out."""
     limits.confine(memory_bytes)
     tokenizers = Tokenizers()
@@ -45,7 +45,7 @@ def _reply(order: dict[str, object], blob: bytes, tokenizers: Tokenizers) -> Fra
     assert isinstance(folder, str)
     assert isinstance(record, dict)
     try:
-        done = run(task, tokenizers, folder, Frame(record, blob))
+        done = do_task(task, tokenizers, folder, Frame(record, blob))
     except MemoryError:
         return Frame({"ended": "memory"})
     except InvalidRequest as error:

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from server.errors import InvalidRequest
 from server.text.description import describe
-from server.text.encoding import Conversation, Room, encode_within, render
+from server.text.encoding import Conversation, Room, encode_within, render_conversation
 from server.text.workers.frames import Frame
 
 MAX_TOKENIZERS = 4
@@ -43,7 +43,7 @@ class Tokenizers:
         if folder not in self._kept:
             n_bytes = sum(file.stat().st_size for file in Path(folder).glob("*token*"))
             self._make_room(n_bytes)
-            self._kept[folder] = (load_tokenizer(Path(folder)), n_bytes)
+            self._kept[folder] = (load_fast_tokenizer(Path(folder)), n_bytes)
         self._kept.move_to_end(folder)
         return self._kept[folder][0]
 
@@ -55,7 +55,7 @@ class Tokenizers:
             self._kept.popitem(last=False)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_fast_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Read a folder's tokenizer. Raises ValueError for one without a tokenizer.json, and whatever
     transformers makes of files that it cannot use.
     """
@@ -74,7 +74,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, record: dict[str, Any], blob: by
 
 def _render(tokenizer: PreTrainedTokenizerBase, record: dict[str, Any], blob: bytes) -> Frame:
     conversation = Conversation(**record["conversation"])
-    return ids_frame(render(tokenizer, conversation, Room(**record["room"])))
+    return ids_frame(render_conversation(tokenizer, conversation, Room(**record["room"])))
 
 
 def _describe(tokenizer: PreTrainedTokenizerBase, record: dict[str, Any], blob: bytes) -> Frame:
@@ -86,7 +86,7 @@ Task = Callable[[PreTrainedTokenizerBase, dict[str, Any], bytes], Frame]
 TASKS: dict[str, Task] = {"encode": _encode, "render": _render, "describe": _describe}
 
 
-def run(task: str, tokenizers: Tokenizers, folder: str, frame: Frame) -> Frame:
+def do_task(task: str, tokenizers: Tokenizers, folder: str, frame: Frame) -> Frame:
     """Do one task with the tokenizer of a folder. Raises InvalidRequest, and anything else."""
     tokenizer = tokenizers.load(folder)
     try:

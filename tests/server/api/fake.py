@@ -14,7 +14,14 @@ from typing import Any
 
 from server.engine.limits import check_request
 from server.engine.schedule.admission import Admission, AdmissionTicket
-from server.engine.types import EngineStats, ModelInfo, OutputChunk, SamplingParams, TokenLogprob
+from server.engine.types import (
+    EngineStats,
+    ModelInfo,
+    OutputChunk,
+    SamplingParams,
+    TextWorkerStats,
+    TokenLogprob,
+)
 from server.errors import (
     DeltaUnusable,
     GenerationFailed,
@@ -123,6 +130,9 @@ class FakeEngine:
             n_static_steps=0,
             n_eager_decode_steps=0,
         )
+
+    def text_workers(self) -> TextWorkerStats:
+        return TextWorkerStats(n_busy=1, n_waiting=0, n_kills={"cpu": 2})
 
     def is_alive(self) -> bool:
         return self.alive

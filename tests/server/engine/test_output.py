@@ -118,9 +118,9 @@ def scored_chunks(kind: str, text: str, **params: object) -> tuple[str, list[Tok
     """The text and the log probabilities of a text after the prompt "book"."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(kind), eos_token=EOS)
     assets = TextAssets.of_tokenizer(tokenizer)
-    prompt = assets.encode("book", add_special_tokens=False)
+    prompt = assets.tokenizer.encode("book", add_special_tokens=False)
     own = text if kind in ("byte-level", "gemma") else text.lstrip()  # others add the first space
-    ids = assets.encode(own, add_special_tokens=False)
+    ids = assets.tokenizer.encode(own, add_special_tokens=False)
     fields = {"max_tokens": 100} | params
     output = TextOutput(assets, SamplingParams(**fields), prompt)  # type: ignore[arg-type]
     shown, found = "", []
@@ -154,7 +154,7 @@ def test_tokens_and_bytes_of_log_probabilities_join_to_the_text(kind: str, text:
 def test_text_that_ends_within_a_character_gives_its_last_token_what_is_shown(kind: str) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(kind))
     assets = TextAssets.of_tokenizer(tokenizer)
-    *ids, _ = assets.encode("book🎉", add_special_tokens=False)
+    *ids, _ = assets.tokenizer.encode("book🎉", add_special_tokens=False)
     output = TextOutput(assets, SamplingParams(100))
     chunks = [output.with_text(engine_chunk(i, logprobs=(TokenLogprob(i, -1.0),))) for i in ids]
     chunks.append(output.with_text(OutputChunk(finish_reason="abort")))
@@ -168,7 +168,7 @@ def test_text_that_ends_within_a_character_gives_its_last_token_what_is_shown(ki
 def test_prompts_log_probabilities_are_named_and_join(kind: str, max_tokens: int) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(kind), bos_token=BOS)
     assets = TextAssets.of_tokenizer(tokenizer)
-    *ids, last = assets.encode(f"{BOS}é book🎉", add_special_tokens=False)
+    *ids, last = assets.tokenizer.encode(f"{BOS}é book🎉", add_special_tokens=False)
     output = TextOutput(assets, SamplingParams(max_tokens), ids)
     known = tuple(TokenLogprob(i, -1.0) for i in ids)
     chunk = output.with_text(OutputChunk(prompt_logprobs=known))
