@@ -15,6 +15,7 @@ from typing import Any, Self
 from transformers import PreTrainedTokenizerBase
 
 from server.errors import ConfigError
+from server.text.description import likeness
 from server.text.text_stream import text_stream
 from server.text.token_width import max_chars_per_token
 from server.text.vocabulary import Vocabulary
@@ -31,6 +32,7 @@ class TextAssets:
     folder           of the tokenizer's files, for text workers
     template         instead of the tokenizer's own
     chars_per_token  the most characters of text that one token can stand for
+    likeness         of the tokenizer: see `server.text.description.likeness`
     owner            who is to blame when text workers run into their limits: the variant's digest,
                      "" where all of it is the base's
     """
@@ -42,6 +44,7 @@ class TextAssets:
     folder: Path | None = None
     template: str | None = None
     chars_per_token: int = 1
+    likeness: str = ""
     owner: str = ""
 
     @classmethod
@@ -61,6 +64,7 @@ class TextAssets:
             tokenizer,
             folder,
             chars_per_token=max_chars_per_token(backend),
+            likeness=likeness(tokenizer),
         )
 
     def decode(self, token_ids: Sequence[int], *, is_whole: bool = True) -> str:

@@ -8,6 +8,7 @@ parsed a stranger's file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from array import array
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer, decoders
+from transformers import PreTrainedTokenizerBase
 
 from server.text.token_width import max_chars_per_token
 from server.text.vocabulary import Traits, Vocabulary, decoder_kinds, decoder_state, traits_of
@@ -23,6 +25,7 @@ MAX_TOKENS = 1 << 21
 MAX_TOKEN_BYTES = 64 << 20  # of all tokens together
 MAX_DECODER_BYTES = 16 << 10
 MAX_DECODER_PARTS = 16
+MAX_TEMPLATE_CHARS = 1 << 20
 _PRESENT = b"\x01"  # before each token, so that an id without one differs from an empty token
 # Parts of decoders that do a bounded amount of work on a token. Of others (a regular expression
 # may take exponential time) nothing is run in the serving process.
@@ -41,11 +44,15 @@ class Description:
 
     eos_token_id     the tokenizer's own
     chars_per_token  the most characters that one token can stand for
+    likeness         equal for tokenizers that do the same, whatever their files say: see `likeness`
+    template         its chat template, if that is one
     """
 
     vocabulary: Vocabulary
     eos_token_id: int | None
     chars_per_token: int
+    likeness: str
+    template: str | None
 
 
 class DescribedTokens:
@@ -74,13 +81,24 @@ class DescribedTokens:
         return text
 
 
-def describe(
-    backend: Tokenizer, eos_token_id: int | None, n_rows: int
-) -> tuple[dict[str, Any], bytes]:
+def likeness(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a digest of all that tokenising and rendering read of a tokenizer but its template.
+
+    Most fine-tunes change something else in tokenizer_config.json, and can share the base's.
+    """
+    digest = hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode("utf-8", "surrogatepass"))
+    control = getattr(tokenizer, "chat_control_tokens", None)
+    rest = [type(tokenizer).__name__, tokenizer.special_tokens_map, control, tokenizer.eos_token_id]
+    digest.update(json.dumps(rest, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def describe(tokenizer: PreTrainedTokenizerBase, n_rows: int) -> tuple[dict[str, Any], bytes]:
     """Return the record and the bytes that `described` reads. For a text worker.
 
     n_rows  of the model's embedding: no id from there on is ever generated. Raises Undescribed.
     """
+    backend = tokenizer.backend_tokenizer
     decoder = decoder_state(backend)
     _check_decoder(decoder)
     n_ids = min(n_rows, MAX_TOKENS, _last_id(backend) + 1)
@@ -98,7 +116,9 @@ def describe(
         "byte_of": sorted(traits.byte_of.items()),
         "special": sorted(i for i in traits.special if i < n_ids),
         "anchor": traits.anchor,
-        "eos": eos_token_id,
+        "eos": tokenizer.eos_token_id,
+        "likeness": likeness(tokenizer),
+        "template": _template(tokenizer),
         "chars_per_token": max_chars_per_token(backend),
         "n_ids": n_ids,
     }
@@ -131,9 +151,17 @@ def described(record: Mapping[str, Any], blob: bytes) -> Description:
             Vocabulary(tokens, traits),
             None if eos is None else int(eos),
             max(1, int(record["chars_per_token"])),
+            str(record["likeness"]),
+            None if record["template"] is None else str(record["template"]),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise Undescribed("its description is not in order") from error
+
+
+def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A longer one, or several under names, stay where the worker finds them."""
+    template = tokenizer.chat_template
+    return template if isinstance(template, str) and len(template) <= MAX_TEMPLATE_CHARS else None
 
 
 def _last_id(backend: Tokenizer) -> int:

@@ -79,15 +79,14 @@ def _with_tokenizer(
     """Vocabulary and template of the variant, with the tokenizer's own end of text."""
     aux = opened.aux
     own = [name for name in TOKENIZER_FILES if name in aux or name in dropped]
-    if not own or (own == [TEMPLATE] and TEMPLATE in aux):
-        assert base.tokenizer is not None, "the base's is loaded"
-        eos = base.tokenizer.eos_token_id
-        ids = frozenset() if eos is None else frozenset([eos])
-        template = _template(aux[TEMPLATE]) if own else None
-        owner = opened.digest if own else ""
-        return replace(base, eos_token_ids=ids, template=template, owner=owner)
+    if not own:
+        return _sharing(base, None, "")
+    if own == [TEMPLATE] and TEMPLATE in aux:
+        return _sharing(base, _template(aux[TEMPLATE]), opened.digest)
     folder = store.put(_tokenizer_files(base_dir, aux, dropped))
     described = describe(folder)
+    if described.likeness == base.likeness and described.template is not None:
+        return _sharing(base, described.template, opened.digest)
     eos = described.eos_token_id
     return TextAssets(
         described.vocabulary,
@@ -95,8 +94,19 @@ def _with_tokenizer(
         {},
         folder=folder,
         chars_per_token=described.chars_per_token,
+        likeness=described.likeness,
         owner=opened.digest,
     )
+
+
+def _sharing(base: TextAssets, template: str | None, owner: str) -> TextAssets:
+    """The base's tokenizer with another template."""
+    assert base.tokenizer is not None, "the base's is loaded"
+    if template is not None and template == base.tokenizer.chat_template:
+        template, owner = None, ""
+    eos = base.tokenizer.eos_token_id
+    ids = frozenset() if eos is None else frozenset([eos])
+    return replace(base, eos_token_ids=ids, template=template, owner=owner)
 
 
 def _template(content: bytes) -> str:

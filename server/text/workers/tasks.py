@@ -21,7 +21,7 @@ from server.text.encoding import Conversation, Room, encode_within, render_conve
 from server.text.workers.frames import Frame
 
 MAX_TOKENIZERS = 4
-MAX_TOKENIZER_FILE_BYTES = 32 << 20  # of all that are kept; one is kept whatever its size
+MAX_TOKENIZER_FILE_BYTES = 64 << 20  # of all that are kept; one is kept whatever its size
 
 
 @dataclass(slots=True)
@@ -78,8 +78,7 @@ def _render(tokenizer: PreTrainedTokenizerBase, record: dict[str, Any], blob: by
 
 
 def _describe(tokenizer: PreTrainedTokenizerBase, record: dict[str, Any], blob: bytes) -> Frame:
-    eos = tokenizer.eos_token_id
-    return Frame(*describe(tokenizer.backend_tokenizer, eos, record["n_rows"]))
+    return Frame(*describe(tokenizer, record["n_rows"]))
 
 
 Task = Callable[[PreTrainedTokenizerBase, dict[str, Any], bytes], Frame]

@@ -25,6 +25,7 @@ from server.errors import (
     Draining,
     EngineDead,
     GenerationFailed,
+    InvalidRequest,
     ModelNotFound,
     TextLimit,
 )

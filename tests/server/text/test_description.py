@@ -7,15 +7,21 @@ from typing import Any
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
-from server.text.description import Undescribed, describe, described
+from server.text.description import Undescribed, describe, described, likeness
 from server.text.text_stream import text_stream
 from server.text.vocabulary import Vocabulary
+from tests.tiny import EOS
 from tests.tokenizer_kinds import KINDS, TEXTS, tokenizer_of
 
 
+def whole(backend: Tokenizer, **fields: Any) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **fields)
+
+
 def through_json(backend: Tokenizer, n_rows: int = 1 << 20) -> Any:
-    record, blob = describe(backend, 2, n_rows)
+    record, blob = describe(whole(backend, eos_token=EOS), n_rows)
     return described(json.loads(json.dumps(record)), blob)
 
 
@@ -24,7 +30,7 @@ def test_described_tokenizer_is_the_same_vocabulary(kind: str) -> None:
     backend = tokenizer_of(kind)
     own, got = Vocabulary.of(backend), through_json(backend)
     vocabulary = got.vocabulary
-    assert got.eos_token_id == 2
+    assert got.eos_token_id == backend.token_to_id(EOS)
     assert (vocabulary.byte_of, vocabulary.anchor) == (own.byte_of, own.anchor)
     assert vocabulary.is_byte_level == own.is_byte_level
     for token_id in range(-1, backend.get_vocab_size() + 2):
@@ -50,7 +56,8 @@ def test_described_tokenizer_decodes_the_same(kind: str) -> None:
 
 def test_gaps_and_empty_tokens_are_kept_apart() -> None:
     backend = Tokenizer(models.WordLevel({"a": 0, "": 2, "b": 5}, unk_token="a"))
-    vocabulary = through_json(backend).vocabulary
+    record, blob = describe(whole(backend), 1 << 20)
+    vocabulary = described(record, blob).vocabulary
     shown = [i for i in range(8) if vocabulary.is_shown(i, skip_special_tokens=False)]
     assert shown == [0, 2, 5]
     assert vocabulary.decode([0, 1, 2, 5]) == backend.decode([0, 1, 2, 5]) == "a  b"
@@ -74,12 +81,12 @@ def test_ids_past_the_models_rows_are_left_out() -> None:
 )
 def test_decoder_of_unbounded_work_is_refused_by_both_sides(decoder: decoders.Decoder) -> None:
     backend = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-    record, blob = describe(backend, None, 10)
+    record, blob = describe(whole(backend), 10)
     with pytest.raises(Undescribed):
         described(record | {"decoder": json.loads(decoder.__getstate__())}, blob)
     backend.decoder = decoder
     with pytest.raises(Undescribed):
-        describe(backend, None, 10)
+        describe(whole(backend), 10)
 
 
 @pytest.mark.parametrize(
@@ -99,12 +106,20 @@ def test_decoder_of_unbounded_work_is_refused_by_both_sides(decoder: decoders.De
     ],
 )
 def test_description_that_no_worker_would_send_is_refused(change: dict[str, Any]) -> None:
-    record, blob = describe(tokenizer_of("llama"), 2, 1 << 20)
+    record, blob = describe(whole(tokenizer_of("llama")), 1 << 20)
     with pytest.raises(Undescribed):
         described(record | change, blob)
 
 
 def test_wrong_ends_of_tokens_are_read_without_harm() -> None:
-    record, blob = describe(tokenizer_of("byte-level"), 2, 4)
+    record, blob = describe(whole(tokenizer_of("byte-level")), 4)
     vocabulary = described(record, b"\xff" * 16 + blob[16:]).vocabulary
     assert [vocabulary.name(i)[:0] for i in range(5)] == [""] * 5
+
+
+def test_likeness_is_of_what_tokenising_and_rendering_read() -> None:
+    backend = tokenizer_of("byte-level")
+    one = likeness(whole(backend, eos_token=EOS, padding_side="left", model_max_length=3))
+    assert likeness(whole(backend, eos_token=EOS, chat_template="x")) == one
+    assert likeness(whole(backend, eos_token=EOS, bos_token=EOS)) != one
+    assert likeness(whole(tokenizer_of("llama"), eos_token=EOS)) != one

@@ -1,4 +1,4 @@
-"""Text work over HTTP with the real engine: what one variant's text does to itself and to others."""
+"""Text work over HTTP with the real engine: what one variant's text does to it and to others."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def test_template_that_computes_is_503_then_quarantine_and_others_go_on(
     # Its weights and the base's tokenizer are in order.
     body = {"model": bad, "prompt": "fox", "max_tokens": 2}
     answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=PATIENCE_S)
-    assert answer.status_code == 200
+    assert answer.status_code == 200, answer.text
     metrics = httpx.get(f"{server.url}/metrics", timeout=PATIENCE_S).text
     assert f'impart_text_worker_kills_total{{reason="cpu"}} {float(MAX_KILLS)}' in metrics
 
