@@ -151,7 +151,6 @@ ELSEWHERE = {
     "server.text.byte_run": "tests/server/text/test_text_stream.py",
     "server.text.workers.child": "tests/server/text/workers/test_worker.py",
     "server.text.workers.child_loop": "tests/server/text/workers/test_worker.py",
-    "server.text.workers.limits": "tests/server/text/workers/test_worker.py",
     "server.text.workers.tasks": "tests/server/text/workers/test_pool.py",
 }
 

@@ -208,4 +208,5 @@ def _decoder_of(decoder: Mapping[str, Any] | None) -> decoders.Decoder | None:
         return None
     empty = {"type": "WordLevel", "vocab": {}, "unk_token": "<unk>"}
     whole = {"version": "1.0", "added_tokens": [], "model": empty, "decoder": decoder}
-    return Tokenizer.from_str(json.dumps(whole)).decoder
+    found: decoders.Decoder = Tokenizer.from_str(json.dumps(whole)).decoder
+    return found

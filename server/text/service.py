@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from server.errors import DeltaUnusable, GenerationFailed, ServeError, TextLimit
 from server.settings import Settings
@@ -151,7 +152,7 @@ class TextService:
         name: str,
         text: TextAssets,
         owner: str,
-        record: dict[str, object],
+        record: dict[str, Any],
         n_chars: int,
         blob: bytes = b"",
     ) -> TextTask:
