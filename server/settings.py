@@ -226,7 +226,7 @@ class Settings:
         "three times as much more.",
     )
     text_task_timeout_s: Seconds = Field(
-        default=20.0,
+        default=60.0,
         gt=0,
         description="Time that work on one text may take, waiting for a text worker not counted.",
     )

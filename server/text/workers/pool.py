@@ -94,6 +94,7 @@ class TextWorkers:
         self._changed = threading.Condition()
         self._closed = False
         self._n_busy = 0
+        self._n_ready = 0  # workers that do a task or wait for one
         self._kills: Counter[str] = Counter()
         self._threads: list[threading.Thread] = []
 
@@ -150,7 +151,13 @@ class TextWorkers:
                     self._wait_closed(RESTART_WAIT_S)
                     continue
                 task = self._next()
-                if task is not None and not self._do(worker, task):
+                if task is None:
+                    return
+                if not worker.is_alive:  # ended while it waited: no fault of this task
+                    worker = self._replaced(worker)
+                if worker is None:
+                    self._drop(task)
+                elif not self._do(worker, task):
                     worker = None
         finally:
             if worker is not None:
@@ -164,13 +171,35 @@ class TextWorkers:
         except (OSError, WorkerEnded) as error:
             log.error("a text worker could not start (%s); the server tries again", error)
             return None
+        with self._changed:
+            self._n_ready += 1
+            self._changed.notify_all()
         return worker
+
+    def _replaced(self, worker: WorkerProcess) -> WorkerProcess | None:
+        """A new worker in the place of one that has ended; None when the pool is closed."""
+        self._count("crash")
+        worker.close()
+        with self._changed:
+            self._n_ready -= 1
+        while not self._closed:
+            started = self._started()
+            if started is not None:
+                return started
+            self._wait_closed(RESTART_WAIT_S)
+        return None
+
+    def _drop(self, task: TextTask) -> None:
+        task.future.cancel()
+        with self._changed:
+            self._n_busy -= 1
+            self._queue.done(task)
 
     def _next(self) -> TextTask | None:
         """Wait for a task; None when the pool is closed."""
         with self._changed:
             while not self._closed:
-                task = self._queue.take()
+                task = self._queue.take(self._n_ready)
                 if task is not None:
                     self._n_busy += 1
                     return task
@@ -179,27 +208,28 @@ class TextWorkers:
 
     def _do(self, worker: WorkerProcess, task: TextTask) -> bool:
         """Do a task and settle its future; return whether the worker is there for another."""
+        is_sound = False
         try:
             if task.is_wanted:
                 reply = worker.run(self._order(task), self._wall_s, lambda: self._wants(task))
                 _settle(task.future, reply)
+            is_sound = True
         except WorkerEnded as error:
             self._count(error.reason)
             with suppress(InvalidStateError):
                 task.future.set_exception(error)
-            return False
         except Exception as error:  # of an order that cannot be sent, for one
             log.exception("a text task failed in the server")
             with suppress(InvalidStateError):
                 task.future.set_exception(error)
             worker.close()
-            return False
         finally:
             with self._changed:
                 self._n_busy -= 1
+                self._n_ready -= not is_sound
                 self._queue.done(task)
                 self._changed.notify_all()
-        return True
+        return is_sound
 
     @property
     def _wall_s(self) -> float:

@@ -1,8 +1,8 @@
 """Which waiting task is next: fair between keys, and no share of the work takes all workers.
 
 A task has a key (whose turn it is: a variant; later a tenant) and shares (what it counts for: its
-key, long texts). Keys take turns. Each share may have all workers but one, so that whoever fills
-one always leaves a worker for others.
+key, long texts). Keys take turns. Each share may have all workers but one of those that are ready,
+so that whoever fills one always leaves a worker for others, also while one is being replaced.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ShareQueue(Generic[T]):
     """Not thread-safe; the pool has a lock."""
 
     def __init__(self, n_workers: int, max_waiting: int) -> None:
-        self._most = max(1, n_workers - 1)
+        self._n_workers = n_workers
         self._max_waiting = max_waiting
         self._waiting: OrderedDict[str, deque[T]] = OrderedDict()
         self._running: Counter[str] = Counter()
@@ -46,10 +46,14 @@ class ShareQueue(Generic[T]):
         self._waiting.setdefault(task.key, deque()).append(task)
         return True
 
-    def take(self) -> T | None:
-        """The next task that may run; it counts for its shares until `done`."""
+    def take(self, n_ready: int) -> T | None:
+        """The next task that may run; it counts for its shares until `done`.
+
+        n_ready  workers that do a task or wait for one
+        """
+        most = 1 if self._n_workers == 1 else n_ready - 1
         for key in list(self._waiting):
-            task = self._take_of(key)
+            task = self._take_of(key, most)
             if task is not None:
                 self._running.update(task.shares)
                 return task
@@ -66,11 +70,13 @@ class ShareQueue(Generic[T]):
         self._waiting.clear()
         return tasks
 
-    def _take_of(self, key: str) -> T | None:
-        """The first task of a key whose shares are not used up; its key's turn is then over."""
+    def _take_of(self, key: str, most: int) -> T | None:
+        """The first task of a key whose shares have fewer workers than `most`; its key's turn is
+        then over.
+        """
         tasks = self._waiting[key]
         for at, task in enumerate(tasks):
-            if any(self._running[share] >= self._most for share in task.shares):
+            if any(self._running[share] >= most for share in task.shares):
                 continue
             del tasks[at]
             del self._waiting[key]

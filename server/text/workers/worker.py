@@ -61,6 +61,10 @@ class WorkerProcess:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
     def wait_ready(self) -> None:
         """Wait until it takes tasks. Raises WorkerEnded if it never will."""
         self._connection.settimeout(START_TIMEOUT_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -148,6 +149,19 @@ def test_close_ends_every_process_and_drops_what_waits(pool_of: Make) -> None:
     assert busy[2].cancelled()
     with pytest.raises(QueueFull):
         pool.chat()
+
+
+def test_worker_that_ended_while_it_waited_is_replaced_before_the_next_task(
+    pool_of: Make,
+) -> None:
+    before = children()
+    pool = pool_of()
+    pool.chat().result(PATIENCE_S)
+    (pid,) = children() - before
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text())
+    assert pool.chat().result(PATIENCE_S).blob
+    assert pool.workers.stats().n_kills == {"crash": 1}
 
 
 def test_worker_that_cannot_start_is_tried_again(

@@ -26,7 +26,7 @@ def test_keys_take_turns() -> None:
     line = queue()
     for task in tasks:
         assert line.put(task)
-    assert [line.take() for _ in range(6)] == [tasks[i] for i in (0, 3, 4, 1, 2)] + [None]
+    assert [line.take(3) for _ in range(6)] == [tasks[i] for i in (0, 3, 4, 1, 2)] + [None]
 
 
 def test_share_leaves_a_worker_for_others() -> None:
@@ -34,12 +34,12 @@ def test_share_leaves_a_worker_for_others() -> None:
     hogs = [Task("a", ("a",)) for _ in range(3)]
     for task in hogs:
         line.put(task)
-    assert [line.take(), line.take(), line.take()] == [hogs[0], hogs[1], None]
+    assert [line.take(3), line.take(3), line.take(3)] == [hogs[0], hogs[1], None]
     other = Task("b", ("b",))
     line.put(other)
-    assert line.take() is other
+    assert line.take(3) is other
     line.done(hogs[0])
-    assert line.take() is hogs[2]
+    assert line.take(3) is hogs[2]
 
 
 def test_short_task_passes_long_ones_of_its_own_key() -> None:
@@ -47,14 +47,24 @@ def test_short_task_passes_long_ones_of_its_own_key() -> None:
     first, second, short = Task("a", ("long",)), Task("a", ("long",)), Task("a")
     for task in (first, second, short):
         line.put(task)
-    assert [line.take(), line.take(), line.take()] == [first, short, None]
+    assert [line.take(2), line.take(2), line.take(2)] == [first, short, None]
+
+
+def test_share_waits_while_another_worker_is_replaced() -> None:
+    line = queue(n_workers=2)
+    hog, other = Task("a", ("a",)), Task("b")
+    line.put(hog)
+    assert line.take(1) is None
+    line.put(other)
+    assert line.take(1) is other
+    assert line.take(2) is hog
 
 
 def test_one_worker_serves_every_share() -> None:
     line = queue(n_workers=1)
     task = Task("a", ("a",))
     line.put(task)
-    assert line.take() is task
+    assert line.take(1) is task
 
 
 def test_full_queue_forgets_what_nobody_wants_before_it_refuses() -> None:
@@ -77,7 +87,7 @@ def test_every_task_comes_once_and_no_share_takes_all_workers(wanted: list) -> N
     running: list[Task] = []
     seen: list[Task] = []
     while len(seen) < len(tasks):
-        while len(running) < n_workers and (task := line.take()) is not None:
+        while len(running) < n_workers and (task := line.take(n_workers)) is not None:
             running.append(task)
             seen.append(task)
         for share in "abc", "long":
