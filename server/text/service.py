@@ -26,8 +26,8 @@ from server.text.workers.tasks import ids_of
 from server.text.workers.worker import WorkerEnded
 
 # Encoding holds the interpreter: for 1.4 ms at this length (SmolLM2's tokenizer, a busy Xeon),
-# which streams do not feel. The way to a text worker and back costs .1 to .2 ms (and a wait if all of
-# them are busy): half of the time of a short prompt, a tenth at this length.
+# which streams do not feel. The way to a text worker and back costs .1 to .2 ms (and a wait if all
+# of them are busy): half of the time of a short prompt, a tenth at this length.
 MAX_CHARS_HERE = 4096
 LONG_CHARS = 1 << 16
 LONG = "long"  # the share of long texts
