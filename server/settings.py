@@ -223,7 +223,7 @@ class Settings:
         default=5.0,
         gt=0,
         description="Processor time that work on one text may take; loading a tokenizer may take "
-        "three times as much more.",
+        "four times as much.",
     )
     text_task_timeout_s: Seconds = Field(
         default=60.0,

@@ -54,6 +54,7 @@ class TextService:
                 settings.text_task_timeout_s,
                 settings.text_worker_memory_bytes,
             ),
+            first_folder=str(settings.base),  # so that a new worker is as fast as the one before
         )
         self._threads = ThreadPoolExecutor(4, thread_name_prefix="text")
         self.store = TokenizerStore()

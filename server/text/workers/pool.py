@@ -27,7 +27,7 @@ from server.text.workers.worker import Reason, WorkerEnded, WorkerProcess
 
 log = logging.getLogger(__name__)
 MAX_WAITING = 1024
-LOAD_FACTOR = 4.0  # how much more time a task gets that has to load a tokenizer first
+LOAD_FACTOR = 4.0  # the time that loading a tokenizer may take, in times of a task
 RESTART_WAIT_S = 5.0  # after a worker that could not start
 JOIN_S = 5.0
 
@@ -85,9 +85,11 @@ class TextWorkers:
         n_workers: int,
         limits: Limits,
         *,
-        make_worker: Callable[[int], WorkerProcess] = WorkerProcess,
+        first_folder: str = "",
+        make_worker: Callable[[int, str], WorkerProcess] = WorkerProcess,
     ) -> None:
         self._limits = limits
+        self._first_folder = first_folder
         self._make_worker = make_worker
         self._n_workers = n_workers
         self._queue: ShareQueue[TextTask] = ShareQueue(n_workers, MAX_WAITING)
@@ -166,7 +168,7 @@ class TextWorkers:
     def _started(self) -> WorkerProcess | None:
         """A new worker that takes tasks; None if it could not start."""
         try:
-            worker = self._make_worker(self._limits.memory_bytes)
+            worker = self._make_worker(self._limits.memory_bytes, self._first_folder)
             worker.wait_ready()
         except (OSError, WorkerEnded) as error:
             log.error("a text worker could not start (%s); the server tries again", error)
@@ -234,7 +236,7 @@ class TextWorkers:
     @property
     def _wall_s(self) -> float:
         """The longest that a task may take with the loading of its tokenizer."""
-        return self._limits.wall_s * LOAD_FACTOR
+        return self._limits.wall_s * (1 + LOAD_FACTOR)
 
     def _wants(self, task: TextTask) -> bool:
         return task.is_wanted and not self._closed

@@ -35,9 +35,6 @@ class Tokenizers:
         default_factory=OrderedDict
     )
 
-    def has(self, folder: str) -> bool:
-        return folder in self._kept
-
     def load(self, folder: str) -> PreTrainedTokenizerBase:
         """Return a folder's tokenizer. Raises whatever transformers makes of its files."""
         if folder not in self._kept:
@@ -85,9 +82,8 @@ Task = Callable[[PreTrainedTokenizerBase, dict[str, Any], bytes], Frame]
 TASKS: dict[str, Task] = {"encode": _encode, "render": _render, "describe": _describe}
 
 
-def do_task(task: str, tokenizers: Tokenizers, folder: str, frame: Frame) -> Frame:
-    """Do one task with the tokenizer of a folder. Raises InvalidRequest, and anything else."""
-    tokenizer = tokenizers.load(folder)
+def do_task(task: str, tokenizer: PreTrainedTokenizerBase, frame: Frame) -> Frame:
+    """Do one task. Raises InvalidRequest, and anything else."""
     try:
         return TASKS[task](tokenizer, frame.record, frame.blob)
     except UnicodeDecodeError as error:

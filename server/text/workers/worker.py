@@ -40,12 +40,16 @@ class WorkerEnded(Exception):
 class WorkerProcess:
     """A process that does tasks; after `WorkerEnded` it is to be replaced."""
 
-    def __init__(self, memory_bytes: int) -> None:
-        """Start it. Raises OSError."""
+    def __init__(self, memory_bytes: int, first_folder: str = "") -> None:
+        """Start it. Raises OSError.
+
+        first_folder  of a tokenizer that is loaded before the first task, "": none is
+        """
+        arguments = [str(memory_bytes), first_folder]
         self._connection, theirs = socket.socketpair()
         try:
             self._process = subprocess.Popen(
-                [sys.executable, *CHILD, str(theirs.fileno()), str(memory_bytes)],
+                [sys.executable, *CHILD, str(theirs.fileno()), *arguments],
                 env=_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,

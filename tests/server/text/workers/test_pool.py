@@ -171,10 +171,10 @@ def test_worker_that_cannot_start_is_tried_again(
     make = pool.workers._make_worker
     failures = iter([OSError("no more processes")])
 
-    def flaky(memory_bytes: int) -> object:
+    def flaky(memory_bytes: int, first_folder: str) -> object:
         for error in failures:
             raise error
-        return make(memory_bytes)
+        return make(memory_bytes, first_folder)
 
     monkeypatch.setattr(pool.workers, "_make_worker", flaky)
     monkeypatch.setattr(module, "RESTART_WAIT_S", 0.01)
