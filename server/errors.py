@@ -11,6 +11,7 @@
     │   ├── QueueFull
     │   ├── Draining
     │   ├── NoSlot                  every slot is in use and stayed so
+    │   ├── TextLimit               work on this text ran into the limits of text workers
     │   ├── DeltaUnusable           this variant's artifact cannot be read now
     │   └── DeltasUnreadable        the directory of the deltas cannot be read now
     ├── DeadlineExceeded 504
@@ -98,6 +99,10 @@ class Draining(Unavailable):
 
 class NoSlot(Unavailable):
     """Every slot is held by running requests."""
+
+
+class TextLimit(Unavailable):
+    """Tokenising or rendering took more time or memory than a text worker may take."""
 
 
 class DeltaUnusable(Unavailable):

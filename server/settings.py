@@ -224,8 +224,32 @@ class Settings:
         default=30.0, ge=0, description="Time that running requests get after SIGTERM."
     )
     max_body_bytes: Bytes = Field(default=4 << 20, gt=0, description="Largest request body.")
-    template_timeout_s: Seconds = Field(
-        default=5.0, gt=0, description="Time a chat template may take."
+    text_workers: Count = Field(
+        default=2,
+        gt=0,
+        description="Processes for chat templates, long texts and tokenizers of variants; with one "
+        "alone, a variant's text can hold up others'.",
+    )
+    text_worker_memory_bytes: Bytes = Field(
+        default=GIB,
+        ge=256 << 20,
+        description="Address space of one text worker; one that needs more is replaced.",
+    )
+    text_task_cpu_s: Seconds = Field(
+        default=5.0,
+        gt=0,
+        description="Processor time that work on one text may take; loading a tokenizer may take "
+        "four times as much.",
+    )
+    text_task_timeout_s: Seconds = Field(
+        default=60.0,
+        gt=0,
+        description="Time that work on one text may take, waiting for a text worker not counted.",
+    )
+    allow_special_tokens_in_content: bool = Field(
+        default=False,
+        description="Control tokens in the content of messages end and begin turns, as if the "
+        "template had written them.",
     )
     heartbeat_timeout_s: Seconds = Field(
         default=10.0,

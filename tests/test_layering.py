@@ -1,6 +1,6 @@
 """The layers of the design, checked on the source: who may import whom, and what nobody may do.
 
-    server:      process -> api -> metrics -> engine -> model -> deltas -> ops
+    server:      process -> api -> metrics -> engine -> model -> deltas -> ops, engine -> text
                  (metrics and what is above it know the engine's types only)
     compressor:  codecs < encoders < checkpoint < artifact < plan < measure < auto < compress
                  < export < peft < merge < report < cli      (each may use those before it)
@@ -34,7 +34,14 @@ SERVER = {
     "server.process": {"server.process", "server.api", "server.metrics", "server.engine.types"},
     "server.api": {"server.api", "server.metrics", "server.engine.types"},
     "server.metrics": {"server.metrics", "server.engine.types"},
-    "server.engine": {"server.engine", "server.model", "server.deltas", "server.ops"},
+    "server.engine": {
+        "server.engine",
+        "server.text",
+        "server.model",
+        "server.deltas",
+        "server.ops",
+    },
+    "server.text": {"server.text"},
     "server.model": {"server.model", "server.deltas", "server.ops"},
     "server.deltas": {"server.deltas", "server.ops"},
     "server.ops": {"server.ops"},
@@ -74,7 +81,7 @@ MAY_IMPORT = (
     | HELPERS
 )
 ON_TOP = {"server", "server.__main__", "compressor"}
-BELOW_HTTP = {f"server.{name}" for name in ("metrics", "engine", "model", "deltas", "ops")}
+BELOW_HTTP = {f"server.{name}" for name in ("metrics", "engine", "text", "model", "deltas", "ops")}
 ABOVE_TENSORS = {"server.process", "server.api", "server.metrics"}
 WEB = {"fastapi", "starlette", "pydantic", "uvicorn"}
 TENSOR = {"torch", "transformers", "safetensors", "numpy", "triton", "numba", "llvmlite"}
@@ -168,6 +175,8 @@ def check_libraries(source: Source) -> Iterator[str]:
         top = name.partition(".")[0]
         if layer in ABOVE_TENSORS and top in TENSOR:
             yield f"{layer} imports {name}: tensors stay in the engine"
+        if layer == "server.text" and top == "torch":
+            yield f"{layer} imports {name}: text workers start without it"
         if layer in BELOW_HTTP and top in WEB:
             yield f"{layer} imports {name}: HTTP stays in server.api"
         if within(source.module, "compressor") and top in WEB:
@@ -347,6 +356,8 @@ def test_circle_is_found(texts: list[str], length: int) -> None:
         (check_layers, "compressor.new", "import torch"),
         (check_init, "server.ops.__init__", "import torch"),
         (check_libraries, "server.api.app", "import torch"),
+        (check_libraries, "server.text.vocabulary", "import torch"),
+        (check_layers, "server.text.service", "from server.engine.types import ModelInfo"),
         (check_libraries, "server.model.base", "from fastapi import FastAPI"),
         (check_libraries, "server.ops.linear", "from transformers import AutoModel"),
         (check_libraries, "compressor.cli.app", "import pydantic"),

@@ -98,7 +98,6 @@ ELSEWHERE = {
     "server.deltas.pools.rows": "tests/server/deltas/pools/test_geometry.py",
     "server.deltas.residency": "tests/server/engine/step/test_static_step_parity.py",
     "server.engine.accounting": "tests/server/engine/test_core.py",
-    "server.engine.byte_run": "tests/server/engine/test_text_stream.py",
     "server.engine.inbox": "tests/server/engine/test_core.py",
     "server.engine.lifecycle": "tests/server/engine/test_core.py",
     "server.engine.observer": "tests/server/engine/test_core.py",
@@ -151,6 +150,10 @@ ELSEWHERE = {
     "server.ops.triton.segments": "tests/server/ops/triton/test_blockdiag.py",
     "server.ops.selfcheck": "tests/server/ops/triton/test_kernels.py",
     "server.process.logs": "tests/server/process/test_run.py",
+    "server.text.byte_run": "tests/server/text/test_text_stream.py",
+    "server.text.workers.child": "tests/server/text/workers/test_worker.py",
+    "server.text.workers.child_loop": "tests/server/text/workers/test_worker.py",
+    "server.text.workers.tasks": "tests/server/text/workers/test_pool.py",
 }
 
 

@@ -23,12 +23,12 @@ from server.engine.core import EngineCore
 from server.engine.lifecycle import Events
 from server.engine.request import Request
 from server.engine.step.runner import Runner
-from server.engine.text import TextAssets
 from server.engine.types import SamplingParams
 from server.engine.variant import BASE_KEY, Variant
 from server.ops.kernels import Kernels
 from server.ops.quantize import BaseQuant
 from server.settings import Settings
+from server.text.assets import TextAssets
 
 SPARE_STEPS = 1024  # that rows may live beside the timed ones: prefill of others, a load
 

@@ -11,10 +11,6 @@ from server.api.schemas import ChatInput
 from server.engine.types import EngineClient, VariantHandle
 from server.errors import InvalidRequest
 
-# No tokenizer in use has a longer token (the longest are runs of 128 blanks, in Llama 3 and Qwen),
-# so a longer text cannot fit and is not worth the time it takes to tokenise.
-MAX_CHARS_PER_TOKEN = 256
-
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
@@ -34,7 +30,7 @@ async def encode_prompt(
     """Return the prompt's token ids. Raises InvalidRequest: too long."""
     if not isinstance(prompt, str):
         return Prompt(prompt)
-    check_length(len(prompt), engine.max_model_len, "prompt")
+    check_length(len(prompt), engine, variant, "prompt")
     ids = await engine.encode(variant, prompt, add_special_tokens=add_special_tokens)
     return Prompt(ids, prompt)
 
@@ -42,7 +38,7 @@ async def encode_prompt(
 async def render_messages(engine: EngineClient, variant: VariantHandle, chat: ChatInput) -> Prompt:
     """Return the conversation's token ids. Raises InvalidRequest: too long, template refuses."""
     n_chars = sum(len(message.content or "") for message in chat.messages)
-    check_length(n_chars, engine.max_model_len, "messages")
+    check_length(n_chars, engine, variant, "messages")
     ids = await engine.render_chat(
         variant,
         [message.as_dict() for message in chat.messages],
@@ -53,11 +49,14 @@ async def render_messages(engine: EngineClient, variant: VariantHandle, chat: Ch
     return Prompt(ids)
 
 
-def check_length(n_chars: int, max_model_len: int, param: str) -> None:
-    """Refuse text that is too long whatever its tokens are. Raises InvalidRequest."""
-    if n_chars > max_model_len * MAX_CHARS_PER_TOKEN:
+def check_length(n_chars: int, engine: EngineClient, variant: VariantHandle, param: str) -> None:
+    """Refuse text that is too long whatever its tokens are: it is not worth the time that it takes
+    to tokenise. Raises InvalidRequest.
+    """
+    n_tokens = engine.max_model_len
+    if n_chars > n_tokens * variant.chars_per_token:
         raise InvalidRequest(
-            f"This model's maximum context length is {max_model_len} tokens; {n_chars} characters "
+            f"This model's maximum context length is {n_tokens} tokens; {n_chars} characters "
             "cannot fit. Shorten the text.",
             param=param,
         )

@@ -30,7 +30,7 @@ async def tokenize(request: Request) -> JSONResponse:
         raise invalid_request(error) from None
     if chat is None:
         text = body.prompt or ""
-        check_length(len(text), api.engine.max_model_len, "prompt")
+        check_length(len(text), api.engine, variant, "prompt")
         ids = await api.engine.encode(
             variant, text, add_special_tokens=body.add_special_tokens is not False
         )

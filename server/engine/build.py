@@ -28,13 +28,14 @@ from server.engine.memory import allocate_kv_blocks, with_kv_cache
 from server.engine.observer import Observer
 from server.engine.step.runner import Runner
 from server.engine.step.static_step import BUCKETS
-from server.engine.text import load_base_text
 from server.engine.variant import Variant
 from server.errors import ConfigError, DeltasUnreadable
 from server.model.base import BaseModel, load_base_model
 from server.ops.kernels import Kernels
 from server.ops.precision import host_cpu, name_of
 from server.settings import GIB, Settings, check_kv_cache, check_max_model_len
+from server.text.loading import load_base_text
+from server.text.service import TextService
 
 log = logging.getLogger(__name__)
 Publish = Callable[[Events], None]
@@ -61,6 +62,7 @@ class EngineParts:
     base: BaseModel
     catalog: VariantCatalog
     core: EngineCore
+    text: TextService
 
 
 def build_engine(
@@ -81,10 +83,11 @@ def build_engine(
     if device_of(settings).type == "cpu":  # said before the base is loaded
         check_kv_cache(settings, usable_memory_bytes())
     base = build_base(settings, kernels)
-    catalog = build_catalog(settings, base)
+    text = TextService(settings)
+    catalog = build_catalog(settings, base, text)
     settings = with_kv_cache(settings, base.device)
     parts = build_core(settings, base, catalog.job_for, publish, observer, choose_steps)
-    return EngineParts(parts.settings, base, catalog, parts.core)
+    return EngineParts(parts.settings, base, catalog, parts.core, text)
 
 
 def build_base(settings: Settings, kernels: Kernels | None = None) -> BaseModel:
@@ -107,7 +110,7 @@ def build_base(settings: Settings, kernels: Kernels | None = None) -> BaseModel:
     return base
 
 
-def build_catalog(settings: Settings, base: BaseModel) -> VariantCatalog:
+def build_catalog(settings: Settings, base: BaseModel, text: TextService) -> VariantCatalog:
     """Register the variants of the deltas directory, none of them opened. Raises ConfigError."""
     _check_generation_config(settings)
     name = settings.served_base_name or settings.base.resolve().name
@@ -124,6 +127,7 @@ def build_catalog(settings: Settings, base: BaseModel) -> VariantCatalog:
         identity,
         load_base_text(settings.base),
         base.vocab_size,
+        text,
         read_threads=decode_threads(base.device),
     )
 

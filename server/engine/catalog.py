@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 from compressor.artifact.reader import (
@@ -30,10 +31,13 @@ from server.deltas.fingerprint import KnownFailures, fingerprint_of
 from server.deltas.loads import LoadJob
 from server.deltas.parameter import Mode
 from server.deltas.registry import DeltaRegistry, RegisteredDelta
-from server.engine.text import TextAssets, load_variant_text
 from server.engine.variant import BASE_KEY, Variant
-from server.errors import ModelNotFound
+from server.errors import ModelNotFound, Unavailable
 from server.settings import Settings
+from server.text.assets import TextAssets
+from server.text.description import Description, Undescribed
+from server.text.loading import load_variant_text
+from server.text.service import TextService
 
 log = logging.getLogger(__name__)
 FINGERPRINT_CHARS = 12
@@ -55,6 +59,7 @@ class VariantCatalog:
         base_identity: str,
         base_text: TextAssets,
         base_vocab_size: int,
+        text_service: TextService,
         read_threads: int = 1,
     ) -> None:
         self.registry = registry
@@ -64,6 +69,7 @@ class VariantCatalog:
         self._identity = base_identity
         self._base_text = base_text
         self._base_vocab_size = base_vocab_size
+        self._text_service = text_service
         self._read_threads = read_threads
         self._base = Variant(
             base_name, BASE_KEY, None, self._fingerprint(None), base_vocab_size, base_text
@@ -108,7 +114,7 @@ class VariantCatalog:
         if delta.failure is not None:
             raise delta.failure.error_for(delta.name)
         try:
-            opened, text = self._from_copies(self._copies_of(delta), self._read_texts, "text")
+            n_rows, text = self._from_copies(self._copies_of(delta), self._read_texts, "text")
         except Failed as error:
             self._errors[delta.name] = (delta.digest, error.failure.reason)
             raise error.failure.error_for(delta.name) from error
@@ -117,7 +123,7 @@ class VariantCatalog:
             key=self.key_of(delta),
             digest=delta.digest,
             fingerprint=self._fingerprint(delta.digest),
-            vocab_size=max(self._base_vocab_size, *_vocabulary_rows(opened)),
+            vocab_size=n_rows,
             text=text,
             mode=self.mode_of(delta.name),
             origin=delta,
@@ -190,6 +196,8 @@ class VariantCatalog:
                     if read_digest(delta.path) != delta.digest:
                         raise Changed
                     return read(delta)
+                except Unavailable:  # a text worker's limits: that says nothing of other copies
+                    raise
                 except Exception as error:
                     log.warning("the artifact %s cannot be used: %s", delta.name, error)
                     failure = failure_of(error)
@@ -198,11 +206,13 @@ class VariantCatalog:
             failures.append(failure)
         raise Failed(failures[0])
 
-    def _read_texts(self, delta: RegisteredDelta) -> tuple[OpenedArtifact, TextAssets]:
+    def _read_texts(self, delta: RegisteredDelta) -> tuple[int, TextAssets]:
+        """Rows of the vocabulary, and what stands between text and ids."""
         opened = open_artifact(delta.path, base_identity=self._identity)
         if opened.digest != delta.digest:
             raise Changed
-        return opened, self._text_of(opened)
+        n_rows = max(self._base_vocab_size, *_vocabulary_rows(opened))
+        return n_rows, self._text_of(opened, n_rows)
 
     def _read_weights(self, delta: RegisteredDelta) -> Artifact:
         artifact = read_terms(
@@ -212,11 +222,23 @@ class VariantCatalog:
             raise Changed
         return artifact
 
-    def _text_of(self, opened: OpenedArtifact) -> TextAssets:
+    def _text_of(self, opened: OpenedArtifact, n_rows: int) -> TextAssets:
+        """Raises Corrupt, TooLarge, and what a text worker's limits raise."""
+        service = self._text_service
+
+        def describe(folder: Path) -> Description:
+            return service.describe(folder, opened.digest, n_rows)
+
         try:
-            return load_variant_text(self._settings.base, self._base_text, opened)
-        except Exception as error:  # tokenizers raises Exception itself, transformers OSError
-            if is_scarcity(error) or isinstance(error, ArtifactError):
+            return load_variant_text(
+                self._settings.base, self._base_text, opened, service.store, describe
+            )
+        except (Unavailable, ArtifactError):
+            raise
+        except Undescribed as error:
+            raise Corrupt(f"its tokenizer cannot be served: {error}") from error
+        except Exception as error:  # files may be wrong in any way
+            if is_scarcity(error):
                 raise
             log.exception("the text files of %s cannot be used", opened.path.name)
             raise Corrupt("its tokenizer or generation config cannot be used") from error

@@ -7,8 +7,7 @@ import logging
 import math
 import uuid
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from server.deltas.background import background_pool
 from server.deltas.registry import RegisteredDelta
@@ -28,13 +27,17 @@ from server.engine.pauses import PauseWatch
 from server.engine.request import Request
 from server.engine.schedule.admission import AdmissionTicket
 from server.engine.single_flight import SingleFlight
-from server.engine.types import Generation, ModelInfo, SamplingParams, VariantState
+from server.engine.types import (
+    Generation,
+    ModelInfo,
+    SamplingParams,
+    TextWorkerStats,
+    VariantState,
+)
 from server.engine.variant import Variant
-from server.errors import InvalidRequest
 from server.settings import Settings
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 class LoopPublisher:
@@ -59,11 +62,10 @@ class LLMEngine:
         self.max_model_len = parts.settings.max_model_len
         self.core = parts.core
         self._publisher = publisher
-        self._workers = ThreadPoolExecutor(4, thread_name_prefix="text")
-        # Their own: a template that hangs must not keep others from tokenising.
-        self._templates = ThreadPoolExecutor(2, thread_name_prefix="template")
-        # Their own, of low priority: who opens a variant must not keep others from tokenising.
-        self._openers = background_pool(2, "opener")
+        self._text = parts.text
+        # Their own, of low priority: who opens a variant must not keep others from tokenising. They
+        # may wait long for a text worker that loads a tokenizer, which costs nothing.
+        self._openers = background_pool(4, "opener")
         self._openings: SingleFlight[Variant] = SingleFlight(self._openers)
         self._pauses = PauseWatch(parts.settings.heartbeat_timeout_s / 2)
         self._started = False
@@ -85,6 +87,7 @@ class LLMEngine:
     def start(self) -> None:
         """Start the engine thread; events go to the running event loop."""
         self._publisher.loop = asyncio.get_running_loop()
+        self._text.start()
         self.core.start()
         self._pauses.start()
         self._started = True
@@ -99,8 +102,8 @@ class LLMEngine:
             await asyncio.sleep(0.05)
         await asyncio.to_thread(self.core.stop)
         self._pauses.stop()
-        for pool in (self._workers, self._templates, self._openers):
-            pool.shutdown(wait=False, cancel_futures=True)
+        self._openers.shutdown(wait=False, cancel_futures=True)
+        await asyncio.to_thread(self._text.close)
 
     # -- names -----------------------------------------------------------------------------------
 
@@ -122,11 +125,12 @@ class LLMEngine:
         self, delta: RegisteredDelta, key: str, slot: Slot | None, reconstructed_bytes: int
     ) -> ModelInfo:
         error = delta.error or self._catalog.open_error(delta) or self.core.loader.errors.get(key)
+        quarantine = self._text.quarantine.reason(delta.digest)
         return ModelInfo(
             name=delta.name,
             parent=self.base_name,
             digest=delta.digest or None,
-            state=self._state(key, slot, error),
+            state="quarantined" if quarantine else self._state(key, slot, error),
             created_s=delta.created_s,
             max_model_len=self.max_model_len,
             n_bytes=delta.n_bytes,
@@ -134,7 +138,7 @@ class LLMEngine:
             reconstructed_bytes=reconstructed_bytes,
             mode=self._catalog.mode_of(delta.name),
             codec=delta.codec,
-            error=error,
+            error=quarantine or error,
             fidelity=dict(delta.fidelity),
         )
 
@@ -163,16 +167,17 @@ class LLMEngine:
     async def encode(
         self, variant: Variant, text: str, *, add_special_tokens: bool = True
     ) -> list[int]:
-        encode = variant.text.encode
-        return await self._in_thread(lambda: encode(text, add_special_tokens=add_special_tokens))
+        return await self._text.encode(
+            variant.text, text, self.max_model_len, add_special_tokens=add_special_tokens
+        )
 
     async def decode(
         self, variant: Variant, token_ids: Sequence[int], *, is_whole: bool = True
     ) -> str:
-        return await self._in_thread(lambda: variant.text.decode(token_ids, is_whole=is_whole))
+        return await self._text.decode(variant.text, token_ids, is_whole=is_whole)
 
     async def token_texts(self, variant: Variant, token_ids: Sequence[int]) -> list[str]:
-        return await self._in_thread(lambda: variant.text.token_texts(token_ids))
+        return await self._text.token_texts(variant.text, token_ids)
 
     async def render_chat(
         self,
@@ -183,24 +188,14 @@ class LLMEngine:
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
     ) -> list[int]:
-        rendering = asyncio.get_running_loop().run_in_executor(
-            self._templates,
-            lambda: variant.text.render_chat(
-                messages,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                add_special_tokens=add_special_tokens,
-            ),
+        return await self._text.render_chat(
+            variant.text,
+            messages,
+            self.max_model_len,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            add_special_tokens=add_special_tokens,
         )
-        try:
-            return await asyncio.wait_for(rendering, self._settings.template_timeout_s)
-        except TimeoutError as error:
-            raise InvalidRequest(
-                "rendering the chat template took too long", param="messages"
-            ) from error
-
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
 
     # -- generation ------------------------------------------------------------------------------
 
@@ -251,6 +246,10 @@ class LLMEngine:
 
     def stats(self) -> CoreStats:
         return self.core.stats()
+
+    def text_workers(self) -> TextWorkerStats:
+        stats = self._text.stats()
+        return TextWorkerStats(stats.n_busy, stats.n_waiting, stats.n_kills)
 
     def is_alive(self) -> bool:
         """Whether the loop lives. It beats once per layer, not only once per step: a long prompt

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 
-from server.engine.detokenizer import Detokenizer
 from server.engine.request import Event, as_serve_error
-from server.engine.text import TextAssets
-from server.engine.text_stream import text_stream
 from server.engine.token_words import TokenWords, worded_prompt
 from server.engine.types import OutputChunk, SamplingParams, TokenLogprob
 from server.errors import ServeError
+from server.text.assets import TextAssets
+from server.text.detokenizer import Detokenizer
+from server.text.text_stream import text_stream
 
 MAX_BEHIND = 64  # chunks kept for a reader that takes none; then they become one
 

@@ -1,16 +1,16 @@
 """Log probabilities of ids -> the same with the text, the bytes and the width of each token.
 
 What a token adds to the text is known when its character is whole, so log probabilities wait with
-their tokens (`server.engine.text_stream`). Alternatives show what they would have added.
+their tokens (`server.text.text_stream`). Alternatives show what they would have added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from server.engine.text_stream import TextStream, text_stream
 from server.engine.types import TokenLogprob
-from server.engine.vocabulary import Vocabulary
+from server.text.text_stream import TextStream, text_stream
+from server.text.vocabulary import Vocabulary
 
 
 class TokenWords:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-VariantState = Literal["registered", "loading", "ready", "failed"]
+VariantState = Literal["registered", "loading", "ready", "failed", "quarantined"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +159,18 @@ class EngineStats:
     n_eager_decode_steps: int
 
 
+@dataclass(frozen=True, slots=True)
+class TextWorkerStats:
+    """A snapshot of the text workers.
+
+    n_kills  workers that were ended since the start, by reason
+    """
+
+    n_busy: int
+    n_waiting: int  # tasks
+    n_kills: dict[str, int]
+
+
 class Ticket(Protocol):
     """The permits of one admitted request, one for each sequence; see `EngineClient.admit`.
 
@@ -187,6 +199,8 @@ class VariantHandle(Protocol):
     def fingerprint(self) -> str: ...  # base identity + delta digest, shortened
     @property
     def vocab_size(self) -> int: ...  # ids below this are valid
+    @property
+    def chars_per_token(self) -> int: ...  # the most characters one token can stand for
     @property
     def defaults(self) -> dict[str, Any]: ...  # its generation_config: temperature, top_p, ...
 
@@ -225,7 +239,10 @@ class EngineClient(Protocol):
     async def encode(
         self, variant: VariantHandle, text: str, *, add_special_tokens: bool = True
     ) -> list[int]:
-        """Tokenise with the variant's tokenizer, the special tokens that it adds included."""
+        """Tokenise with the variant's tokenizer, the special tokens that it adds included.
+
+        Raises InvalidRequest, TextLimit, DeltaUnusable (in quarantine), QueueFull.
+        """
         ...
 
     async def decode(
@@ -249,7 +266,7 @@ class EngineClient(Protocol):
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
     ) -> list[int]:
-        """Chat template -> token ids, in the sandbox, with a deadline. Raises InvalidRequest."""
+        """Chat template -> token ids, in a text worker. Raises as `encode` does."""
         ...
 
     def generate(

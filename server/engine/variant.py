@@ -7,7 +7,7 @@ from typing import Any
 
 from server.deltas.parameter import Mode
 from server.deltas.registry import RegisteredDelta
-from server.engine.text import TextAssets
+from server.text.assets import TextAssets
 
 BASE_KEY = "base"
 
@@ -28,6 +28,10 @@ class Variant:
     text: TextAssets
     mode: Mode = "apply"
     origin: RegisteredDelta | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def chars_per_token(self) -> int:
+        return self.text.chars_per_token
 
     @property
     def defaults(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Protocol
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.engine.types import EngineStats, ModelInfo
+from server.engine.types import EngineStats, ModelInfo, TextWorkerStats
 
 ENGINE = "0"  # vLLM labels its engines; we have one
 LABELS = ("model_name", "engine")
@@ -24,6 +24,7 @@ class StatsProvider(Protocol):
 
     def stats(self) -> EngineStats: ...
     def models(self) -> Sequence[ModelInfo]: ...
+    def text_workers(self) -> TextWorkerStats: ...
 
 
 @dataclass(slots=True)
@@ -68,6 +69,7 @@ class EngineCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         models = self._provider.models()
         yield from self._load()
+        yield from self._text_workers()
         yield from self._in_use()
         yield from self._variants([info for info in models if info.parent is not None])
 
@@ -92,6 +94,21 @@ class EngineCollector(Collector):
         for path, value in ways:
             steps.add_sample("impart_decode_steps_total", self._labels() | {"path": path}, value)
         yield steps
+
+    def _text_workers(self) -> Iterator[Metric]:
+        stats = self._provider.text_workers()
+        tasks = GaugeMetricFamily(
+            "impart_text_tasks", "Work on text that workers do or that waits", labels=["state"]
+        )
+        tasks.add_metric(["running"], stats.n_busy)
+        tasks.add_metric(["waiting"], stats.n_waiting)
+        yield tasks
+        kills = Metric(
+            "impart_text_worker_kills", "Text workers that were ended, by reason", "counter"
+        )
+        for reason, count in sorted(stats.n_kills.items()):
+            kills.add_sample("impart_text_worker_kills_total", {"reason": reason}, count)
+        yield kills
 
     def _in_use(self) -> Iterator[Metric]:
         """Which variants are at work: vLLM's series that gateways route by, and the counts."""

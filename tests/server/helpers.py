@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,10 +15,13 @@ from server.engine.output import RequestOutput, TextOutput
 from server.engine.request import Event, Request
 from server.engine.step.runner import Runner
 from server.engine.types import OutputChunk, SamplingParams
+from server.engine.variant import Variant
 from server.ops.kernels import Kernels
 from server.settings import Settings
+from server.text.encoding import Messages
 
 STEP_TIMEOUT_S = 600  # a cold kernel cache on a busy machine; nothing is timed by it
+MAX_TOKENS = 512  # of a prompt
 STATIC_LEN = 512  # tokens a sequence may have in static steps
 FIELDS = {
     "served_base_name": "base",
@@ -87,7 +91,7 @@ class CoreHarness:
             kernels=kernels,
             choose_steps=_static_steps if static else None,
         )
-        self.catalog, self.core = parts.catalog, parts.core
+        self.catalog, self.core, self.text = parts.catalog, parts.core, parts.text
         self.n_free_at_start = self.core.stats().n_free_kv_blocks
         self._count = 0
 
@@ -107,7 +111,7 @@ class CoreHarness:
     ) -> Recorded:
         """Queue a request; greedy, 16 tokens unless `params` say otherwise."""
         variant = self.catalog.open(model)
-        ids = variant.text.encode(prompt) if isinstance(prompt, str) else prompt
+        ids = self.encode(variant, prompt) if isinstance(prompt, str) else prompt
         chosen = SamplingParams(**({"max_tokens": 16, "temperature": 0.0} | params))
         self._count += 1
         output = RequestOutput(
@@ -127,6 +131,14 @@ class CoreHarness:
         recorded = Recorded(request, output)
         self.core.submit(request)
         return recorded
+
+    def encode(self, variant: Variant, text: str) -> list[int]:
+        """Tokenise as the engine does, for a test without an event loop."""
+        return asyncio.run(self.text.encode(variant.text, text, MAX_TOKENS))
+
+    def render(self, variant: Variant, messages: Messages, **options: bool) -> list[int]:
+        """Render and tokenise a conversation as the engine does."""
+        return asyncio.run(self.text.render_chat(variant.text, messages, MAX_TOKENS, **options))
 
     def until(self, condition: Callable[[], bool]) -> None:
         """Step until the condition holds."""
@@ -154,3 +166,4 @@ class CoreHarness:
     def close(self) -> None:
         self.core.reconstructor.close()
         self.core.loader.close()
+        self.text.close()

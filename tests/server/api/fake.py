@@ -14,7 +14,14 @@ from typing import Any
 
 from server.engine.limits import check_request
 from server.engine.schedule.admission import Admission, AdmissionTicket
-from server.engine.types import EngineStats, ModelInfo, OutputChunk, SamplingParams, TokenLogprob
+from server.engine.types import (
+    EngineStats,
+    ModelInfo,
+    OutputChunk,
+    SamplingParams,
+    TextWorkerStats,
+    TokenLogprob,
+)
 from server.errors import (
     DeltaBroken,
     GenerationFailed,
@@ -34,6 +41,7 @@ class FakeVariant:
     digest: str | None
     fingerprint: str
     vocab_size: int = VOCAB
+    chars_per_token: int = 256
     defaults: dict[str, Any] = field(default_factory=dict)
 
 
@@ -122,6 +130,9 @@ class FakeEngine:
             n_static_steps=0,
             n_eager_decode_steps=0,
         )
+
+    def text_workers(self) -> TextWorkerStats:
+        return TextWorkerStats(n_busy=1, n_waiting=0, n_kills={"cpu": 2})
 
     def is_alive(self) -> bool:
         return self.alive

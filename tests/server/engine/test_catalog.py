@@ -99,11 +99,12 @@ def test_open_damaged_artifact_is_refused_without_a_path(own: Served, harness: M
 
 
 def test_open_does_not_touch_the_weights(own: Served, harness: Make) -> None:
-    want, later = harness(own).catalog.open("vocab"), harness(own).catalog
+    engine, later = harness(own), harness(own)
+    want = engine.catalog.open("vocab")
     (own.deltas / "vocab" / "delta.safetensors").unlink()
-    got = later.open("vocab")
+    got = later.catalog.open("vocab")
     assert (got.key, got.vocab_size) == (want.key, want.vocab_size)
-    assert got.text.encode("<extra_1> fox") == want.text.encode("<extra_1> fox")
+    assert engine.encode(got, "<extra_1> fox") == engine.encode(want, "<extra_1> fox")
 
 
 @pytest.mark.parametrize("damage", [flip_a_bit, Path.unlink])
@@ -270,20 +271,17 @@ def test_damaged_copy_does_not_keep_its_twin_from_being_served(own: Served, harn
 def test_variant_uses_its_own_tokenizer_template_and_generation_config(
     zoo: Served, harness: Make
 ) -> None:
-    catalog = harness(zoo).catalog
-    base, vocab, plain = (catalog.open(name) for name in ("base", "vocab", "impart"))
+    engine = harness(zoo)
+    base, vocab, plain = (engine.catalog.open(name) for name in ("base", "vocab", "impart"))
     tuned = AutoTokenizer.from_pretrained(zoo.checkpoints["vocab"])
     text = "<extra_1> fox"
-    assert vocab.text.encode(text) == tuned.encode(text)
-    assert 321 in vocab.text.encode(text)
-    assert base.text.encode(text) == plain.text.encode(text) != vocab.text.encode(text)
-    rendered = vocab.text.render_chat(
-        MESSAGES, add_generation_prompt=False, continue_final_message=False
-    )
+    assert engine.encode(vocab, text) == tuned.encode(text)
+    assert 321 in engine.encode(vocab, text)
+    plainly = engine.encode(plain, text)
+    assert engine.encode(base, text) == plainly != engine.encode(vocab, text)
+    rendered = engine.render(vocab, MESSAGES, add_generation_prompt=False)
     assert vocab.text.decode(rendered) == "[user] Say something.\n"
-    assert "<|im_start|>" in base.text.decode(
-        base.text.render_chat(MESSAGES, add_generation_prompt=True, continue_final_message=False)
-    )
+    assert "<|im_start|>" in base.text.decode(engine.render(base, MESSAGES))
     assert vocab.text.eos_token_ids == {2, 321}
     assert vocab.defaults == {"temperature": 0.6, "top_p": 0.9}
     assert (base.vocab_size, plain.vocab_size, vocab.vocab_size) == (320, 320, 323)
@@ -299,19 +297,21 @@ def test_files_the_fine_tune_dropped_are_not_taken_from_the_base(
     config = json.loads((tuned / "config.json").read_bytes())
     (tuned / "config.json").write_text(json.dumps(config | {"eos_token_id": 4}))
     compress(zoo.base, tuned, tmp_path / "deltas" / "bare", PAIR["blockdiag"])
-    bare = harness(replace(zoo, deltas=tmp_path / "deltas")).catalog.open("bare")
+    engine = harness(replace(zoo, deltas=tmp_path / "deltas"))
+    bare = engine.catalog.open("bare")
     assert bare.text.eos_token_ids == {4}
     with pytest.raises(InvalidRequest, match="no chat template"):
-        bare.text.render_chat(MESSAGES, add_generation_prompt=True, continue_final_message=False)
+        engine.render(bare, MESSAGES)
 
 
 def test_template_that_raises_is_the_clients_error(own: Served, harness: Make) -> None:
     template = own.deltas / "vocab" / "chat_template.jinja"
     template.write_text("{{ raise_exception('roles must alternate') }}")
     seal(own.deltas / "vocab")
-    vocab = harness(own).catalog.open("vocab")
+    engine = harness(own)
+    vocab = engine.catalog.open("vocab")
     with pytest.raises(InvalidRequest, match="roles must alternate"):
-        vocab.text.render_chat(MESSAGES, add_generation_prompt=True, continue_final_message=False)
+        engine.render(vocab, MESSAGES)
 
 
 @pytest.mark.parametrize("mode", ["apply", "reconstruct"])
@@ -320,7 +320,7 @@ def test_added_tokens_are_for_their_variant_only(zoo: Served, harness: Make, mod
     engine = harness(zoo, mode=mode)
     # Hot enough for every id to be drawn.
     hot = {"temperature": 50.0, "max_tokens": 100, "ignore_eos": True, "logprobs": 5}
-    prompt = engine.catalog.open("vocab").text.encode("<extra_0> fox<extra_2>")
+    prompt = engine.encode(engine.catalog.open("vocab"), "<extra_0> fox<extra_2>")
     sent = [engine.submit("vocab", prompt, seed=i, **hot) for i in range(8)]
     others = [engine.submit(name, PROMPT, seed=i, **hot) for i in range(2) for name in PAIR]
     others += [engine.submit("base", PROMPT, seed=i, **hot) for i in range(2)]

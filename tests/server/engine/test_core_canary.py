@@ -70,6 +70,8 @@ def test_random_submit_abort_and_evict_never_mixes_owners(
 def test_canaries_differ_within_eight_tokens(served: Callable[..., Served]) -> None:
     """The check above would be blind to variants that write the same."""
     many = served("llama", ALL_CODECS)
-    ids = CoreHarness(many.base).catalog.open("base").text.encode(PROMPTS[0])
+    engine = CoreHarness(many.base)
+    ids = engine.encode(engine.catalog.open("base"), PROMPTS[0])
+    engine.close()
     texts = [tuple(many.truth(name, ids)[:8]) for name in NAMES]
     assert len(set(texts)) == len(NAMES)

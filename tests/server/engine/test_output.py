@@ -8,17 +8,17 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from server.engine.output import MAX_BEHIND, RequestOutput, TextOutput
-from server.engine.text import TextAssets
 from server.engine.types import OutputChunk, SamplingParams, TokenLogprob
 from server.errors import DeadlineExceeded, GenerationFailed
+from server.text.assets import TextAssets
 from tests.tiny import BOS, EOS, make_tokenizer
 from tests.tokenizer_kinds import KINDS, WITH_BYTES, tokenizer_of
 
-TEXT = TextAssets(make_tokenizer(320), frozenset(), {})
+TEXT = TextAssets.of_tokenizer(make_tokenizer(320))
 
 
 def ids_of(text: str) -> list[int]:
-    return list(TEXT.backend.encode(text, add_special_tokens=False).ids)
+    return list(TEXT.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def engine_chunk(token: int, **fields: object) -> OutputChunk:
@@ -117,10 +117,10 @@ def test_stop_token_is_shown_where_stops_are(skip: bool) -> None:
 def scored_chunks(kind: str, text: str, **params: object) -> tuple[str, list[TokenLogprob]]:
     """The text and the log probabilities of a text after the prompt "book"."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(kind), eos_token=EOS)
-    assets = TextAssets(tokenizer, frozenset(), {})
-    prompt = assets.encode("book", add_special_tokens=False)
+    assets = TextAssets.of_tokenizer(tokenizer)
+    prompt = assets.tokenizer.encode("book", add_special_tokens=False)
     own = text if kind in ("byte-level", "gemma") else text.lstrip()  # others add the first space
-    ids = assets.encode(own, add_special_tokens=False)
+    ids = assets.tokenizer.encode(own, add_special_tokens=False)
     fields = {"max_tokens": 100} | params
     output = TextOutput(assets, SamplingParams(**fields), prompt)  # type: ignore[arg-type]
     shown, found = "", []
@@ -153,8 +153,8 @@ def test_tokens_and_bytes_of_log_probabilities_join_to_the_text(kind: str, text:
 @pytest.mark.parametrize("kind", ["byte-level", *WITH_BYTES])
 def test_text_that_ends_within_a_character_gives_its_last_token_what_is_shown(kind: str) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(kind))
-    assets = TextAssets(tokenizer, frozenset(), {})
-    *ids, _ = assets.encode("book🎉", add_special_tokens=False)
+    assets = TextAssets.of_tokenizer(tokenizer)
+    *ids, _ = assets.tokenizer.encode("book🎉", add_special_tokens=False)
     output = TextOutput(assets, SamplingParams(100))
     chunks = [output.with_text(engine_chunk(i, logprobs=(TokenLogprob(i, -1.0),))) for i in ids]
     chunks.append(output.with_text(OutputChunk(finish_reason="abort")))
@@ -167,8 +167,8 @@ def test_text_that_ends_within_a_character_gives_its_last_token_what_is_shown(ki
 @pytest.mark.parametrize("max_tokens", [0, 5])
 def test_prompts_log_probabilities_are_named_and_join(kind: str, max_tokens: int) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer_of(kind), bos_token=BOS)
-    assets = TextAssets(tokenizer, frozenset(), {})
-    *ids, last = assets.encode(f"{BOS}é book🎉", add_special_tokens=False)
+    assets = TextAssets.of_tokenizer(tokenizer)
+    *ids, last = assets.tokenizer.encode(f"{BOS}é book🎉", add_special_tokens=False)
     output = TextOutput(assets, SamplingParams(max_tokens), ids)
     known = tuple(TokenLogprob(i, -1.0) for i in ids)
     chunk = output.with_text(OutputChunk(prompt_logprobs=known))
@@ -198,7 +198,7 @@ def test_reader_that_takes_none_holds_a_bounded_number_of_chunks_and_loses_nothi
     chunks = reader.output.take()
     assert len(chunks) <= peak <= MAX_BEHIND + 1
     whole = OutputChunk.joined(chunks)
-    assert whole.text == TEXT.backend.decode(ids)
+    assert whole.text == TEXT.tokenizer.backend_tokenizer.decode(ids)
     assert whole.token_ids == tuple(ids)
     assert len(whole.logprobs) == len(ids)
     assert [t.token for t in whole.logprobs[0].top] == [TEXT.decode([i]) for i in ids[:2]]

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from server.engine.request import Request
 from server.engine.step.sampler import Sampler
-from server.engine.text import TextAssets
 from server.engine.types import OutputChunk, SamplingParams, TokenLogprob
 from server.engine.variant import Variant
+from server.text.assets import TextAssets
 from tests.server.conftest import PAIR, Served
 from tests.server.helpers import CoreHarness, Recorded
 from tests.tiny import make_tokenizer
@@ -133,7 +133,7 @@ def test_repetition_penalty_greedy_equals_generate(pair: Served, harness: Make) 
 
 def test_presence_frequency_and_bias_equal_a_literal_loop(pair: Served, harness: Make) -> None:
     engine = harness(pair)
-    plain = pair.truth("blockdiag", engine.catalog.open("base").text.encode(PROMPT))
+    plain = pair.truth("blockdiag", engine.encode(engine.catalog.open("base"), PROMPT))
     bias = ((plain[0], -3.0), (plain[1], 1.5), (7, 2.0))
     one = engine.submit(
         "blockdiag",
@@ -277,7 +277,7 @@ def test_seed_continues_where_a_text_was_cut(pair: Served, harness: Make) -> Non
     """The noise belongs to the position: prompt and output sent again go on as one request."""
     engine = harness(pair)
     whole = sampled_text(engine)
-    prompt = engine.catalog.open("impart").text.encode(PROMPT)
+    prompt = engine.encode(engine.catalog.open("impart"), PROMPT)
     params = {"temperature": 1.0, "top_p": 0.95, "seed": 5, "ignore_eos": True}
     rest = engine.submit("impart", prompt + whole[:7], max_tokens=9, **params)
     engine.run(rest)
@@ -329,7 +329,7 @@ def literal_probs(temperature: float, top_k: int, top_p: float, min_p: float) ->
 )
 def test_draws_have_the_distribution_of_the_filters(setting: tuple[float, int, float, float]):
     temperature, top_k, top_p, min_p = setting
-    text = TextAssets(make_tokenizer(320), frozenset(), {})
+    text = TextAssets.of_tokenizer(make_tokenizer(320))
     variant = Variant("v", "v", None, "", len(LOGITS), text)
     requests = [
         Request(

@@ -7,14 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from server.engine.detokenizer import Detokenizer
-from server.engine.text_stream import text_stream
-from server.engine.vocabulary import Vocabulary
+from server.text.detokenizer import Detokenizer
+from server.text.text_stream import text_stream
+from server.text.vocabulary import Vocabulary
 from tests.tiny import make_tokenizer
 from tests.tokenizer_kinds import tokenizer_of
 
 BACKEND: Tokenizer = make_tokenizer(320).backend_tokenizer
-VOCABULARY = Vocabulary(BACKEND)
+VOCABULARY = Vocabulary.of(BACKEND)
 
 
 def ids_of(text: str) -> list[int]:
@@ -89,7 +89,7 @@ def test_stop_string_in_a_run_of_bytes_is_found_and_one_before_min_tokens_is_not
     euros = [backend.token_to_id(f"<0x{byte:02X}>") for byte in "€€".encode()]
     book = backend.encode("book", add_special_tokens=False).ids
     for n_unstopped, want in ((0, ""), (3, "€"), (6, "€€book")):
-        detokenizer = detokenizer_of(Vocabulary(backend), stop=("€",))
+        detokenizer = detokenizer_of(Vocabulary.of(backend), stop=("€",))
         shown = ""
         for i, token in enumerate([*euros, *book]):
             shown += detokenizer.push(token, check_stop=i >= n_unstopped)

@@ -8,14 +8,40 @@ has no other token for.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass
+from typing import Any, Protocol, Self
 
 from tokenizers import Tokenizer
 
 N_BYTES = 256
 # Decoders that change nothing of what ByteLevel makes.
 _NEUTRAL = frozenset({"ByteLevel", "Fuse"})
+
+
+class Tokens(Protocol):
+    """What a vocabulary is read from: a `tokenizers.Tokenizer`, or a worker's description of one
+    (`server.text.description`).
+    """
+
+    def id_to_token(self, token_id: int) -> str | None: ...
+    def decode(self, token_ids: list[int], skip_special_tokens: bool) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What is found once for each tokenizer.
+
+    kinds    the types of its decoder's parts
+    byte_of  byte that an id of byte fallback stands for
+    special  ids of special tokens
+    anchor   an ordinary token with text, None where there is none: see `Vocabulary`
+    """
+
+    kinds: frozenset[str]
+    byte_of: Mapping[int, int]
+    special: frozenset[int]
+    anchor: int | None
 
 
 class Vocabulary:
@@ -29,29 +55,29 @@ class Vocabulary:
                    tokenizer has no such token
     """
 
-    def __init__(self, backend: Tokenizer) -> None:
-        self.backend = backend
-        kinds = frozenset(_kinds(json.loads(backend.decoder.__getstate__())))
-        self.is_byte_level = "ByteLevel" in kinds and kinds <= _NEUTRAL
-        self.may_split = "ByteLevel" in kinds and not self.is_byte_level
-        self.byte_of = _fallback_bytes(backend) if "ByteFallback" in kinds else {}
-        self._special = frozenset(
-            token_id
-            for token_id, token in backend.get_added_tokens_decoder().items()
-            if token.special
-        )
+    def __init__(self, tokens: Tokens, traits: Traits) -> None:
+        self._tokens = tokens
+        self.is_byte_level = "ByteLevel" in traits.kinds and traits.kinds <= _NEUTRAL
+        self.may_split = "ByteLevel" in traits.kinds and not self.is_byte_level
+        self.byte_of = traits.byte_of
+        self.anchor = traits.anchor
+        self._special = traits.special
         self._letters = {ord(letter): byte for byte, letter in enumerate(byte_letters())}
-        self.anchor = next(self._ordinary(), None)
+
+    @classmethod
+    def of(cls, backend: Tokenizer) -> Self:
+        """Return the vocabulary of a tokenizer that this process has loaded."""
+        return cls(backend, traits_of(backend))
 
     def is_shown(self, token_id: int, *, skip_special_tokens: bool) -> bool:
         """Whether the id has a place in a text at all."""
         if skip_special_tokens and token_id in self._special:
             return False
-        return self.backend.id_to_token(token_id) is not None
+        return self._tokens.id_to_token(token_id) is not None
 
     def name(self, token_id: int) -> str:
         """The token as the vocabulary writes it, "" for an id that has none."""
-        return self.backend.id_to_token(token_id) or ""
+        return self._tokens.id_to_token(token_id) or ""
 
     def token_bytes(self, token_id: int) -> bytes | None:
         """The token's own bytes where it may be a part of a character; None elsewhere."""
@@ -68,17 +94,33 @@ class Vocabulary:
 
     def decode(self, token_ids: list[int]) -> str:
         """All of the ids as text, special tokens included."""
-        text: str = self.backend.decode(token_ids, skip_special_tokens=False)
-        return text
+        return self._tokens.decode(token_ids, skip_special_tokens=False)
 
-    def _ordinary(self) -> Iterator[int]:
-        """Ids of tokens that are letters, from the first."""
-        for token_id in range(self.backend.get_vocab_size()):
-            if token_id in self._special or token_id in self.byte_of:
-                continue
-            name = self.name(token_id)
-            if name.isalpha() and self.decode([token_id]) == name:
-                yield token_id
+
+def traits_of(backend: Tokenizer) -> Traits:
+    """Return what a vocabulary needs to know of a tokenizer. It takes long for a hostile one."""
+    kinds = frozenset(decoder_kinds(decoder_state(backend)))
+    byte_of = _fallback_bytes(backend) if "ByteFallback" in kinds else {}
+    added = backend.get_added_tokens_decoder().items()
+    special = frozenset(token_id for token_id, token in added if token.special)
+    anchor = next(_ordinary(backend, byte_of.keys() | special), None)
+    return Traits(kinds, byte_of, special, anchor)
+
+
+def decoder_state(backend: Tokenizer) -> dict[str, Any] | None:
+    """Return what a tokenizer's decoder is, as tokenizer.json has it; None: it has none."""
+    if backend.decoder is None:
+        return None
+    state: dict[str, Any] = json.loads(backend.decoder.__getstate__())
+    return state
+
+
+def _ordinary(backend: Tokenizer, others: Set[int]) -> Iterator[int]:
+    """Ids of tokens that are letters, from the first, but for `others`."""
+    for token_id in range(backend.get_vocab_size()):
+        name = "" if token_id in others else backend.id_to_token(token_id) or ""
+        if name.isalpha() and backend.decode([token_id], skip_special_tokens=False) == name:
+            yield token_id
 
 
 def byte_letters() -> list[str]:
@@ -91,13 +133,13 @@ def byte_letters() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(N_BYTES)]
 
 
-def _kinds(decoder: dict[str, Any] | None) -> Iterator[str]:
+def decoder_kinds(decoder: dict[str, Any] | None) -> Iterator[str]:
     """The types of a decoder and of all that it is made of."""
     if decoder is None:
         return
     if decoder["type"] == "Sequence":
         for part in decoder["decoders"]:
-            yield from _kinds(part)
+            yield from decoder_kinds(part)
     else:
         yield decoder["type"]
 

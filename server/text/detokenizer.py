@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from server.engine.text_stream import TextStream
+from server.text.text_stream import TextStream
 
 
 @dataclass(slots=True)

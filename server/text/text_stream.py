@@ -14,8 +14,8 @@ import codecs
 from collections.abc import Sequence
 from typing import Protocol
 
-from server.engine.byte_run import UNREADABLE, ByteRun, Settled
-from server.engine.vocabulary import Vocabulary
+from server.text.byte_run import UNREADABLE, ByteRun, Settled
+from server.text.vocabulary import Vocabulary
 
 MAX_CHARACTER_BYTES = 4
 MAX_SPLIT_TOKENS = 16  # that wait because each ends within a character

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engine.byte_run import MAX_RUN_BYTES
-from server.engine.text_stream import TextStream, text_stream
-from server.engine.vocabulary import Vocabulary
+from server.text.byte_run import MAX_RUN_BYTES
+from server.text.text_stream import TextStream, text_stream
+from server.text.vocabulary import Vocabulary
 from tests.tiny import BOS, EOS
 from tests.tokenizer_kinds import KINDS, TEXTS, WITH_BYTES, tokenizer_of
 
-VOCABULARIES = {kind: Vocabulary(tokenizer_of(kind)) for kind in KINDS}
+VOCABULARIES = {kind: Vocabulary.of(tokenizer_of(kind)) for kind in KINDS}
 EURO = "€".encode()
 
 

@@ -1,0 +1,188 @@
+"""Text -> token ids with one tokenizer: prompts, and conversations through a chat template.
+
+What comes from the content of a message never becomes a control token: transformers marks control
+tokens in the messages, whatever their case, before the template sees them, and the marked ones are
+tokenised as text. The template can still test, trim, split and change the content.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
+
+from server.errors import InvalidRequest
+
+DEVELOPER = "developer"
+Messages = Sequence[Mapping[str, Any]]
+# A long text is refused by its beginning: this many characters for each token that fits. Common
+# tokens have 3 to 5. What follows a text can change the tokens at its end, but not half of them.
+PROBE_CHARS_PER_TOKEN = 16
+PROBE_MARGIN = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """How a conversation is rendered.
+
+    template            instead of the tokenizer's own
+    add_special_tokens  whether the tokenizer's own are added to those of the template
+    literal_specials    whether control tokens in the content are text
+    """
+
+    messages: Messages
+    template: str | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    literal_specials: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What may fit: a text of more characters than `n_chars` cannot, whatever its tokens are."""
+
+    n_tokens: int
+    n_chars: int
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = True
+) -> list[int]:
+    """Token ids, with the special tokens that this tokenizer adds (if they are wanted). A text that
+    begins with the BOS token itself gets no second one.
+    """
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    bos = tokenizer.bos_token
+    if add_special_tokens and bos and text.startswith(bos):
+        own = tokenizer.encode(text, add_special_tokens=False)
+        if ids[1 : 1 + len(own)] == own and ids[0] == own[0]:
+            del ids[0]
+    return ids
+
+
+def encode_within(
+    tokenizer: PreTrainedTokenizerBase, text: str, room: Room, *, add_special_tokens: bool = True
+) -> list[int]:
+    """`encode` for long texts: one that is far too long is refused by its beginning.
+
+    Raises InvalidRequest.
+    """
+    check_fits(tokenizer, text, room, "prompt")
+    return encode(tokenizer, text, add_special_tokens=add_special_tokens)
+
+
+def render_conversation(
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, room: Room
+) -> list[int]:
+    """Render the chat template and tokenise. Raises InvalidRequest if either cannot be."""
+    template = conversation.template or tokenizer.chat_template
+    if not template:
+        raise InvalidRequest(
+            "this model has no chat template; use /v1/completions", param="messages"
+        )
+    messages = _known_roles(conversation.messages, str(template))
+    try:
+        if conversation.literal_specials:
+            messages = [_marked(tokenizer, str(template), message) for message in messages]
+        text = tokenizer.apply_chat_template(
+            messages,
+            chat_template=conversation.template,
+            tokenize=False,
+            add_generation_prompt=conversation.add_generation_prompt,
+            continue_final_message=conversation.continue_final_message,
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # a template may raise anything, jinja2's own errors included
+        raise InvalidRequest(
+            f"the chat template refused these messages: {_first_line(error)}", param="messages"
+        ) from error
+    check_fits(tokenizer, text, room, "messages")
+    if not conversation.literal_specials:
+        return encode(tokenizer, text, add_special_tokens=conversation.add_special_tokens)
+    return _encode_marked(tokenizer, text, conversation.add_special_tokens)
+
+
+def check_fits(tokenizer: PreTrainedTokenizerBase, text: str, room: Room, param: str) -> None:
+    """Refuse what cannot fit before all of it is tokenised. Raises InvalidRequest."""
+    if len(text) > room.n_chars:
+        raise too_long(len(text), room, param)
+    n_probe = room.n_tokens * PROBE_CHARS_PER_TOKEN
+    if len(text) <= 2 * n_probe:  # the probe would be no saving
+        return
+    n_found = len(tokenizer.encode(text[:n_probe], add_special_tokens=False))
+    if n_found > PROBE_MARGIN * room.n_tokens:
+        raise InvalidRequest(
+            f"This model's maximum context length is {room.n_tokens} tokens; the first {n_probe} "
+            f"of {len(text)} characters alone have {n_found}. Shorten the text.",
+            param=param,
+        )
+
+
+def too_long(n_chars: int, room: Room, param: str) -> InvalidRequest:
+    """Return the refusal of a text that is too long whatever its tokens are."""
+    return InvalidRequest(
+        f"This model's maximum context length is {room.n_tokens} tokens; {n_chars} characters "
+        "cannot fit. Shorten the text.",
+        param=param,
+    )
+
+
+def _known_roles(messages: Messages, template: str) -> list[dict[str, Any]]:
+    """Return the messages with `developer`, the newer name, as `system` where the template does not
+    know it.
+    """
+    if DEVELOPER in template:
+        return [dict(message) for message in messages]
+    return [
+        dict(message) | ({"role": "system"} if message["role"] == DEVELOPER else {})
+        for message in messages
+    ]
+
+
+def _marked(
+    tokenizer: PreTrainedTokenizerBase, template: str, message: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the message with its control tokens marked; in any case, for the template may change
+    it. A role is one of a few words.
+    """
+    names = tokenizer._get_control_tokens(template)
+    if not names:
+        return message
+    longest_first = sorted(names, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, longest_first)), re.IGNORECASE)
+    marked: dict[str, Any] = mark_control_tokens(message, pattern)
+    return marked | {"role": message["role"]}
+
+
+def _encode_marked(
+    tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool
+) -> list[int]:
+    try:
+        ids: list[int] = encode_marked_chat(tokenizer, text)
+    except ValueError as error:  # a tokenizer that makes a control token of its plain letters
+        raise InvalidRequest(_first_line(error), param="messages") from error
+    if not add_special_tokens:
+        return ids
+    before, after = _added_ids(tokenizer)
+    has_bos = bool(before) and ids[: len(before)] == before
+    return [*([] if has_bos else before), *ids, *after]
+
+
+def _added_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The ids that the tokenizer adds before and after a text."""
+    own: list[int] = tokenizer.encode("a", add_special_tokens=False)
+    whole: list[int] = tokenizer.encode("a", add_special_tokens=True)
+    for at in range(len(whole) - len(own) + 1):
+        if whole[at : at + len(own)] == own:
+            return whole[:at], whole[at + len(own) :]
+    return [], []
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,1 @@
+"""Processes that do the work on text which strangers wrote, within limits."""
