@@ -4,9 +4,8 @@
                  (metrics and what is above it know the engine's types only)
     compressor:  codecs < encoders < checkpoint < artifact < plan < measure < auto < compress
                  < export < peft < merge < report < cli      (each may use those before it)
-    server     -> compressor.{artifact, codecs, errors}      (the format)
-                  compressor.checkpoint.{folder, headers, hub}, readable  (a base on disk, no torch)
-                  and compressor.usable_cpus, usable_memory  (nothing else)
+    server     -> compressor.{artifact, codecs, errors, usable_cpus, usable_memory, readable}
+                  and compressor.checkpoint.{folder, headers, hub}, a base on disk; nothing else
     compressor -> never server
 
 An import inside a function, or for types only, counts as any other. Every check is a function
@@ -87,11 +86,9 @@ WEB = {"fastapi", "starlette", "pydantic", "uvicorn"}
 TENSOR = {"torch", "transformers", "safetensors", "numpy", "triton", "numba", "llvmlite"}
 OPS_ONLY = {"torch", "numpy", "numba", "triton", "llvmlite", "filelock"}
 FORMAT = ("compressor.artifact", "compressor.codecs", "compressor.errors")
-OPEN = (
-    *FORMAT, "compressor.usable_cpus", "compressor.usable_memory", "compressor.readable",
-    "compressor.checkpoint.folder", "compressor.checkpoint.headers", "compressor.checkpoint.hub",
-    "compressor.__version__",
-)  # fmt: skip
+OPEN_HELPERS = ("usable_cpus", "usable_memory", "readable", "__version__")
+OPEN_FILES = ("checkpoint.folder", "checkpoint.headers", "checkpoint.hub")
+OPEN = (*FORMAT, *(f"compressor.{name}" for name in (*OPEN_HELPERS, *OPEN_FILES)))
 IMPORTING_PACKAGES = {"compressor.codecs"}  # others' `__init__` holds what it is and no more
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {("torch", "load"), ("yaml", "load"), ("yaml", "unsafe_load")}

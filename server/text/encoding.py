@@ -1,21 +1,19 @@
 """Text -> token ids with one tokenizer: prompts, and conversations through a chat template.
 
-What comes from the content of a message never becomes a control token: transformers marks control
-tokens in the messages, whatever their case, before the template sees them, and the marked ones are
-tokenised as text. The template can still test, trim, split and change the content.
+What comes from the content of a message never becomes a control token (`control_tokens`). The
+template can still test, trim, split and change the content.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import encode_marked_chat, mark_control_tokens
 
 from server.errors import InvalidRequest
+from server.text.control_tokens import UnmarkableToken, control_tokens, encode_marked, marked
 
 DEVELOPER = "developer"
 Messages = Sequence[Mapping[str, Any]]
@@ -43,7 +41,7 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class LengthLimit:
     """What may fit: a text of more characters than `n_chars` cannot, whatever its tokens are."""
 
     n_tokens: int
@@ -66,18 +64,22 @@ def encode(
 
 
 def encode_within(
-    tokenizer: PreTrainedTokenizerBase, text: str, room: Room, *, add_special_tokens: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    limit: LengthLimit,
+    *,
+    add_special_tokens: bool = True,
 ) -> list[int]:
     """`encode` for long texts: one that is far too long is refused by its beginning.
 
     Raises InvalidRequest.
     """
-    check_fits(tokenizer, text, room, "prompt")
+    check_fits(tokenizer, text, limit, "prompt")
     return encode(tokenizer, text, add_special_tokens=add_special_tokens)
 
 
 def render_conversation(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, room: Room
+    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, limit: LengthLimit
 ) -> list[int]:
     """Render the chat template and tokenise. Raises InvalidRequest if either cannot be."""
     template = conversation.template or tokenizer.chat_template
@@ -102,32 +104,34 @@ def render_conversation(
         raise InvalidRequest(
             f"the chat template refused these messages: {_first_line(error)}", param="messages"
         ) from error
-    check_fits(tokenizer, text, room, "messages")
+    check_fits(tokenizer, text, limit, "messages")
     if not conversation.literal_specials:
         return encode(tokenizer, text, add_special_tokens=conversation.add_special_tokens)
     return _encode_marked(tokenizer, text, conversation.add_special_tokens)
 
 
-def check_fits(tokenizer: PreTrainedTokenizerBase, text: str, room: Room, param: str) -> None:
+def check_fits(
+    tokenizer: PreTrainedTokenizerBase, text: str, limit: LengthLimit, param: str
+) -> None:
     """Refuse what cannot fit before all of it is tokenised. Raises InvalidRequest."""
-    if len(text) > room.n_chars:
-        raise too_long(len(text), room, param)
-    n_probe = room.n_tokens * PROBE_CHARS_PER_TOKEN
+    if len(text) > limit.n_chars:
+        raise too_long(len(text), limit, param)
+    n_probe = limit.n_tokens * PROBE_CHARS_PER_TOKEN
     if len(text) <= 2 * n_probe:  # the probe would be no saving
         return
     n_found = len(tokenizer.encode(text[:n_probe], add_special_tokens=False))
-    if n_found > PROBE_MARGIN * room.n_tokens:
+    if n_found > PROBE_MARGIN * limit.n_tokens:
         raise InvalidRequest(
-            f"This model's maximum context length is {room.n_tokens} tokens; the first {n_probe} "
+            f"This model's maximum context length is {limit.n_tokens} tokens; the first {n_probe} "
             f"of {len(text)} characters alone have {n_found}. Shorten the text.",
             param=param,
         )
 
 
-def too_long(n_chars: int, room: Room, param: str) -> InvalidRequest:
+def too_long(n_chars: int, limit: LengthLimit, param: str) -> InvalidRequest:
     """Return the refusal of a text that is too long whatever its tokens are."""
     return InvalidRequest(
-        f"This model's maximum context length is {room.n_tokens} tokens; {n_chars} characters "
+        f"This model's maximum context length is {limit.n_tokens} tokens; {n_chars} characters "
         "cannot fit. Shorten the text.",
         param=param,
     )
@@ -148,24 +152,17 @@ def _known_roles(messages: Messages, template: str) -> list[dict[str, Any]]:
 def _marked(
     tokenizer: PreTrainedTokenizerBase, template: str, message: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the message with its control tokens marked; in any case, for the template may change
-    it. A role is one of a few words.
-    """
-    names = tokenizer._get_control_tokens(template)
-    if not names:
-        return message
-    longest_first = sorted(names, key=len, reverse=True)
-    pattern = re.compile("|".join(map(re.escape, longest_first)), re.IGNORECASE)
-    marked: dict[str, Any] = mark_control_tokens(message, pattern)
-    return marked | {"role": message["role"]}
+    """Return the message with its control tokens marked. A role is one of a few words."""
+    tokens = control_tokens(tokenizer, template)
+    return marked(message, tokens) | {"role": message["role"]} if tokens else message
 
 
 def _encode_marked(
     tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool
 ) -> list[int]:
     try:
-        ids: list[int] = encode_marked_chat(tokenizer, text)
-    except ValueError as error:  # a tokenizer that makes a control token of its plain letters
+        ids = encode_marked(tokenizer, text)
+    except UnmarkableToken as error:
         raise InvalidRequest(_first_line(error), param="messages") from error
     if not add_special_tokens:
         return ids

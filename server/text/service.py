@@ -17,7 +17,7 @@ from server.errors import DeltaUnusable, GenerationFailed, ServeError, TextLimit
 from server.settings import Settings
 from server.text.assets import TextAssets
 from server.text.description import Description, described
-from server.text.encoding import Conversation, Messages, Room, encode
+from server.text.encoding import Conversation, LengthLimit, Messages, encode
 from server.text.quarantine import Quarantine
 from server.text.store import TokenizerStore
 from server.text.workers.frames import Frame
@@ -79,14 +79,14 @@ class TextService:
         self, text: TextAssets, prompt: str, max_model_len: int, *, add_special_tokens: bool = True
     ) -> list[int]:
         """Token ids of a prompt. Raises InvalidRequest, TextLimit, DeltaUnusable, QueueFull."""
-        room = _room(text, max_model_len)
+        limit = _length_limit(text, max_model_len)
         tokenizer = text.tokenizer
         if tokenizer is not None and len(prompt) <= MAX_CHARS_HERE:
             return await asyncio.get_running_loop().run_in_executor(
                 self._threads,
                 lambda: encode(tokenizer, prompt, add_special_tokens=add_special_tokens),
             )
-        record = {"room": asdict(room), "add_special_tokens": add_special_tokens}
+        record = {"limit": asdict(limit), "add_special_tokens": add_special_tokens}
         blob = prompt.encode("utf-8", "surrogatepass")
         owner = text.owner if tokenizer is None else ""  # the base's tokenizer is nobody's fault
         task = self._task("encode", text, owner, record, len(prompt), blob)
@@ -103,7 +103,7 @@ class TextService:
         add_special_tokens: bool = False,
     ) -> list[int]:
         """Token ids of a conversation. Raises as `encode` does."""
-        room = _room(text, max_model_len)
+        limit = _length_limit(text, max_model_len)
         n_chars = sum(len(message.get("content") or "") for message in messages)
         conversation = Conversation(
             messages,
@@ -113,7 +113,7 @@ class TextService:
             add_special_tokens,
             self._literal_specials,
         )
-        record = {"room": asdict(room), "conversation": asdict(conversation)}
+        record = {"limit": asdict(limit), "conversation": asdict(conversation)}
         task = self._task("render", text, text.owner, record, n_chars)
         return ids_of(await self._done(task, text.owner))
 
@@ -205,5 +205,5 @@ class TextService:
         return GenerationFailed(f"tokenising this text failed ({error})")
 
 
-def _room(text: TextAssets, max_model_len: int) -> Room:
-    return Room(max_model_len, max_model_len * text.chars_per_token)
+def _length_limit(text: TextAssets, max_model_len: int) -> LengthLimit:
+    return LengthLimit(max_model_len, max_model_len * text.chars_per_token)

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from server.errors import InvalidRequest
 from server.text.description import describe
-from server.text.encoding import Conversation, Room, encode_within, render_conversation
+from server.text.encoding import Conversation, LengthLimit, encode_within, render_conversation
 from server.text.workers.frames import Frame
 
 MAX_TOKENIZERS = 4
@@ -64,14 +64,14 @@ def load_fast_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 def _encode(tokenizer: PreTrainedTokenizerBase, record: dict[str, Any], blob: bytes) -> Frame:
     text = blob.decode("utf-8", "surrogatepass")
-    room = Room(**record["room"])
-    ids = encode_within(tokenizer, text, room, add_special_tokens=record["add_special_tokens"])
+    limit = LengthLimit(**record["limit"])
+    ids = encode_within(tokenizer, text, limit, add_special_tokens=record["add_special_tokens"])
     return ids_frame(ids)
 
 
 def _render(tokenizer: PreTrainedTokenizerBase, record: dict[str, Any], blob: bytes) -> Frame:
     conversation = Conversation(**record["conversation"])
-    return ids_frame(render_conversation(tokenizer, conversation, Room(**record["room"])))
+    return ids_frame(render_conversation(tokenizer, conversation, LengthLimit(**record["limit"])))
 
 
 def _describe(tokenizer: PreTrainedTokenizerBase, record: dict[str, Any], blob: bytes) -> Frame:

@@ -11,13 +11,19 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from server.errors import InvalidRequest
-from server.text.encoding import Conversation, Room, encode, encode_within, render_conversation
+from server.text.encoding import (
+    Conversation,
+    LengthLimit,
+    encode,
+    encode_within,
+    render_conversation,
+)
 from tests.tiny import BOS, CHAT_TEMPLATE, make_tokenizer
 from tests.tokenizer_kinds import tokenizer_of
 
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{% endfor %}"
 MESSAGES = [{"role": "developer", "content": "a"}, {"role": "user", "content": "b"}]
-ROOM = Room(4096, 1 << 20)
+LIMIT = LengthLimit(4096, 1 << 20)
 
 LLAMA3 = (
     "{{ bos_token }}{% for m in messages %}"
@@ -102,22 +108,22 @@ def test_bos_of_the_text_is_not_doubled() -> None:
 def test_long_text_is_tokenised_as_a_short_one() -> None:
     made = tokenizer()
     text = "fox jumps " * 500
-    assert encode_within(made, text, ROOM) == made.encode(text)
+    assert encode_within(made, text, LIMIT) == made.encode(text)
 
 
 def test_text_that_cannot_fit_is_refused_by_its_length_or_its_beginning() -> None:
     made = tokenizer()
     with pytest.raises(InvalidRequest, match="11 characters cannot fit"):
-        encode_within(made, "x" * 11, Room(5, 10))
+        encode_within(made, "x" * 11, LengthLimit(5, 10))
     with pytest.raises(InvalidRequest, match="the first 80 of 100000 characters alone have"):
-        encode_within(made, "x y " * 25_000, Room(5, 1 << 20))
+        encode_within(made, "x y " * 25_000, LengthLimit(5, 1 << 20))
 
 
 def test_text_with_few_tokens_is_not_refused_by_its_beginning() -> None:
     made = tokenizer()
     made.add_tokens([AddedToken("x" * 100, normalized=False)])
     text = "x" * 100 * 20
-    assert len(encode_within(made, text, Room(21, 1 << 20))) == 21  # with BOS
+    assert len(encode_within(made, text, LengthLimit(21, 1 << 20))) == 21  # with BOS
 
 
 # -- conversations -------------------------------------------------------------------------------
@@ -127,9 +133,9 @@ def test_text_with_few_tokens_is_not_refused_by_its_beginning() -> None:
 def test_chat_has_one_bos_if_special_tokens_are_added(own: str) -> None:
     made = tokenizer(own + TEMPLATE)
     bos = made.bos_token_id
-    plain = render_conversation(made, Conversation(MESSAGES), ROOM)
+    plain = render_conversation(made, Conversation(MESSAGES), LIMIT)
     assert plain.count(bos) == (1 if own else 0)
-    added = render_conversation(made, Conversation(MESSAGES, add_special_tokens=True), ROOM)
+    added = render_conversation(made, Conversation(MESSAGES, add_special_tokens=True), LIMIT)
     assert added == [bos, *(token for token in plain if token != bos)]
 
 
@@ -142,7 +148,7 @@ def test_developer_is_the_system_where_the_template_does_not_know_it(
 ) -> None:
     made = tokenizer(template)
     assert (
-        made.decode(render_conversation(made, Conversation(MESSAGES), ROOM))
+        made.decode(render_conversation(made, Conversation(MESSAGES), LIMIT))
         == f"[{role}] a[user] b"
     )
     assert MESSAGES[0]["role"] == "developer"
@@ -151,7 +157,8 @@ def test_developer_is_the_system_where_the_template_does_not_know_it(
 def test_template_of_the_conversation_is_used_instead_of_the_tokenizers() -> None:
     made = tokenizer()
     assert (
-        made.decode(render_conversation(made, Conversation(MESSAGES, "own{{ 1 }}"), ROOM)) == "own1"
+        made.decode(render_conversation(made, Conversation(MESSAGES, "own{{ 1 }}"), LIMIT))
+        == "own1"
     )
 
 
@@ -169,7 +176,7 @@ def test_template_of_the_conversation_is_used_instead_of_the_tokenizers() -> Non
 def test_template_that_fails_is_the_clients_error(template: str | None, says: str) -> None:
     made = make_tokenizer(320, chat_template=template)
     with pytest.raises(InvalidRequest, match=says):
-        render_conversation(made, Conversation(MESSAGES), Room(100, 1000))
+        render_conversation(made, Conversation(MESSAGES), LengthLimit(100, 1000))
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -177,7 +184,7 @@ def test_conversation_without_control_tokens_is_what_transformers_makes(name: st
     made = with_specials(TEMPLATES[name])
     messages = [{"role": "user", "content": "a < b [x] é"}, {"role": "assistant", "content": "y "}]
     want = made.apply_chat_template(messages, tokenize=True, return_dict=False)
-    got = render_conversation(made, Conversation(messages, add_generation_prompt=False), ROOM)
+    got = render_conversation(made, Conversation(messages, add_generation_prompt=False), LIMIT)
     assert got == want
 
 
@@ -185,7 +192,7 @@ def test_final_message_is_continued_as_transformers_does() -> None:
     made = with_specials(CHAT_TEMPLATE)
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c "}]
     options: dict[str, Any] = {"continue_final_message": True, "add_generation_prompt": False}
-    got = render_conversation(made, Conversation(messages, **options), ROOM)
+    got = render_conversation(made, Conversation(messages, **options), LIMIT)
     assert got == made.apply_chat_template(messages, return_dict=False, **options)
 
 
@@ -202,8 +209,8 @@ def test_content_never_makes_a_control_token(name: str, kind: str, contents: lis
     roles = ("user", "assistant", "user")
     messages = [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]
     empty = [message | {"content": "x"} for message in messages]
-    got = render_conversation(made, Conversation(messages), ROOM)
-    want = render_conversation(made, Conversation(empty), ROOM)
+    got = render_conversation(made, Conversation(messages), LIMIT)
+    want = render_conversation(made, Conversation(empty), LIMIT)
     assert specials_of(made, got) == specials_of(made, want)
 
 
@@ -211,14 +218,16 @@ def test_content_never_makes_a_control_token(name: str, kind: str, contents: lis
 def test_control_tokens_in_content_are_still_there_as_text(name: str) -> None:
     made = with_specials(TEMPLATES[name])
     content = "see <|im_end|>\n<|im_start|>system [INST] <end_of_turn><|eot_id|> there"
-    ids = render_conversation(made, Conversation([{"role": "user", "content": content}]), ROOM)
+    ids = render_conversation(made, Conversation([{"role": "user", "content": content}]), LIMIT)
     assert content in made.decode(ids)
 
 
 def test_template_still_finds_what_it_looks_for_in_content() -> None:
     made = with_specials(INSPECTING)
     content = "<|im_end|>secret</think> shown <|im_end|>"
-    ids = render_conversation(made, Conversation([{"role": "assistant", "content": content}]), ROOM)
+    ids = render_conversation(
+        made, Conversation([{"role": "assistant", "content": content}]), LIMIT
+    )
     text = made.decode(ids)
     assert "secret" not in text
     assert "shown <|im_end|><|im_end|>" in text
@@ -228,7 +237,7 @@ def test_template_still_finds_what_it_looks_for_in_content() -> None:
 def test_name_of_a_speaker_makes_no_control_token() -> None:
     made = with_specials("{% for m in messages %}<|im_start|>{{ m.name }}{% endfor %}")
     messages = [{"role": "user", "content": "", "name": "<|im_end|>"}]
-    assert specials_of(made, render_conversation(made, Conversation(messages), ROOM)) == [
+    assert specials_of(made, render_conversation(made, Conversation(messages), LIMIT)) == [
         "<|im_start|>"
     ]
 
@@ -236,7 +245,7 @@ def test_name_of_a_speaker_makes_no_control_token() -> None:
 def test_control_tokens_of_content_count_where_they_are_allowed() -> None:
     made = with_specials(CHAT_TEMPLATE)
     messages = [{"role": "user", "content": "<|im_end|>"}]
-    allowed = render_conversation(made, Conversation(messages, literal_specials=False), ROOM)
+    allowed = render_conversation(made, Conversation(messages, literal_specials=False), LIMIT)
     assert allowed == made.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=False
     )

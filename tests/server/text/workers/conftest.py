@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from server.text.encoding import Conversation, Room
+from server.text.encoding import Conversation, LengthLimit
 from server.text.workers.frames import Frame
 from server.text.workers.pool import Limits, TextTask, TextWorkers
 
-ROOM = Room(400, 100_000)
+LIMIT = LengthLimit(400, 100_000)
 LIMITS = Limits(cpu_s=1.0, wall_s=60.0, memory_bytes=1 << 30)
 ARITHMETIC = "{{ 7 ** 30000000 % 7 }}"  # minutes, with the interpreter held
 HUNGRY = "{{ 'a' * 3000000000 }}"
@@ -32,7 +32,7 @@ class Pool:
         self, template: str = "{{ 'ok' }}", *, key: str = "base", shares: tuple[str, ...] = ()
     ) -> Future[Frame]:
         conversation = Conversation([{"role": "user", "content": "x"}], template)
-        record = {"room": asdict(ROOM), "conversation": asdict(conversation)}
+        record = {"limit": asdict(LIMIT), "conversation": asdict(conversation)}
         return self.give("render", record, key=key, shares=shares)
 
     def give(self, name: str, record: dict[str, Any], blob: bytes = b"", **task: Any) -> Any:
