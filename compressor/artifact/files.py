@@ -49,7 +49,7 @@ def open_directory(path: Path) -> Iterator[int]:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise NotADelta(f"it is not a directory any more ({error.strerror})") from error
+        raise NotADelta(f"{path.name} cannot be opened as a directory: {error.strerror}") from error
     except OSError as error:
         _unreadable("its directory", error)
     try:

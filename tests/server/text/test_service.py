@@ -191,7 +191,7 @@ def test_tokenizer_that_cannot_be_served_is_that_variants_error(
         ("broken", "{", "cannot be used"),
     ):
         answer = server.chat(server.add(name, tokenizer_json=text))
-        assert answer.status_code == 503
+        assert answer.status_code == 424
         assert says in answer.json()["error"]["message"]
         assert server.delta(name)["state"] == "failed"
     assert server.chat("tiny").status_code == 200
