@@ -155,8 +155,7 @@ class DeltaLoader:
                 copied.room.open()
             except Exception as error:  # out of memory: this load fails, serving goes on
                 self._clear(slot)
-                self._end(failed := failed_load(decoded.job, error))
-                return failed
+                return self._end(failed_load(decoded.job, error))
             copied = replace(copied, room=None)
         if decoded.artifact is not None and copied.weights is None:
             self._builder.submit(self._reconstruct, copied, decoded.artifact)
@@ -198,7 +197,8 @@ class DeltaLoader:
             self._clear(victim)
         slot = self._slots.assign(decoded.job.key, decoded.n_bytes)
         self._copying = slot
-        room, n_slots = Room(slot.index), min(1 << slot.index.bit_length(), self._slots.n_slots)
+        room = Room(slot.index, decoded.parameters)
+        n_slots = min(1 << slot.index.bit_length(), self._slots.n_slots)
         try:
             for parameter in decoded.parameters:
                 parameter.parameter.reserve(slot.index, parameter, n_slots)

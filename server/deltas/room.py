@@ -12,25 +12,33 @@ from server.deltas.upload import Transfer
 class Room:
     """Places in the pools' arrays for the terms of one slot.
 
-    `make` changes nothing that steps read: where a pool is full it makes larger arrays beside the
-    ones in use, where there is none a pool that nobody knows of. So a loader's thread may do it,
-    for one variant after the other, and copy into the places. `open`, on the engine thread between
-    two steps, puts them in place of the old. Whoever gives the slot up hides it on every parameter,
-    as always; a room that was not opened is then forgotten.
+    It is begun on the engine thread, which takes places in the pools that there are: none of them
+    is idle and dropped meanwhile. `make` then changes nothing that steps read: where a pool is full
+    it makes larger arrays beside the ones in use, where there is none a pool that nobody knows of.
+    So a loader's thread may do it, for one variant after the other, and copy into the places.
+    `open`, on the engine thread between two steps, puts them in place of the old. Whoever gives the
+    slot up hides it on every parameter, as always; a room that was not opened is then forgotten.
     """
 
-    def __init__(self, slot: int) -> None:
+    def __init__(self, slot: int, parameters: Iterable[StagedParameter]) -> None:
         self._slot = slot
+        self._pools: dict[tuple[DeltaParameter, PoolKey], TermPool] = {}
         self._new: dict[tuple[DeltaParameter, PoolKey], TermPool] = {}
+        for staged in parameters:
+            for key, _ in staged.terms:
+                pool = staged.parameter.pools.get(key)
+                if pool is not None:
+                    pool.places.reserve(slot)
+                    self._pools[staged.parameter, key] = pool
         self._grown: dict[ArrayStore, PoolParts] = {}
         self._moved: dict[ArrayStore, DeltaParameter] = {}
 
     def make(self, parameters: Iterable[StagedParameter]) -> None:
-        """Take places for all terms. Raises what torch does if there is no memory."""
+        """Make room at the places of all terms. Raises what torch does if there is no memory."""
         for staged in parameters:
             for key, parts in staged.terms:
                 pool = self._pool(staged.parameter, key)
-                place, store = pool.places.reserve(self._slot), pool.store
+                place, store = pool.places.reserve(self._slot), pool.store  # of new pools only
                 arrays = self._arrays(store)
                 if not arrays or place >= len(arrays[0]):
                     self._grown[store] = store.grown_arrays(parts, place)
@@ -55,12 +63,11 @@ class Room:
             parameter.residency.created()
 
     def _pool(self, parameter: DeltaParameter, key: PoolKey) -> TermPool:
-        pool = parameter.pools.get(key) or self._new.get((parameter, key))
-        if pool is None:
-            made = parameter.empty_pools(key)
-            self._new |= {(other, key): theirs for other, theirs in made.items()}
-            pool = made[parameter]
-        return pool
+        if (parameter, key) not in self._pools:
+            made = {(other, key): pool for other, pool in parameter.empty_pools(key).items()}
+            self._pools |= made
+            self._new |= made
+        return self._pools[parameter, key]
 
     def _arrays(self, store: ArrayStore) -> PoolParts:
         return self._grown.get(store, store.arrays)

@@ -43,7 +43,7 @@ def load(room: Room, parts: list[StagedParameter]) -> None:
 
 
 def put(slot: int, parts: list[StagedParameter]) -> None:
-    room = Room(slot)
+    room = Room(slot, parts)
     load(room, parts)
     room.open()
     for part in parts:
@@ -70,8 +70,8 @@ def test_room_changes_nothing_before_it_is_opened(codec: str, n_siblings: int) -
     x = random_matrix((3, SHAPE[1]), 9, 1.0)
     before = [added(matrix, 0, x) for matrix in matrices]
     arrays = [[pool.arrays for pool in matrix.pools.values()] for matrix in matrices]
-    room = Room(1)
     parts = [staged(matrix, terms(10 + i, codec)) for i, matrix in enumerate(matrices)]
+    room = Room(1, parts)
     load(room, parts)
     for matrix, known, want in zip(matrices, arrays, before, strict=True):
         assert all(p.arrays is a for p, a in zip(matrix.pools.values(), known, strict=True))
@@ -87,7 +87,8 @@ def test_room_changes_nothing_before_it_is_opened(codec: str, n_siblings: int) -
 def test_room_of_another_geometry_adds_its_pools_when_it_is_opened() -> None:
     (matrix,) = parameters()
     put(0, [staged(matrix, terms(0))])
-    room, parts = Room(1), [staged(matrix, terms(1, "lowrank"))]
+    parts = [staged(matrix, terms(1, "lowrank"))]
+    room = Room(1, parts)
     load(room, parts)
     assert len(matrix.pools) == 1
     room.open()
@@ -98,7 +99,8 @@ def test_room_that_is_given_up_leaves_nothing() -> None:
     (matrix,) = parameters()
     put(0, [staged(matrix, terms(0))])
     for made in (terms(1), terms(1, "lowrank")):
-        load(Room(1), [staged(matrix, made)])
+        parts = [staged(matrix, made)]
+        load(Room(1, parts), parts)
         matrix.hide(1)
     (pool,) = matrix.pools.values()
     assert pool.capacity == 1
@@ -112,8 +114,8 @@ def test_room_that_is_given_up_leaves_nothing() -> None:
 def test_slot_that_a_sibling_gave_up_meanwhile_adds_nothing_there_afterwards() -> None:
     matrices = parameters(2)
     put(0, [staged(matrix, terms(i)) for i, matrix in enumerate(matrices)])
-    room = Room(1)
     parts = [staged(matrix, terms(5 + i)) for i, matrix in enumerate(matrices)]
+    room = Room(1, parts)
     load(room, parts)
     (pool,) = matrices[1].pools.values()
     pool.hide(0)
@@ -124,3 +126,16 @@ def test_slot_that_a_sibling_gave_up_meanwhile_adds_nothing_there_afterwards() -
     torch.testing.assert_close(added(matrices[0], 0, x), dense(terms(0), x))
     assert not added(matrices[1], 0, x).any()
     torch.testing.assert_close(added(matrices[1], 1, x), dense(terms(6), x))
+
+
+def test_pool_whose_last_slot_goes_meanwhile_is_there_when_the_room_is_opened() -> None:
+    (matrix,) = parameters()
+    put(0, [staged(matrix, terms(0))])
+    parts = [staged(matrix, terms(1))]
+    room = Room(1, parts)
+    matrix.hide(0)  # before the loader's thread begins
+    load(room, parts)
+    room.open()
+    matrix.show(1, parts[0])
+    x = random_matrix((2, SHAPE[1]), 9, 1.0)
+    torch.testing.assert_close(added(matrix, 1, x), dense(terms(1), x))
