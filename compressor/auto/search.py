@@ -22,9 +22,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from compressor.artifact.assembly import TensorBytes, assemble
 from compressor.artifact.config import DeltaConfig
-from compressor.artifact.staging import StagedDeltas, StagedTensor
+from compressor.artifact.staging import StagedDeltas
 from compressor.auto.allocate import HeadCosts, NoiseAllotter, byte_shares
 from compressor.auto.bench import Bench, open_bench, rounded
 from compressor.auto.goal import Chosen, Goal, Inputs
@@ -40,7 +39,7 @@ from compressor.encoders.lowrank import LowRankCodec
 from compressor.errors import BudgetError, InputError
 from compressor.plan.budget import Allotter
 from compressor.plan.settings import Planner
-from compressor.plan.size import groups_by_entry
+from compressor.plan.size import count
 from compressor.progress import Progress
 
 HEAD_BITS = 4
@@ -341,10 +340,3 @@ def _unmeasured(inputs: Inputs, goal: Goal, reason: str, progress: Progress) -> 
     planner = Planner(UNMEASURED, config, inputs.companions, inputs.stage)
     made = planner.encode(inputs.pairs, partial(count, config), progress)
     return Chosen(made.pairs, StagedDeltas(made.staged), config, (f"auto took {basis}",))
-
-
-def count(
-    config: DeltaConfig, pairs: Sequence[TensorPair], staged: Sequence[StagedTensor]
-) -> TensorBytes:
-    """Count what delta.safetensors takes; it is written once the choice is made."""
-    return assemble(staged, groups_by_entry(pairs), None, coded=config.coding is not None)

@@ -38,7 +38,7 @@ from compressor.measure.fidelity import measure
 from compressor.measure.moments import LazyMoments
 from compressor.measure.texts import file_digest, load_texts, texts_digest
 from compressor.plan.settings import Planner, with_bytes
-from compressor.plan.size import check_size, groups_by_entry, surroundings_bytes
+from compressor.plan.size import artifact_bytes, check_size, groups_by_entry
 from compressor.progress import Progress, counted, silent, whole
 
 
@@ -181,8 +181,7 @@ def _with_auto(run: _Run) -> _Made:
     ]
     written = run.write(chosen.pairs, staged)
     config = with_bytes(chosen.config, written)
-    entries = sorted((tensor.entry for tensor in staged), key=lambda entry: entry.name)
-    n_bytes = written.n_bytes + surroundings_bytes(config, entries, run.companions)
+    n_bytes = artifact_bytes(config, staged, written, run.companions)
     check_size(config, options.goal.max_bytes, n_bytes)
     return _Made(config, chosen.notes)
 

@@ -11,20 +11,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from compressor.artifact.assembly import TensorBytes, assemble
+from compressor.artifact.assembly import TensorBytes
 from compressor.artifact.config import CODER, Coding, DeltaConfig
 from compressor.artifact.staging import StagedTensor
-from compressor.checkpoint.groups import group_of
 from compressor.checkpoint.pairing import TensorPair
 from compressor.codecs.siblings import sibling_groups
 from compressor.encoders.codec import Codec
 from compressor.plan.budget import Allotter, check_ratio, share_out
 from compressor.plan.size import (
+    Kind,
     Overhead,
     after_encoding,
+    artifact_bytes,
     before_encoding,
-    groups_by_entry,
-    surroundings_bytes,
+    count,
+    kind_of,
 )
 from compressor.progress import Progress, counted, silent
 
@@ -88,8 +89,7 @@ class Planner:
             config = with_bytes(self.config, written)
             if complete is not None:
                 config = complete(config, staged)
-            entries = sorted((tensor.entry for tensor in staged), key=lambda entry: entry.name)
-            n_bytes = written.n_bytes + surroundings_bytes(config, entries, self.companions)
+            n_bytes = artifact_bytes(config, staged, written, self.companions)
             found = Encoded(planned, staged, config, n_bytes)
             if not passes_left or self._is_met(config, n_bytes):
                 break
@@ -105,8 +105,7 @@ class Planner:
         rough, _ = self._spend(pairs, known)
         steps = counted(progress, "sample", _sample(rough), lambda pair: math.prod(pair.shape))
         staged = [self.stage(pair, self.codec) for pair in steps]
-        coded = self.config.coding is not None
-        written = assemble(staged, groups_by_entry(rough), None, coded=coded)
+        written = count(self.config, rough, staged)
         return self._plan_after(rough, staged, written, with_bytes(self.config, written))
 
     def _plan_after(
@@ -205,10 +204,10 @@ def _groups(pairs: Sequence[TensorPair], codec: Codec) -> list[list[int]]:
 
 def _sample(pairs: Sequence[TensorPair]) -> list[TensorPair]:
     """All that is stored exactly, and some of every kind of matrix, not the first and last."""
-    kinds: dict[tuple[str, tuple[int, ...]], list[TensorPair]] = {}
+    kinds: dict[Kind, list[TensorPair]] = {}
     for pair in pairs:
         if pair.params is not None:
-            kinds.setdefault((group_of(pair), pair.shape), []).append(pair)
+            kinds.setdefault(kind_of(pair), []).append(pair)
     chosen = [pair for pair in pairs if pair.params is None]
     for members in kinds.values():
         chosen += members[min(_EVERY, len(members)) // 2 :: _EVERY]

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from compressor.artifact.assembly import GroupOf, TensorBytes, headers_bytes
+from compressor.artifact.assembly import GroupOf, TensorBytes, assemble, headers_bytes
 from compressor.artifact.card import model_card
 from compressor.artifact.config import DeltaConfig, TensorEntry, dump_config
 from compressor.artifact.files import CONFIG, TENSORS, format_checksums
@@ -25,7 +25,7 @@ from compressor.plan.budget import check_ratio
 
 _LEAST_SHARE = 0.5  # what repeats more than this says more of the sample than of the rest
 
-_Kind = tuple[str, tuple[int, ...], bool]
+Kind = tuple[str, tuple[int, ...], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,24 @@ def after_encoding(
     )
 
 
+def count(
+    config: DeltaConfig, pairs: Iterable[TensorPair], staged: Sequence[StagedTensor]
+) -> TensorBytes:
+    """Count what delta.safetensors takes, without writing it."""
+    return assemble(staged, groups_by_entry(pairs), None, coded=config.coding is not None)
+
+
+def artifact_bytes(
+    config: DeltaConfig,
+    staged: Iterable[StagedTensor],
+    written: TensorBytes,
+    companions: Mapping[str, bytes],
+) -> int:
+    """Bytes of the whole artifact whose tensors were written, or counted, as `written` says."""
+    entries = sorted((tensor.entry for tensor in staged), key=lambda entry: entry.name)
+    return written.n_bytes + surroundings_bytes(config, entries, companions)
+
+
 def surroundings_bytes(
     config: DeltaConfig, entries: Iterable[TensorEntry], companions: Mapping[str, bytes]
 ) -> int:
@@ -128,22 +146,23 @@ def check_size(config: DeltaConfig, max_bytes: int | None, n_bytes: int) -> None
 def _stand_ins(pairs: Sequence[TensorPair], staged: Sequence[StagedTensor]) -> list[StagedTensor]:
     """Each pair's own staged tensor or, under its name, one of its kind."""
     own = {tensor.name: tensor for tensor in staged}
-    of_kind: dict[_Kind, list[StagedTensor]] = {}
+    of_kind: dict[Kind, list[StagedTensor]] = {}
     for pair in pairs:
         if pair.name in own:
-            of_kind.setdefault(_kind(pair), []).append(own[pair.name])
+            of_kind.setdefault(kind_of(pair), []).append(own[pair.name])
     found = []
     for number, pair in enumerate(pairs):
         tensor = own.get(pair.name)
         if tensor is None:
-            alike = of_kind[_kind(pair)]
+            alike = of_kind[kind_of(pair)]
             tensor = alike[number % len(alike)]
             tensor = replace(tensor, entry=replace(tensor.entry, name=pair.name))
         found.append(tensor)
     return found
 
 
-def _kind(pair: TensorPair) -> _Kind:
+def kind_of(pair: TensorPair) -> Kind:
+    """What decides how well a tensor's terms are coded: the sample has some of every kind."""
     return group_of(pair), pair.shape, pair.is_encoded
 
 
