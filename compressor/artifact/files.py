@@ -65,6 +65,16 @@ def read_file(directory: int, name: str) -> bytearray:
     Unreadable if the system does not let us; TooLarge beyond the limit for its kind. Never blocks
     on a pipe or device.
     """
+    with _opened(directory, name) as (descriptor, n_bytes):
+        try:
+            return _read_exactly(descriptor, n_bytes, name)
+        except OSError as error:
+            _unreadable(name, error)
+
+
+@contextmanager
+def _opened(directory: int, name: str) -> Iterator[tuple[int, int]]:
+    """Open one file, and say how many bytes it has; raises what `read_file` says."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     try:
         descriptor = os.open(name, flags, dir_fd=directory)
@@ -79,9 +89,7 @@ def read_file(directory: int, name: str) -> bytearray:
         if not stat.S_ISREG(status.st_mode):
             raise Corrupt(f"{name} is not a regular file")
         _check_size(name, status.st_size)
-        return _read_exactly(descriptor, status.st_size, name)
-    except OSError as error:
-        _unreadable(name, error)
+        yield descriptor, status.st_size
     finally:
         os.close(descriptor)
 
@@ -177,22 +185,14 @@ def check_listing(directory: int, sums: Mapping[str, str]) -> int:
 
 
 def check_files(directory: int, sums: Mapping[str, str]) -> None:
-    """Check without reading that every listed file is there, a regular file, and not too large.
+    """Check, without reading them, that all listed files can be read and are not too large.
 
     Raises Corrupt, TooLarge, Unreadable.
     """
     for name in sums:
-        try:
-            status = os.stat(name, dir_fd=directory, follow_symlinks=False)
-        except FileNotFoundError:
-            raise Corrupt(f"{name} is missing") from None
-        except OSError as error:
-            _unreadable(name, error)
-        if not stat.S_ISREG(status.st_mode):
-            raise Corrupt(f"{name} must be a regular file, not a link")
-        _check_size(name, status.st_size)
-        if status.st_size == 0 and name in (CONFIG, TENSORS):
-            raise Corrupt(f"{name} is empty")
+        with _opened(directory, name) as (_, n_bytes):
+            if n_bytes == 0 and name in (CONFIG, TENSORS):
+                raise Corrupt(f"{name} is empty")
 
 
 def _check_size(name: str, n_bytes: int) -> None:

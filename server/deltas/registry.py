@@ -21,13 +21,11 @@ from pathlib import Path
 
 from compressor.artifact.reader import describe_artifact, read_digest
 from compressor.errors import ArtifactError, Unreadable
-from compressor.readable import is_forbidden
 from server.deltas.failures import Failure, Refused, failure_of
 from server.deltas.fingerprint import Fingerprint, fingerprint_of
 from server.errors import DeltasUnreadable
 
 log = logging.getLogger(__name__)
-WEIGHTS = "delta.safetensors"
 N_NAMED = 5  # of the variants that cannot be served, in one line
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
@@ -114,11 +112,6 @@ class DeltaRegistry:
             if old is not None and old.digest == digest and old.failure is None:
                 return old
             described = describe_artifact(path, base_identity=self._base_identity)
-            if is_forbidden(path / WEIGHTS):
-                raise Unreadable(
-                    f"{WEIGHTS} may not be read by the server's user; allow it (chmod a+r) or run "
-                    "the server as the owner"
-                )
         except (ArtifactError, OSError, MemoryError, Refused) as error:
             return self._failed(path, digest, seen, error, old)
         return RegisteredDelta(
