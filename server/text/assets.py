@@ -14,14 +14,12 @@ from typing import Any, Self
 
 from transformers import PreTrainedTokenizerBase
 
+from compressor.artifact.settings_files import RANGES, SAMPLING
 from server.errors import ConfigError
 from server.text.description import likeness
 from server.text.text_stream import text_stream
 from server.text.token_width import max_chars_per_token
 from server.text.vocabulary import Vocabulary
-
-SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p")
-GENERATION_DEFAULTS = (*SAMPLING_DEFAULTS, "repetition_penalty", "max_new_tokens")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,11 +99,9 @@ def defaults_of(generation: dict[str, Any]) -> dict[str, Any]:
     """What a request gets that says nothing else. `do_sample: false` is greedy: temperature 0, the
     filters of a draw left out, penalties as they are. Raises ConfigError.
     """
-    given = {
-        name: generation[name] for name in GENERATION_DEFAULTS if generation.get(name) is not None
-    }
+    given = {name: generation[name] for name in RANGES if generation.get(name) is not None}
     if generation.get("do_sample") is False:
-        given = {name: given[name] for name in given.keys() - {*SAMPLING_DEFAULTS}}
+        given = {name: given[name] for name in given.keys() - {*SAMPLING}}
         given["temperature"] = 0.0
     length = given.get("max_new_tokens")
     if length is not None and (type(length) is not int or length < 1):

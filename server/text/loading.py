@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compressor.artifact.files import TOKENIZER_FILES
+from compressor.artifact.files import GENERATION, TEMPLATE, TOKENIZER_FILES
 from compressor.artifact.reader import OpenedArtifact
 from compressor.errors import TooLarge
 from server.errors import ConfigError
@@ -17,7 +17,6 @@ from server.text.description import Description
 from server.text.store import TokenizerStore
 from server.text.workers.tasks import load_fast_tokenizer
 
-TEMPLATE = "chat_template.jinja"
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_TOKENIZER_BYTES = 64 << 20  # of all files of one tokenizer
 # Given a tokenizer's folder; done by a text worker.
@@ -30,7 +29,7 @@ def load_base_text(base_dir: Path) -> TextAssets:
         tokenizer = load_fast_tokenizer(base_dir)
     except ValueError as error:
         raise ConfigError(f"the base's tokenizer cannot be used: {error}") from error
-    generation = _read_json(base_dir, "generation_config.json")
+    generation = _read_json(base_dir, GENERATION)
     config = _read_json(base_dir, "config.json")
     return TextAssets.of_tokenizer(
         tokenizer,
@@ -55,10 +54,10 @@ def load_variant_text(
     dropped: list[str] = details.get("dropped_files", [])  # the fine-tune lives without them
     text = _with_tokenizer(base_dir, base, opened, dropped, store, describe)
     generation: dict[str, Any] = {}
-    if "generation_config.json" in aux:
-        generation = json.loads(aux["generation_config.json"])
-    elif "generation_config.json" not in dropped:
-        generation = _read_json(base_dir, "generation_config.json")
+    if GENERATION in aux:
+        generation = json.loads(aux[GENERATION])
+    elif GENERATION not in dropped:
+        generation = _read_json(base_dir, GENERATION)
     config = _read_json(base_dir, "config.json") | details.get("config", {})
     own_eos = next(iter(text.eos_token_ids), None)  # so far the tokenizer's
     return replace(
