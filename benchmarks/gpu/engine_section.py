@@ -55,7 +55,7 @@ def make_ready(engine: Engine, artifact: Path) -> list[str]:
 
 def describe(engine: Engine, report: Report) -> None:
     """Whether the fast paths are taken, and the memory of base, cache and resident variants."""
-    layers = list(engine.runner.base.store.probed)
+    layers = list(engine.runner.base.store.layers)
     n_fused = sum(isinstance(layer.forward, RotaryAttention) for layer in layers)
     report.line(f"\n{n_fused} of {len(layers)} attention layers fused")
     if engine.scope.device.type == "cuda":

@@ -105,7 +105,7 @@ class EngineCore:
         self._accounting = Accounting(self._requests, self.scheduler, self._max_len, observer)
         self._stop = False
         self.heartbeat = time.monotonic()
-        for module in runner.base.store.probed:  # a long step is alive as long as layers go by
+        for module in runner.base.store.layers:  # a long step is alive as long as layers go by
             module.register_forward_pre_hook(self._beat)
         runner.base.kernels.on_compiled(self._beat)  # a layer's first step may compile many
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)

@@ -19,12 +19,13 @@ from compressor.codecs.siblings import SIBLING_PROJECTIONS
 from server.deltas.parameter import DeltaParameter
 from server.deltas.residency import Residency
 from server.errors import ConfigError
-from server.model.attention import ATTENTION_NAME, KVStore, attach_store, register_attention
+from server.model.attention import ATTENTION_NAME, attach_store, register_attention
 from server.model.context import StepContext
 from server.model.embedding import DeltaEmbedding
 from server.model.fused_attention import fuse_rotary
 from server.model.fused_layer import fuse_residuals
 from server.model.fused_mlp import fuse_gated_mlp
+from server.model.kv_store import KVStore
 from server.model.linear import DeltaLinear, Product
 from server.model.norm import DeltaNorm
 from server.model.varying_rope import VaryingRope, varying_rope
@@ -133,7 +134,7 @@ def prepare_base_model(
     _limit_length(base)
     n_residual = fuse_residuals(model, lambda: _probe(base))
     n_fused = fuse_rotary(model, store)
-    log.info("%d of %d attention layers are fused", n_fused, len(store.probed))
+    log.info("%d of %d attention layers are fused", n_fused, len(store.layers))
     log.info("the residual additions of %d layers are fused with the norms after them", n_residual)
     return base
 
@@ -213,9 +214,9 @@ def _limit_length(base: BaseModel) -> None:
 def _probe(base: BaseModel) -> None:
     """One forward pass without a cache: learns the layers' KV shapes, checks the hook is used."""
     ids = torch.arange(N_PROBED, device=base.device).unsqueeze(0)
-    with torch.inference_mode():
+    with torch.inference_mode(), base.store.probing():
         base.model(input_ids=ids, position_ids=ids, use_cache=False)
-    if not base.store.probed:
+    if not base.store.layers:
         name = type(base.model).__name__
         raise ConfigError(
             f"{name} does not use transformers' attention interface, which the server needs"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from server.model.attention import KVStore, Seen
+from server.model.kv_store import KVStore, ProbedCall
 from server.model.linear import DeltaLinear
 from server.model.norm import DeltaNorm
 from server.ops.attention import HeadNorm, Rotary, rotate
@@ -27,12 +27,12 @@ TOLERANCE = 0.02  # of the largest value: bfloat16 rounded at other places
 class RotaryAttention:
     """``o(attend(rotary(norm(q(x))), rotary(norm(k(x))), v(x)))``, the norms if there are any."""
 
-    def __init__(self, module: nn.Module, store: KVStore, seen: Seen) -> None:
+    def __init__(self, module: nn.Module, store: KVStore, seen: ProbedCall) -> None:
         self._module, self._store = module, store
         self._q, self._k, self._v, self._o = (module.get_submodule(n) for n in PROJECTIONS)
         self._q_norm, self._k_norm = (getattr(module, name, None) for name in NORMS)
         self._dim = seen.q.shape[-1]
-        self._scale, self._window, self._softcap = seen.scale, seen.window, seen.softcap
+        self._form = seen.form
 
     def __call__(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_: Any
@@ -43,9 +43,7 @@ class RotaryAttention:
         out = self._store.attend(
             self._module,
             self.project(hidden_states) if norms is None else self._parts(hidden_states),
-            self._scale,
-            self._window,
-            self._softcap,
+            self._form,
             Rotary(cos[0], sin[0]),
             norms,
         )
@@ -78,9 +76,10 @@ class RotaryAttention:
 
 @dataclass(slots=True)
 class _Observed:
-    """One module's call in the probing pass."""
+    """One module's last call in the probing pass, and how many there were."""
 
     arguments: dict[str, Any]
+    n_calls: int
     output: Any = None
 
 
@@ -89,10 +88,12 @@ def fuse_rotary(model: nn.Module, store: KVStore) -> int:
 
     Returns how many. The model must be as before `KVStore.allocate`.
     """
-    candidates = [module for module in store.probed if _has_parts(module)]
+    candidates = [module for module in store.layers if _has_parts(module)]
     n = 0
     for module, observed in _observe(model, store, candidates).items():
-        seen = store.seen[module]
+        seen = store.seen[module][-1]
+        if len(store.seen[module]) != observed.n_calls or len(set(store.layers[module])) > 1:
+            continue  # several calls of the attention function in one of the module
         if not _has_angles(observed.arguments, seen) or not _norms_heads(module, seen):
             continue
         fused = RotaryAttention(module, store, seen)
@@ -112,7 +113,9 @@ def _observe(
         return found
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found[module] = _Observed(kwargs | ({"hidden_states": args[0]} if args else {}))
+        arguments = kwargs | ({"hidden_states": args[0]} if args else {})
+        n_before = found[module].n_calls if module in found else 0
+        found[module] = _Observed(arguments, n_before + 1)
 
     def after(module: nn.Module, _: Any, output: Any) -> None:
         found[module].output = output
@@ -122,9 +125,9 @@ def _observe(
         hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
         hooks.append(module.register_forward_hook(after))
     try:
-        device = next(iter(store.seen.values())).q.device
+        device = next(iter(store.seen.values()))[0].q.device
         positions = torch.tensor([POSITIONS], device=device)
-        with torch.inference_mode():
+        with torch.inference_mode(), store.probing():
             model(
                 input_ids=torch.arange(len(POSITIONS), device=device).unsqueeze(0),
                 position_ids=positions,
@@ -143,13 +146,13 @@ def _has_parts(module: nn.Module) -> bool:
     return set(children) <= {*PROJECTIONS, *NORMS}
 
 
-def _norms_heads(module: nn.Module, seen: Seen) -> bool:
+def _norms_heads(module: nn.Module, seen: ProbedCall) -> bool:
     """Whether what norms there are take one head at a time, not all of them (OLMo 2)."""
     norms = [getattr(module, name, None) for name in NORMS]
     return all(norm is None or norm.weight.shape == seen.q.shape[-1:] for norm in norms)
 
 
-def _has_angles(arguments: dict[str, Any], seen: Seen) -> bool:
+def _has_angles(arguments: dict[str, Any], seen: ProbedCall) -> bool:
     angles = arguments.get("position_embeddings")
     if not isinstance(angles, tuple) or len(angles) != 2:
         return False
@@ -163,7 +166,7 @@ def _has_angles(arguments: dict[str, Any], seen: Seen) -> bool:
     )
 
 
-def _agrees(fused: RotaryAttention, observed: _Observed, seen: Seen) -> bool:
+def _agrees(fused: RotaryAttention, observed: _Observed, seen: ProbedCall) -> bool:
     x, (cos, sin) = observed.arguments["hidden_states"], observed.arguments["position_embeddings"]
     if not isinstance(observed.output, tuple) or len(observed.output) != 2:
         return False

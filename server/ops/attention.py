@@ -50,12 +50,14 @@ class AttentionMetadata:
 
     cache_rows    [T] int64, row in the flattened cache ``[n_kv_blocks * block_tokens]``
     made          what layers derive from it and share in this step, by what it depends on
+    first_row     which of the step's rows the first is, where these are a part of them
     """
 
     cache_rows: Tensor
     decode: DecodeBatch | None
     prefill: tuple[PrefillChunk, ...]
     made: dict[Hashable, Tensor] = field(default_factory=dict)
+    first_row: int = 0
 
 
 @dataclass(frozen=True, slots=True)

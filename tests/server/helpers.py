@@ -34,7 +34,7 @@ FIELDS = {
 def _static_steps(runner: Runner, settings: Settings) -> None:
     """Decode steps over static buffers; what padding writes there is poison to whoever reads it."""
     runner.use_static(max_rows=settings.max_num_seqs, max_len=STATIC_LEN)
-    for layer in runner.base.store.layers.values():  # the KV block that padding writes to
+    for layer in runner.base.store.all_kv_blocks():  # the KV block that padding writes to
         layer.k[-1] = layer.v[-1] = float("nan")
 
 

@@ -209,16 +209,16 @@ class Runner:
         base = self.base
         base.context.rows, base.context.output_rows = rows, output_rows
         base.context.reconstructed = reconstructed
-        base.store.metadata = metadata
         try:
-            output = base.model(
-                input_ids=input_ids,
-                position_ids=position_ids,
-                use_cache=False,
-                logits_to_keep=logits_to_keep,  # 0: all
-            )
+            with base.store.step(metadata):
+                output = base.model(
+                    input_ids=input_ids,
+                    position_ids=position_ids,
+                    use_cache=False,
+                    logits_to_keep=logits_to_keep,  # 0: all
+                )
         finally:
-            base.context.rows = base.context.output_rows = base.store.metadata = None
+            base.context.rows = base.context.output_rows = None
             base.context.reconstructed = frozenset()
         logits: Tensor = output.logits
         return logits[0]

@@ -235,7 +235,7 @@ def test_heartbeat_beats_in_every_layer_of_a_step(pair: Served, harness: Make) -
         seen.append(engine.core.heartbeat)
         engine.core.heartbeat = 0.0
 
-    layers = list(engine.core._runner.base.store.probed)
+    layers = list(engine.core._runner.base.store.layers)
     for layer in layers:
         layer.register_forward_pre_hook(look)
     engine.run(engine.submit("base", "x", max_tokens=1))

@@ -346,7 +346,7 @@ async def test_dead_engine_tells_streams_and_refuses_new_ones(pair: Served) -> N
 async def test_heartbeat_stops_when_a_layer_hangs_and_comes_back(pair: Served) -> None:
     async with running(pair, heartbeat_timeout_s=1.0) as engine:
         go = threading.Event()
-        layer = next(iter(engine.core._runner.base.store.probed))
+        layer = next(iter(engine.core._runner.base.store.layers))
         layer.register_forward_hook(lambda *_: go.wait(60) and None)
         task = asyncio.create_task(ask(engine, "base"))
         await until(lambda: not engine.is_alive())

@@ -21,7 +21,7 @@ from tests.server.conftest import PAIR, Served
 
 def fused_of(served: Callable[..., Served], kind: str, **options: Any) -> list[bool]:
     base = load_base_model(served(kind, PAIR, **options).base, torch.device("cpu"), torch.float32)
-    return [isinstance(module.forward, RotaryAttention) for module in base.store.probed]
+    return [isinstance(module.forward, RotaryAttention) for module in base.store.layers]
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma"])
@@ -57,8 +57,8 @@ def test_fuse_rotary_model_of_unusual_norms_is_served(kind: str, fuses: bool) ->
     config = AutoConfig.for_model(kind, **sizes, **heads)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)
     base = prepare_base_model(model.eval().requires_grad_(False), TorchKernels())
-    assert len(base.store.probed) == 1
-    assert all(isinstance(m.forward, RotaryAttention) == fuses for m in base.store.probed)
+    assert len(base.store.layers) == 1
+    assert all(isinstance(m.forward, RotaryAttention) == fuses for m in base.store.layers)
 
 
 class Joined(TorchKernels):
@@ -89,7 +89,7 @@ def test_step_that_only_decodes_leaves_norms_of_heads_to_the_kernel(
     before = kernels.n_rms_norms
     sent = [engine.submit(n, "x", max_tokens=2, ignore_eos=True) for n in ("base", "blockdiag")]
     engine.run(*sent)
-    layers = [m.forward for m in engine.core._runner.base.store.probed]
+    layers = [m.forward for m in engine.core._runner.base.store.layers]
     assert len(kernels.norms) == len(layers), "one step in which both decode"
     assert kernels.n_rms_norms - before == (2 * len(layers) + 1) + 1, "of the prefill, of the step"
     for forward, norms in zip(layers, kernels.norms, strict=True):

@@ -18,9 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from server.model.attention import ATTENTION_NAME, KVStore, register_attention
+from server.model.attention import ATTENTION_NAME, register_attention
 from server.model.base import BaseModel, prepare_base_model
 from server.model.fused_layer import ResidualLayer
+from server.model.kv_store import KVStore
 from server.model.norm import DeltaNorm
 from server.ops.kernels import Kernels, TorchKernels
 from server.ops.norm import RmsForm

@@ -1,0 +1,202 @@
+"""The KV cache of all layers, as the attention modules use it.
+
+A layer is one call of the attention function: a module may call it several times in a step
+(differential attention does), and a model may run one module several times (recurrent depth). Which
+calls there are a probing forward pass shows; every step must then make the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from server.errors import EngineError
+from server.ops.attention import (
+    AttentionCall,
+    AttentionKernels,
+    AttentionMetadata,
+    HeadNorm,
+    Rotary,
+    paged_attention,
+)
+
+
+@dataclass(slots=True)
+class LayerKVBlocks:
+    """One layer's KV blocks ``[n_kv_blocks, block_tokens, Hkv, D]``."""
+
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionForm:
+    """What of one call is the same in every step; see `AttentionCall`."""
+
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ProbedCall:
+    """What a module handed to the attention function in the probing forward pass.
+
+    q [1, H, T, D]; k, v [1, Hkv, T, D]
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    form: AttentionForm
+
+    @property
+    def layer(self) -> Layer:
+        return Layer(self.k.shape[1], self.k.shape[3], self.k.dtype, self.form)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """What is known of one layer: KV heads, their width, the cache's dtype."""
+
+    kv_heads: int
+    width: int
+    dtype: torch.dtype
+    form: AttentionForm
+
+    def bytes_per_token(self) -> int:
+        return 2 * self.kv_heads * self.width * self.dtype.itemsize
+
+
+@dataclass(slots=True)
+class KVStore:
+    """All layers' KV blocks and the metadata of the step in progress.
+
+    layers     by module, in the order of its calls in a step
+    seen       what the last probing pass saw; for those who prepare the model
+    kv_blocks  by module, as `layers`
+    """
+
+    kernels: AttentionKernels
+    metadata: AttentionMetadata | None = None
+    layers: dict[nn.Module, list[Layer]] = field(default_factory=dict)
+    seen: dict[nn.Module, list[ProbedCall]] = field(default_factory=dict)
+    kv_blocks: dict[nn.Module, list[LayerKVBlocks]] = field(default_factory=dict)
+    n_kv_blocks: int = 0
+    block_tokens: int = 0
+    is_probing: bool = False
+    _n_calls: dict[tuple[nn.Module, int], int] = field(default_factory=dict)
+
+    @contextmanager
+    def probing(self) -> Iterator[None]:
+        """A forward pass in which the attention function learns the layers and returns q."""
+        self.layers.clear()
+        self.seen.clear()
+        self.is_probing = True
+        try:
+            yield
+        finally:
+            self.is_probing = False
+
+    def probe(self, module: nn.Module, call: ProbedCall) -> None:
+        """The module's next call of the probing pass."""
+        self.layers.setdefault(module, []).append(call.layer)
+        self.seen.setdefault(module, []).append(call)
+
+    @contextmanager
+    def step(self, metadata: AttentionMetadata) -> Iterator[None]:
+        """An engine step. Raises EngineError unless it makes exactly the calls that were probed."""
+        self.metadata = metadata
+        self._n_calls.clear()
+        try:
+            yield
+            self._check_all_called()
+        finally:
+            self.metadata = None
+
+    def _check_all_called(self) -> None:
+        called = {module for module, _ in self._n_calls}
+        as_often = (n == len(self.layers[module]) for (module, _), n in self._n_calls.items())
+        if called != self.layers.keys() or not all(as_often):
+            raise _other_calls()
+
+    def attend(
+        self,
+        module: nn.Module,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        form: AttentionForm,
+        rotary: Rotary | None = None,
+        norms: tuple[HeadNorm, HeadNorm] | None = None,
+    ) -> Tensor:
+        """The module's next call in this step: q [T, H, D]; k, v [T, Hkv, D] -> [T, H, D].
+
+        Raises EngineError if it is none of those that were probed.
+        """
+        metadata = self.metadata
+        assert metadata is not None, "attention called outside an engine step"
+        # Who runs on parts of the rows makes the same calls for each of them.
+        part = (module, metadata.first_row)
+        ordinal = self._n_calls.get(part, 0)
+        self._n_calls[part] = ordinal + 1
+        layers = self.layers.get(module, [])
+        # Kernels on addresses would read and write past the end of what does not fit.
+        wanted = (len(metadata.cache_rows), *_heads(layers[ordinal:]))
+        if qkv[1].shape != wanted or qkv[2].shape != wanted or layers[ordinal].form != form:
+            raise _other_calls()
+        kv_blocks = self.kv_blocks[module][ordinal]
+        call = AttentionCall(
+            *qkv,
+            kv_blocks.k,
+            kv_blocks.v,
+            metadata,
+            form.scale,
+            form.window,
+            form.softcap,
+            rotary=rotary,
+            norms=norms,
+        )
+        return paged_attention(call, self.kernels)
+
+    def bytes_per_token(self) -> int:
+        return sum(layer.bytes_per_token() for layers in self.layers.values() for layer in layers)
+
+    def allocate(self, n_kv_blocks: int, block_tokens: int, device: torch.device) -> None:
+        """Create the KV blocks: zeros, for padding is read (masked), so it must be finite."""
+        self.n_kv_blocks, self.block_tokens = n_kv_blocks, block_tokens
+
+        def blocks(layer: Layer) -> Tensor:
+            shape = (n_kv_blocks, block_tokens, layer.kv_heads, layer.width)
+            return torch.zeros(shape, dtype=layer.dtype, device=device)
+
+        for module, layers in self.layers.items():
+            self.kv_blocks[module] = [LayerKVBlocks(blocks(x), blocks(x)) for x in layers]
+
+    def wipe(self, kv_blocks: list[int]) -> None:
+        """Zero KV blocks that may hold NaN or infinity before somebody else gets them."""
+        if not kv_blocks:
+            return
+        index = None  # on the layers' device: one copy for all
+        for layer in self.all_kv_blocks():
+            if index is None:
+                index = torch.tensor(kv_blocks, device=layer.k.device)
+            layer.k.index_fill_(0, index, 0)
+            layer.v.index_fill_(0, index, 0)
+
+    def all_kv_blocks(self) -> Iterator[LayerKVBlocks]:
+        for layers in self.kv_blocks.values():
+            yield from layers
+
+
+def _heads(layers: list[Layer]) -> tuple[int, ...]:
+    return (layers[0].kv_heads, layers[0].width) if layers else ()
+
+
+def _other_calls() -> EngineError:
+    return EngineError(
+        "the base model's attention layers made other calls in this step than at start-up; "
+        "the server cannot run this architecture"
+    )
