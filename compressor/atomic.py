@@ -40,6 +40,18 @@ def write_new(path: Path, chunks: Iterable[bytes | memoryview], *, sync: bool = 
         return stream.tell()
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write `path` whole and flushed, in place of a file that may be there; other names of that
+    file keep what it held.
+    """
+    staged = path.with_name(f".{path.name}.partial")
+    with _as_output_error(f"cannot write {path}"):
+        staged.unlink(missing_ok=True)
+        write_new(staged, [data])
+        os.replace(staged, path)
+    sync_directory(path.parent)
+
+
 @contextmanager
 def new_file(path: Path, *, sync: bool = True) -> Iterator[BinaryIO]:
     """Create `path` (which must not exist) and yield it for writing; see `write_new`."""

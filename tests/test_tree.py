@@ -34,7 +34,6 @@ ELSEWHERE = {
     ),
     "compressor.checkpoint.groups": "tests/compressor/compress/test_pipeline.py",
     "compressor.checkpoint.headers": "tests/compressor/checkpoint/test_files.py",
-    "compressor.checkpoint.writer": "tests/compressor/export/test_reconstruct.py",
     "compressor.cli": "tests/compressor/cli/test_app.py",
     "compressor.cli.compress": "tests/compressor/cli/test_app.py",
     "compressor.cli.eval": "tests/compressor/measure/test_evaluation.py",

@@ -57,6 +57,13 @@ def cached_ref(path: Path) -> HubRef | None:
     return match and HubRef(match["repo"].replace("--", "/", 1), match["commit"])
 
 
+def hub_cache() -> Path:
+    """Return the folder that keeps what came from the Hub."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
 def fetch_settings(ref: HubRef) -> Path:
     """Fetch everything small of the repository and return its snapshot directory."""
     return _snapshot(ref, _SETTINGS)
@@ -76,11 +83,9 @@ def fetch_files(ref: HubRef, snapshot: Path, names: Sequence[str]) -> None:
 
 def fetch_artifact(ref: HubRef, snapshot: Path) -> Path:
     """Fetch a delta artifact as plain files and return their directory."""
-    from huggingface_hub import constants
-
     commit = cached_ref(snapshot) or ref
     folder = f"{ref.repo.replace('/', '--')}@{commit.revision or 'main'}"
-    local = Path(constants.HF_HUB_CACHE) / _DELTAS / folder
+    local = hub_cache() / _DELTAS / folder
     names = (*_SETTINGS, "delta.safetensors")
     return _snapshot(HubRef(ref.repo, commit.revision), names, asked=ref, local_dir=local)
 

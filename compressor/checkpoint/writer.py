@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from compressor.atomic import RunLock, publish_directory, recover_directory
+from compressor.checkpoint.files import DTYPE_NAMES
 from compressor.checkpoint.files import DTYPES as STORED_DTYPES
 from compressor.checkpoint.headers import slice_name
 from compressor.checkpoint.layout import Layout
@@ -43,10 +44,25 @@ class Outgoing:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def check_dtype(dtype: str | None) -> None:
-    """Refuse a dtype no checkpoint is written in."""
-    if dtype is not None and dtype not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+def narrowed(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Return float values in `dtype`.
+
+    Raises InputError naming the tensor, the value and the remedy where a finite value would become
+    infinite: beyond 65504 in float16. (NaN and infinities that are there already stay.)
+    """
+    cast = values.to(dtype)
+    if torch.finfo(dtype).max >= torch.finfo(values.dtype).max or bool(cast.isfinite().all()):
+        return cast
+    lost = cast.isinf() & values.isfinite()
+    if bool(lost.any()):
+        worst = values[lost][values[lost].abs().argmax()]
+        wider = "bfloat16 or float32" if dtype is torch.float16 else "float32"
+        raise InputError(
+            f"{name}: the value {float(worst):.6g} is beyond what {DTYPE_NAMES[dtype]} can hold "
+            f"({torch.finfo(dtype).max:.6g}) and would become infinite; write {wider} (--dtype, or "
+            "out_dtype of a recipe)"
+        )
+    return cast
 
 
 @contextmanager
@@ -160,7 +176,7 @@ def _write(file: Path, tensors: Sequence[Outgoing]) -> Iterator[Outgoing]:
         stream.write(framed(header_json(entries, {"format": "pt"})))
         for tensor in tensors:
             for piece in tensor.load():
-                values = piece.to(tensor.dtype).contiguous()
+                values = narrowed(piece, tensor.dtype, tensor.name).contiguous()
                 stream.write(values.reshape(-1).view(torch.uint8).numpy().data)
             yield tensor
 

@@ -50,14 +50,23 @@ def reporting(command: Callable[P, R]) -> Callable[P, R]:
     return wrapped
 
 
-def look_at(*models: str, deltas: Iterable[Path] = ()) -> None:
-    """Say what is wrong with local models, adapters and deltas before torch is imported.
+def look_at(
+    *models: str,
+    deltas: Iterable[Path] = (),
+    files: Iterable[Path | None] = (),
+    out: str | Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Say what is wrong with paths before torch is imported.
 
-    Hub ids are left to whoever fetches them.
+    models     models, adapters and deltas; Hub ids are left to whoever fetches them
+    files      single files that are read too
+    out        where the result goes: nothing that is read may be touched by it
     """
     from compressor.artifact.files import open_directory, read_checksums
     from compressor.checkpoint.folder import look_at_folder
     from compressor.checkpoint.hub import parse_ref
+    from compressor.checkpoint.outputs import check_free, check_output
 
     for model in models:
         if os.path.lexists(model) or parse_ref(model) is None:
@@ -65,6 +74,9 @@ def look_at(*models: str, deltas: Iterable[Path] = ()) -> None:
     for delta in deltas:
         with open_directory(delta) as directory:
             read_checksums(directory)
+    if out is not None:
+        check_output(out, [*models, *deltas], [file for file in files if file is not None])
+        check_free(out, overwrite=overwrite)
 
 
 @contextmanager

@@ -105,7 +105,7 @@ def compress(
     quiet: Quiet = False,
 ) -> None:
     """Compress FINETUNED, a full fine-tune of BASE, into the delta artifact OUT."""
-    look_at(base, finetuned)
+    look_at(base, finetuned, files=[calibration], out=out, overwrite=overwrite)
     from compressor.checkpoint.folder import resolve
     from compressor.checkpoint.hub import with_revision
     from compressor.compress.options import Options

@@ -43,7 +43,7 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Write BASE + DELTA as a Hugging Face model, a PEFT LoRA or for mergekit."""
-    look_at(base, deltas=[delta])
+    look_at(base, deltas=[delta], files=[calibration], out=out, overwrite=overwrite)
     from compressor.checkpoint.hub import with_revision
     from compressor.export.mergekit import export_mergekit
     from compressor.export.reconstruct import reconstruct

@@ -45,7 +45,7 @@ def import_adapter(
     quiet: Quiet = False,
 ) -> None:
     """Turn a PEFT adapter of BASE into a delta: LoRA exactly, DoRA with a stated error."""
-    look_at(base, adapter)
+    look_at(base, adapter, out=out, overwrite=overwrite)
     from compressor.artifact.reader import read_config
     from compressor.checkpoint.folder import resolve
     from compressor.checkpoint.hub import with_revision

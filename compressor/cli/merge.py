@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from compressor.cli.common import Overwrite, Quiet, progress_bar, reporting, silence_libraries
+from compressor.cli.common import (
+    Overwrite,
+    Quiet,
+    look_at,
+    progress_bar,
+    reporting,
+    silence_libraries,
+)
 from compressor.errors import InputError
 
 if TYPE_CHECKING:
@@ -66,10 +73,7 @@ def merge(
     quiet: Quiet = False,
 ) -> None:
     """Merge fine-tunes of one base by task arithmetic or TIES."""
-    from compressor.compress.options import Options
     from compressor.merge.config import MergeConfig, MergeModel, read_merge_config
-    from compressor.merge.merge import merge as run
-    from compressor.merge.merge import merge_to_delta
 
     *inputs, out = arguments
     settings = {
@@ -99,6 +103,13 @@ def merge(
         config = MergeConfig(base, models, **given)  # type: ignore[arg-type]  # checked there
     if (codec or ratio) and not delta:
         raise InputError("--codec and --ratio are for --delta")
+    recipe = [Path(inputs[0])] if len(inputs) == 1 else []  # CONFIG.yaml
+    look_at(*config.inputs, files=recipe, out=out, overwrite=overwrite)
+
+    from compressor.compress.options import Options
+    from compressor.merge.merge import merge as run
+    from compressor.merge.merge import merge_to_delta
+
     silence_libraries()
     with progress_bar(quiet) as progress:
         if not delta:

@@ -35,7 +35,7 @@ def reconstruct(
     quiet: Quiet = False,
 ) -> None:
     """Write BASE + DELTA to OUT as an ordinary Hugging Face model."""
-    look_at(base, deltas=[delta])
+    look_at(base, deltas=[delta], out=out, overwrite=overwrite)
     from compressor.checkpoint.hub import with_revision
     from compressor.export.reconstruct import reconstruct as run
 

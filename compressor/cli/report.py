@@ -41,10 +41,11 @@ def report(
     *deltas, out = deltas_and_out
     if not deltas or out.suffix.lower() not in (".html", ".htm"):
         raise InputError("give one or more delta directories and, last, the page: OUT.html")
-    if out.exists() and not (overwrite and out.is_file()):
-        raise OutputError(f"{out} exists; remove it or use --overwrite")
-    look_at(base, finetuned, deltas=deltas)
+    if out.exists() and not out.is_file():
+        raise OutputError(f"{out} is no file; choose another page")
+    look_at(base, finetuned, deltas=deltas, files=[data], out=out, overwrite=overwrite)
 
+    from compressor.atomic import replace_file
     from compressor.measure.samples import Sample, load_tokenizer, read_samples
     from compressor.peft.config import is_adapter
     from compressor.report.data import make_report
@@ -64,9 +65,6 @@ def report(
             layer_texts, progress,
         )  # fmt: skip
         page = render(found)
-    try:
-        out.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror}") from error
+    replace_file(out, page.encode())
     if not quiet:
         typer.echo(f"{out}: {len(page.encode()):,} bytes")

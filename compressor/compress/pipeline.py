@@ -28,6 +28,7 @@ from compressor.auto.goal import Chosen, Inputs
 from compressor.auto.search import choose
 from compressor.checkpoint.companions import dropped_companions
 from compressor.checkpoint.files import Checkpoint
+from compressor.checkpoint.outputs import check_output
 from compressor.checkpoint.pairing import Pairing, TensorPair, is_unchanged, pair_tensors, to_store
 from compressor.compress.describe import base_info, checkpoint_dtype
 from compressor.compress.encoding import Encoder
@@ -55,6 +56,7 @@ def compress(
     Same inputs and options give identical bytes.
     """
     options = options or Options()
+    check_output(out, [base, tuned], [options.calibration] if options.calibration else [])
     progress = progress or silent
     codec = None if options.codec == AUTO else make_encoder(options.codec, **options.codec_options)
     if codec is None and options.codec_options:

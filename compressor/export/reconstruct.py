@@ -16,11 +16,11 @@ from compressor.checkpoint.companions import copy_companions
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.folder import resolve
 from compressor.checkpoint.layout import Layout, Parameter, read_layout
+from compressor.checkpoint.outputs import check_dtype, check_output
 from compressor.checkpoint.writer import (
     DTYPES,
     MAX_SHARD_BYTES,
     Outgoing,
-    check_dtype,
     published,
     write_model,
 )
@@ -49,6 +49,7 @@ def reconstruct(
     other base, and the other errors of `read_artifact`; then nothing appears at `out`.
     """
     check_dtype(dtype)
+    check_output(out, [base, delta])
     with Checkpoint(base) as checkpoint:
         artifact = read_artifact(resolve(delta), base_identity=base_identity(checkpoint.path))
         layout = read_layout(checkpoint.path)

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from compressor.checkpoint.writer import check_dtype
+from compressor.checkpoint.outputs import check_dtype
 from compressor.errors import InputError
 
 Method = Literal["ta", "ties"]
@@ -134,6 +134,11 @@ class MergeConfig:
                 "a mask needs to know how much to keep (mask_density, below 1), and without a mask "
                 "there is nothing that mask_density could mean"
             )
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Every model that is read."""
+        return (self.base, *(model.name for model in self.models))
 
     @property
     def is_mean(self) -> bool:

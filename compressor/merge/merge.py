@@ -22,6 +22,7 @@ from compressor.atomic import RunLock
 from compressor.checkpoint.companions import copy_companions
 from compressor.checkpoint.files import DTYPE_NAMES, Checkpoint
 from compressor.checkpoint.layout import Layout, Parameter, read_layout
+from compressor.checkpoint.outputs import check_output
 from compressor.checkpoint.pairing import CHUNK_ELEMENTS
 from compressor.checkpoint.writer import DTYPES, MAX_SHARD_BYTES, Outgoing, published, write_model
 from compressor.compress.options import Options, Summary
@@ -46,6 +47,7 @@ def merge(
     Computed in float32 and rounded once to ``config.dtype`` (default: the base's dtypes). Same
     inputs and seed give identical bytes. Raises an ImpartError; then nothing appears at `out`.
     """
+    check_output(out, config.inputs)
     progress = progress or silent
     with _Merge.open(config) as job, published(out, overwrite) as folder:
         job.find_thresholds(progress)
@@ -66,10 +68,13 @@ def merge_to_delta(
     The merged model lies beside `out` meanwhile and is removed afterwards: the compressor reads
     it more than once, and measures on it.
     """
+    files = [] if options.calibration is None else [options.calibration]
+    check_output(out, config.inputs, files)
     final = Path(out).absolute()
     if final.exists() and not options.overwrite and any(final.iterdir()):
         raise OutputError(f"{out} exists; remove it or ask for it to be overwritten")
     scratch = final.with_name(f".{final.name}.merged")
+    check_output(scratch, config.inputs, files)
     final.parent.mkdir(parents=True, exist_ok=True)
     with RunLock(scratch):
         try:

@@ -17,6 +17,7 @@ from torch import Tensor
 from compressor.checkpoint.files import Checkpoint, TensorFiles
 from compressor.checkpoint.hub import cached_ref
 from compressor.checkpoint.layout import Layout, Parameter, read_layout
+from compressor.checkpoint.writer import narrowed
 from compressor.codecs import (
     DenseRows,
     LowRankTerm,
@@ -203,7 +204,7 @@ class Adapter(TensorFiles):
         if under.shape[0] == rows:
             return None
         values = under[rows:].float() + b[:, rows : under.shape[0]].T @ a
-        return DenseRows(rows, values.to(under.dtype))
+        return DenseRows(rows, narrowed(values, under.dtype, parameter.name))
 
     def _exact(
         self, parameter: Parameter, key: str, base: Checkpoint, base_key: str

@@ -24,7 +24,8 @@ from compressor.checkpoint.companions import copy_companions
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.folder import resolve
 from compressor.checkpoint.layout import Layout, Parameter, read_layout
-from compressor.checkpoint.writer import DTYPES, check_dtype, published
+from compressor.checkpoint.outputs import check_dtype, check_output
+from compressor.checkpoint.writer import DTYPES, narrowed, published
 from compressor.codecs import DenseRows, TensorDelta, lowrank_from_factors
 from compressor.encoders.sources import TensorSource
 from compressor.encoders.svd import factors
@@ -107,6 +108,7 @@ def export_peft(
     if rank < 1:
         raise InputError(f"the rank must be 1 or more, got {rank}")
     check_dtype(dtype)
+    check_output(out, [base, delta], [calibration] if calibration else [])
     texts = read_texts(calibration) if calibration else []
     with Checkpoint(base) as checkpoint:
         artifact = read_artifact(resolve(delta), base_identity=identity_of(checkpoint))
@@ -169,9 +171,10 @@ def _add(
         adapter.lost += _add_factors(adapter, parameter, change, rank, dtype)
     elif modules == "all" and parameter.kind == "vector" and "norm" in parameter.module.lower():
         module = delta.name.removesuffix(".weight")
-        adapter.tensors[f"{_PREFIX}{delta.name}"] = (ours + change).to(dtype)
+        whole = narrowed(ours + change, dtype, delta.name)
+        adapter.tensors[f"{_PREFIX}{delta.name}"] = whole
         adapter.whole_modules.append(module)
-        adapter.deltas.append(_whole(delta, (ours + change).to(dtype)))
+        adapter.deltas.append(_whole(delta, whole))
     else:
         adapter.left_out.append(delta.name)
         adapter.lost += size
@@ -195,7 +198,7 @@ def _add_factors(
     a, b = factors(name, TensorSource(change), min(rank, *parameter.shape))
     strength = a.norm(dim=1) * b.norm(dim=1)
     used = max(1, int((strength > _NOISE * strength[0]).sum()))
-    a, b = a[:used].to(dtype).contiguous(), b[:used].to(dtype).contiguous()
+    a, b = (narrowed(part[:used], dtype, name).contiguous() for part in (a, b))
     if parameter.kind == "embedding":
         adapter.tensors[f"{_PREFIX}{module}.lora_embedding_A"] = b
         adapter.tensors[f"{_PREFIX}{module}.lora_embedding_B"] = a.T.contiguous()

@@ -15,6 +15,7 @@ from compressor.artifact.writer import ArtifactWriter
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.groups import group_of
 from compressor.checkpoint.layout import Layout, read_layout
+from compressor.checkpoint.outputs import check_output
 from compressor.checkpoint.writer import DTYPES
 from compressor.compress.describe import base_info, checkpoint_dtype
 from compressor.compress.options import DEFAULT_RATIO, Options, Summary, summarise
@@ -43,6 +44,7 @@ def import_adapter(
     them has full rank. It is stored `ratio` times smaller than the base's matrix, as unbiased
     `blockdiag` of ``codec_options["bits"]`` bits; with `exact`, such layers are stored whole.
     """
+    check_output(out, [base, adapter])
     if options.calibration is not None:
         raise InputError(
             "--calibration measures what compression lost; an imported adapter is exact"

@@ -12,6 +12,7 @@ from compressor.atomic import (
     RunLock,
     publish_directory,
     recover_directory,
+    replace_file,
     replaced_name,
     write_new,
 )
@@ -39,6 +40,17 @@ def test_write_new_failing_source_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="Input/output error"):
         write_new(tmp_path / "f", chunks_then_failure())
     assert os.listdir(tmp_path) == []
+
+
+def test_replace_file_leaves_another_name_of_the_old_file_as_it_was(tmp_path: Path) -> None:
+    for text in (b"old", b"new"):
+        replace_file(tmp_path / "f", text)
+        if text == b"old":
+            os.link(tmp_path / "f", tmp_path / "kept")
+    assert (tmp_path / "f").read_bytes() == b"new"
+    assert (tmp_path / "kept").read_bytes() == b"old"
+    with pytest.raises(OutputError, match="cannot write"):
+        replace_file(tmp_path / "nowhere" / "f", b"")
 
 
 @pytest.mark.parametrize("call", ["fsync", "open"])

@@ -75,6 +75,12 @@ def test_bars_of_auto_name_every_stage_and_none_ends_before_all_is_done(
         ("verify EMPTY --base MODEL", "no SHA256SUMS here"),
         ("eval MODEL /nowhere EMPTY", "/nowhere: no such directory"),
         ("report MODEL /nowhere EMPTY OUT.html", "/nowhere: no such directory"),
+        ("merge MODEL /nowhere OUT", "/nowhere: no such directory"),
+        ("merge MODEL MODEL MODEL/out --overwrite", "which is read and must stay as it is"),
+        ("compress MODEL MODEL MODEL/ --overwrite", "which is read and must stay as it is"),
+        ("merge MODEL MODEL MODEL/..", "which is read and must stay as it is"),
+        ("merge MODEL MODEL FILE", "which is read and must stay as it is"),
+        ("reconstruct MODEL EMPTY FILE", "no SHA256SUMS here"),
     ],
 )
 def test_wrong_path_is_said_before_torch_is_imported(
