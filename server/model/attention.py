@@ -1,7 +1,8 @@
 """The hook that lets Hugging Face model definitions run on our paged cache.
 
 transformers calls the registered function with the new tokens' q, k, v (after RoPE); for a name it
-has no mask builder for, it builds no mask. State hangs on the attention modules, never in globals.
+has no mask builder for, it builds no mask: so it is in steps. In the probing pass, under another
+name, it hands over what the masks would be. State hangs on the attention modules, never in globals.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from transformers import AttentionInterface
 
 from server.errors import ConfigError
 from server.model.kv_store import AttentionForm, KVStore, ProbedCall
+from server.model.mask import CAUSAL, HandedMask, MaskForm, form_of, register_masks
 
 ATTENTION_NAME = "impart_paged"
+PROBING_NAME = "impart_probing"  # the same function, and masks are handed over
 # Keyword arguments that change the result and that `paged_attention` does not implement.
 UNSUPPORTED = ("s_aux", "sinks", "head_mask", "position_bias")
 
@@ -22,6 +25,8 @@ UNSUPPORTED = ("s_aux", "sinks", "head_mask", "position_bias")
 def register_attention() -> None:
     """Make ``attn_implementation="impart_paged"`` known to transformers (idempotent)."""
     AttentionInterface.register(ATTENTION_NAME, attention_forward)
+    AttentionInterface.register(PROBING_NAME, attention_forward)
+    register_masks(PROBING_NAME)
 
 
 def attach_store(model: nn.Module, store: KVStore) -> None:
@@ -35,7 +40,7 @@ def attention_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | HandedMask | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
@@ -46,6 +51,8 @@ def attention_forward(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     form = AttentionForm(scale, sliding_window, softcap)
     if store.is_probing:
+        if store.wants_mask(module):
+            store.learn_mask(module, _mask_form(store, module, attention_mask, sliding_window))
         return _probe(store, module, ProbedCall(query, key, value, form), kwargs), None
     qkv = (_packed(query), _packed(key), _packed(value))
     return store.attend(module, qkv, form).unsqueeze(0), None
@@ -55,6 +62,31 @@ def _packed(x: Tensor) -> Tensor:
     """[1, H, T, D] -> [T, H, D] with a contiguous last axis."""
     rows = x[0].transpose(0, 1)
     return rows if rows.stride(2) == 1 else rows.contiguous()
+
+
+def _mask_form(
+    store: KVStore, module: nn.Module, mask: Tensor | HandedMask | None, window: int | None
+) -> MaskForm:
+    """Which positions the module's tokens see in this call; transformers' masks have the last word,
+    for they are what `generate` computes with. Raises ConfigError if that is not known or not
+    supported.
+    """
+    if isinstance(mask, HandedMask):
+        if mask not in store.forms:
+            store.forms[mask] = form_of(mask, store.n_positions)
+        form = store.forms[mask]
+    elif mask is None and getattr(module, "is_causal", True) is not False:
+        form = CAUSAL if window is None else MaskForm(window=window)
+    else:
+        raise ConfigError(
+            f"{type(module).__name__} makes its attention mask itself, which the server cannot read"
+        )
+    if form.chunk is not None:
+        raise ConfigError(
+            f"this base model's attention sees chunks of {form.chunk} tokens, which is not "
+            "supported; serve a base with causal or sliding-window attention"
+        )
+    return form
 
 
 def _probe(store: KVStore, module: nn.Module, call: ProbedCall, kwargs: dict[str, Any]) -> Tensor:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -19,7 +18,12 @@ from compressor.codecs.siblings import SIBLING_PROJECTIONS
 from server.deltas.parameter import DeltaParameter
 from server.deltas.residency import Residency
 from server.errors import ConfigError
-from server.model.attention import ATTENTION_NAME, attach_store, register_attention
+from server.model.attention import (
+    ATTENTION_NAME,
+    PROBING_NAME,
+    attach_store,
+    register_attention,
+)
 from server.model.context import StepContext
 from server.model.embedding import DeltaEmbedding
 from server.model.fused_attention import fuse_rotary
@@ -27,7 +31,10 @@ from server.model.fused_layer import fuse_residuals
 from server.model.fused_mlp import fuse_gated_mlp
 from server.model.kv_store import KVStore
 from server.model.linear import DeltaLinear, Product
+from server.model.mask import MaskUsed, attention_named
 from server.model.norm import DeltaNorm
+from server.model.refusal import in_a_line, not_served, refused
+from server.model.state import keeps_state
 from server.model.varying_rope import VaryingRope, varying_rope
 from server.ops.choose import KernelChoice, choose_kernels
 from server.ops.kernels import Kernels
@@ -35,7 +42,15 @@ from server.ops.precision import cpu_precision, gigabytes, host_cpu, name_of
 from server.ops.quantize import BaseQuant, has_float8
 
 log = logging.getLogger(__name__)
-MAX_ERROR_CHARS = 400  # of what transformers says, which may be pages
+NO_INTERFACE = (
+    "its definition does not use transformers' attention interface, in which the server puts its "
+    "paged KV cache"
+)
+MASK_USED = (
+    "its definition computes with the attention mask itself, outside transformers' attention "
+    "interface, in which the server puts its paged KV cache"
+)
+DEFAULT_POSITIONS = 2048  # of a configuration that names no limit
 N_PROBED = 5  # tokens: some embeddings are all zeros
 
 
@@ -82,20 +97,11 @@ def load_base_model(
 
     Raises ConfigError naming what is not supported.
     """
-    _check_config(path)
+    name = _architecture(_check_config(path))
     transformers_logging.disable_progress_bar()  # it would write into the server's log
     register_attention()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype="auto" if dtype is None else dtype,
-            attn_implementation=ATTENTION_NAME,
-            local_files_only=True,
-            use_safetensors=True,
-        )
-        model = model.eval().requires_grad_(False).to(device)
-    except (OSError, ValueError, RuntimeError) as error:  # the last where memory does not suffice
-        raise ConfigError(f"the base cannot be loaded: {_in_a_line(error)}") from error
+    with refused(name, "loading it"):
+        model = _loaded(path, name, device, dtype)
     if dtype is None and device.type == "cpu":
         _widen_if_faster(model, widened_budget_bytes)
     if base_quant == "float8" and not has_float8(device):
@@ -111,13 +117,24 @@ def prepare_base_model(
 
     Raises ConfigError if the engine cannot run its architecture.
     """
+    stateful = keeps_state(model)
+    if stateful is not None:
+        raise not_served(
+            model, f"{stateful} keeps state outside attention, for which there are no slots"
+        )
+    with refused(model, "making its layers ready for deltas"):
+        return _prepared(model, kernels, base_quant)
+
+
+def _prepared(model: PreTrainedModel, kernels: Kernels, base_quant: BaseQuant | None) -> BaseModel:
     _without_padding_check(model)
-    context, store = StepContext(), KVStore(kernels)
+    text_config = model.config.get_text_config()
+    n_positions = getattr(text_config, "max_position_embeddings", None) or DEFAULT_POSITIONS
+    context, store = StepContext(), KVStore(kernels, int(n_positions))
     residency = Residency(base_quant=base_quant)
     table, dtype = model.get_input_embeddings().weight, model.dtype
     parameters = install_delta_layers(model, context, kernels, residency)
     attach_store(model, store)
-    text_config = model.config.get_text_config()
     base = BaseModel(
         model=model,
         context=context,
@@ -128,7 +145,7 @@ def prepare_base_model(
         device=table.device,
         dtype=dtype,
         vocab_size=table.shape[0],
-        max_len=int(getattr(text_config, "max_position_embeddings", 2048)),
+        max_len=int(n_positions),
         varying_rope=varying_rope(model),
     )
     _limit_length(base)
@@ -137,6 +154,27 @@ def prepare_base_model(
     log.info("%d of %d attention layers are fused", n_fused, len(store.layers))
     log.info("the residual additions of %d layers are fused with the norms after them", n_residual)
     return base
+
+
+def _loaded(
+    path: Path, name: str, device: torch.device, dtype: torch.dtype | None
+) -> PreTrainedModel:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype="auto" if dtype is None else dtype,
+            attn_implementation=ATTENTION_NAME,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+        loaded: PreTrainedModel = model.eval().requires_grad_(False).to(device)
+    except (OSError, ValueError, RuntimeError) as error:  # the last where memory does not suffice
+        raise ConfigError(f"the base cannot be loaded: {in_a_line(error)}") from error
+    except KeyError as error:
+        if ATTENTION_NAME not in error.args:
+            raise
+        raise not_served(name, NO_INTERFACE) from error
+    return loaded
 
 
 def _widen_if_faster(model: PreTrainedModel, budget_bytes: int | None) -> None:
@@ -170,23 +208,25 @@ def _kernels(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> 
     return chosen
 
 
-def _check_config(path: Path) -> None:
+def _check_config(path: Path) -> PreTrainedConfig:
     if not (path / "config.json").is_file():
         raise ConfigError("the base directory holds no config.json; give a Hugging Face directory")
     try:
         config = AutoConfig.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(
-            f"transformers cannot read the base's config.json: {_in_a_line(error)}"
+            f"transformers cannot read the base's config.json: {in_a_line(error)}"
         ) from error
     if getattr(config, "auto_map", None):
         raise ConfigError(
             "this base model needs code from its repository (auto_map), which the server never runs"
         )
+    return config
 
 
-def _in_a_line(error: Exception) -> str:
-    return textwrap.shorten(str(error), MAX_ERROR_CHARS)
+def _architecture(config: PreTrainedConfig) -> str:
+    named = getattr(config, "architectures", None)
+    return str(named[0]) if named else f"a model of type {config.model_type}"
 
 
 def _without_padding_check(model: nn.Module) -> None:
@@ -214,13 +254,14 @@ def _limit_length(base: BaseModel) -> None:
 def _probe(base: BaseModel) -> None:
     """One forward pass without a cache: learns the layers' KV shapes, checks the hook is used."""
     ids = torch.arange(N_PROBED, device=base.device).unsqueeze(0)
-    with torch.inference_mode(), base.store.probing():
-        base.model(input_ids=ids, position_ids=ids, use_cache=False)
+    try:
+        named = attention_named(base.model, PROBING_NAME)
+        with torch.inference_mode(), base.store.probing(), named:
+            base.model(input_ids=ids, position_ids=ids, use_cache=False)
+    except MaskUsed as error:
+        raise not_served(base.model, MASK_USED) from error
     if not base.store.layers:
-        name = type(base.model).__name__
-        raise ConfigError(
-            f"{name} does not use transformers' attention interface, which the server needs"
-        )
+        raise not_served(base.model, NO_INTERFACE)
 
 
 def install_delta_layers(

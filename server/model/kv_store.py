@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from server.errors import EngineError
+from server.model.mask import HandedMask, MaskForm
 from server.ops.attention import (
     AttentionCall,
     AttentionKernels,
@@ -35,7 +36,11 @@ class LayerKVBlocks:
 
 @dataclass(frozen=True, slots=True)
 class AttentionForm:
-    """What of one call is the same in every step; see `AttentionCall`."""
+    """What of one call is the same in every step, as the module hands it on.
+
+    scale, softcap  see `AttentionCall`
+    window          the module's own word, which is compared only: see `Layer.mask`
+    """
 
     scale: float
     window: int | None = None
@@ -54,19 +59,19 @@ class ProbedCall:
     v: Tensor
     form: AttentionForm
 
-    @property
-    def layer(self) -> Layer:
-        return Layer(self.k.shape[1], self.k.shape[3], self.k.dtype, self.form)
+    def layer(self, mask: MaskForm) -> Layer:
+        return Layer(self.k.shape[1], self.k.shape[3], self.k.dtype, self.form, mask)
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What is known of one layer: KV heads, their width, the cache's dtype."""
+    """What is known of one layer: KV heads, their width, the cache's dtype, what tokens see."""
 
     kv_heads: int
     width: int
     dtype: torch.dtype
     form: AttentionForm
+    mask: MaskForm
 
     def bytes_per_token(self) -> int:
         return 2 * self.kv_heads * self.width * self.dtype.itemsize
@@ -78,13 +83,19 @@ class KVStore:
 
     layers     by module, in the order of its calls in a step
     seen       what the last probing pass saw; for those who prepare the model
+    masks      by module, as `layers`: of the pass in which transformers handed them over
+    forms      of the masks that were handed over, which layers share
     kv_blocks  by module, as `layers`
+    n_positions  sequences have so many tokens at most
     """
 
     kernels: AttentionKernels
+    n_positions: int = 2048
     metadata: AttentionMetadata | None = None
     layers: dict[nn.Module, list[Layer]] = field(default_factory=dict)
     seen: dict[nn.Module, list[ProbedCall]] = field(default_factory=dict)
+    masks: dict[nn.Module, list[MaskForm]] = field(default_factory=dict)
+    forms: dict[HandedMask, MaskForm] = field(default_factory=dict)
     kv_blocks: dict[nn.Module, list[LayerKVBlocks]] = field(default_factory=dict)
     n_kv_blocks: int = 0
     block_tokens: int = 0
@@ -102,9 +113,18 @@ class KVStore:
         finally:
             self.is_probing = False
 
+    def wants_mask(self, module: nn.Module) -> bool:
+        """Whether nothing is known yet of what tokens see in the module's next call."""
+        return len(self.masks.get(module, ())) == len(self.layers.get(module, ()))
+
+    def learn_mask(self, module: nn.Module, mask: MaskForm) -> None:
+        """Note it; later passes hand over no masks."""
+        self.masks.setdefault(module, []).append(mask)
+
     def probe(self, module: nn.Module, call: ProbedCall) -> None:
-        """The module's next call of the probing pass."""
-        self.layers.setdefault(module, []).append(call.layer)
+        """The module's next call of the probing pass, whose mask is known."""
+        layers = self.layers.setdefault(module, [])
+        layers.append(call.layer(self.masks[module][len(layers)]))
         self.seen.setdefault(module, []).append(call)
 
     @contextmanager
@@ -154,7 +174,7 @@ class KVStore:
             kv_blocks.v,
             metadata,
             form.scale,
-            form.window,
+            layers[ordinal].mask.window,
             form.softcap,
             rotary=rotary,
             norms=norms,

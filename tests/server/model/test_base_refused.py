@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from server.errors import ConfigError
-from server.model.base import load_base_model
+from server.model.attention import ATTENTION_NAME, register_attention
+from server.model.base import load_base_model, prepare_base_model
+from server.ops.kernels import TorchKernels
 
 CPU = torch.device("cpu")
 
@@ -36,3 +40,84 @@ def test_base_that_transformers_refuses_is_said_in_a_line(
         load_base_model(with_config(tiny_llama, tmp_path, **changes), CPU, None, "torch")
     assert "\n" not in refused.value.message
     assert len(refused.value.message) < 500
+
+
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 300,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+
+
+EXTRA: dict[str, dict[str, object]] = {
+    "gpt_neo": {"attention_types": [[["global"], 2]]},
+    "gptj": {"rotary_dim": 8},
+    "falcon": {},
+}
+
+
+def definition(kind: str, **fields: object) -> PreTrainedModel:
+    register_attention()
+    config = AutoConfig.for_model(kind, **(SMALL | fields))
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)
+    return model.eval().requires_grad_(False)
+
+
+def refusal(model: PreTrainedModel) -> str:
+    with pytest.raises(ConfigError) as refused:
+        prepare_base_model(model, TorchKernels())
+    assert "\n" not in refused.value.message
+    return refused.value.message
+
+
+@pytest.mark.parametrize("kind", ["gpt_neo", "gptj", "falcon"])
+def test_definition_without_the_attention_interface_is_refused_by_name(
+    kind: str, tmp_path: Path
+) -> None:
+    fields = {name: value for name, value in SMALL.items() if name != "head_dim"}
+    config = AutoConfig.for_model(kind, **fields, **EXTRA[kind])
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        load_base_model(tmp_path, CPU, None, "torch")
+    message = refused.value.message
+    assert message.startswith(f"{type(model).__name__} cannot be served: its definition does not")
+    assert "attention interface" in message
+    assert "impart reconstruct" in message
+
+
+def test_mask_that_looks_ahead_is_refused() -> None:
+    window = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+    model = definition("gemma3_text", use_bidirectional_attention=True, **window)
+    assert "not causal: tokens see later ones" in refusal(model)
+
+
+def test_windows_are_those_of_the_masks() -> None:
+    window = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+    base = prepare_base_model(definition("gemma3_text", **window), TorchKernels())
+    layers = [layer for layers in base.store.layers.values() for layer in layers]
+    assert [layer.mask.window for layer in layers] == [8, None]
+
+
+class Broken(nn.Module):
+    """Fails in a way that nobody expects."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c = x.shape[:2]
+        return x * a * b * c
+
+
+def test_exception_in_a_definition_is_refused_with_its_cause() -> None:
+    model = definition("llama")
+    model.model.layers[1].mlp = Broken()
+    with pytest.raises(
+        ConfigError, match=r"LlamaForCausalLM cannot be served: .*ValueError"
+    ) as said:
+        prepare_base_model(model, TorchKernels())
+    assert isinstance(said.value.__cause__, ValueError)

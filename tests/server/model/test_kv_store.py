@@ -11,6 +11,7 @@ from torch import nn
 
 from server.errors import EngineError
 from server.model.kv_store import AttentionForm, KVStore, ProbedCall
+from server.model.mask import CAUSAL
 from server.ops.attention import AttentionMetadata, PrefillChunk
 from server.ops.kernels import TorchKernels
 from tests.server.conftest import Served
@@ -49,6 +50,7 @@ def probed(*modules: nn.Module) -> KVStore:
     x = torch.randn(1, 2, 3, 4)
     with store.probing():
         for module in modules:
+            store.learn_mask(module, CAUSAL)
             store.probe(module, ProbedCall(x, x, x, FORM))
     store.allocate(2, 4, torch.device("cpu"))
     return store
