@@ -21,6 +21,14 @@ from compressor.checkpoint.hub import cached_ref
 from compressor.errors import CheckpointError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+INTEGER_DTYPES = {
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
 
 _CHUNK_BYTES = 8 << 20
@@ -68,8 +76,27 @@ class TensorFiles:
 
     def read_rows(self, name: str, row_start: int = 0, row_end: int | None = None) -> Tensor:
         """Return rows ``[row_start, row_end)`` in the stored dtype (all of it by default)."""
+        return self._rows(name, row_start, row_end, self.dtype(name))
+
+    def integer_dtype(self, name: str) -> torch.dtype:
+        """Return the stored dtype; refuses floats."""
         stored = self.tensors[name]
-        dtype = self.dtype(name)
+        if stored.dtype not in INTEGER_DTYPES:
+            raise CheckpointError(
+                f"{self.name}: tensor {name} is stored as {stored.dtype}, and the architecture has "
+                "whole numbers there; save the model again with transformers"
+            )
+        return INTEGER_DTYPES[stored.dtype]
+
+    def read_stored(self, name: str) -> Tensor:
+        """Return a whole tensor of floats or of whole numbers in its stored dtype."""
+        is_integer = self.tensors[name].dtype in INTEGER_DTYPES
+        return self._rows(
+            name, 0, None, self.integer_dtype(name) if is_integer else self.dtype(name)
+        )
+
+    def _rows(self, name: str, row_start: int, row_end: int | None, dtype: torch.dtype) -> Tensor:
+        stored = self.tensors[name]
         if not stored.shape:
             return self._read(stored, 0, 1, dtype).reshape(())
         width = math.prod(stored.shape[1:])

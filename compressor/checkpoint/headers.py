@@ -18,7 +18,9 @@ from compressor.safetensors_header import (
     parse_length,
 )
 
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # what weights are read in, and bytes of an element
+INTEGERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_ITEM_BYTES = FLOATS | INTEGERS
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _SLICE = re.compile(r"(?P<name>.+)\[(?P<index>0|[1-9][0-9]{0,5})\]")
 
@@ -90,6 +92,8 @@ def _stored(file: Path, name: str, entry: HeaderEntry, data_start: int) -> Store
     return StoredTensor(file, entry.dtype, entry.shape, data_start + entry.start, n_bytes)
 
 
-def stored_names(path: Path) -> set[str]:
-    """Names of all tensors of a model directory; only headers are read."""
-    return {name for file in weight_files(path) for name in read_header(file)}
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """All tensors of a model directory; only headers are read."""
+    return {
+        name: tensor for file in weight_files(path) for name, tensor in read_header(file).items()
+    }

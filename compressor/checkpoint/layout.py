@@ -5,8 +5,9 @@ never from guessing by names.
 
 Mixture-of-experts weights: transformers keeps all experts of a layer in one tensor
 ``[experts, out, in]``. Checkpoints hold either that tensor or, as Mixtral's and Qwen's do, one
-matrix per expert under other names, which are converted on loading. Either way a delta has one
-matrix per expert: of a stored 3-D tensor ``X`` they are called ``X[0]``, ``X[1]``, ...
+matrix per expert under other names, which are converted on loading (`stored_form`).
+Either way a delta has one matrix per expert: of a stored 3-D tensor ``X`` they are called ``X[0]``,
+``X[1]``, ...
 """
 
 from __future__ import annotations
@@ -15,35 +16,24 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any
 
-from compressor.checkpoint.headers import slice_name, stored_names
+from compressor.checkpoint.headers import FLOATS, slice_name, stored_tensors
+from compressor.checkpoint.parameter import Kind, Parameter, describe_parameter
+from compressor.checkpoint.stored_form import stored_form
 from compressor.errors import CheckpointError, UnsupportedTensor
 
 if TYPE_CHECKING:
     from torch.nn import Module
 
-# table: a 2-D parameter of any other module (a router of experts), stored exactly like a vector;
-# experts: 3-D, becomes one linear per expert; other: a convolution, say.
-Kind = Literal["linear", "embedding", "vector", "table", "experts", "other"]
+__all__ = ["Kind", "Layout", "Parameter", "read_layout"]
 
 # Masks and tables that old checkpoints carry and that the model computes for itself.
-_COMPUTED = (r"\.rotary_emb\.inv_freq$", r"(^|\.)attn\.(masked_)?bias$")
-
-
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """One parameter as the model declares it.
-
-    shape       in ``[out, in]`` orientation for matrices
-    transposed  True if the checkpoint stores ``[in, out]`` (GPT-2's Conv1D)
-    """
-
-    name: str
-    kind: Kind
-    shape: tuple[int, ...]
-    transposed: bool
-    module: str
+_COMPUTED = (
+    r"\.rotary_emb\.inv_freq$",
+    r"(^|\.)attn\.(masked_)?bias$",
+    r"\.attention\.masked_bias$",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +45,10 @@ class Layout:
     prefix      of the inner model (``model``, ``transformer``): checkpoints of the bare model
                 leave it out
     ignored     patterns of checkpoint names that are not parameters
+    masks       tensors of this checkpoint that hold no floats and that the model does not have
     renamed     checkpoint name -> parameter, where transformers renames on loading
     stacked     3-D tensors -> number of experts, whose matrices are the parameters
+    unwrapped   checkpoint names with the prefix of a wrapper (``_orig_mod.``)
     """
 
     parameters: dict[str, Parameter]
@@ -65,6 +57,8 @@ class Layout:
     ignored: tuple[str, ...]
     renamed: dict[str, str] = field(default_factory=dict)
     stacked: dict[str, int] = field(default_factory=dict)
+    masks: frozenset[str] = frozenset()
+    unwrapped: tuple[str, ...] = ()
 
     def keys(self, stored: Iterable[str], owner: str) -> dict[str, str]:
         """Map each parameter (and each tied alias stored too) to its name in the checkpoint.
@@ -112,7 +106,7 @@ class Layout:
     def _parameter_name(self, key: str) -> str | None:
         if (name := self.find(key)) is not None:
             return name
-        if any(re.search(pattern, key) for pattern in self.ignored):
+        if key in self.masks or any(re.search(pattern, key) for pattern in self.ignored):
             return None
         raise UnsupportedTensor(
             f"{key}: the architecture has no parameter of that name, and transformers does not "
@@ -122,127 +116,63 @@ class Layout:
 
 def read_layout(path: Path) -> Layout:
     """Build the architecture of the model in `path` on the meta device and describe it."""
+    stored = stored_tensors(path)
+    model = _empty_model(path)
+    tied = tuple(sorted((model.all_tied_weights_keys or {}).items()))
+    aliases = {alias for alias, _ in tied}
+    parameters, buffers = _parameters(model, aliases)
+    prefix = model.base_model_prefix
+    form = stored_form(model, parameters, aliases, stored, prefix, buffers)
+    derived = (name for name, _ in model.named_buffers() if name not in buffers)
+    layout = Layout(
+        parameters={p.name: p for p in form.parameters},
+        tied=tied,
+        prefix=prefix,
+        ignored=(
+            *_COMPUTED,
+            *(rf"(^|\.){re.escape(name)}$" for name in derived),
+            *(model._keys_to_ignore_on_load_unexpected or ()),
+        ),
+        renamed=form.renamed,
+        stacked=form.stacked,
+        unwrapped=tuple(form.unwrapped),
+    )
+    masks = {
+        name
+        for name, tensor in stored.items()
+        if tensor.dtype not in FLOATS and layout.find(name) is None
+    }
+    return replace(layout, masks=frozenset(masks))
+
+
+def _empty_model(path: Path) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
             f"{path / 'config.json'}: transformers cannot build a causal language model from it "
             f"({first[:200]})"
         ) from error
-    tied = tuple(sorted((model.all_tied_weights_keys or {}).items()))
-    prefix = model.base_model_prefix
-    form = stored_form(
-        model, _parameters(model, {alias for alias, _ in tied}), stored_names(path), prefix
-    )
-    return Layout(
-        parameters={p.name: p for p in form.parameters},
-        tied=tied,
-        prefix=prefix,
-        ignored=(*_COMPUTED, *(model._keys_to_ignore_on_load_unexpected or ())),
-        renamed=form.renamed,
-        stacked=form.stacked,
-    )
 
 
-def _parameters(model: Module, aliases: set[str]) -> list[Parameter]:
-    found = []
+def _parameters(model: Module, aliases: set[str]) -> tuple[list[Parameter], set[str]]:
+    """Parameters and persistent buffers, and which of them are buffers."""
+    found: list[Parameter] = []
+    buffers = set()
     for prefix, module in model.named_modules():
-        for part, tensor in module.named_parameters(recurse=False):
+        passing = module._non_persistent_buffers_set
+        kept = {n: b for n, b in module.named_buffers(recurse=False) if n not in passing}
+        for part, tensor in (*module.named_parameters(recurse=False), *kept.items()):
             name = f"{prefix}.{part}" if prefix else part
-            if name not in aliases:
-                found.append(_describe(name, part, module, tuple(tensor.shape)))
-    return found
-
-
-def _describe(name: str, part: str, module: Module, shape: tuple[int, ...]) -> Parameter:
-    import torch
-    from transformers.pytorch_utils import Conv1D
-
-    kind: Kind = "other"
-    transposed = False
-    if len(shape) == 1:
-        kind = "vector"
-    elif len(shape) == 2 and part == "weight":
-        if isinstance(module, torch.nn.Embedding):
-            kind = "embedding"
-        elif isinstance(module, torch.nn.Linear):
-            kind = "linear"
-        elif isinstance(module, Conv1D):
-            kind, transposed = "linear", True
-            shape = (shape[1], shape[0])
-        else:
-            kind = "table"
-    elif len(shape) == 2:
-        kind = "table"
-    elif len(shape) == 3 and not isinstance(module, torch.nn.modules.conv._ConvNd):
-        kind = "experts"
-    return Parameter(name, kind, shape, transposed, type(module).__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class StoredForm:
-    """The parameters of a model as its checkpoint stores them.
-
-    parameters  those of the model, 3-D ones replaced by one matrix per expert
-    renamed     checkpoint name -> parameter, where they differ and the tensor does not
-    stacked     3-D parameters stored as they are -> number of experts
-    """
-
-    parameters: list[Parameter]
-    renamed: dict[str, str]
-    stacked: dict[str, int]
-
-
-def stored_form(
-    model: Module, parameters: Iterable[Parameter], names: Iterable[str], prefix: str
-) -> StoredForm:
-    """Describe a checkpoint that stores the tensors `names`.
-
-    What fits neither form is left as the model has it; `Layout.keys` then names the tensor.
-    """
-    known = {full for name in names for full in (name, f"{prefix}.{name}")}
-    form = StoredForm([], {}, {})
-    for parameter in parameters:
-        stored = parameter.name
-        if stored not in known:
-            saved = _saved(model, parameter)
-            if saved.keys() <= known and len(saved) > 1 and parameter.kind == "experts":
-                form.parameters.extend(
-                    replace(parameter, name=name, kind="linear", shape=shape)
-                    for name, shape in saved.items()
-                )
+            if name in aliases:
                 continue
-            if len(saved) == 1 and list(saved.values()) == [parameter.shape]:
-                (stored,) = saved
-                form.renamed[stored] = parameter.name
-        if parameter.kind != "experts":
-            form.parameters.append(parameter)
-            continue
-        form.stacked[parameter.name] = parameter.shape[0]
-        form.parameters.extend(
-            replace(
-                parameter,
-                name=slice_name(parameter.name, index),
-                kind="linear",
-                shape=parameter.shape[1:],
-            )
-            for index in range(parameter.shape[0])
-        )
-    return form
-
-
-def _saved(model: Module, parameter: Parameter) -> dict[str, tuple[int, ...]]:
-    """Names and shapes under which transformers' `save_pretrained` writes one parameter."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    tensor = model.get_parameter(parameter.name)
-    saved = revert_weight_conversion(model, {parameter.name: tensor})
-    return {name: tuple(part.shape) for name, part in saved.items() if part.ndim == 2} or {
-        name: tuple(part.shape) for name, part in saved.items()
-    }
+            found.append(describe_parameter(name, part, module, tensor))
+            if part in kept:
+                buffers.add(name)
+    return found, buffers

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from compressor.checkpoint.files import Checkpoint
-from compressor.checkpoint.layout import Kind, Layout, Parameter, read_layout
+from compressor.checkpoint.layout import Layout, read_layout
+from compressor.checkpoint.parameter import Kind, Parameter, storable_shape
 from compressor.codecs.term import Params, Shape
 from compressor.errors import CheckpointError, UnsupportedTensor
 
 # How many elements to compare or convert at a time.
 CHUNK_ELEMENTS = 4 << 20
+_MAX_WHOLE = 1 << 53  # beyond, not every whole number is a float64
 _FIRST_LOOK_BYTES = 64 << 10  # what a full fine-tune changed shows at once
 
 # Settings of config.json that say nothing about the computation: neither compared nor kept.
@@ -113,6 +115,10 @@ class TensorPair:
         return self.parameter.transposed
 
     @property
+    def integral(self) -> bool:
+        return self.parameter.integral
+
+    @property
     def is_matrix(self) -> bool:
         return self.kind in ("linear", "embedding")
 
@@ -182,8 +188,10 @@ def is_unchanged(base: Checkpoint, tuned: Checkpoint, pair: TensorPair) -> bool:
     Compares bit by bit (by exact float32 value if the dtypes differ) and stops early.
     """
     stored = base.tensors[pair.base_key].shape
-    if not stored:
-        return _same(base.read_rows(pair.base_key), tuned.read_rows(pair.tuned_key))
+    if not stored or pair.integral:
+        return _same(
+            whole_value(base, pair.base_key, pair), whole_value(tuned, pair.tuned_key, pair)
+        )
     per_row = max(1, base.tensors[pair.base_key].n_bytes // max(1, stored[0]))
     start, n_bytes = 0, _FIRST_LOOK_BYTES
     while start < stored[0]:
@@ -196,36 +204,37 @@ def is_unchanged(base: Checkpoint, tuned: Checkpoint, pair: TensorPair) -> bool:
     return True
 
 
+def whole_value(checkpoint: Checkpoint, key: str, pair: TensorPair) -> torch.Tensor:
+    """A tensor that is stored exactly, as an artifact has it: whole numbers in float64."""
+    found = checkpoint.read_stored(key).reshape(-1, *pair.shape[1:])
+    if not pair.integral:
+        return found
+    if found.dtype == torch.int64 and bool((found.abs() > _MAX_WHOLE).any()):
+        raise UnsupportedTensor(
+            f"{pair.name}: whole numbers above 2^53 cannot be stored in a delta"
+        )
+    return found.to(torch.float64)
+
+
 def to_store(tuned: Checkpoint, pair: TensorPair, *, unchanged: bool) -> TensorPair | None:
     """Decide what is stored of a tensor; None for nothing (its base rows equal the fine-tune's).
 
-    Vectors and added rows are stored exactly, matrices encoded. Raises UnsupportedTensor.
+    Matrices are encoded; vectors, convolutions, tables and added rows are stored exactly.
     """
     added = pair.shape[0] - pair.base_shape[0] if pair.shape else 0
     if unchanged and not added:
         return None
-    _check_encodable(pair)
-    row_bytes = math.prod(pair.shape[1:]) * tuned.dtype(pair.tuned_key).itemsize
+    item = torch.float64 if pair.integral else tuned.dtype(pair.tuned_key)
+    row_bytes = math.prod(pair.shape[1:]) * item.itemsize
     if not pair.is_matrix:
         return replace(pair, exact_start=0, exact_bytes=pair.shape[0] * row_bytes)
     start = pair.base_shape[0] if added else None
     return replace(pair, is_encoded=not unchanged, exact_start=start, exact_bytes=added * row_bytes)
 
 
-def _check_encodable(pair: TensorPair) -> None:
-    """Refuse a changed parameter that is neither a matrix of a known module nor a vector."""
-    if pair.kind == "other":
-        module = pair.parameter.module
-        raise UnsupportedTensor(
-            f"{pair.name}: shape {list(pair.shape)} in a {module} module is changed by the "
-            "fine-tune, and only the weights of Linear, Conv1D and Embedding modules, experts and "
-            "1-D parameters can be encoded"
-        )
-
-
 def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
     if a.dtype == b.dtype:
-        bits = torch.int16 if a.dtype.itemsize == 2 else torch.int32
+        bits = {2: torch.int16, 4: torch.int32}.get(a.dtype.itemsize, torch.int64)
         return torch.equal(a.view(bits), b.view(bits))
     return torch.equal(a.float().view(torch.int32), b.float().view(torch.int32))
 
@@ -239,7 +248,7 @@ def _pair(
 ) -> TensorPair:
     name = parameter.name
     for checkpoint, keys in ((base, base_keys), (tuned, tuned_keys)):
-        checkpoint.dtype(keys[name])
+        stored_dtype(checkpoint, keys[name], parameter)
     base_shape = _oriented(base.tensors[base_keys[name]].shape, parameter)
     shape = _oriented(tuned.tensors[tuned_keys[name]].shape, parameter)
     if base_shape != parameter.shape:
@@ -249,6 +258,11 @@ def _pair(
         )
     _check_shapes(parameter, base_shape, shape)
     return TensorPair(parameter, shape, base_keys[name], tuned_keys[name])
+
+
+def stored_dtype(checkpoint: Checkpoint, key: str, parameter: Parameter) -> torch.dtype:
+    """The dtype that a parameter is stored in; refuses floats for whole numbers and the reverse."""
+    return checkpoint.integer_dtype(key) if parameter.integral else checkpoint.dtype(key)
 
 
 def _check_shapes(parameter: Parameter, base: tuple[int, ...], tuned: tuple[int, ...]) -> None:
@@ -269,6 +283,7 @@ def _check_shapes(parameter: Parameter, base: tuple[int, ...], tuned: tuple[int,
 
 
 def _oriented(shape: tuple[int, ...], parameter: Parameter) -> tuple[int, ...]:
+    shape = storable_shape(shape)
     return (shape[1], shape[0]) if parameter.transposed and len(shape) == 2 else shape
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from compressor.atomic import RunLock, publish_directory, recover_directory
 from compressor.checkpoint.files import DTYPE_NAMES
 from compressor.checkpoint.files import DTYPES as STORED_DTYPES
+from compressor.checkpoint.files import INTEGER_DTYPES
 from compressor.checkpoint.headers import slice_name
 from compressor.checkpoint.layout import Layout
 from compressor.errors import InputError, OutputError
@@ -27,7 +28,7 @@ from compressor.safetensors_header import framed, header_json
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MAX_SHARD_BYTES = 5_000_000_000  # as transformers splits
-_CODES = {dtype: code for code, dtype in STORED_DTYPES.items()}
+_CODES = {dtype: code for code, dtype in (STORED_DTYPES | INTEGER_DTYPES).items()}
 
 
 @dataclass(frozen=True, slots=True)

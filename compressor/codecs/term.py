@@ -102,8 +102,18 @@ class TensorDelta:
     terms: tuple[Term, ...]
     exact: DenseRows | None
 
+    def applied_to_stored(self, stored: Tensor) -> Tensor:
+        """As `reconstruct`, from and to the orientation in which checkpoints have the tensor.
+
+        stored  the base's: of any number of dimensions, as its checkpoint has it; the result has
+                as many, one axis for all after the first where there are more than 4
+        """
+        if self.transposed:
+            return self.reconstruct(stored.T).T
+        return self.reconstruct(stored.reshape(self.base_shape))
+
     def reconstruct(self, base: Tensor) -> Tensor:
-        """Return ``W_base + dW`` in float32, ``[out, in]`` orientation.
+        """Return ``W_base + dW`` in float32 (float64 for whole numbers), ``[out, in]`` orientation.
 
         base  the base parameter in ``[out, in]`` orientation, shape `base_shape`.
         """
@@ -112,9 +122,10 @@ class TensorDelta:
                 f"{self.name}: base has shape {tuple(base.shape)}, the delta expects "
                 f"{self.base_shape}"
             )
-        merged = base.to(torch.float32, copy=True)
+        dtype = torch.float32 if base.is_floating_point() else torch.float64
+        merged = base.to(dtype, copy=True)
         if self.shape != self.base_shape:
-            grown = torch.zeros(self.shape, dtype=torch.float32)
+            grown = torch.zeros(self.shape, dtype=dtype)
             grown[: base.shape[0]] = merged
             merged = grown
         rows = base.shape[0]
@@ -122,5 +133,5 @@ class TensorDelta:
             merged[:rows] += term.to_dense()
         if self.exact is not None:
             start = self.exact.row_start
-            merged[start : start + len(self.exact.values)] = self.exact.values.float()
+            merged[start : start + len(self.exact.values)] = self.exact.values.to(dtype)
         return merged

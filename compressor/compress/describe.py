@@ -6,14 +6,16 @@ import math
 
 from compressor.artifact.config import BaseInfo
 from compressor.artifact.identity import base_identity
-from compressor.checkpoint.files import DTYPE_NAMES, Checkpoint
+from compressor.checkpoint.files import DTYPE_NAMES, DTYPES, Checkpoint
 
 
 def checkpoint_dtype(checkpoint: Checkpoint) -> str:
     """Return the dtype that most bytes of the checkpoint have, e.g. ``bfloat16``."""
     total: dict[str, int] = {}
-    for name, tensor in checkpoint.tensors.items():
-        dtype = DTYPE_NAMES[checkpoint.dtype(name)]
+    for tensor in checkpoint.tensors.values():
+        if tensor.dtype not in DTYPES:
+            continue  # a mask, or a table of whole numbers
+        dtype = DTYPE_NAMES[DTYPES[tensor.dtype]]
         total[dtype] = total.get(dtype, 0) + tensor.n_bytes
     return max(sorted(total), key=total.__getitem__)
 

@@ -12,7 +12,7 @@ import torch
 from compressor.artifact.staging import StagedTensor, Staging
 from compressor.checkpoint.difference import DeltaSource
 from compressor.checkpoint.files import Checkpoint
-from compressor.checkpoint.pairing import CHUNK_ELEMENTS, TensorPair
+from compressor.checkpoint.pairing import CHUNK_ELEMENTS, TensorPair, whole_value
 from compressor.codecs import DenseRows, MatrixSource, TensorDelta, Term
 from compressor.encoders.codec import Codec
 from compressor.encoders.sources import WithInputs
@@ -70,7 +70,11 @@ class Encoder:
     def _exact_rows(self, pair: TensorPair) -> DenseRows | None:
         if pair.exact_start is None:
             return None
-        rows = DenseRows(pair.exact_start, self.tuned.read_rows(pair.tuned_key, pair.exact_start))
+        if pair.is_matrix:
+            values = self.tuned.read_rows(pair.tuned_key, pair.exact_start)
+        else:
+            values = whole_value(self.tuned, pair.tuned_key, pair)
+        rows = DenseRows(pair.exact_start, values)
         if not bool(torch.isfinite(rows.values).all()):
             raise CheckpointError(
                 f"{pair.name}: NaN or infinity in {self.tuned.name}; save it again"

@@ -17,6 +17,7 @@ from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.folder import resolve
 from compressor.checkpoint.layout import Layout, Parameter, read_layout
 from compressor.checkpoint.outputs import check_dtype, check_output
+from compressor.checkpoint.pairing import stored_dtype
 from compressor.checkpoint.writer import (
     DTYPES,
     MAX_SHARD_BYTES,
@@ -74,12 +75,24 @@ def _outgoing(
     general = DTYPES.get(dtype or own, torch.float32)
     outgoing = []
     for name, parameter in layout.parameters.items():
-        delta = deltas.get(name)
-        chosen = general
-        if dtype is None and delta is not None and delta.exact is not None and not delta.terms:
-            chosen = delta.exact.values.dtype
-        outgoing.append(_plan_one(base, keys[name], parameter, delta, chosen))
+        delta, key = deltas.get(name), keys[name]
+        if parameter.integral:
+            chosen = stored_dtype(base, key, parameter)
+        elif dtype is not None:
+            chosen = general
+        elif delta is None:
+            chosen = _kept_dtype(base.dtype(key), general)
+        else:
+            chosen = general if delta.exact is None or delta.terms else delta.exact.values.dtype
+        outgoing.append(_plan_one(base, key, parameter, delta, chosen))
     return outgoing
+
+
+def _kept_dtype(stored: torch.dtype, general: torch.dtype) -> torch.dtype:
+    """The dtype of a tensor that the fine-tune left alone: float32 stays, for a table of angles or
+    of routing that was kept in it loses what rounding takes; else the fine-tune's.
+    """
+    return stored if stored == torch.float32 else general
 
 
 def _plan_one(
@@ -89,26 +102,25 @@ def _plan_one(
     delta: TensorDelta | None,
     dtype: torch.dtype,
 ) -> Outgoing:
+    shape = base.tensors[key].shape
     if delta is None:
-        shape = base.tensors[key].shape
         return Outgoing(parameter.name, dtype, shape, partial(_copied, base, key))
     if delta.transposed != parameter.transposed or delta.base_shape != parameter.shape:
         raise WrongShape(
             f"{parameter.name}: the delta is for shape {list(delta.base_shape)}, the base has "
             f"{list(parameter.shape)}"
         )
-    shape = delta.shape[::-1] if delta.transposed else delta.shape
+    if delta.shape != delta.base_shape:
+        shape = delta.shape[::-1] if delta.transposed else delta.shape
     return Outgoing(parameter.name, dtype, shape, partial(_merged, base, key, delta))
 
 
 def _copied(base: Checkpoint, key: str) -> Iterator[Tensor]:
-    yield base.read_rows(key)
+    yield base.read_stored(key)
 
 
 def _merged(base: Checkpoint, key: str, delta: TensorDelta) -> Iterator[Tensor]:
-    stored = base.read_rows(key)
-    merged = delta.reconstruct(stored.T if delta.transposed else stored)
-    yield merged.T if delta.transposed else merged
+    yield delta.applied_to_stored(base.read_stored(key))
 
 
 def _config(base: Checkpoint, artifact: Artifact, dtype: str | None) -> dict[str, Any]:

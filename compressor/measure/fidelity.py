@@ -70,6 +70,13 @@ def load_model(path: Path) -> Any:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
+def stored_tensors_of(model: Any) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and the buffers that checkpoints hold, by name."""
+    stored = model.state_dict()
+    buffers = {name: tensor for name, tensor in model.named_buffers() if name in stored}
+    return dict(model.named_parameters()) | buffers
+
+
 def merge_into(model: Any, base: Checkpoint, deltas: Iterable[TensorDelta]) -> None:
     """Replace the changed parameters of `model` by ``base + delta``, rounded to the model's dtype.
 
@@ -77,7 +84,7 @@ def merge_into(model: Any, base: Checkpoint, deltas: Iterable[TensorDelta]) -> N
            a delta are left as they are
     """
     keys = read_layout(base.path).keys(base.tensors, base.name)
-    parameters = dict(model.named_parameters())
+    parameters = stored_tensors_of(model)
     with torch.no_grad():
         for delta in deltas:
             if delta.name not in parameters:
@@ -85,9 +92,9 @@ def merge_into(model: Any, base: Checkpoint, deltas: Iterable[TensorDelta]) -> N
                     f"{delta.name}: KL cannot be measured here, because transformers keeps this "
                     "tensor inside a larger one; compress with no calibration text"
                 )
-            stored = base.read_rows(keys[delta.name])
-            merged = delta.reconstruct(stored.T if delta.transposed else stored)
-            parameters[delta.name].copy_(merged.T if delta.transposed else merged)
+            merged = delta.applied_to_stored(base.read_stored(keys[delta.name]))
+            parameter = parameters[delta.name]
+            parameter.copy_(merged.reshape(parameter.shape))
 
 
 def encode_texts(

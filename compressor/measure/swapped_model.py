@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.layout import read_layout
+from compressor.checkpoint.parameter import storable_shape
 from compressor.codecs import TensorDelta
 from compressor.errors import CheckpointError, WrongShape
 from compressor.measure.comparison import padded
-from compressor.measure.fidelity import load_model
+from compressor.measure.fidelity import load_model, stored_tensors_of
 from compressor.measure.samples import Sample
 
 Weights = Literal["finetuned", "base", "variant"]
@@ -86,7 +87,12 @@ class SwappedModel:
         self._base_keys = read_layout(base.path).keys(base.tensors, base.name)
         self._tuned_keys = read_layout(tuned.path).keys(tuned.tensors, tuned.name)
         self._model = load_model(tuned.path)
-        self._parameters: dict[str, Tensor] = dict(self._model.named_parameters())
+        needed = dict(self._model.named_parameters()).keys() | self._tuned_keys.keys()
+        self._parameters: dict[str, Tensor] = {
+            name: tensor
+            for name, tensor in stored_tensors_of(self._model).items()
+            if name in needed  # a buffer may be left out
+        }
         self._now: dict[str, Weights] = {}
         self._deltas: Mapping[str, TensorDelta] = {}
         if missing := sorted(self._parameters.keys() - self._base_keys.keys()):
@@ -128,7 +134,7 @@ class SwappedModel:
                 continue
             parameter = self._parameters[name]
             with torch.no_grad():
-                tuned = self._tuned.read_rows(self._tuned_keys[name])
+                tuned = self._tuned.read_stored(self._tuned_keys[name])
                 parameter.copy_(tuned)
                 if wanted != "finetuned":
                     before = parameter.clone()
@@ -139,17 +145,17 @@ class SwappedModel:
 
     def _overwrite(self, name: str, parameter: Tensor, wanted: Weights) -> None:
         """Rows that the base lacks (added vocabulary) stay the fine-tune's under ``base``."""
-        stored = self._base.read_rows(self._base_keys[name])
+        stored = self._base.read_stored(self._base_keys[name])
         delta = self._deltas.get(name) if wanted == "variant" else None
         if delta is not None:
             shape = delta.shape[::-1] if delta.transposed else delta.shape
-            if tuple(parameter.shape) != shape:
+            if storable_shape(tuple(parameter.shape)) != shape:
                 raise WrongShape(
                     f"{name}: the delta gives shape {list(shape)}, {self._tuned.name} has "
                     f"{list(parameter.shape)}; it was made for another fine-tune"
                 )
-            merged = delta.reconstruct(stored.T if delta.transposed else stored)
-            stored = merged.T if delta.transposed else merged
+            merged = delta.applied_to_stored(stored)
+            stored = merged.reshape(len(merged), *parameter.shape[1:]) if stored.ndim else merged[0]
         if stored.ndim != parameter.ndim or stored.shape[1:] != parameter.shape[1:]:
             raise WrongShape(
                 f"{name}: {self._base.name} has shape {list(stored.shape)}, the fine-tune "

@@ -23,7 +23,7 @@ from compressor.checkpoint.companions import copy_companions
 from compressor.checkpoint.files import DTYPE_NAMES, Checkpoint
 from compressor.checkpoint.layout import Layout, Parameter, read_layout
 from compressor.checkpoint.outputs import check_output
-from compressor.checkpoint.pairing import CHUNK_ELEMENTS
+from compressor.checkpoint.pairing import CHUNK_ELEMENTS, stored_dtype
 from compressor.checkpoint.writer import DTYPES, MAX_SHARD_BYTES, Outgoing, published, write_model
 from compressor.compress.options import Options, Summary
 from compressor.compress.pipeline import compress
@@ -144,8 +144,8 @@ class _Merge:
         """List the merged model's tensors, each made when it is written."""
         listed = []
         for name, parameter in self.layout.parameters.items():
-            dtype = self.base.dtype(self.keys[name])
-            if self.config.dtype is not None:
+            dtype = stored_dtype(self.base, self.keys[name], parameter)
+            if self.config.dtype is not None and not parameter.integral:
                 dtype = DTYPES[self.config.dtype]
             shape = self.base.tensors[self.keys[name]].shape
             if (grown := self._grown(name)) is not None:
@@ -166,6 +166,13 @@ class _Merge:
     def _merged_rows(self, parameter: Parameter) -> Iterator[Tensor]:
         name = parameter.name
         changed = any(vector.changes(name) for vector in self.vectors)
+        if parameter.integral:
+            if changed:
+                raise UnsupportedTensor(
+                    f"{name}: one of the models changes these whole numbers, which have no sum"
+                )
+            yield self.base.read_stored(self.keys[name])
+            return
         thresholds = self._tensor_thresholds(parameter) if changed else []
         for start, end in _row_ranges(parameter):
             key, turned = self.keys[name], parameter.transposed
@@ -221,7 +228,8 @@ class _Merge:
         for name, parameter in self.layout.parameters.items():
             if parameter.kind == "embedding" and (grown := self._grown(name)) is not None:
                 config["vocab_size"] = parameter.shape[0] + len(grown)
-        dtypes = [self.base.dtype(key) for key in self.keys.values()]
+        floats = [name for name, p in self.layout.parameters.items() if not p.integral]
+        dtypes = [self.base.dtype(self.keys[name]) for name in floats]
         usual = DTYPE_NAMES[max(set(dtypes), key=dtypes.count)]
         return config | {"dtype": self.config.dtype or usual}
 

@@ -30,7 +30,8 @@ class Tensor(NamedTuple):
 
     def value(self, base: np.ndarray) -> np.ndarray:
         """Section 5: the fine-tune's value from the base's, in ``[out, in]`` orientation."""
-        value = np.zeros(self.entry["shape"], np.float32)
+        kind = np.float32 if base.dtype.kind == "f" else np.float64
+        value = np.zeros(self.entry["shape"], kind)
         value[: len(base)] = base
         for term in self.terms:
             value[: len(base)] += term

@@ -198,15 +198,14 @@ def test_is_unchanged_wider_dtype_of_equal_values_is_unchanged(
             assert is_unchanged(b, t, p) == ("layers" in p.name)
 
 
-def test_to_store_changed_convolution_raises(tiny_llama: Path) -> None:
+def test_to_store_changed_convolution_is_exact(tiny_llama: Path) -> None:
     shape = (4, 8, 8)
     odd = Parameter("model.conv.weight", "other", shape, transposed=False, module="Conv1d")
-    odd_pair = TensorPair(odd, shape, odd.name, odd.name)
-    with (
-        Checkpoint(tiny_llama) as tuned,
-        pytest.raises(UnsupportedTensor, match=r"model\.conv\.weight: shape \[4, 8, 8\].*Conv1d"),
-    ):
-        to_store(tuned, odd_pair, unchanged=False)
+    odd_pair = TensorPair(odd, shape, odd.name, "model.norm.weight")
+    with Checkpoint(tiny_llama) as tuned:
+        found = to_store(tuned, odd_pair, unchanged=False)
+    assert found is not None
+    assert (found.is_encoded, found.exact_start, found.exact_bytes) == (False, 0, 4 * 4 * 8 * 8)
 
 
 def test_to_store_says_what_is_encoded_and_which_rows_are_exact(
