@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from compressor.atomic import RunLock, publish_directory, recover_directory
-from compressor.checkpoint.files import DTYPE_NAMES
+from compressor.checkpoint.files import DTYPE_NAMES, INTEGER_DTYPES
 from compressor.checkpoint.files import DTYPES as STORED_DTYPES
-from compressor.checkpoint.files import INTEGER_DTYPES
 from compressor.checkpoint.headers import slice_name
 from compressor.checkpoint.layout import Layout
 from compressor.errors import InputError, OutputError
@@ -46,12 +45,14 @@ class Outgoing:
 
 
 def narrowed(values: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """Return float values in `dtype`.
+    """Return float values in `dtype`, or whole numbers in a dtype of those.
 
     Raises InputError naming the tensor, the value and the remedy where a finite value would become
     infinite: beyond 65504 in float16. (NaN and infinities that are there already stay.)
     """
     cast = values.to(dtype)
+    if not dtype.is_floating_point:
+        return cast
     if torch.finfo(dtype).max >= torch.finfo(values.dtype).max or bool(cast.isfinite().all()):
         return cast
     lost = cast.isinf() & values.isfinite()
