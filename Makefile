@@ -5,6 +5,7 @@
 # make coverage   the test suite with branch coverage, htmlcov/ for a browser
 # make bench   load test of the server on the demo's models
 # make settings-table  write the documentation's table of settings
+# make models-table  try every model of transformers, write the table of server/MODELS.md
 # make clean   remove caches and the downloaded demo model, keep .venv
 #
 # Every target makes .venv on first use. PYTHON chooses the interpreter (3.11 to 3.14), TORCH the
@@ -27,7 +28,7 @@ DEMO_DELTAS := deploy/demo/deltas
 AVX2 := NUMBA_CPU_NAME=haswell \
     NUMBA_CPU_FEATURES=+sse4.2,+popcnt,+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe
 
-.PHONY: demo test test-avx2 coverage check bench settings-table clean
+.PHONY: demo test test-avx2 coverage check bench settings-table models-table clean
 .DELETE_ON_ERROR:
 
 # Tests and tools read and print UTF-8 in any locale.
@@ -63,6 +64,9 @@ bench: $(INSTALLED) $(DEMO_BASE)/config.json
 
 settings-table: $(INSTALLED)
 	$(PY) -m tests.settings_table
+
+models-table: $(INSTALLED)
+	$(PY) -m tests.models.table
 
 # torch first and alone, so that no other requirement can bring in another build of it.
 $(INSTALLED): pyproject.toml constraints.txt

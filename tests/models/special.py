@@ -91,6 +91,11 @@ SPECIAL: dict[str, Special] = {
         "its head has no default width, and its numbers of experts are 1",
         {"head_dim": HEAD_DIM, "num_experts": EXPERTS, "moe_topk": EXPERTS_PER_TOKEN},
     ),
+    "lfm2": Special(
+        "by default all layers are attention",
+        {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
+        drop=("full_attn_idxs",),
+    ),
     "lfm2_moe": Special(
         "kinds of layers have no default",
         {"layer_types": ["conv", "full_attention", "conv"], "num_hidden_layers": 3},
