@@ -37,7 +37,7 @@ class StagedParameter:
 
     terms   parts by pool; empty if the slot's reconstructed weights stand in for them
     extra   [h, n] rows past the base's end (added vocabulary)
-    vector  [m] the fine-tune's own 1-D value (norm weight, bias)
+    vector  the fine-tune's own value, whole: [m] of a norm or bias, any shape of a `WholeParameter`
     """
 
     parameter: DeltaParameter
@@ -71,6 +71,15 @@ class DeltaParameter:
         self.extra: dict[int, Tensor] = {}
         self.vectors = base.unsqueeze(0) if base.dim() == 1 else None  # [1 + slots, m]
         self.vector_slots: frozenset[int] = frozenset()
+
+    @property
+    def home(self) -> DeltaParameter:
+        """Whose pools this one's terms are in: its own, but for an expert's."""
+        return self
+
+    def pool_slot(self, slot: int) -> int:
+        """What the pools of its home call a slot."""
+        return slot
 
     @property
     def base(self) -> Tensor:
@@ -200,7 +209,7 @@ class DeltaParameter:
         for key, pool in list(self.pools.items()):
             pool.hide(slot)
             if pool.idle:
-                self._drop_pool(key, pool)
+                self.drop_pool(key, pool)
                 self.residency.moved()
         self.residency.eager.pop(slot, None)
         if slot in self.vector_slots and self.vectors is not None:
@@ -208,7 +217,7 @@ class DeltaParameter:
         self.vector_slots -= {slot}
         self.extra.pop(slot, None)
 
-    def _drop_pool(self, key: PoolKey, pool: TermPool) -> None:
+    def drop_pool(self, key: PoolKey, pool: TermPool) -> None:
         """Give the memory of an idle pool back, and of those that share it."""
         shared = pool.shared if isinstance(pool, BlockDiagPool) else None
         for parameter in (self,) if shared is None else self.siblings:

@@ -25,31 +25,36 @@ class Room:
         self._pools: dict[tuple[DeltaParameter, PoolKey], TermPool] = {}
         self._new: dict[tuple[DeltaParameter, PoolKey], TermPool] = {}
         for staged in parameters:
+            home, own = staged.parameter.home, staged.parameter.pool_slot(slot)
             for key, _ in staged.terms:
-                pool = staged.parameter.pools.get(key)
+                pool = home.pools.get(key)
                 if pool is not None:
-                    pool.places.reserve(slot)
-                    self._pools[staged.parameter, key] = pool
+                    pool.places.reserve(own)
+                    self._pools[home, key] = pool
         self._grown: dict[ArrayStore, PoolParts] = {}
         self._moved: dict[ArrayStore, DeltaParameter] = {}
 
     def make(self, parameters: Iterable[StagedParameter]) -> None:
         """Make room at the places of all terms. Raises what torch does if there is no memory."""
+        highest: dict[ArrayStore, tuple[int, PoolParts]] = {}  # an expert's is one of many
         for staged in parameters:
+            own = staged.parameter.pool_slot(self._slot)
             for key, parts in staged.terms:
-                pool = self._pool(staged.parameter, key)
-                place, store = pool.places.reserve(self._slot), pool.store  # of new pools only
-                arrays = self._arrays(store)
-                if not arrays or place >= len(arrays[0]):
-                    self._grown[store] = store.grown_arrays(parts, place)
+                pool = self._pool(staged.parameter.home, key)
+                place, store = pool.places.reserve(own), pool.store  # of new pools only
+                if place >= max(store.capacity, highest.get(store, (0, parts))[0]):
+                    highest[store] = place, parts
                     self._moved[store] = staged.parameter
+        for store, (place, parts) in highest.items():
+            self._grown[store] = store.grown_arrays(parts, place)
 
     def transfers(self, parameters: Iterable[StagedParameter]) -> Iterator[Transfer]:
         """What to copy into the places."""
         for staged in parameters:
+            own = staged.parameter.pool_slot(self._slot)
             for key, parts in staged.terms:
-                pool = self._pool(staged.parameter, key)
-                place = pool.places[self._slot]
+                pool = self._pool(staged.parameter.home, key)
+                place = pool.places[own]
                 arrays = pool.own_arrays(self._arrays(pool.store))
                 yield from zip((array[place] for array in arrays), parts, strict=True)
 

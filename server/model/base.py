@@ -29,6 +29,7 @@ from server.model.embedding import DeltaEmbedding
 from server.model.fused_attention import fuse_rotary
 from server.model.fused_layer import fuse_residuals
 from server.model.fused_mlp import fuse_gated_mlp
+from server.model.install_experts import install_experts
 from server.model.kv_store import KVStore
 from server.model.linear import DeltaLinear, Product
 from server.model.mask import MaskUsed, attention_named
@@ -301,6 +302,7 @@ def install_delta_layers(
     _pack_linears(model, model.get_input_embeddings())
     for module in model.modules():
         fuse_gated_mlp(module, kernels)
+    install_experts(model, parameters, context, kernels, residency)
     return parameters
 
 
@@ -324,8 +326,15 @@ def _pack_linears(model: nn.Module, embedding: nn.Module) -> None:
 
 def _replaceable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding | Conv1D) or _is_norm(module):
+        if _is_linear(module) or isinstance(module, nn.Embedding) or _is_norm(module):
             yield path, module
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Not the routers that are linears and give more than a product (PhiMoE, Llama 4)."""
+    return isinstance(module, Conv1D) or (
+        isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    )
 
 
 def _is_norm(module: nn.Module) -> bool:

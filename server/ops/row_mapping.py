@@ -18,6 +18,20 @@ BASE_SLOT = -1
 # Slots and where each one's data lies in an array: slots whose deltas have the same geometry share
 # arrays that have room for them only.
 Places = frozenset[tuple[int, int]]
+
+
+class ShownPlaces(frozenset[tuple[int, int]]):
+    """`Places` that are asked for single slots many times."""
+
+    @cached_property
+    def by_slot(self) -> dict[int, int]:
+        return dict(self)
+
+    @cached_property
+    def slots(self) -> frozenset[int]:
+        return frozenset(self.by_slot)
+
+
 # A run is cut where padding its rows to the widest segment would cost more than another call.
 MAX_PADDING_FACTOR = 1.25
 MIN_PADDED_ROWS = 16
@@ -121,17 +135,16 @@ class RowMapping:
     def held_rows(self, present: Places) -> Tensor:
         """[T] int64: place of each row's slot, -1 where it has none."""
         if present not in self._held_rows:
-            places = dict(present)
+            places = _by_slot(present)
             self._held_rows[present] = self._per_row(
                 [places.get(s.slot, -1) for s in self.segments]
             )
         return self._held_rows[present]
 
     def _per_row(self, values: list[int]) -> Tensor:
-        rows: list[int] = []
-        for value, segment in zip(values, self.segments, strict=True):
-            rows += [value] * (segment.end - segment.start)
-        return torch.tensor(rows, dtype=torch.int64).to(self.device)
+        counts = torch.tensor([s.end - s.start for s in self.segments], dtype=torch.int64)
+        rows = torch.tensor(values, dtype=torch.int64).repeat_interleave(counts)
+        return rows.to(self.device)
 
     def runs(self, present: Places) -> tuple[SlotRun, ...]:
         """Runs over the slots in `present` that have rows in this batch."""
@@ -156,8 +169,12 @@ class RowMapping:
 
     def _at(self, present: Places) -> list[Segment]:
         """The segments of `present`, each named by its place, by rows."""
-        places = dict(present)
+        places = _by_slot(present)
         return [Segment(places[s.slot], s.start, s.end) for s in self.segments if s.slot in places]
+
+
+def _by_slot(present: Places) -> dict[int, int]:
+    return present.by_slot if isinstance(present, ShownPlaces) else dict(present)
 
 
 def _group_consecutive(segments: Iterable[Segment]) -> list[list[Segment]]:
