@@ -67,6 +67,7 @@ ELSEWHERE = {
     "compressor.measure.texts": "tests/compressor/measure/test_moments.py",
     "compressor.merge.vectors": "tests/compressor/merge/test_merge.py",
     "compressor.peft.config": "tests/compressor/peft/test_adapter.py",
+    "compressor.peft.values": "tests/compressor/peft/test_factors.py",
     "compressor.peft.dora": "tests/compressor/peft/test_importer.py",
     "compressor.printable": "tests/compressor/artifact/test_reader_fuzz.py",
     "compressor.report.data": "tests/compressor/report/test_html.py",

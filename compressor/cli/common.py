@@ -32,6 +32,9 @@ BaseRevision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit, if BASE is a Hub id.")
 ]
 DeltaArg = Annotated[Path, typer.Argument(help="Delta artifact directory.", metavar="DELTA")]
+AdapterName = Annotated[
+    str | None, typer.Option(help="Which adapter, if the file holds several (default, reference).")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no summary.")]
 

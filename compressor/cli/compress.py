@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from compressor.cli.common import (
+    AdapterName,
     BaseArg,
     BaseName,
     BaseRevision,
@@ -93,6 +94,7 @@ def compress(
         str | None, typer.Option(help="Branch, tag or commit, if FINETUNED is a Hub id.")
     ] = None,
     base_name: BaseName = None,
+    adapter_name: AdapterName = None,
     overwrite: Overwrite = False,
     resume: Annotated[
         bool,
@@ -110,6 +112,7 @@ def compress(
     from compressor.checkpoint.hub import with_revision
     from compressor.compress.options import Options
     from compressor.compress.pipeline import compress as run
+    from compressor.errors import InputError
     from compressor.peft.config import is_adapter
     from compressor.peft.importer import import_adapter
 
@@ -141,8 +144,14 @@ def compress(
     with progress_bar(quiet) as progress:
         base_dir = resolve(with_revision(base, base_revision, "--base-revision"))
         tuned_dir = resolve(with_revision(finetuned, revision))
-        make = import_adapter if is_adapter(tuned_dir) else run
-        summary = make(base_dir, tuned_dir, out, options, progress)
+        if is_adapter(tuned_dir):
+            summary = import_adapter(
+                base_dir, tuned_dir, out, options, progress, adapter_name=adapter_name
+            )
+        elif adapter_name is not None:
+            raise InputError(f"--adapter-name is for adapters; {finetuned} is a full fine-tune")
+        else:
+            summary = run(base_dir, tuned_dir, out, options, progress)
     if quiet:
         return
     typer.echo(

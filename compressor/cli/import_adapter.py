@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from compressor.cli.common import (
+    AdapterName,
     BaseArg,
     BaseName,
     BaseRevision,
@@ -41,6 +42,7 @@ def import_adapter(
         str | None, typer.Option(help="Branch, tag or commit, if ADAPTER is a Hub id.")
     ] = None,
     base_name: BaseName = None,
+    adapter_name: AdapterName = None,
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
@@ -69,7 +71,9 @@ def import_adapter(
         base_name=base_name,
     )
     with progress_bar(quiet) as progress:
-        summary = run(base_dir, folder, out, options, progress, exact=exact)
+        summary = run(
+            base_dir, folder, out, options, progress, exact=exact, adapter_name=adapter_name
+        )
     if quiet:
         return
     typer.echo(f"{out}: {summary.n_bytes:,} bytes, {summary.n_unchanged} tensors unchanged")

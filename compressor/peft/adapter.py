@@ -1,13 +1,12 @@
-"""Import a PEFT LoRA adapter: its factors become `lowrank` terms, exactly; nothing is re-fitted.
+"""Import a PEFT adapter: its factors become `lowrank` terms, exactly; nothing is re-fitted.
 
-Conventions of PEFT (its `lora/layer.py`): ``dW = scaling * B A`` with ``A [r, in]``, ``B [out, r]``
-for Linear and Conv1D alike; for Embedding ``dW = scaling * (B A)^T`` with ``A [r, vocabulary]``,
-``B [width, r]``; scaling is ``alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised LoRA.
+PEFT's scaling is ``alpha / r``, or ``alpha / sqrt(r)`` for rank-stabilised LoRA; what each kind
+multiplies is in `factors`. Modules saved whole, trained biases and trained tokens are stored as the
+values that they are.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -18,26 +17,30 @@ from compressor.checkpoint.files import Checkpoint, TensorFiles
 from compressor.checkpoint.hub import cached_ref
 from compressor.checkpoint.layout import Layout, Parameter, read_layout
 from compressor.checkpoint.writer import narrowed
-from compressor.codecs import (
-    DenseRows,
-    LowRankTerm,
-    Shape,
-    TensorDelta,
-    lowrank_from_factors,
-)
+from compressor.codecs import DenseRows, Shape, TensorDelta
 from compressor.errors import CheckpointError, UnsupportedTensor
 from compressor.peft.config import WEIGHTS, read_settings
 from compressor.peft.dora import RescaleEncoder, dora_parts
+from compressor.peft.factors import FACTORS, SHARED
+from compressor.peft.keys import AdapterKey, choose_adapter
+from compressor.peft.values import (
+    exact_delta,
+    first_difference,
+    is_same_delta,
+    lossless,
+    rows_delta,
+)
 
-_FACTOR = re.compile(r"^(?P<module>.+)\.lora_(?P<part>A|B)(\.[^.]+)?\.weight$")
-_MAGNITUDE = re.compile(r"^(?P<module>.+)\.lora_magnitude_vector(\.[^.]+)?(\.weight)?$")
-_EMBEDDING = re.compile(r"^(?P<module>.+)\.lora_embedding_(?P<part>A|B)(\.[^.]+)?$")
+Parts = Mapping[str, str]
 
 
 class Adapter(TensorFiles):
-    """A LoRA adapter directory, opened and checked. Use as a context manager."""
+    """An adapter directory, opened and checked. Use as a context manager.
 
-    def __init__(self, path: Path) -> None:
+    adapter_name  which one, if the file holds several
+    """
+
+    def __init__(self, path: Path, adapter_name: str | None = None) -> None:
         self.path = path
         self.settings = read_settings(path)
         if not (path / WEIGHTS).is_file():
@@ -48,6 +51,7 @@ class Adapter(TensorFiles):
             )
         ref = cached_ref(path)
         super().__init__(ref.repo if ref else path.resolve().name, [path / WEIGHTS])
+        self._keys = choose_adapter(self.tensors, adapter_name)
 
     def deltas(
         self, base: Checkpoint, rescale: RescaleEncoder | None = None
@@ -62,7 +66,7 @@ class Adapter(TensorFiles):
         layout = read_layout(base.path)
         keys = layout.keys(base.tensors, base.name)
         parts = self._parts(layout)
-        self._check_ties(layout, parts)
+        self._check_ties(layout, parts, base, keys)
         for name, parameter in layout.parameters.items():
             if name not in parts:
                 continue
@@ -82,30 +86,111 @@ class Adapter(TensorFiles):
             if "magnitude" in parts
         }
 
-    def _parts(self, layout: Layout) -> dict[str, dict[str, str]]:
+    # --- which tensors belong to which parameter ------------------------------------------------
+
+    def _parts(self, layout: Layout) -> dict[str, Parts]:
         """Names of the stored tensors by parameter and part."""
         parts: dict[str, dict[str, str]] = {}
-        for key in self.tensors:
-            if ".original_module." not in key:  # PEFT's untouched copy of a module saved whole
-                name, part = _target(layout, key)
-                parts.setdefault(name, {})[part] = key
+        shared: dict[str, str] = {}
+        for key, entry in self._keys.items():
+            if entry.part in SHARED:
+                shared[entry.part] = key
+            else:
+                parts.setdefault(self._target(layout, key, entry), {})[entry.part] = key
         for name, found in parts.items():
-            factors = {"A", "embedding_A"} & found.keys()
-            if self.settings.is_dora and factors and "magnitude" not in found:
-                raise UnsupportedTensor(f"{name}: use_dora is set, but it has no magnitude vector")
-            if "magnitude" in found and found.keys() != {"A", "B", "magnitude"}:
-                raise UnsupportedTensor(
-                    f"{name}: lora_magnitude_vector is supported beside the factors of a linear "
-                    f"layer, found {', '.join(sorted(found))}; merge the adapter (merge_and_unload)"
-                )
-            if "magnitude" in found and not self.settings.is_dora:
-                raise UnsupportedTensor(f"{name}: lora_magnitude_vector, but use_dora is not set")
-        return parts
+            if any(part.startswith("vera_") for part in found):
+                found.update(shared)
+            self._check_dora(name, found)
+        return {**parts}
+
+    def _target(self, layout: Layout, key: str, entry: AdapterKey) -> str:
+        """Return the parameter a stored tensor belongs to."""
+        name = layout.find(entry.parameter)
+        if name is None and entry.part == "added":
+            raise UnsupportedTensor(
+                f"{key}: lora_bias adds a bias to a layer that has none in the base, which no "
+                "delta and no merged model can hold; train without lora_bias"
+            )
+        if name is None:
+            raise UnsupportedTensor(f"{key}: the base has no parameter {entry.parameter} for it")
+        parameter = layout.parameters.get(name)
+        is_matrix = parameter is None or parameter.kind in ("linear", "embedding")
+        if entry.part not in ("full", "added") and not is_matrix:
+            raise UnsupportedTensor(
+                f"{name}: LoRA factors on a module that is no linear or embedding"
+            )
+        return name
+
+    def _check_dora(self, name: str, found: Parts) -> None:
+        factors = {"A", "embedding_A"} & found.keys()
+        if self.settings.is_dora and factors and "magnitude" not in found:
+            raise UnsupportedTensor(f"{name}: use_dora is set, but it has no magnitude vector")
+        if "magnitude" in found and found.keys() != {"A", "B", "magnitude"}:
+            raise UnsupportedTensor(
+                f"{name}: lora_magnitude_vector is supported beside the factors of a linear "
+                f"layer, found {', '.join(sorted(found))}; merge the adapter (merge_and_unload)"
+            )
+        if "magnitude" in found and not self.settings.is_dora:
+            raise UnsupportedTensor(f"{name}: lora_magnitude_vector, but use_dora is not set")
+
+    def _check_ties(
+        self,
+        layout: Layout,
+        parts: Mapping[str, Parts],
+        base: Checkpoint,
+        keys: Mapping[str, str],
+    ) -> None:
+        """Refuse what would untie: PEFT may change one module of a tied pair, a delta both."""
+        for alias, target in layout.tied:
+            first, second = parts.get(target, {}), parts.get(alias, {})
+            if not first and not second:
+                continue
+            if not second and "tokens" in first and self.settings.tokens.get(""):
+                continue  # given for the input embedding alone, PEFT trains them in both
+            if first and second:
+                parameter, key = layout.parameters[target], keys[target]
+                one = self._delta(parameter, first, base, key)
+                if is_same_delta(one, self._delta(parameter, second, base, key)):
+                    continue
+            raise UnsupportedTensor(
+                f"{alias if second else target}: the adapter changes it, but in the base "
+                f"{alias} is tied to {target}; a delta cannot untie them"
+            )
+
+    # --- what becomes of a parameter ------------------------------------------------------------
+
+    def _delta(
+        self, parameter: Parameter, parts: Parts, base: Checkpoint, base_key: str
+    ) -> TensorDelta | None:
+        if "tokens" in parts:
+            return self._tokens(parameter, parts, base, base_key)
+        if "added" in parts or parts.keys() == {"full"}:
+            value = self._value(parameter, parts, base, base_key)
+            return exact_delta(parameter, base.read_rows(base_key), value, self.name)
+        a, b = self._factors(parameter, parts)
+        rows, exact = parameter.shape[0], None
+        if "full" in parts:
+            exact = self._added_rows(parameter, parts["full"], base, base_key, a, b)
+        if b.shape[1] != rows + (0 if exact is None else len(exact.values)):
+            raise self._misfit(parameter)
+        kept = b[:, :rows].contiguous()
+        # B starts at zero: then this module was never trained.
+        terms = (lossless(a, kept),) if bool(a.any()) and bool(kept.any()) else ()
+        if not terms and exact is None:
+            return None
+        return TensorDelta(
+            name=parameter.name,
+            shape=(b.shape[1], *parameter.shape[1:]),
+            base_shape=parameter.shape,
+            transposed=parameter.transposed,
+            terms=terms,
+            exact=exact,
+        )
 
     def _dora(
         self,
         parameter: Parameter,
-        parts: Mapping[str, str],
+        parts: Parts,
         base: Checkpoint,
         base_key: str,
         rescale: RescaleEncoder | None,
@@ -120,64 +205,26 @@ class Adapter(TensorFiles):
             whole = weight + split.rest + split.b.T @ a
             exact = DenseRows(0, whole)
             return TensorDelta(name, shape, shape, parameter.transposed, (), exact)
-        terms = (_lossless(a, split.b), *rescale.encode(name, split, a))
+        terms = (lossless(a, split.b), *rescale.encode(name, split, a))
         return TensorDelta(name, shape, shape, parameter.transposed, terms, None)
 
-    def _check_ties(self, layout: Layout, parts: Mapping[str, Mapping[str, str]]) -> None:
-        """Refuse what would untie: PEFT changes one module of a tied pair, a delta both."""
-        for alias, target in layout.tied:
-            first, second = parts.get(target, {}), parts.get(alias, {})
-            if first.keys() == second.keys() == {"full"} and torch.equal(
-                self.read_rows(first["full"]), self.read_rows(second["full"])
-            ):
-                continue
-            if first or second:
-                raise UnsupportedTensor(
-                    f"{alias if second else target}: the adapter changes it, but in the base "
-                    f"{alias} is tied to {target}; a delta cannot untie them"
-                )
-
-    def _delta(
-        self, parameter: Parameter, parts: Mapping[str, str], base: Checkpoint, base_key: str
-    ) -> TensorDelta | None:
-        if parts.keys() == {"full"}:
-            return self._exact(parameter, parts["full"], base, base_key)
-        a, b = self._factors(parameter, parts)
-        rows, exact = parameter.shape[0], None
-        if "full" in parts:
-            exact = self._added_rows(parameter, parts["full"], base, base_key, a, b)
-        if b.shape[1] != rows + (0 if exact is None else len(exact.values)):
-            raise self._misfit(parameter)
-        kept = b[:, :rows].contiguous()
-        # B starts at zero: then this module was never trained.
-        terms = (_lossless(a, kept),) if bool(a.any()) and bool(kept.any()) else ()
-        if not terms and exact is None:
-            return None
-        return TensorDelta(
-            name=parameter.name,
-            shape=(b.shape[1], *parameter.shape[1:]),
-            base_shape=parameter.shape,
-            transposed=parameter.transposed,
-            terms=terms,
-            exact=exact,
-        )
-
-    def _factors(self, parameter: Parameter, parts: Mapping[str, str]) -> tuple[Tensor, Tensor]:
+    def _factors(self, parameter: Parameter, parts: Parts) -> tuple[Tensor, Tensor]:
         """Return ``a [r, n]`` and ``b [r, m]`` float32, the scaling in b."""
-        if parts.keys() - {"full"} not in ({"A", "B"}, {"embedding_A", "embedding_B"}):
+        make = FACTORS.get(frozenset(parts.keys() - {"full"}))
+        if make is None:
             raise UnsupportedTensor(
                 f"{parameter.name}: the adapter holds {', '.join(sorted(parts))} for it; exactly "
-                "one pair of LoRA factors is needed"
+                "one pair of LoRA factors is needed (VeRA: save_projection must be on)"
             )
-        if "A" in parts:
-            a, b = self.read_rows(parts["A"]).float(), self.read_rows(parts["B"]).float().T
-        else:
-            a = self.read_rows(parts["embedding_B"]).float().T
-            b = self.read_rows(parts["embedding_A"]).float()
+        read = {part: self.read_rows(key).float() for part, key in parts.items() if part != "full"}
+        try:
+            a, b, rank = make(read, (parameter.shape[0], parameter.shape[1]))
+        except (RuntimeError, IndexError) as error:  # shapes that do not go together
+            raise self._misfit(parameter) from error
         if a.ndim != 2 or a.shape[0] != b.shape[0] or a.shape[1] != parameter.shape[1]:
             raise self._misfit(parameter)
         module = parameter.name.removesuffix(".weight")
-        return a.contiguous(), b * self.settings.scaling(module, a.shape[0])
+        return a.contiguous(), b * self.settings.scaling(module, rank)
 
     def _misfit(self, parameter: Parameter) -> CheckpointError:
         return CheckpointError(
@@ -196,7 +243,7 @@ class Adapter(TensorFiles):
         rows, under = parameter.shape[0], self.read_rows(key)
         if under.shape[1:] != parameter.shape[1:] or under.shape[0] < rows:
             raise self._misfit(parameter)
-        if _first_difference(base.read_rows(base_key), under) != rows:
+        if first_difference(base.read_rows(base_key), under) != rows:
             raise UnsupportedTensor(
                 f"{parameter.name}: the weight saved under the adapter's factors is not the "
                 "base's; is this the right base?"
@@ -206,63 +253,41 @@ class Adapter(TensorFiles):
         values = under[rows:].float() + b[:, rows : under.shape[0]].T @ a
         return DenseRows(rows, narrowed(values, under.dtype, parameter.name))
 
-    def _exact(
-        self, parameter: Parameter, key: str, base: Checkpoint, base_key: str
+    def _value(self, parameter: Parameter, parts: Parts, base: Checkpoint, base_key: str) -> Tensor:
+        """The value of a parameter that is stored whole, in the checkpoint's orientation."""
+        value = self.read_rows(parts["full"]) if "full" in parts else base.read_rows(base_key)
+        if "added" not in parts:
+            return value
+        module = parameter.name.removesuffix(".bias")
+        added = self.read_rows(parts["added"]).float() * self._bias_scaling(module)
+        if added.shape != value.shape:
+            raise self._misfit(parameter)
+        return narrowed(value.float() + added, value.dtype, parameter.name)
+
+    def _bias_scaling(self, module: str) -> float:
+        """A bias of B is scaled as the product of the factors beside it."""
+        for key, entry in self._keys.items():
+            if entry.part == "A" and f"{entry.parameter}".endswith(f"{module}.weight"):
+                return self.settings.scaling(module, self.tensors[key].shape[0])
+        raise UnsupportedTensor(f"{module}: a bias of LoRA factors that are not there")
+
+    def _tokens(
+        self, parameter: Parameter, parts: Parts, base: Checkpoint, base_key: str
     ) -> TensorDelta | None:
-        """A module saved whole: stored exactly, from its first row that differs."""
-        ours, theirs = base.read_rows(base_key), self.read_rows(key)
-        if parameter.transposed:
-            ours, theirs = ours.T, theirs.T
-        grown = theirs.ndim == ours.ndim and theirs.shape[1:] == ours.shape[1:]
-        if not grown or theirs.shape[0] < ours.shape[0]:
-            raise CheckpointError(
-                f"{self.name}: {parameter.name} has shape {list(theirs.shape)}, the base "
-                f"{list(ours.shape)}"
+        """Rows that were trained by themselves: what is stored are their new values."""
+        module = parameter.name.removesuffix(".weight")
+        rows, values = self.settings.token_rows(module), self.read_rows(parts["tokens"])
+        if parts.keys() - {"tokens", "full"} or rows is None:
+            raise UnsupportedTensor(
+                f"{parameter.name}: the adapter holds {', '.join(sorted(parts))} for it; trained "
+                "tokens must be all of it, and named in its configuration"
             )
-        start = _first_difference(ours, theirs)
-        if start == theirs.shape[0]:
-            return None
-        if theirs.ndim == 1:
-            start = 0
-        return TensorDelta(
-            name=parameter.name,
-            shape=tuple(theirs.shape),
-            base_shape=parameter.shape,
-            transposed=parameter.transposed,
-            terms=(),
-            exact=DenseRows(start, theirs[start:].contiguous()),
-        )
-
-
-def _target(layout: Layout, key: str) -> tuple[str, str]:
-    """Return the parameter a stored tensor belongs to, and which part of its delta it is."""
-    path = key.removeprefix("base_model.model.")
-    if match := _FACTOR.match(path):
-        wanted, part = f"{match['module']}.weight", match["part"]
-    elif match := _EMBEDDING.match(path):
-        wanted, part = f"{match['module']}.weight", f"embedding_{match['part']}"
-    elif match := _MAGNITUDE.match(path):
-        wanted, part = f"{match['module']}.weight", "magnitude"
-    else:
-        wanted, part = re.sub(r"\.(modules_to_save(\.default)?|base_layer)\.", ".", path), "full"
-    name = layout.find(wanted)
-    if name is None:
-        raise UnsupportedTensor(f"{key}: the base has no parameter {wanted} for it")
-    parameter = layout.parameters.get(name)
-    if part != "full" and parameter and parameter.kind not in ("linear", "embedding"):
-        raise UnsupportedTensor(f"{name}: LoRA factors on a module that is no linear or embedding")
-    return name, part
-
-
-def _lossless(a: Tensor, b: Tensor) -> LowRankTerm:
-    """16-bit factors if those are exact (a bfloat16 adapter's mostly are), else 32-bit ones."""
-    small = lowrank_from_factors(a, b, 16)
-    if torch.equal(small.a, a) and torch.equal(small.b, b):
-        return small
-    return lowrank_from_factors(a, b, 32)
-
-
-def _first_difference(ours: Tensor, theirs: Tensor) -> int:
-    differs = ours.float() != theirs[: ours.shape[0]].float()
-    rows = differs.reshape(differs.shape[0], -1).any(-1).nonzero()
-    return int(rows[0]) if len(rows) else ours.shape[0]
+        ours = base.read_rows(base_key)
+        whole = self.read_rows(parts["full"]) if "full" in parts else ours
+        if values.shape != (len(rows), *whole.shape[1:]) or max(rows, default=0) >= len(whole):
+            raise self._misfit(parameter)
+        index = torch.tensor(rows, dtype=torch.int64)
+        changed = whole.index_copy(0, index, narrowed(values, whole.dtype, parameter.name))
+        if "full" in parts:
+            return exact_delta(parameter, ours, changed, self.name)
+        return rows_delta(parameter, ours, changed, index.sort().values)

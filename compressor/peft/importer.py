@@ -36,6 +36,7 @@ def import_adapter(
     progress: Progress,
     *,
     exact: bool = False,
+    adapter_name: str | None = None,
 ) -> Summary:
     """Write the artifact. Of `options` only `overwrite`, `base_name` and, for DoRA, some apply.
 
@@ -43,6 +44,7 @@ def import_adapter(
     A DoRA layer's factors are kept as exactly; the rescaling of the base's rows that comes with
     them has full rank. It is stored `ratio` times smaller than the base's matrix, as unbiased
     `blockdiag` of ``codec_options["bits"]`` bits; with `exact`, such layers are stored whole.
+    `adapter_name` says which adapter is meant, if the file holds several.
     """
     check_output(out, [base, adapter])
     if options.calibration is not None:
@@ -51,13 +53,15 @@ def import_adapter(
         )
     if options.max_bytes is not None or options.max_kl is not None:
         raise InputError("--max-bytes and --max-kl are for full fine-tunes, not for adapters")
-    with Checkpoint(base) as base_files, Adapter(adapter) as opened:
+    with Checkpoint(base) as base_files, Adapter(adapter, adapter_name) as opened:
         layout = read_layout(base_files.path)
         rescale = None if exact else _plan_rescaling(base_files, opened, options)
         config = DeltaConfig(
             created_by=f"impart-serve {__version__}",
             codec="lowrank",
-            options={"imported": "peft"} | _rescale_options(rescale),
+            options={"imported": "peft"}
+            | ({"adapter": adapter_name} if adapter_name is not None else {})
+            | _rescale_options(rescale),
             ratio_requested=None,
             finetuned_bytes=opened.n_bytes,
             finetuned=opened.name,

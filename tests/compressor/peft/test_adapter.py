@@ -140,9 +140,7 @@ def test_deltas_untrained_factors_are_skipped(tiny_llama: Path, tmp_path: Path) 
     [
         {"peft_type": "IA3"},
         {"use_qalora": True},
-        {"lora_bias": True},
         {"layer_replication": [[0, 1]]},
-        {"trainable_token_indices": [1]},
         {"init_lora_weights": "pissa_niter_4"},
     ],
 )

@@ -1,0 +1,240 @@
+"""Every kind of adapter that the installed PEFT makes: exact against its own merge, or refused."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from compressor.checkpoint.files import Checkpoint
+from compressor.errors import UnsupportedTensor
+from compressor.peft.adapter import Adapter
+from compressor.peft.config import ACCEPTED
+from tests.tiny import make_tiny
+
+Bases = dict[str, Path]
+ALL = ["q_proj", "v_proj", "down_proj"]
+
+
+def lora(**settings: Any) -> peft.LoraConfig:
+    given = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    return peft.LoraConfig(**(given | settings))
+
+
+# Name -> base, configuration. Tied bases: what PEFT keeps tied.
+KINDS: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
+    "lora": ("llama", lambda: lora(target_modules=ALL)),
+    "lora all linear": ("qwen2", lambda: lora(target_modules="all-linear")),
+    "lora of Conv1D": ("gpt2", lambda: lora(target_modules=["c_attn"], fan_in_fan_out=True)),
+    "rank-stabilised": ("llama", lambda: lora(use_rslora=True)),
+    "patterns": (
+        "llama",
+        lambda: lora(
+            target_modules=ALL,
+            rank_pattern={"down_proj": 2, r"layers\.1\..*v_proj": 3},
+            alpha_pattern={"q_proj": 3},
+        ),
+    ),
+    "some layers": ("llama", lambda: lora(layers_to_transform=[1])),
+    "orthogonal start": ("llama", lambda: lora(init_lora_weights="orthogonal")),
+    "gaussian start": ("llama", lambda: lora(init_lora_weights="gaussian")),
+    "DoRA": ("llama", lambda: lora(use_dora=True, target_modules=ALL)),
+    "lm_head": ("llama", lambda: lora(target_modules=["lm_head"])),
+    "embedding": ("llama", lambda: lora(target_modules=["embed_tokens", "q_proj"])),
+    "embedding and lm_head": ("llama", lambda: lora(target_modules=["embed_tokens", "lm_head"])),
+    "saved head": ("llama", lambda: lora(modules_to_save=["lm_head"])),
+    "saved embedding and norm": (
+        "llama",
+        lambda: lora(modules_to_save=["embed_tokens", "model.norm"]),
+    ),
+    "bias of factors": ("qwen2", lambda: lora(lora_bias=True)),
+    "biases of adapted layers": ("qwen2", lambda: lora(bias="lora_only")),
+    "all biases": ("qwen2", lambda: lora(bias="all")),
+    "bias of factors and trained biases": ("qwen2", lambda: lora(lora_bias=True, bias="all")),
+    "tokens": ("llama", lambda: lora(trainable_token_indices=[3, 11, 300])),
+    "neighbouring tokens": ("llama", lambda: lora(trainable_token_indices=[318, 316, 317])),
+    "tokens of both": (
+        "llama",
+        lambda: lora(trainable_token_indices={"embed_tokens": [3, 7], "lm_head": [5]}),
+    ),
+    "tied: tokens": ("tied", lambda: lora(trainable_token_indices=[3, 11, 300])),
+    "tied: tokens, tied": (
+        "tied",
+        lambda: lora(trainable_token_indices=[3, 11], ensure_weight_tying=True),
+    ),
+    "tied: saved embedding, tied": (
+        "tied",
+        lambda: lora(modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    ),
+    "trainable tokens": (
+        "llama",
+        lambda: peft.TrainableTokensConfig(token_indices=[3, 300], target_modules=["embed_tokens"]),
+    ),
+    "tied: trainable tokens": (
+        "tied",
+        lambda: peft.TrainableTokensConfig(token_indices=[3, 300], target_modules=["embed_tokens"]),
+    ),
+    "AdaLoRA": (
+        "llama",
+        lambda: peft.AdaLoraConfig(
+            task_type="CAUSAL_LM", target_modules=ALL, init_r=5, lora_alpha=8, total_step=10
+        ),
+    ),
+    "VeRA": (
+        "llama",
+        lambda: peft.VeraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], r=4),
+    ),
+    "LoHa": (
+        "llama",
+        lambda: peft.LoHaConfig(task_type="CAUSAL_LM", target_modules=ALL, r=3, alpha=8),
+    ),
+    "norms": ("llama", lambda: peft.LNTuningConfig(task_type="CAUSAL_LM")),
+}
+UNTYING = {
+    "lm_head": lambda: lora(target_modules=["lm_head"]),
+    "embedding": lambda: lora(target_modules=["embed_tokens"]),
+    "saved head": lambda: lora(modules_to_save=["lm_head"]),
+    "saved embedding": lambda: lora(modules_to_save=["embed_tokens"]),
+}
+
+
+@pytest.fixture(scope="module")
+def bases(
+    tiny_llama: Path, tiny_qwen2: Path, tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Bases:
+    tied = make_tiny("llama", tmp_path_factory.mktemp("tied") / "base", seed=1, tied=True)
+    return {"llama": tiny_llama, "qwen2": tiny_qwen2, "gpt2": tiny_gpt2, "tied": tied}
+
+
+def trained(base: Path, config: peft.PeftConfig, out: Path) -> Path:
+    """An adapter all of whose parameters have moved, as PEFT saves it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+        model.save_pretrained(out)
+    return out
+
+
+def merged(base: Path, adapter: Path) -> dict[str, Tensor]:
+    """The weights that PEFT itself makes."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(base)
+        model = peft.PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def ours(base: Path, adapter: Path) -> dict[str, Tensor]:
+    """Base and deltas; of a tied pair under both names."""
+    weights = load_file(base / "model.safetensors")
+    with Checkpoint(base) as checkpoint, Adapter(adapter) as opened:
+        for delta in opened.deltas(checkpoint):
+            weight = weights[delta.name]
+            found = delta.reconstruct(weight.T if delta.transposed else weight)
+            weights[delta.name] = found.T if delta.transposed else found
+    if "lm_head.weight" not in weights:
+        embedding = "model.embed_tokens.weight"
+        weights["lm_head.weight"] = weights[
+            embedding if embedding in weights else "transformer.wte.weight"
+        ]
+    return weights
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_kind_equals_pefts_own_merge(bases: Bases, tmp_path: Path, kind: str) -> None:
+    name, config = KINDS[kind]
+    adapter = trained(bases[name], config(), tmp_path / "adapter")
+    expected, found = merged(bases[name], adapter), ours(bases[name], adapter)
+    before = load_file(bases[name] / "model.safetensors")
+    assert any(not torch.equal(found[key], tensor) for key, tensor in before.items())
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key].float(), tensor, rtol=1e-5, atol=1e-5, msg=key)
+
+
+def test_adalora_with_components_removed_equals_pefts_own_merge(
+    bases: Bases, tmp_path: Path
+) -> None:
+    adapter = trained(bases["llama"], KINDS["AdaLoRA"][1](), tmp_path / "adapter")
+    file, settings = adapter / "adapter_model.safetensors", adapter / "adapter_config.json"
+    tensors, config = load_file(file), json.loads(settings.read_text())
+    left = [True, False, True, True, False]
+    config["rank_pattern"] = {}
+    for key in [key for key in tensors if key.endswith("lora_E")]:
+        module = key.removesuffix(".lora_E")
+        config["rank_pattern"][f"{module.removeprefix('base_model.model.')}.lora_E"] = left
+        for part in ("lora_E", "lora_A"):
+            tensors[f"{module}.{part}"] = tensors[f"{module}.{part}"][left].contiguous()
+        tensors[f"{module}.lora_B"] = tensors[f"{module}.lora_B"][:, left].contiguous()
+    save_file(tensors, file, {"format": "pt"})
+    settings.write_text(json.dumps(config))
+    expected, found = merged(bases["llama"], adapter), ours(bases["llama"], adapter)
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5, msg=key)
+
+
+def test_tied_embedding_equals_pefts_own_forward(bases: Bases, tmp_path: Path) -> None:
+    """Not its merge, which adds the difference to the one tied tensor once for either module."""
+    config = lora(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    adapter = trained(bases["tied"], config, tmp_path / "adapter")
+    ids = torch.arange(5, 25).unsqueeze(0)
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(bases["tied"])
+        found = model(ids).logits
+        expected = peft.PeftModel.from_pretrained(model, adapter)(ids).logits
+        assert not torch.allclose(found, expected, atol=0.1)
+        model = AutoModelForCausalLM.from_pretrained(bases["tied"])
+        weights = ours(bases["tied"], adapter)
+        for name, parameter in model.named_parameters():
+            parameter.copy_(weights[name])
+        torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", UNTYING)
+def test_kind_that_unties_is_refused_naming_both(bases: Bases, tmp_path: Path, kind: str) -> None:
+    adapter = trained(bases["tied"], UNTYING[kind](), tmp_path / "adapter")
+    with pytest.raises(UnsupportedTensor, match=r"lm_head.* tied to .*embed_tokens"):
+        ours(bases["tied"], adapter)
+
+
+@pytest.mark.parametrize("kind", sorted(kind.value for kind in peft.PeftType))
+def test_every_other_kind_of_peft_is_refused_by_name_with_a_way_out(
+    tmp_path: Path, kind: str
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))
+    (tmp_path / "adapter_model.safetensors").touch()
+    if kind in ACCEPTED:
+        assert any(config().peft_type == kind for _, config in KINDS.values())
+        return
+    with pytest.raises(UnsupportedTensor, match=rf"peft_type {kind} is not supported") as refused:
+        Adapter(tmp_path)
+    config = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)]
+    merges = not issubclass(config, peft.PromptLearningConfig)
+    merges = merges and kind not in ("ADAPTION_PROMPT", "XLORA", "POLY")
+    assert ("merge_and_unload" if merges else "train one of LORA") in str(refused.value)
+
+
+def test_vera_without_its_projections_and_bias_without_a_place_are_refused(
+    bases: Bases, tmp_path: Path
+) -> None:
+    config = peft.VeraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], r=4, save_projection=False
+    )
+    with pytest.raises(UnsupportedTensor, match="save_projection must be on"):
+        ours(bases["llama"], trained(bases["llama"], config, tmp_path / "vera"))
+    adapter = trained(bases["qwen2"], lora(lora_bias=True), tmp_path / "bias")
+    with pytest.raises(UnsupportedTensor, match="lora_bias adds a bias to a layer that has none"):
+        ours(bases["llama"], adapter)
