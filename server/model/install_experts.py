@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -87,10 +87,18 @@ def _saved_parts(
     parts: dict[str, list[_SavedPart]] = {}
     for whole, rows in numbers.items():
         for name, saved in revert_weight_conversion(model, {whole: rows}).items():
-            if saved.dim() == 2 and saved.shape[1] == 1:
-                part = _part_of(name, saved.flatten().tolist(), sizes[whole])
+            for matrix, own in _matrices(name, saved):
+                part = _part_of(matrix, own.flatten().tolist(), sizes[whole])
                 parts.setdefault(whole, []).extend(part)
     return parts
+
+
+def _matrices(name: str, saved: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """What an artifact calls the matrices of a tensor in a checkpoint, and the rows' numbers."""
+    if saved.dim() == 2 and saved.shape[1] == 1:
+        yield name, saved
+    elif saved.dim() == 3 and saved.shape[2] == 1:
+        yield from ((f"{name}[{index}]", own) for index, own in enumerate(saved))
 
 
 def _part_of(name: str, rows: list[int], n_rows: int) -> list[_SavedPart]:
