@@ -134,6 +134,7 @@ ELSEWHERE = {
     "server.ops.cpu.codegen.piece_product": "tests/server/ops/cpu/test_panel_blocks.py",
     "server.ops.cpu.codegen.tile_product": "tests/server/ops/test_blockdiag.py",
     "server.ops.cpu.codegen.vectors": "tests/server/ops/cpu/test_kernels.py",
+    "server.ops.cpu.codegen.widened_product": "tests/server/ops/cpu/test_widened.py",
     "server.ops.cpu.compile": "tests/server/ops/cpu/test_parallel.py",
     "server.ops.cpu.norm": "tests/server/ops/cpu/test_kernels.py",
     "server.ops.cpu.rope": "tests/server/ops/cpu/test_kernels.py",

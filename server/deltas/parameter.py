@@ -61,6 +61,7 @@ class DeltaParameter:
         self.name = name
         self.residency = residency or Residency()
         self.base_quant: BaseQuant | None = None  # its linear holds it in 8 bits
+        self.held_itemsize: int | None = None  # see `LinearOp`
         self.kernels = kernels
         self._base: Tensor | None = base
         self._restore: Callable[[], Tensor] | None = None
@@ -99,7 +100,12 @@ class DeltaParameter:
     def n_base_bytes(self) -> int:
         """Bytes of the base value in device memory."""
         n = math.prod(self.shape)
-        return n * self.dtype.itemsize if self.base_quant is None else n + 4 * self.shape[0]
+        if self.base_quant is not None:
+            return n + 4 * self.shape[0]
+        if self.held_itemsize is None:
+            return n * self.dtype.itemsize
+        in_table = 0 if self._base is None else self.dtype.itemsize  # of a tied output
+        return n * (self.held_itemsize + in_table)
 
     def hand_over(self, restore: Callable[[], Tensor]) -> None:
         """Forget the base value: its linear keeps it in another layout and can give it back."""

@@ -68,6 +68,7 @@ class Product:
         for index, member in enumerate(self.members):
             member.product = self
             member.delta_weight.siblings = weights
+            member.delta_weight.held_itemsize = self._linear.held_itemsize
             if not keep:
                 member.delta_weight.hand_over(_Rows(self._linear, self._sizes, index))
 

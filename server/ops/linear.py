@@ -40,7 +40,12 @@ class BlockShare(NamedTuple):
 
 
 class LinearOp(Protocol):
-    """One weight ``[m, n]`` in whatever layout its product likes best."""
+    """One weight ``[m, n]`` in whatever layout its product likes best.
+
+    held_itemsize  bytes of a weight, if they are not those of the compute dtype
+    """
+
+    held_itemsize: int | None = None
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x [T, n]`` -> ``[T, m]`` in x's dtype; accumulates in float32."""

@@ -29,11 +29,12 @@ from filelock import FileLock, Timeout
 from server.ops.cpu.compile import cache_folder, cache_root_of
 from server.ops.cpu.features import Target, host_target
 from server.ops.cpu.linear import LinearKernel
+from server.ops.cpu.widened import WidenedKernel
 
 log = logging.getLogger(__name__)
 
 # Each is a class of this package that `server.ops.cpu.kernels` makes.
-NAMES = ("attention", "prefill", "rotary", "rows", "embedding", "blockdiag", "linear")
+NAMES = ("attention", "prefill", "rotary", "rows", "embedding", "blockdiag", "linear", "widened")
 # -P: the folder that the server was started in may hold a `server` package of its own.
 CHILD = ("-P", "-m", "server.ops.cpu.check_child")
 TIMEOUT_S = 300.0  # for one kernel, compilation included: minutes on a busy, slow machine
@@ -45,7 +46,8 @@ Verdicts = dict[str, str | None]  # kernel -> what is wrong with it
 
 def wanted_kernels(target: Target) -> tuple[str, ...]:
     """Those that are of use on this CPU."""
-    return tuple(name for name in NAMES if name != "linear" or LinearKernel.pays_on(target))
+    useful = {"linear": LinearKernel.pays_on(target), "widened": WidenedKernel.pays_on(target)}
+    return tuple(name for name in NAMES if useful.get(name, True))
 
 
 def usable_kernels(

@@ -33,6 +33,7 @@ OF_KERNEL = {
     "embedding": ("embedding",),
     "blockdiag": ("blockdiag",),
     "linear": ("linear",),
+    "widened": ("widened",),
 }
 
 
@@ -75,6 +76,8 @@ def _cases(dtype: torch.dtype, values_of: torch.dtype) -> Iterator[Case]:
     names = tuple(start for starts in OF_KERNEL.values() for start in starts)
     yield from (case for case in cases(CPU, dtype, values_of) if case[0].startswith(names))
     random, generator = randoms(CPU, dtype, values_of)
+    for rows in (1, 2, 5, 70):
+        yield f"widened, {rows} rows", _widened(rows, random)
     for bits in (2, 3, 4, 8, 16):
         for octaves in (False, True):
             yield f"embedding {bits} bit", _look_up(_blocks(37, bits, octaves, generator), random)
@@ -111,6 +114,13 @@ def _look_up(blocks: PackedBlocks, random: Callable[..., Tensor]) -> Callable[[K
         return y
 
     return run
+
+
+def _widened(n_rows: int, random: Callable[..., Tensor]) -> Callable[[Kernels], Tensor]:
+    """A base's product whose weight consists of bfloat16 numbers, with a bias."""
+    weight, x, bias = random(70, 38), random(n_rows, 38), random(70)
+    rounded = weight.bfloat16().to(weight.dtype)
+    return lambda kernels: kernels.linear(rounded)(x, bias)
 
 
 def _product(

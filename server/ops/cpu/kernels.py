@@ -19,6 +19,7 @@ from server.ops.cpu.norm import RowKernels
 from server.ops.cpu.parallel import Parallel
 from server.ops.cpu.prefill import PrefillKernel
 from server.ops.cpu.rope import RotaryKernel
+from server.ops.cpu.widened import WidenedKernel, WidenedLinear
 from server.ops.factors import ImpartFactors, LowRankFactors
 from server.ops.kernels import TorchKernels
 from server.ops.linear import LinearOp, OneDnnLinear, onednn_linear_works
@@ -58,6 +59,7 @@ class NumbaKernels:
         self._rotary = made("rotary", RotaryKernel)
         self._rows = made("rows", RowKernels)
         self._linear = made("linear", LinearKernel)
+        self._widened = made("widened", WidenedKernel)
         self._packs_bf16 = onednn_linear_works()
 
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp:
@@ -94,6 +96,8 @@ class NumbaKernels:
     def linear(self, weight: Tensor) -> LinearOp:
         if self._linear is not None and self._linear.takes(weight):
             return PanelLinear(self._linear, weight)
+        if self._widened is not None and self._widened.takes(weight):
+            return WidenedLinear(self._widened, weight)
         packs = self._packs_bf16 and weight.dtype is torch.bfloat16
         return OneDnnLinear(weight) if packs else self._torch.linear(weight)
 

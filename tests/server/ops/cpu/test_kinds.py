@@ -55,7 +55,13 @@ def test_linear_for_any_kind_is_made_and_equals_float64(one: Kind) -> None:
 
 def test_linear_is_wanted_only_where_bfloat16_pairs_are_multiplied_and_no_matrices() -> None:
     assert [one.name for one in KINDS if "linear" in wanted(one)] == ["znver4"]
-    assert all(set(wanted(one)) >= set(NAMES) - {"linear"} for one in KINDS)
+    assert all(set(wanted(one)) >= set(NAMES) - {"linear", "widened"} for one in KINDS)
+
+
+def test_widened_is_wanted_only_where_no_unit_multiplies_bfloat16() -> None:
+    without = [one.name for one in KINDS if not set(one.features) & {"avx512bf16", "amx-bf16"}]
+    assert without
+    assert [one.name for one in KINDS if "widened" in wanted(one)] == without
 
 
 def test_kind_without_the_kernel_fails() -> None:

@@ -1,0 +1,147 @@
+"""The base's products in float32 with weights held in bfloat16, for CPUs without bfloat16 units.
+
+Where products run in float32 because bfloat16 ones are slow, most weights are still bfloat16
+numbers: held as such they are half the bytes, which is what a step of few rows waits for.
+
+A weight lies in panels of WIDTH outputs, in the order in which it is read: ``[panel, n / 2,
+WIDTH]`` words, each of two neighbouring inputs. A task is one panel and some rows, six of which
+share what is loaded. Sums are float32 in the order of the inputs, whatever the other rows.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+from torch.nn import functional as F
+
+from server.ops.cpu.codegen.intrinsics import FAST, f32_at, i64_at, next_task
+from server.ops.cpu.codegen.widened_product import (
+    WIDTH,
+    four_rows,
+    one_row,
+    six_rows,
+    two_rows,
+)
+from server.ops.cpu.compile import compile_kernel
+from server.ops.cpu.features import Target
+from server.ops.cpu.parallel import Parallel
+from server.ops.linear import LinearOp
+
+U = np.uint64
+ROWS = 6  # that share loaded weights: their sums stay in registers
+TASK_ROWS = 64  # at most: with a panel they fit the L2 cache
+
+# Places in the argument array. Strides are in elements.
+(_X, _X_ROW, _N_ROWS, _WEIGHT, _N, _M, _OUT, _BIAS, _CHUNK, _N_ARGUMENTS) = range(1, 11)
+
+
+def _widened(address):
+    a = i64_at(address)
+    n, m = a[_N], a[_M]
+    n_panels = (m + WIDTH - 1) // WIDTH
+    n_chunks = (a[_N_ROWS] + a[_CHUNK] - 1) // a[_CHUNK]
+    stride = 4 * a[_X_ROW]
+    space = np.empty((ROWS + 1) * WIDTH, np.float32)
+    sums = (space.ctypes.data + 63) // 64 * 64
+    first_sum = U((sums - space.ctypes.data) // 4)
+    while True:
+        task = next_task(address)
+        if task >= n_panels * n_chunks:
+            break
+        panel, chunk = task // n_chunks, task % n_chunks
+        weight = a[_WEIGHT] + panel * n * WIDTH * 2
+        row, end = chunk * a[_CHUNK], min(a[_N_ROWS], (chunk + 1) * a[_CHUNK])
+        while row < end:
+            left = end - row
+            # As many passes as needed, of equal sizes: eight rows are twice four.
+            n_passes = (left + ROWS - 1) // ROWS
+            count = (left + n_passes - 1) // n_passes
+            x = a[_X] + row * stride
+            if count == 1:
+                one_row(x, stride, count - 1, weight, n // 2, sums)
+            elif count == 2:
+                two_rows(x, stride, count - 1, weight, n // 2, sums)
+            elif count <= 4:
+                four_rows(x, stride, count - 1, weight, n // 2, sums)
+            else:
+                six_rows(x, stride, count - 1, weight, n // 2, sums)
+            _store(address, space, first_sum, row, count, panel * WIDTH)
+            row += count
+
+
+@njit(inline="always", fastmath=FAST, error_model="numpy")
+def _store(address, space, first_sum, row, count, column):
+    a = i64_at(address)
+    width = U(min(np.int64(WIDTH), a[_M] - column))
+    bias = f32_at(a[_BIAS] + 4 * column)
+    for r in range(count):
+        out = f32_at(a[_OUT] + 4 * ((row + r) * a[_M] + column))
+        place = first_sum + U(r * WIDTH)
+        if a[_BIAS] != 0:
+            for i in range(width):
+                out[i] = space[place + i] + bias[i]
+        else:
+            for i in range(width):
+                out[i] = space[place + i]
+
+
+class WidenedKernel:
+    """The compiled kernel, shared by all weights."""
+
+    def __init__(self, parallel: Parallel) -> None:
+        self.parallel = parallel
+        self.compiled = compile_kernel(_widened)
+
+    @staticmethod
+    def pays_on(target: Target) -> bool:
+        """Whether products run in float32 on such a CPU because those of bfloat16 are slow."""
+        return not target.has_bf16_products
+
+    @staticmethod
+    def takes(weight: Tensor) -> bool:
+        """Whether every value is a bfloat16 number, so that holding it as one changes nothing."""
+        if weight.dtype is not torch.float32 or weight.shape[1] % 2:
+            return False
+        return all(torch.equal(rows.bfloat16().float(), rows) for rows in weight.split(4096))
+
+
+class WidenedLinear(LinearOp):
+    """One weight ``[m, n]`` float32 of bfloat16 numbers, n even.
+
+    The arguments that stay the same are laid out once: a call writes a handful of numbers. One
+    thread at a time may call it.
+    """
+
+    held_itemsize = 2
+
+    def __init__(self, kernel: WidenedKernel, weight: Tensor) -> None:
+        self._kernel = kernel
+        self._parallel, self._compiled = kernel.parallel, kernel.compiled
+        self._shape = m, n = weight.shape
+        self._n_panels = -(-m // WIDTH)
+        padded = F.pad(weight.bfloat16(), (0, 0, 0, self._n_panels * WIDTH - m))
+        pairs = padded.view(self._n_panels, WIDTH, n // 2, 2)
+        self._panels = pairs.transpose(1, 2).contiguous()
+        self._arguments = np.zeros(_N_ARGUMENTS, np.int64)
+        self._arguments[_WEIGHT : _M + 1] = self._panels.data_ptr(), n, m
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See `LinearOp`; x float32."""
+        x = x if x.stride(1) == 1 else x.contiguous()
+        n_rows = len(x)
+        out = x.new_empty((n_rows, self._shape[0]))
+        if n_rows == 0:  # lm_head in a step of prompt chunks that samples nothing
+            return out
+        chunk = min(n_rows, TASK_ROWS)
+        a = self._arguments
+        a[_X : _N_ROWS + 1] = x.data_ptr(), x.stride(0), n_rows
+        a[_OUT], a[_CHUNK] = out.data_ptr(), chunk
+        a[_BIAS] = 0 if bias is None else bias.data_ptr()
+        self._parallel.run(self._compiled, a, self._n_panels * -(-n_rows // chunk), unlocked=True)
+        return out
+
+    def dense(self) -> Tensor:
+        m, n = self._shape
+        return self._panels.transpose(1, 2).reshape(-1, n)[:m].float()
