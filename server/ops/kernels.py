@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from server.ops import attention, factors
+from server.ops import attend, attention, factors
 from server.ops.attention import AttentionCall, AttentionKernels
 from server.ops.blockdiag import BlockDiagOp, TorchBlockDiag, blockdiag_rows_add_
 from server.ops.factors import ImpartFactors, LowRankFactors
@@ -127,13 +127,13 @@ class TorchKernels:
         attention.rotate_and_write_(call)
 
     def decode_(self, out: Tensor, call: AttentionCall) -> None:
-        attention.decode_(out, call)
+        attend.decode_(out, call)
 
     def rotate_and_decode_(self, out: Tensor, call: AttentionCall) -> bool:
         return False
 
     def prefill_(self, out: Tensor, call: AttentionCall) -> None:
-        attention.prefill_(out, call)
+        attend.prefill_(out, call)
 
     def rms_norm(self, x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm) -> Tensor:
         return rms_norm(x, weights, index, form)

@@ -225,6 +225,29 @@ def _norms(random: Callable[..., Tensor], device: torch.device) -> Iterator[Case
             yield "add_rms_norm", lambda k, f=form, w=which: added(k, w, f)  # type: ignore[misc]
 
 
+def _other_forms(random: Callable[..., Tensor], device: torch.device) -> Iterator[Case]:
+    """Sinks, other for each row, attention chunks of 3 and values narrower than keys: two
+    sequences, one token and three new ones, in blocks of four.
+    """
+    q, k, v, sinks = random(4, 4, 16), random(4, 2, 16), random(4, 2, 8), random(4, 4)
+    k_past, v_past = random(6, 4, 2, 16), random(6, 4, 2, 8)
+    decode = DecodeBatch(
+        rows=torch.tensor([0], device=device),
+        kv_blocks=torch.tensor([[4, 1]], device=device),
+        lengths=torch.tensor([8], device=device),
+    )
+    chunk = PrefillChunk(1, 4, 4, torch.tensor([3, 0], device=device))
+    metadata = AttentionMetadata(torch.tensor([7, 0, 1, 2], device=device), decode, (chunk,))
+
+    def attended(kernels: Kernels) -> Tensor:
+        caches = k_past.clone(), v_past.clone()
+        call = AttentionCall(q, k, v, *caches, metadata, 0.25, chunk=3, sinks=sinks)
+        return paged_attention(call, kernels)
+
+    yield "decode attention, sinks and chunks", lambda k: attended(k)[:1]
+    yield "prefill attention, sinks and chunks", lambda k: attended(k)[1:]
+
+
 def _attention(random: Callable[..., Tensor], device: torch.device) -> Iterator[Case]:
     heads, kv_heads, dim, block_tokens = 4, 2, 16, 4
     qkv = random(2, heads, dim), random(2, kv_heads, dim), random(2, kv_heads, dim)
@@ -307,6 +330,7 @@ def _attention(random: Callable[..., Tensor], device: torch.device) -> Iterator[
         )
         return paged_attention(one, kernels)
 
+    yield from _other_forms(random, device)
     yield "rotate_and_decode, many rows", many
     yield "rotate_and_decode, norms", lambda k: joined(k, None, None, normed=True)
     yield "rotate_and_write", written

@@ -16,6 +16,7 @@ from server.ops.attention import AttentionCall
 from server.ops.cpu.codegen.intrinsics import (
     FAST_SUMS,
     exp_f32,
+    f32_at,
     f64_at,
     i64_at,
     load_row,
@@ -32,7 +33,8 @@ U = np.uint64
 # Places in the argument array. Strides are in elements.
 (_Q, _Q_ROW, _Q_HEAD, _OUT, _K_CACHE, _V_CACHE, _BLOCK_TOKENS, _KV_HEADS) = range(1, 9)
 (_GROUP, _DIM, _IS_BF16, _ROWS, _LENGTHS, _KV_BLOCKS, _MAX_KV_BLOCKS, _N_SEQUENCES) = range(9, 17)
-(_WINDOW, _SCALE, _SOFTCAP, _TASK_HEADS, _N_ARGUMENTS) = range(17, 22)
+(_WINDOW, _CHUNK, _VALUE_DIM, _SINKS, _SINKS_ROW, _SCALE, _SOFTCAP) = range(17, 24)
+(_TASK_HEADS, _N_ARGUMENTS) = range(24, 26)
 
 
 class AttentionKernel:
@@ -43,11 +45,12 @@ class AttentionKernel:
         self._kernel = compile_kernel(_attend, FAST_SUMS)
 
     def decode_(self, out: Tensor, call: AttentionCall) -> None:
-        """See `server.ops.attention.decode_`."""
+        """See `server.ops.attend.decode_`."""
         decode, q = call.metadata.decode, call.q
         assert decode is not None
         check_rows(q)
         n, kv_heads = len(decode.rows), call.k_cache.shape[2]
+        sinks, sinks_row = float_sinks(call)
         a = np.zeros(_N_ARGUMENTS, np.int64)
         a[_Q:_SCALE] = (
             q.data_ptr(),
@@ -67,6 +70,10 @@ class AttentionKernel:
             decode.kv_blocks.shape[1],
             n,
             0 if call.window is None else call.window,
+            0 if call.chunk is None else call.chunk,
+            call.v_cache.shape[3],
+            0 if sinks is None else sinks.data_ptr(),
+            sinks_row,
         )
         a[_SCALE : _SOFTCAP + 1].view(np.float64)[:] = (call.scale, call.softcap or 0.0)
         # All heads of a sequence in one task read memory in order; few sequences are shared out.
@@ -75,15 +82,25 @@ class AttentionKernel:
         self._parallel.run(self._kernel, a, n * kv_heads // together)
 
 
+def float_sinks(call: AttentionCall) -> tuple[Tensor | None, int]:
+    """The call's sinks in float32, to be kept while their address is in use, and the elements from
+    one row's to the next's.
+    """
+    if call.sinks is None:
+        return None, 0
+    sinks = call.sinks.float().contiguous()
+    return sinks, 0 if sinks.dim() == 1 else sinks.shape[1]
+
+
 def _attend(address):
     a = i64_at(address)
     kv_heads, heads, dim = a[_KV_HEADS], a[_TASK_HEADS], a[_DIM]
     shares = kv_heads // heads
     n_tasks = a[_N_SEQUENCES] * shares
-    n_queries = heads * a[_GROUP]
+    n_queries, value_dim = heads * a[_GROUP], a[_VALUE_DIM]
     queries = np.empty(n_queries * dim, np.float32)
-    sums = np.empty(n_queries * dim, np.float32)
-    line = np.empty(heads * dim, np.float32)
+    sums = np.empty(n_queries * value_dim, np.float32)
+    line = np.empty(heads * max(dim, value_dim), np.float32)
     scores = np.empty(n_queries * max(a[_MAX_KV_BLOCKS] * a[_BLOCK_TOKENS], 1), np.float32)
     while True:
         task = next_task(address)
@@ -97,7 +114,7 @@ def _attend(address):
 def _decode(address, sequence, first_head, queries, scores, sums, line):
     a = i64_at(address)
     block_tokens, kv_heads, group, dim = a[_BLOCK_TOKENS], a[_KV_HEADS], a[_GROUP], a[_DIM]
-    heads = a[_TASK_HEADS]
+    heads, value_dim = a[_TASK_HEADS], a[_VALUE_DIM]
     is_bf16 = a[_IS_BF16] != 0
     item = 2 if is_bf16 else 4
     row = i64_at(a[_ROWS])[U(sequence)]
@@ -109,6 +126,8 @@ def _decode(address, sequence, first_head, queries, scores, sums, line):
         source = a[_Q] + (row * a[_Q_ROW] + (first_head * group + q) * a[_Q_HEAD]) * item
         load_row(queries, U(q * dim), source, U(dim), is_bf16)
     first = max(0, length - a[_WINDOW]) if a[_WINDOW] > 0 else 0
+    if a[_CHUNK] > 0:
+        first = max(first, (length - 1) // a[_CHUNK] * a[_CHUNK])
     stride = U(a[_MAX_KV_BLOCKS] * block_tokens)
     row_bytes = kv_heads * dim * item
     t = first
@@ -128,12 +147,16 @@ def _decode(address, sequence, first_head, queries, scores, sums, line):
                 )
             source += row_bytes
             t += 1
-    for i in range(U(heads * group * dim)):
+    for i in range(U(heads * group * value_dim)):
         sums[i] = np.float32(0)
     for q in range(U(heads * group)):
         if softcap > 0:
             _cap(scores, q * stride + U(first), U(length - first), softcap)
-        _softmax(scores, q * stride + U(first), U(length - first))
+        sink, has_sink = np.float32(0), a[_SINKS] != 0
+        if has_sink:
+            sink = f32_at(a[_SINKS])[U(row * a[_SINKS_ROW] + first_head * group) + q]
+        _softmax(scores, q * stride + U(first), U(length - first), sink, has_sink)
+    row_bytes = kv_heads * value_dim * item
     t = first
     while t < length:
         end = min(length, (t // block_tokens + 1) * block_tokens)
@@ -141,17 +164,17 @@ def _decode(address, sequence, first_head, queries, scores, sums, line):
             a[_V_CACHE]
             + (kv_blocks[U(t // block_tokens)] * block_tokens + t % block_tokens) * row_bytes
         )
-        source += first_head * dim * item
+        source += first_head * value_dim * item
         while t < end:
-            if dim % LANES != 0:
-                load_row(line, U(0), source, U(heads * dim), is_bf16)
+            if value_dim % LANES != 0:
+                load_row(line, U(0), source, U(heads * value_dim), is_bf16)
             for q in range(heads * group):
                 weight = scores[U(q) * stride + U(t)]
-                _add_scaled(sums, q, source, q // group, weight, line, dim, is_bf16)
+                _add_scaled(sums, q, source, q // group, weight, line, value_dim, is_bf16)
             source += row_bytes
             t += 1
-    target = a[_OUT] + (row * kv_heads + first_head) * group * dim * item
-    store_row(target, sums, U(0), U(heads * group * dim), is_bf16)
+    target = a[_OUT] + (row * kv_heads + first_head) * group * value_dim * item
+    store_row(target, sums, U(0), U(heads * group * value_dim), is_bf16)
 
 
 @njit(inline="always", fastmath=FAST_SUMS, error_model="numpy")
@@ -189,12 +212,17 @@ def _add_scaled(sums, q, source, head, weight, line, dim, is_bf16):
 
 
 @njit(inline="always", fastmath=FAST_SUMS, error_model="numpy")
-def _softmax(scores, first, count):
-    """In place over ``scores[first : first + count]``. A NaN score makes all of them NaN."""
+def _softmax(scores, first, count, sink, has_sink):
+    """In place over ``scores[first : first + count]``. A NaN score makes all of them NaN. A sink
+    is one score more, whose weight is left out.
+    """
     largest = scores[first]
     for i in range(count):
         largest = max(largest, scores[first + i])
     total = np.float32(0)
+    if has_sink:
+        largest = max(largest, sink)
+        total = exp_f32(sink - largest)
     for i in range(count):
         value = exp_f32(scores[first + i] - largest)
         scores[first + i] = value

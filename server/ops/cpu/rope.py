@@ -21,7 +21,7 @@ ROWS = 4  # rows of one task
 # Places in the argument array. Strides are in elements.
 (_Q, _Q_ROW, _Q_HEAD, _K, _K_ROW, _K_HEAD, _V, _V_ROW, _V_HEAD) = range(1, 10)
 (_N_ROWS, _HEADS, _KV_HEADS, _DIM, _IS_BF16, _K_CACHE, _V_CACHE, _PLACES) = range(10, 18)
-(_COS, _SIN, _COS_ROW, _ROTATED, _COS_IS_BF16, _N_ARGUMENTS) = range(18, 24)
+(_COS, _SIN, _COS_ROW, _ROTATED, _COS_IS_BF16, _VALUE_DIM, _N_ARGUMENTS) = range(18, 25)
 
 
 class RotaryKernel:
@@ -56,13 +56,14 @@ class RotaryKernel:
         )
         if rotary is not None:
             check_rows(rotary.cos, rotary.sin)
-            a[_COS:] = (
+            a[_COS:_VALUE_DIM] = (
                 rotary.cos.data_ptr(),
                 rotary.sin.data_ptr(),
                 rotary.cos.stride(0),
                 rotary.cos.shape[1],
                 rotary.cos.dtype is torch.bfloat16,
             )
+        a[_VALUE_DIM] = v.shape[2]
         self._parallel.run(self._kernel, a, -(-len(q) // ROWS))
 
 
@@ -75,7 +76,7 @@ def check_rows(*tensors: Tensor) -> None:
 
 def _rotate_and_write(address):
     a = i64_at(address)
-    dim, rotated, kv_heads = a[_DIM], a[_ROTATED], a[_KV_HEADS]
+    dim, value_dim, rotated, kv_heads = a[_DIM], a[_VALUE_DIM], a[_ROTATED], a[_KV_HEADS]
     item = 2 if a[_IS_BF16] != 0 else 4
     cos_is_bf16 = a[_COS_IS_BF16] != 0
     cos_item = 2 if cos_is_bf16 else 4
@@ -97,11 +98,12 @@ def _rotate_and_write(address):
                     _turn(q + head * a[_Q_HEAD] * item, address, cos, sin, before, after)
                 for head in range(kv_heads):
                     _turn(k + head * a[_K_HEAD] * item, address, cos, sin, before, after)
-            target = i64_at(a[_PLACES])[U(row)] * kv_heads * dim * item
+            place = i64_at(a[_PLACES])[U(row)] * kv_heads
             for head in range(kv_heads):
-                step = head * dim * item
-                _copy(a[_K_CACHE] + target + step, k + head * a[_K_HEAD] * item, dim * item)
-                _copy(a[_V_CACHE] + target + step, v + head * a[_V_HEAD] * item, dim * item)
+                to_k = a[_K_CACHE] + (place + head) * dim * item
+                to_v = a[_V_CACHE] + (place + head) * value_dim * item
+                _copy(to_k, k + head * a[_K_HEAD] * item, dim * item)
+                _copy(to_v, v + head * a[_V_HEAD] * item, value_dim * item)
 
 
 @njit(inline="always", fastmath=FAST, error_model="numpy")

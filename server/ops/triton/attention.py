@@ -9,7 +9,7 @@ graph serves any lengths.
 
 Source: FlashDecoding (Dao et al., 2023); the combination is eq. 3 of FlashInfer (arXiv 2501.01005).
 Numerics: scores, softmax and sums in float32; probabilities rounded to v's dtype for the product.
-Bytes: k and v of every position in the window once, plus float32 partials of ``n_splits (D + 1)``
+Bytes: k and v of every position in the window once, plus float32 partials of ``n_splits (Dv + 1)``
 per head.
 Tensor parallelism: KV heads are independent, a rank runs its own with their query heads.
 """
@@ -34,7 +34,7 @@ MIN_ROWS = 16  # of a tensor-core operand
 class NewTokens:
     """One new token a sequence whose q and k are not turned yet and whose k and v no cache holds.
 
-    k, v        [B, Hkv, D], last axis contiguous
+    k, v        [B, Hkv, D], [B, Hkv, Dv], last axis contiguous
     cos, sin    [B, R], last axis contiguous: as `rope_and_write_` takes them
     cache_rows  [B] integer: row of the flattened cache, -1 writes nothing
     norms       of q's and of k's heads, before they turn: of one form, weights contiguous, an
@@ -69,26 +69,32 @@ def paged_decode(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    chunk: int | None = None,
+    sinks: Tensor | None = None,
     n_splits: int | None = None,
     new: NewTokens | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """Attention of one new token per sequence over its own KV blocks.
 
-    q [B, H, D], last axis contiguous; caches [n_kv_blocks, block_tokens, Hkv, D] contiguous;
-    kv_blocks [B, P] integer ids, only those that `lengths` reaches are read; lengths [B] integer,
-    the new token included, 0: a padding row, its output is 0. Returns [B, H, D] in q's dtype:
+    q [B, H, D], last axis contiguous; caches [n_kv_blocks, block_tokens, Hkv, D] and [.., Hkv, Dv],
+    contiguous; sinks [H] or [B, H], last axis contiguous, see `AttentionCall`; kv_blocks [B, P]
+    integer ids, only those that `lengths` reaches are read; lengths [B] integer, the new token
+    included, 0: a padding row, its output is 0. Returns [B, H, Dv] in q's dtype:
     `out`, contiguous, if given.
     new: norm and turn q on the way (in float32, rounded after each; q itself stays), likewise each
     sequence's new key, and write it and its value; without it q is turned and the cache complete.
     """
     batch, heads, dim = q.shape
-    block_tokens, kv_heads = k_cache.shape[1:3]
+    block_tokens, kv_heads, value_dim = v_cache.shape[1:]
     splits = splits_for(batch) if n_splits is None else n_splits
-    out = torch.empty((batch, heads, dim), dtype=q.dtype, device=q.device) if out is None else out
+    if out is None:
+        out = torch.empty((batch, heads, value_dim), dtype=q.dtype, device=q.device)
     partial = lse = out
     if splits > 1:
-        partial = torch.empty((batch, heads, splits, dim), dtype=torch.float32, device=q.device)
+        partial = torch.empty(
+            (batch, heads, splits, value_dim), dtype=torch.float32, device=q.device
+        )
         lse = torch.empty((batch, heads, splits), dtype=torch.float32, device=q.device)
     k, v, cos, sin, cache_rows = (q, q, q, q, lengths)
     rotated = cos_row = 0
@@ -105,7 +111,9 @@ def paged_decode(
         (batch, kv_heads, splits),
         out, partial, lse, q, k_cache, v_cache, kv_blocks, lengths, k, v, cos, sin, cache_rows,
         scale, 0.0 if softcap is None else softcap, 0 if window is None else window,
-        heads, kv_heads, dim, block_tokens, *kv_blocks.stride(), q.stride(0), q.stride(1),
+        0 if chunk is None else chunk, *sink_arguments(sinks, q),
+        heads, kv_heads, dim, value_dim, block_tokens, *kv_blocks.stride(),
+        q.stride(0), q.stride(1),
         k.stride(0), k.stride(1), v.stride(0), v.stride(1), cos_row, rotated,
         *norms,
         TURN=new is not None,
@@ -115,9 +123,12 @@ def paged_decode(
         SPLITS=splits,
         WINDOW=window is not None,
         SOFTCAP=softcap is not None,
+        CHUNK=chunk is not None,
+        SINK=sinks is not None,
         TILE_G=max(MIN_ROWS, next_power_of_two(group)),
         TILE_D=max(MIN_ROWS, next_power_of_two(dim)),
-        TILE_L=keys_of(q.dtype, dim),
+        TILE_V=max(MIN_ROWS, next_power_of_two(value_dim)),
+        TILE_L=keys_of(q.dtype, max(dim, value_dim)),
         UPCAST=UPCAST,
         num_warps=4,
         num_stages=3,
@@ -127,13 +138,20 @@ def paged_decode(
     launch(
         _combine_kernel,
         (batch, heads),
-        out, partial, lse, dim,
+        out, partial, lse, value_dim,
         SPLITS=splits,
         TILE_S=next_power_of_two(splits),
-        TILE_D=next_power_of_two(dim),
+        TILE_D=next_power_of_two(value_dim),
         num_warps=1,
     )  # fmt: skip
     return out
+
+
+def sink_arguments(sinks: Tensor | None, nothing: Tensor) -> tuple[Tensor, int]:
+    """The sinks and the elements from one row's to the next's, 0 if they are the same."""
+    if sinks is None:
+        return nothing, 0
+    return sinks, 0 if sinks.dim() == 1 else sinks.stride(0)
 
 
 def _norm_arguments(q: HeadNorm, k: HeadNorm) -> tuple[Tensor | int | float, ...]:
@@ -160,7 +178,7 @@ def paged_decode_reference(
     compute: torch.dtype = torch.float32,
 ) -> Tensor:
     """The same in torch, sequence by sequence, in `compute`. It stays beside
-    `server.ops.attention.decode_` for what that has not: rows of length 0, a static step's padding,
+    `server.ops.attend.decode_` for what that has not: rows of length 0, a static step's padding,
     and a softcap in `compute`.
     """
     out = torch.zeros_like(q)
@@ -182,8 +200,8 @@ def paged_decode_reference(
 @triton.jit
 def visit(
     acc, top, total, queries, k_cache, v_cache, kv_blocks, kv_blocks_column, position, seen,
-    from_row, kv_head, kv_heads, dim, block_tokens, scale, softcap,
-    SOFTCAP: tl.constexpr, TILE_D: tl.constexpr, UPCAST: tl.constexpr,
+    from_row, kv_head, kv_heads, dim, value_dim, block_tokens, scale, softcap,
+    SOFTCAP: tl.constexpr, TILE_D: tl.constexpr, TILE_V: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys joins the online softmax of `queries [G, D]`.
 
@@ -194,7 +212,9 @@ def visit(
     place = (number.to(tl.int64) * block_tokens + position % block_tokens) * kv_heads + kv_head
     mask = seen[:, None] & (d < dim)[None, :]
     keys = tl.load(k_cache + place[:, None] * dim + d[None, :], mask=mask, other=0.0)
-    values = tl.load(v_cache + place[:, None] * dim + d[None, :], mask=mask, other=0.0)
+    e = tl.arange(0, TILE_V)
+    mask = seen[:, None] & (e < value_dim)[None, :]
+    values = tl.load(v_cache + place[:, None] * value_dim + e[None, :], mask=mask, other=0.0)
     blank = tl.zeros((queries.shape[0], position.shape[0]), tl.float32)
     scores = mac(blank, queries, tl.trans(keys), UPCAST)
     scores *= scale
@@ -209,6 +229,15 @@ def visit(
     total = total * shrink + tl.sum(weight, axis=1)
     acc = mac(acc * shrink[:, None], weight.to(values.dtype), values, UPCAST)
     return acc, new_top, total
+
+
+@triton.jit
+def drain(acc, top, total, sink):
+    """A sink's logit joins the online softmax: it takes its share and adds no value."""
+    highest = tl.maximum(top, sink)
+    origin = tl.where(highest == float("-inf"), 0.0, highest)
+    kept = tl.exp(top - origin)
+    return acc * kept[:, None], highest, total * kept + tl.exp(sink - origin)
 
 
 @triton.jit
@@ -230,13 +259,14 @@ def _scaled(x, inverse, weight, ROUND: tl.constexpr):
 @triton.jit
 def _attend_kernel(
     out, partial, lse, q, k_cache, v_cache, kv_blocks, lengths, k, v, cos, sin, cache_rows,
-    scale, softcap, window,
-    heads, kv_heads, dim, block_tokens, kv_blocks_row, kv_blocks_column, q_row, q_head,
+    scale, softcap, window, chunk, sinks, sinks_row,
+    heads, kv_heads, dim, value_dim, block_tokens, kv_blocks_row, kv_blocks_column, q_row, q_head,
     k_row, k_head, v_row, v_head, cos_row, rotated,
     q_weights, q_index, q_index_row, k_weights, k_index, k_index_row, eps, offset,
     TURN: tl.constexpr, NORM: tl.constexpr, ROUND: tl.constexpr,
     GROUP: tl.constexpr, SPLITS: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    TILE_G: tl.constexpr, TILE_D: tl.constexpr, TILE_L: tl.constexpr, UPCAST: tl.constexpr,
+    CHUNK: tl.constexpr, SINK: tl.constexpr, TILE_G: tl.constexpr, TILE_D: tl.constexpr,
+    TILE_V: tl.constexpr, TILE_L: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
@@ -245,6 +275,8 @@ def _attend_kernel(
     first = 0
     if WINDOW:
         first = tl.maximum(length - window, 0)
+    if CHUNK:
+        first = tl.maximum((length - 1) // chunk * chunk, first)
     tiles = tl.cdiv(length - first, TILE_L)
     per_split = tl.cdiv(tiles, SPLITS) * TILE_L
     start = first + split * per_split
@@ -255,12 +287,14 @@ def _attend_kernel(
     head = kv_head * GROUP + g
     g_mask = g < GROUP
     d_mask = d < dim
+    e = tl.arange(0, TILE_V)
+    e_mask = e < value_dim
     q_mask = g_mask[:, None] & d_mask[None, :]
     q_rows = q + row * q_row + head[:, None] * q_head
     queries = tl.load(q_rows + d[None, :], mask=q_mask, other=0.0)
     top = tl.full((TILE_G,), float("-inf"), tl.float32)
     total = tl.zeros((TILE_G,), tl.float32)
-    acc = tl.zeros((TILE_G, TILE_D), tl.float32)
+    acc = tl.zeros((TILE_G, TILE_V), tl.float32)
     if TURN:
         other = _partner(d, rotated)
         c = tl.load(cos + row * cos_row + d, mask=d < rotated, other=1.0).to(tl.float32)
@@ -290,13 +324,13 @@ def _attend_kernel(
                 long = _scaled(key, scale_k, by_k, ROUND)
                 cross = _scaled(mate, scale_k, by_mate, ROUND)
             turned = (long * c + cross * s).to(k_cache.dtype.element_ty)
-            value = tl.load(v + row * v_row + kv_head * v_head + d, mask=d_mask, other=0.0)
+            value = tl.load(v + row * v_row + kv_head * v_head + e, mask=e_mask, other=0.0)
             value = value.to(v_cache.dtype.element_ty)
             place = tl.load(cache_rows + row).to(tl.int64)
             if place >= 0:
-                target = (place * kv_heads + kv_head) * dim + d
-                tl.store(k_cache + target, turned, mask=d_mask)
-                tl.store(v_cache + target, value, mask=d_mask)
+                target = place * kv_heads + kv_head
+                tl.store(k_cache + target * dim + d, turned, mask=d_mask)
+                tl.store(v_cache + target * value_dim + e, value, mask=e_mask)
             # Nobody reads it back here: the softmax begins with it.
             top = tl.sum(queries.to(tl.float32) * turned.to(tl.float32)[None, :], axis=1) * scale
             if SOFTCAP:
@@ -310,20 +344,26 @@ def _attend_kernel(
         acc, top, total = visit(
             acc, top, total, queries, k_cache, v_cache,
             kv_blocks + row * kv_blocks_row, kv_blocks_column,
-            position, seen, seen[None, :], kv_head, kv_heads, dim, block_tokens, scale, softcap,
-            SOFTCAP, TILE_D, UPCAST,
+            position, seen, seen[None, :], kv_head, kv_heads, dim, value_dim, block_tokens,
+            scale, softcap, SOFTCAP, TILE_D, TILE_V, UPCAST,
         )  # fmt: skip
+    if SINK:  # noqa: SIM102
+        if split == 0:  # known at run time only
+            sink = tl.load(sinks + row * sinks_row + head, mask=g_mask, other=0.0)
+            acc, top, total = drain(acc, top, total, sink.to(tl.float32))
 
     empty = total == 0.0
     result = acc / tl.where(empty, 1.0, total)[:, None]
     spot = (row * heads + head) * SPLITS + split
     if SPLITS == 1:
-        target = out + spot[:, None] * dim + d[None, :]
-        tl.store(target, result.to(out.dtype.element_ty), mask=q_mask)
+        target = out + spot[:, None] * value_dim + e[None, :]
+        result = result.to(out.dtype.element_ty)
+        tl.store(target, result, mask=g_mask[:, None] & e_mask[None, :])
     else:
         joined = top + tl.log(tl.where(empty, 1.0, total))
         tl.store(lse + spot, tl.where(empty, float("-inf"), joined), mask=g_mask)
-        tl.store(partial + spot[:, None] * dim + d[None, :], result, mask=q_mask)
+        target = partial + spot[:, None] * value_dim + e[None, :]
+        tl.store(target, result, mask=g_mask[:, None] & e_mask[None, :])
 
 
 @triton.jit

@@ -75,6 +75,7 @@ class TritonQuantizedLinear(TorchQuantizedLinear):
 
 def _decode(
     q: Tensor,
+    sinks: Tensor | None,
     call: AttentionCall,
     batch: DecodeBatch,
     *,
@@ -90,9 +91,15 @@ def _decode(
         scale=call.scale,
         window=call.window,
         softcap=call.softcap,
+        chunk=call.chunk,
+        sinks=sinks,
         out=out,
         new=new,
     )
+
+
+def _flat(sinks: Tensor | None) -> Tensor | None:
+    return sinks if sinks is None or sinks.stride(-1) == 1 else sinks.contiguous()
 
 
 class TritonKernels(TorchKernels):
@@ -147,10 +154,13 @@ class TritonKernels(TorchKernels):
     def decode_(self, out: Tensor, call: AttentionCall) -> None:
         batch = call.metadata.decode
         assert batch is not None
+        sinks = _flat(call.sinks)
         if len(batch.rows) == len(call.q):
-            _decode(call.q, call, batch, out=out)
+            _decode(call.q, sinks, call, batch, out=out)
         else:
-            out[batch.rows] = _decode(call.q[batch.rows], call, batch)
+            if sinks is not None and sinks.dim() == 2:
+                sinks = sinks[batch.rows]
+            out[batch.rows] = _decode(call.q[batch.rows], sinks, call, batch)
 
     def rotate_and_decode_(self, out: Tensor, call: AttentionCall) -> bool:
         assert call.rotary is not None
@@ -164,7 +174,7 @@ class TritonKernels(TorchKernels):
             norms = q_norm, k_norm
         angles = call.rotary.cos, call.rotary.sin
         new = NewTokens(call.k, call.v, *angles, call.metadata.cache_rows, norms)
-        _decode(call.q, call, call.metadata.decode, out=out, new=new)
+        _decode(call.q, _flat(call.sinks), call, call.metadata.decode, out=out, new=new)
         return True
 
     def _indexed(self, norm: HeadNorm, n_rows: int) -> HeadNorm:
@@ -182,9 +192,18 @@ class TritonKernels(TorchKernels):
             )
         tables = metadata.made["tile_table"], metadata.made["tile_kv_blocks"]
         tiles = PrefillTiles(*tables, tokens_of(dtype))
-        options = {"scale": call.scale, "window": call.window, "softcap": call.softcap}
-        caches = (call.k_cache, call.v_cache)
-        paged_prefill_(out, call.q, *caches, tiles, **options)  # type: ignore[arg-type]
+        paged_prefill_(
+            out,
+            call.q,
+            call.k_cache,
+            call.v_cache,
+            tiles,
+            scale=call.scale,
+            window=call.window,
+            softcap=call.softcap,
+            chunk=call.chunk,
+            sinks=_flat(call.sinks),
+        )
 
     def rms_norm(self, x: Tensor, weights: Tensor, index: Tensor | None, form: RmsForm) -> Tensor:
         if form.casts_first != (form.offset == 0.0):

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from server.ops.attention import PrefillChunk
-from server.ops.triton.attention import MIN_ROWS, keys_of, visit
+from server.ops.triton.attention import MIN_ROWS, drain, keys_of, sink_arguments, visit
 from server.ops.triton.compat import UPCAST, is_wide, launch, next_power_of_two
 
 TILE_TOKENS, WIDE_TOKENS = 64, 16  # of a chunk, in a tile; of 32 bits
@@ -74,39 +74,48 @@ def paged_prefill_(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    chunk: int | None = None,
+    sinks: Tensor | None = None,
 ) -> None:
     """Causal attention of each chunk's tokens over their sequence, their own keys included.
 
-    out, q [T, H, D], last axis contiguous: the tiles' rows are read and written, no others; caches
-    [n_kv_blocks, block_tokens, Hkv, D] contiguous, hold the new tokens already.
+    out [T, H, Dv], q [T, H, D], last axis contiguous: the tiles' rows are read and written, no
+    others; caches [n_kv_blocks, block_tokens, Hkv, D] and [.., Hkv, Dv], contiguous, hold the new
+    tokens already; sinks [H] or [T, H], last axis contiguous, see `AttentionCall`.
     """
     _, heads, dim = q.shape
     assert tiles.tokens <= tokens_of(q.dtype), "tiles made for another dtype"
-    block_tokens, kv_heads = k_cache.shape[1:3]
+    block_tokens, kv_heads, value_dim = v_cache.shape[1:]
+    widest = max(dim, value_dim)
     launch(
         _prefill_kernel,
         (len(tiles.table), heads),
         out, q, k_cache, v_cache, tiles.table, tiles.kv_blocks,
         scale, 0.0 if softcap is None else softcap, 0 if window is None else window,
-        heads // kv_heads, kv_heads, dim, block_tokens,
+        0 if chunk is None else chunk, *sink_arguments(sinks, q),
+        heads // kv_heads, kv_heads, dim, value_dim, block_tokens,
         q.stride(0), q.stride(1), out.stride(0), out.stride(1),
         WINDOW=window is not None,
         SOFTCAP=softcap is not None,
+        CHUNK=chunk is not None,
+        SINK=sinks is not None,
         TILE_Q=tiles.tokens,
         TILE_D=max(MIN_ROWS, next_power_of_two(dim)),
-        TILE_L=keys_of(q.dtype, dim),
+        TILE_V=max(MIN_ROWS, next_power_of_two(value_dim)),
+        TILE_L=keys_of(q.dtype, widest),
         UPCAST=UPCAST,
-        num_warps=4 if dim <= 128 else 8,
+        num_warps=4 if widest <= 128 else 8,
         num_stages=2,
     )  # fmt: skip
 
 
 @triton.jit
 def _prefill_kernel(
-    out, q, k_cache, v_cache, tiles, kv_blocks, scale, softcap, window,
-    group, kv_heads, dim, block_tokens, q_row, q_head, out_row, out_head,
-    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-    TILE_Q: tl.constexpr, TILE_D: tl.constexpr, TILE_L: tl.constexpr, UPCAST: tl.constexpr,
+    out, q, k_cache, v_cache, tiles, kv_blocks, scale, softcap, window, chunk, sinks, sinks_row,
+    group, kv_heads, dim, value_dim, block_tokens, q_row, q_head, out_row, out_head,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, CHUNK: tl.constexpr, SINK: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_D: tl.constexpr, TILE_V: tl.constexpr, TILE_L: tl.constexpr,
+    UPCAST: tl.constexpr,
 ):  # fmt: skip
     tile = tiles + tl.program_id(0) * 4
     head = tl.program_id(1)
@@ -123,18 +132,28 @@ def _prefill_kernel(
     first = 0
     if WINDOW:
         first = tl.maximum(tl.load(tile + 2) + 1 - window, 0)
+    if CHUNK:
+        first = tl.maximum(tl.load(tile + 2) // chunk * chunk, first)
     top = tl.full((TILE_Q,), float("-inf"), tl.float32)
     total = tl.zeros((TILE_Q,), tl.float32)
-    acc = tl.zeros((TILE_Q, TILE_D), tl.float32)
+    acc = tl.zeros((TILE_Q, TILE_V), tl.float32)
     for at in range(first, end, TILE_L):
         key = at + tl.arange(0, TILE_L)
         visible = key[None, :] <= position[:, None]
         if WINDOW:
             visible &= key[None, :] > position[:, None] - window
+        if CHUNK:
+            visible &= key[None, :] >= (position // chunk * chunk)[:, None]
         acc, top, total = visit(
             acc, top, total, queries, k_cache, v_cache, kv_blocks, 1, key, key < end, visible,
-            head // group, kv_heads, dim, block_tokens, scale, softcap, SOFTCAP, TILE_D, UPCAST,
+            head // group, kv_heads, dim, value_dim, block_tokens, scale, softcap,
+            SOFTCAP, TILE_D, TILE_V, UPCAST,
         )  # fmt: skip
+    if SINK:
+        sink = tl.load(sinks + row.to(tl.int64) * sinks_row + head, mask=inside, other=0.0)
+        acc, top, total = drain(acc, top, total, sink.to(tl.float32))
     result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    target = out + wide * out_row + head * out_head + d[None, :]
+    e = tl.arange(0, TILE_V)
+    target = out + wide * out_row + head * out_head + e[None, :]
+    mask = inside[:, None] & (e < value_dim)[None, :]
     tl.store(target, result.to(out.dtype.element_ty), mask=mask)

@@ -24,22 +24,23 @@ def rope_and_write_(
 ) -> None:
     """Rotate q in place; write rotated k and v to their rows of the cache.
 
-    q [T, H, D], k, v [T, Hkv, D]: last axis contiguous, may be slices of one fused tensor;
+    q [T, H, D], k [T, Hkv, D], v [T, Hkv, Dv]: last axis contiguous, may be slices of one tensor;
     cos, sin [T, R], R <= D even: the first R dimensions turn, halves ``[0, R/2)`` and
     ``[R/2, R)`` paired as in Hugging Face's Llama; caches contiguous,
-    [n_kv_blocks, block_tokens, Hkv, D]; cache_rows [T] integer: of the flattened cache, -1 writes
-    nothing (padding).
+    [n_kv_blocks, block_tokens, Hkv, D or Dv]; cache_rows [T] integer: of the flattened cache, -1
+    writes nothing (padding).
     Numerics: float32, one rounding. Bytes: q twice, k and v read and written.
     """
     tokens, heads, dim = q.shape
-    kv_heads, rotated = k.shape[1], cos.shape[1]
+    kv_heads, rotated, value_dim = k.shape[1], cos.shape[1], v.shape[2]
     launch(
         _rope_kernel,
         (tokens, heads + kv_heads),
-        q, k, v, cos, sin, k_cache, v_cache, cache_rows, heads, kv_heads, dim, rotated,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        q, k, v, cos, sin, k_cache, v_cache, cache_rows, heads, kv_heads, dim, value_dim,
+        rotated, q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         cos.stride(0),
         TILE=next_power_of_two(dim),
+        TILE_V=next_power_of_two(value_dim),
         num_warps=1,
     )  # fmt: skip
 
@@ -61,8 +62,9 @@ def _turn(row, cos, sin, dim, rotated, TILE: tl.constexpr):
 
 @triton.jit
 def _rope_kernel(
-    q, k, v, cos, sin, k_cache, v_cache, cache_rows, heads, kv_heads, dim, rotated,
-    q_token, q_head, k_token, k_head, v_token, v_head, cos_stride, TILE: tl.constexpr,
+    q, k, v, cos, sin, k_cache, v_cache, cache_rows, heads, kv_heads, dim, value_dim, rotated,
+    q_token, q_head, k_token, k_head, v_token, v_head, cos_stride,
+    TILE: tl.constexpr, TILE_V: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -79,8 +81,11 @@ def _rope_kernel(
         cache_row = tl.load(cache_rows + token).to(tl.int64)
         if cache_row >= 0:
             kv_head = head - heads
-            target = (cache_row * kv_heads + kv_head) * dim
+            place = cache_row * kv_heads + kv_head
             turned = _turn(k + token * k_token + kv_head * k_head, cos, sin, dim, rotated, TILE)
-            tl.store(k_cache + target + i, turned.to(k_cache.dtype.element_ty), mask=mask)
-            value = tl.load(v + token * v_token + kv_head * v_head + i, mask=mask, other=0.0)
-            tl.store(v_cache + target + i, value.to(v_cache.dtype.element_ty), mask=mask)
+            tl.store(k_cache + place * dim + i, turned.to(k_cache.dtype.element_ty), mask=mask)
+            j = tl.arange(0, TILE_V)
+            there = j < value_dim
+            value = tl.load(v + token * v_token + kv_head * v_head + j, mask=there, other=0.0)
+            value = value.to(v_cache.dtype.element_ty)
+            tl.store(v_cache + place * value_dim + j, value, mask=there)

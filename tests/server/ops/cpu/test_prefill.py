@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from server.ops import attention
+from server.ops import attend, attention
 from server.ops.attention import AttentionCall, AttentionMetadata, PrefillChunk
 from server.ops.cpu.kernels import NumbaKernels
 from server.ops.cpu.parallel import Parallel
@@ -156,7 +156,7 @@ def test_prefill_what_the_kernel_does_not_take_is_the_references(call: Attention
     kernels, wanted = NumbaKernels(), torch.empty(call.q.shape, dtype=call.q.dtype)
     ours = wanted.clone()
     kernels.prefill_(ours, call)
-    attention.prefill_(wanted, call)
+    attend.prefill_(wanted, call)
     assert torch.equal(ours, wanted)
 
 

@@ -10,13 +10,13 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from server.ops.attend import prefill_
 from server.ops.attention import (
     AttentionCall,
     AttentionMetadata,
     HeadNorm,
     PrefillChunk,
     Rotary,
-    prefill_,
     rotate_and_write_,
 )
 from server.ops.norm import RmsForm, rms_norm
