@@ -112,7 +112,6 @@ ELSEWHERE = {
     "server.engine.variant": "tests/server/engine/test_core_variants.py",
     "server.errors": "tests/server/api/test_generation.py",
     "server.metrics.gauges": "tests/server/metrics/test_series.py",
-    "server.model.attention": "tests/server/model/test_base.py",
     "server.model.context": "a record without code",
     "server.model.embedding": "tests/server/model/test_base.py",
     "server.model.fused_mlp": "tests/server/model/test_base.py",

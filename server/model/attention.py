@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from server.errors import ConfigError
+from server.model.attention_call import check_call
 from server.model.kv_store import AttentionForm, KVStore, ProbedCall
 from server.model.mask import CAUSAL, HandedMask, MaskForm, form_of, register_masks
 
 ATTENTION_NAME = "impart_paged"
 PROBING_NAME = "impart_probing"  # the same function, and masks are handed over
-# Keyword arguments that change the result and that `paged_attention` does not implement.
-UNSUPPORTED = ("s_aux", "sinks", "head_mask", "position_bias")
 
 
 def register_attention() -> None:
@@ -44,18 +43,25 @@ def attention_forward(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query [1, H, T, D], key and value [1, Hkv, T, D] -> ([1, T, H, D], None)."""
+    """query [1, H, T, D], key [1, Hkv, T, D], value [1, Hkv, T, Dv] -> ([1, T, H, Dv], None).
+
+    s_aux  sinks [H]; see `AttentionCall`
+    """
     store: KVStore = module.impart_kv_store  # type: ignore[assignment]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     form = AttentionForm(scale, sliding_window, softcap)
     if store.is_probing:
         if store.wants_mask(module):
             store.learn_mask(module, _mask_form(store, module, attention_mask, sliding_window))
-        return _probe(store, module, ProbedCall(query, key, value, form), kwargs), None
+        call = ProbedCall(query, key, value, form, s_aux)
+        check_call(module, call, kwargs)
+        store.probe(module, call)
+        return call.stand_in(), None
     qkv = (_packed(query), _packed(key), _packed(value))
-    return store.attend(module, qkv, form).unsqueeze(0), None
+    return store.attend(module, qkv, form, sinks=s_aux).unsqueeze(0), None
 
 
 def _packed(x: Tensor) -> Tensor:
@@ -81,21 +87,4 @@ def _mask_form(
         raise ConfigError(
             f"{type(module).__name__} makes its attention mask itself, which the server cannot read"
         )
-    if form.chunk is not None:
-        raise ConfigError(
-            f"this base model's attention sees chunks of {form.chunk} tokens, which is not "
-            "supported; serve a base with causal or sliding-window attention"
-        )
     return form
-
-
-def _probe(store: KVStore, module: nn.Module, call: ProbedCall, kwargs: dict[str, Any]) -> Tensor:
-    for name in UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise ConfigError(f"this base model's attention uses `{name}`, which is not supported")
-    if call.v.shape != call.k.shape:
-        raise ConfigError(
-            "this base model's keys and values differ in shape, which the KV cache cannot hold"
-        )
-    store.probe(module, call)
-    return call.q.transpose(1, 2)

@@ -35,6 +35,8 @@ from server.model.linear import DeltaLinear, Product
 from server.model.mask import MaskUsed, attention_named
 from server.model.norm import DeltaNorm
 from server.model.refusal import in_a_line, not_served, refused
+from server.model.row_positions import count_by_positions
+from server.model.sinks import serve_sinks
 from server.model.state import keeps_state
 from server.model.varying_rope import VaryingRope, varying_rope
 from server.ops.choose import KernelChoice, choose_kernels
@@ -150,9 +152,13 @@ def _prepared(model: PreTrainedModel, kernels: Kernels, base_quant: BaseQuant | 
         varying_rope=varying_rope(model),
     )
     _limit_length(base)
+    n_counting = count_by_positions(model)
     n_residual = fuse_residuals(model, lambda: _probe(base))
+    serve_sinks(model, store.seen, store, parameters, context, kernels, residency)
     n_fused = fuse_rotary(model, store)
     log.info("%d of %d attention layers are fused", n_fused, len(store.layers))
+    if n_counting:
+        log.info("%d attention layers that count rows are told positions instead", n_counting)
     log.info("the residual additions of %d layers are fused with the norms after them", n_residual)
     return base
 

@@ -94,6 +94,10 @@ def fuse_rotary(model: nn.Module, store: KVStore) -> int:
         seen = store.seen[module][-1]
         if len(store.seen[module]) != observed.n_calls or len(set(store.layers[module])) > 1:
             continue  # several calls of the attention function in one of the module
+        if seen.sinks is not None and module not in store.sinks:
+            continue
+        if seen.v.shape[3] != seen.q.shape[3]:
+            continue
         if not _has_angles(observed.arguments, seen) or not _norms_heads(module, seen):
             continue
         fused = RotaryAttention(module, store, seen)

@@ -7,7 +7,7 @@ calls there are a probing forward pass shows; every step must then make the same
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -28,7 +28,7 @@ from server.ops.attention import (
 
 @dataclass(slots=True)
 class LayerKVBlocks:
-    """One layer's KV blocks ``[n_kv_blocks, block_tokens, Hkv, D]``."""
+    """One layer's KV blocks: k ``[n_kv_blocks, block_tokens, Hkv, D]``, v ``[.., Hkv, Dv]``."""
 
     k: Tensor
     v: Tensor
@@ -51,30 +51,46 @@ class AttentionForm:
 class ProbedCall:
     """What a module handed to the attention function in the probing forward pass.
 
-    q [1, H, T, D]; k, v [1, Hkv, T, D]
+    q [1, H, T, D]; k [1, Hkv, T, D]; v [1, Hkv, T, Dv]; sinks [H]
     """
 
     q: Tensor
     k: Tensor
     v: Tensor
     form: AttentionForm
+    sinks: Tensor | None = None
 
     def layer(self, mask: MaskForm) -> Layer:
-        return Layer(self.k.shape[1], self.k.shape[3], self.k.dtype, self.form, mask)
+        kv_heads, widths = self.k.shape[1], (self.k.shape[3], self.v.shape[3])
+        return Layer(kv_heads, *widths, self.k.dtype, self.form, mask, self.sinks is not None)
+
+    def stand_in(self) -> Tensor:
+        """``[1, T, H, Dv]`` instead of what attention would give: q, if it fits."""
+        if self.v.shape[3] == self.q.shape[3]:
+            return self.q.transpose(1, 2)
+        return self.v.repeat_interleave(self.q.shape[1] // self.v.shape[1], 1).transpose(1, 2)
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What is known of one layer: KV heads, their width, the cache's dtype, what tokens see."""
+    """What is known of one layer: KV heads, their widths, the cache's dtype, what tokens see."""
 
     kv_heads: int
-    width: int
+    key_width: int
+    value_width: int
     dtype: torch.dtype
     form: AttentionForm
     mask: MaskForm
+    has_sinks: bool = False
 
     def bytes_per_token(self) -> int:
-        return 2 * self.kv_heads * self.width * self.dtype.itemsize
+        return self.kv_heads * (self.key_width + self.value_width) * self.dtype.itemsize
+
+    def takes(self, qkv: tuple[Tensor, Tensor, Tensor], n_rows: int) -> bool:
+        """Whether these are n rows of it."""
+        q, k, v = (x.shape for x in qkv)
+        wanted = (n_rows, self.kv_heads, self.key_width), (n_rows, self.kv_heads, self.value_width)
+        return (k, v) == wanted and (q[0], q[2]) == (n_rows, self.key_width)
 
 
 @dataclass(slots=True)
@@ -87,6 +103,7 @@ class KVStore:
     forms      of the masks that were handed over, which layers share
     kv_blocks  by module, as `layers`
     n_positions  sequences have so many tokens at most
+    sinks      by module, what gives those of the step's rows, if variants may change them
     """
 
     kernels: AttentionKernels
@@ -96,6 +113,7 @@ class KVStore:
     seen: dict[nn.Module, list[ProbedCall]] = field(default_factory=dict)
     masks: dict[nn.Module, list[MaskForm]] = field(default_factory=dict)
     forms: dict[HandedMask, MaskForm] = field(default_factory=dict)
+    sinks: dict[nn.Module, Callable[[], Tensor]] = field(default_factory=dict)
     kv_blocks: dict[nn.Module, list[LayerKVBlocks]] = field(default_factory=dict)
     n_kv_blocks: int = 0
     block_tokens: int = 0
@@ -151,8 +169,10 @@ class KVStore:
         form: AttentionForm,
         rotary: Rotary | None = None,
         norms: tuple[HeadNorm, HeadNorm] | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
-        """The module's next call in this step: q [T, H, D]; k, v [T, Hkv, D] -> [T, H, D].
+        """The module's next call in this step: q [T, H, D]; k [T, Hkv, D]; v [T, Hkv, Dv] ->
+        [T, H, Dv]. Sinks that variants may change need not be given.
 
         Raises EngineError if it is none of those that were probed.
         """
@@ -163,9 +183,13 @@ class KVStore:
         ordinal = self._n_calls.get(part, 0)
         self._n_calls[part] = ordinal + 1
         layers = self.layers.get(module, [])
+        if module in self.sinks:
+            sinks = self.sinks[module]()
         # Kernels on addresses would read and write past the end of what does not fit.
-        wanted = (len(metadata.cache_rows), *_heads(layers[ordinal:]))
-        if qkv[1].shape != wanted or qkv[2].shape != wanted or layers[ordinal].form != form:
+        if ordinal >= len(layers) or not layers[ordinal].takes(qkv, len(metadata.cache_rows)):
+            raise _other_calls()
+        layer = layers[ordinal]
+        if layer.form != form or layer.has_sinks != (sinks is not None):
             raise _other_calls()
         kv_blocks = self.kv_blocks[module][ordinal]
         call = AttentionCall(
@@ -174,10 +198,12 @@ class KVStore:
             kv_blocks.v,
             metadata,
             form.scale,
-            layers[ordinal].mask.window,
+            layer.mask.window,
             form.softcap,
             rotary=rotary,
             norms=norms,
+            chunk=layer.mask.chunk,
+            sinks=sinks,
         )
         return paged_attention(call, self.kernels)
 
@@ -188,12 +214,15 @@ class KVStore:
         """Create the KV blocks: zeros, for padding is read (masked), so it must be finite."""
         self.n_kv_blocks, self.block_tokens = n_kv_blocks, block_tokens
 
-        def blocks(layer: Layer) -> Tensor:
-            shape = (n_kv_blocks, block_tokens, layer.kv_heads, layer.width)
+        def blocks(layer: Layer, width: int) -> Tensor:
+            shape = (n_kv_blocks, block_tokens, layer.kv_heads, width)
             return torch.zeros(shape, dtype=layer.dtype, device=device)
 
         for module, layers in self.layers.items():
-            self.kv_blocks[module] = [LayerKVBlocks(blocks(x), blocks(x)) for x in layers]
+            self.kv_blocks[module] = [
+                LayerKVBlocks(blocks(layer, layer.key_width), blocks(layer, layer.value_width))
+                for layer in layers
+            ]
 
     def wipe(self, kv_blocks: list[int]) -> None:
         """Zero KV blocks that may hold NaN or infinity before somebody else gets them."""
@@ -209,10 +238,6 @@ class KVStore:
     def all_kv_blocks(self) -> Iterator[LayerKVBlocks]:
         for layers in self.kv_blocks.values():
             yield from layers
-
-
-def _heads(layers: list[Layer]) -> tuple[int, ...]:
-    return (layers[0].kv_heads, layers[0].width) if layers else ()
 
 
 def _other_calls() -> EngineError:
