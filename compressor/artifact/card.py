@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.artifact.config import DeltaConfig
+from compressor.artifact.wording import ignored_settings
 from compressor.printable import printable
 
 CARD = "README.md"
@@ -156,6 +157,8 @@ def _limit_sentences(config: DeltaConfig) -> Iterator[str]:
             "How close it is to the fine-tune was not measured when it was made; `impart eval` "
             "does, on text of your own."
         )
+    for line in ignored_settings(config):
+        yield f"Not the fine-tune's: {printable(line)}."
     yield "It has the fine-tune's limits and biases besides."
     facts = config.finetuned_details.get("card", {})
     if "license" in facts:

@@ -15,7 +15,7 @@ from rich.text import Text
 from compressor.artifact.config import DeltaConfig, TensorEntry
 from compressor.artifact.identity import base_identity
 from compressor.artifact.reader import Artifact, read_artifact
-from compressor.artifact.wording import ERROR_MEANS, choice, measured
+from compressor.artifact.wording import ERROR_MEANS, choice, ignored_settings, measured
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.layout import read_layout
 from compressor.codecs import TensorDelta
@@ -65,6 +65,7 @@ class Inspection:
             "n_tensors": len(config.tensors),
             "n_unchanged": len(config.unchanged),
             "relative_error": self.mean_error(),
+            "ignored_config": config.finetuned_details.get("ignored_config", {}),
             "fidelity": config.fidelity,
         }
 
@@ -130,6 +131,7 @@ def print_inspection(
         ("codec", f"{config.codec} {_options(config.options)}"),
         ("settings", _settings(config.tensors)),
         *choice(config),
+        *(("not the fine-tune's", line) for line in ignored_settings(config)),
         ("ratio", f"{inspection.ratio:.2f}{asked}, {inspection.n_bytes:,} bytes in all"),
         ("tensors", f"{len(config.tensors)} stored, {len(config.unchanged)} as in the base"),
         *(("fidelity", line) for line in measured(config.fidelity) or ["not measured"]),

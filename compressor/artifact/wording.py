@@ -105,3 +105,11 @@ def _is_number(value: Any) -> bool:
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= _MAX_CHARS else text[: _MAX_CHARS - 1] + "…"
+
+
+def ignored_settings(config: DeltaConfig) -> Iterator[str]:
+    """Yield the settings of the fine-tune's config.json that the user let be the base's."""
+    ignored = config.finetuned_details.get("ignored_config")
+    if isinstance(ignored, dict):
+        for key, value in list(ignored.items())[:_MAX_SHOWN]:
+            yield f"{_short(key)}, {_short(value)} in its own config.json, is the base's"

@@ -37,6 +37,7 @@ from compressor.encoders.blockdiag import BlockDiagCodec
 from compressor.encoders.codec import Codec
 from compressor.encoders.lowrank import LowRankCodec
 from compressor.errors import BudgetError, InputError
+from compressor.measure.heaviness import heavy_warnings, mean_error, relative_change
 from compressor.plan.budget import Allotter
 from compressor.plan.settings import Planner
 from compressor.plan.size import count
@@ -52,7 +53,6 @@ _CLOSE = 0.85  # of the KL asked for: near enough
 _AIM = 0.93  # of it: what a guess aims at
 _NARROW = 1.02  # ratios nearer to each other than this are one
 _STEEPNESS = 1.5  # KL grows about with this power of the ratio
-_BREAKDOWN = 0.1  # of the base's own KL: so much and answers are lost
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,11 +291,7 @@ class _Search:
         ]
         lines.append(self._tuning_note(kept))
         lost = kept.found.kl[bench.main] / max(bench.of_base.kl[bench.main], 1e-9)
-        if lost > _BREAKDOWN:
-            lines.append(
-                f"warning: the KL is {lost:.0%} of that of the base itself: this difference is too "
-                "heavy for so few bytes; ask for a lower --ratio, or for a --max-kl"
-            )
+        lines += heavy_warnings(_change_of(self._inputs), 0.0, lost)
         return tuple(lines)
 
     def _tuning_note(self, kept: Kept) -> str:
@@ -339,4 +335,10 @@ def _unmeasured(inputs: Inputs, goal: Goal, reason: str, progress: Progress) -> 
     )
     planner = Planner(UNMEASURED, config, inputs.companions, inputs.stage)
     made = planner.encode(inputs.pairs, partial(count, config), progress)
-    return Chosen(made.pairs, StagedDeltas(made.staged), config, (f"auto took {basis}",))
+    error = mean_error([tensor.entry for tensor in made.staged])
+    notes = (f"auto took {basis}", *heavy_warnings(_change_of(inputs), error))
+    return Chosen(made.pairs, StagedDeltas(made.staged), config, notes)
+
+
+def _change_of(inputs: Inputs) -> float:
+    return relative_change(inputs.base, inputs.tuned, inputs.pairs)

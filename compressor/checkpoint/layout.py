@@ -110,14 +110,16 @@ class Layout:
             return None
         raise UnsupportedTensor(
             f"{key}: the architecture has no parameter of that name, and transformers does not "
-            "save it under that name either; load the model with transformers and save it again"
+            "load it under that name either; save the model itself, out of any wrapper, with "
+            "save_pretrained (do not load this checkpoint for that: what is not found starts at "
+            "random)"
         )
 
 
 def read_layout(path: Path) -> Layout:
     """Build the architecture of the model in `path` on the meta device and describe it."""
     stored = stored_tensors(path)
-    model = _empty_model(path)
+    model = empty_model(path)
     tied = tuple(sorted((model.all_tied_weights_keys or {}).items()))
     aliases = {alias for alias, _ in tied}
     parameters, buffers = _parameters(model, aliases)
@@ -145,7 +147,8 @@ def read_layout(path: Path) -> Layout:
     return replace(layout, masks=frozenset(masks))
 
 
-def _empty_model(path: Path) -> Any:
+def empty_model(path: Path) -> Any:
+    """The causal language model that config.json describes, on the meta device: no weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.layout import Layout, read_layout
 from compressor.checkpoint.parameter import Kind, Parameter, storable_shape
+from compressor.checkpoint.settings import compare_configs
 from compressor.codecs.term import Params, Shape
 from compressor.errors import CheckpointError, UnsupportedTensor
 
@@ -19,57 +20,6 @@ from compressor.errors import CheckpointError, UnsupportedTensor
 CHUNK_ELEMENTS = 4 << 20
 _MAX_WHOLE = 1 << 53  # beyond, not every whole number is a float64
 _FIRST_LOOK_BYTES = 64 << 10  # what a full fine-tune changed shows at once
-
-# Settings of config.json that say nothing about the computation: neither compared nor kept.
-_NOT_COMPARED = frozenset(
-    {
-        "_attn_implementation",
-        "_commit_hash",
-        "_model_name_or_path",
-        "_name_or_path",
-        "architectures",
-        "attn_implementation",
-        "chunk_size_feed_forward",
-        "dtype",
-        "gradient_checkpointing",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-        "tokenizer_class",
-        "torch_dtype",
-        "transformers_version",
-        "use_cache",
-    }
-)
-# Settings that a fine-tune may change: none of them enters the forward pass of inference.
-_RECORDED = frozenset(
-    {
-        "attention_dropout",
-        "attn_pdrop",
-        "bos_token_id",
-        "embd_pdrop",
-        "eos_token_id",
-        "finetuning_task",
-        "hidden_dropout",
-        "id2label",
-        "initializer_range",
-        "label2id",
-        "max_position_embeddings",
-        "mlp_dropout",
-        "n_ctx",
-        "n_positions",
-        "pad_token_id",
-        "pretraining_tp",
-        "problem_type",
-        "resid_pdrop",
-        "sep_token_id",
-        "task_specific_params",
-        "unk_token_id",
-        "unsloth_fixed",
-        "unsloth_version",
-        "vocab_size",
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,19 +83,29 @@ class TensorPair:
 class Pairing:
     """Everything two checkpoints have in common.
 
-    tied            (alias, stored name) pairs, the same in both
+    tied            (alias, stored name) pairs of the base
     config_changes  settings of the fine-tune's config.json that differ and are allowed to
+    ignored_config  settings that change the computation and that the user lets differ
+    notes           for the user
     """
 
     pairs: tuple[TensorPair, ...]
     tied: tuple[tuple[str, str], ...]
     config_changes: dict[str, Any]
+    ignored_config: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
-def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> Pairing:
-    """Match by parameter name. Raises CheckpointError or UnsupportedTensor naming the culprit."""
-    changes = config_changes(base, tuned)
+def pair_tensors(
+    base: Checkpoint, tuned: Checkpoint, ignore_config: Collection[str] = ()
+) -> Pairing:
+    """Match by parameter name. Raises CheckpointError or UnsupportedTensor naming the culprit.
+
+    ignore_config  settings that may differ though they change the computation
+    """
+    changes = compare_configs(base, tuned, ignore_config)
     layout, tuned_layout = read_layout(base.path), read_layout(tuned.path)
+    _check_wrappers(base, layout)
     _check_ties(layout, tuned_layout)
     _check_forms(layout, tuned_layout)
     base_keys = layout.keys(base.tensors, base.name)
@@ -156,30 +116,45 @@ def pair_tensors(base: Checkpoint, tuned: Checkpoint) -> Pairing:
         _pair(parameter, base, base_keys, tuned, tuned_keys)
         for parameter in layout.parameters.values()
     )
-    return Pairing(pairs, layout.tied, changes)
+    _check_rows(tuned, tuned_layout, tuned_keys)
+    notes = tuple(_unwrapped_note(tuned, tuned_layout))
+    return Pairing(pairs, layout.tied, changes.kept, changes.ignored, notes)
 
 
-def config_changes(base: Checkpoint, tuned: Checkpoint) -> dict[str, Any]:
-    """Return the fine-tune's settings that differ; refuses those that change the computation."""
-    ours, theirs = _normalised(base), _normalised(tuned)
-    if ours.get("model_type") != theirs.get("model_type"):
+def _check_wrappers(base: Checkpoint, layout: Layout) -> None:
+    """A fine-tune's names may carry a wrapper's prefix; a base must load as it is."""
+    if layout.unwrapped:
         raise CheckpointError(
-            f"{base.name} is a {ours.get('model_type')} model, {tuned.name} a "
-            f"{theirs.get('model_type')}: not a base and its fine-tune"
+            f"{base.name}: tensor {layout.unwrapped[0]} carries the prefix of a wrapper of the "
+            "model, so transformers would start its weights at random; save the model that is "
+            "inside the wrapper (model.module, model._orig_mod) and give that as the base"
         )
-    changed = {
-        key: theirs.get(key)
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key) and key not in _NOT_COMPARED
-    }
-    for key in changed:
-        if key not in _RECORDED or (key == "max_position_embeddings" and _scaled_rope(ours)):
-            raise UnsupportedTensor(
-                f"config.json: {key} is {_short(ours.get(key))} in the base and "
-                f"{_short(theirs.get(key))} in the fine-tune; a delta of the weights cannot "
-                "express that"
+
+
+def _unwrapped_note(tuned: Checkpoint, layout: Layout) -> Iterator[str]:
+    if layout.unwrapped:
+        yield (
+            f"{tuned.name}: {len(layout.unwrapped)} of {len(tuned.tensors)} tensors carry a "
+            f"wrapper's prefix ({layout.unwrapped[0]}), which was taken off"
+        )
+
+
+def _check_rows(tuned: Checkpoint, layout: Layout, keys: Mapping[str, str]) -> None:
+    """The fine-tune's tensors have the shapes that its own config.json says."""
+    for name, parameter in layout.parameters.items():
+        found = _oriented(tuned.tensors[keys[name]].shape, parameter)
+        if found == parameter.shape:
+            continue
+        if parameter.kind == "embedding" or found[1:] == parameter.shape[1:]:
+            raise CheckpointError(
+                f"{tuned.name}: tensor {name} has {found[0]} rows, its config.json says "
+                f"{parameter.shape[0]} (vocab_size); correct config.json, or save the model again "
+                "after resize_token_embeddings"
             )
-    return changed
+        raise CheckpointError(
+            f"{tuned.name}: tensor {name} has shape {list(found)}, its config.json says "
+            f"{list(parameter.shape)}; correct config.json"
+        )
 
 
 def is_unchanged(base: Checkpoint, tuned: Checkpoint, pair: TensorPair) -> bool:
@@ -327,30 +302,3 @@ def _check_stored_ties(checkpoint: Checkpoint, layout: Layout, keys: Mapping[str
                 f"{alias}: config.json of {checkpoint.name} ties it to {target}, but the "
                 "checkpoint stores two different tensors"
             )
-
-
-def _normalised(checkpoint: Checkpoint) -> dict[str, Any]:
-    """config.json with the defaults filled in, so that files of different ages compare."""
-    from transformers import AutoConfig
-
-    try:
-        config: dict[str, Any] = AutoConfig.from_pretrained(
-            checkpoint.path, trust_remote_code=False
-        ).to_dict()
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        first = (str(error).splitlines() or [""])[0]
-        raise CheckpointError(
-            f"{checkpoint.path / 'config.json'}: not an architecture this transformers knows "
-            f"({first[:200]})"
-        ) from error
-    return config
-
-
-def _scaled_rope(config: Mapping[str, Any]) -> bool:
-    rope = config.get("rope_parameters") or {}
-    return isinstance(rope, dict) and rope.get("rope_type", "default") != "default"
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

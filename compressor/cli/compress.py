@@ -89,6 +89,14 @@ def compress(
         str, typer.Option(help="Entropy coding on disk: zstd (more quality a byte) or none.")
     ] = "zstd",
     device: Annotated[str, typer.Option(help="Where to encode: cpu or cuda.")] = "cpu",
+    ignore_config: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A setting of config.json that may differ from the base's, which is then used "
+            "(repeatable; recorded in the artifact).",
+            metavar="KEY",
+        ),
+    ] = None,
     base_revision: BaseRevision = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit, if FINETUNED is a Hub id.")
@@ -140,6 +148,7 @@ def compress(
         base_name=base_name,
         calibration=calibration,
         tune=tune,
+        ignore_config=tuple(ignore_config or ()),
     )
     with progress_bar(quiet) as progress:
         base_dir = resolve(with_revision(base, base_revision, "--base-revision"))

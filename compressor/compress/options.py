@@ -39,6 +39,7 @@ class Options:
                    want their layers' inputs (GPTQ) take them, or else the built-in texts
     device         where to encode: "cpu" or "cuda"
     tune           auto, shown texts: tune norms and biases on those it does not measure on
+    ignore_config  settings of config.json that may differ though they change the computation
     entropy        coder of the tensors on disk: "zstd" or "none"
     """
 
@@ -55,6 +56,7 @@ class Options:
     device: str = "cpu"
     tune: bool = True
     entropy: str = CODER
+    ignore_config: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.entropy not in (CODER, NO_CODER):

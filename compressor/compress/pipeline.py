@@ -36,6 +36,7 @@ from compressor.compress.options import AUTO, Options, Summary, summarise
 from compressor.encoders.codec import Codec, make_encoder, wants_inputs
 from compressor.errors import InputError
 from compressor.measure.fidelity import measure
+from compressor.measure.heaviness import heavy_warnings, mean_error, relative_change
 from compressor.measure.moments import LazyMoments
 from compressor.measure.texts import file_digest, load_texts, texts_digest
 from compressor.plan.settings import Planner, with_bytes
@@ -64,7 +65,7 @@ def compress(
             f"auto chooses {', '.join(options.codec_options)} itself; name a --codec to set it"
         )
     with Checkpoint(base) as base_files, Checkpoint(tuned) as tuned_files:
-        pairing = pair_tensors(base_files, tuned_files)
+        pairing = pair_tensors(base_files, tuned_files, options.ignore_config)
         companions = companions_of(base_files.path, tuned_files.path)
         texts = _calibration(options, codec)
         config = _describe(base_files, tuned_files, pairing, options, texts)
@@ -89,7 +90,8 @@ def compress(
             made = _with_auto(run) if codec is None else _with_codec(run, codec)
             card = partial(_card, made.config)
             digest = writer.finish(made.config, run.companions, card)
-    return summarise(Path(out), digest, made.config, len(pairs), made.notes)
+    notes = (*pairing.notes, *made.notes)
+    return summarise(Path(out), digest, made.config, len(pairs), notes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +157,9 @@ def _with_codec(run: _Run, codec: Codec) -> _Made:
     planner = Planner(codec, config, run.companions, run.encoder(inputs).stage)
     made = planner.encode(run.pairs, run.write, run.progress, complete=with_fidelity)
     check_size(made.config, options.goal.max_bytes, made.n_bytes)
-    return _Made(made.config)
+    change = relative_change(run.base, run.tuned, run.pairs)
+    error = mean_error([tensor.entry for tensor in made.staged])
+    return _Made(made.config, tuple(heavy_warnings(change, error)))
 
 
 def _with_auto(run: _Run) -> _Made:
@@ -221,6 +225,8 @@ def _describe(
         details["calibration"] = texts_digest(texts)
     if pairing.config_changes:
         details["config"] = pairing.config_changes
+    if pairing.ignored_config:
+        details["ignored_config"] = pairing.ignored_config
     if dropped := dropped_companions(base.path, tuned.path):
         details["dropped_files"] = dropped
     if facts := own_facts(tuned.path):

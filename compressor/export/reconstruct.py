@@ -18,6 +18,7 @@ from compressor.checkpoint.folder import resolve
 from compressor.checkpoint.layout import Layout, Parameter, read_layout
 from compressor.checkpoint.outputs import check_dtype, check_output
 from compressor.checkpoint.pairing import stored_dtype
+from compressor.checkpoint.settings import with_changes
 from compressor.checkpoint.writer import (
     DTYPES,
     MAX_SHARD_BYTES,
@@ -81,18 +82,23 @@ def _outgoing(
         elif dtype is not None:
             chosen = general
         elif delta is None:
-            chosen = _kept_dtype(base.dtype(key), general)
+            usual = DTYPES.get(artifact.config.base.dtype)
+            chosen = _kept_dtype(base.dtype(key), usual, general)
         else:
             chosen = general if delta.exact is None or delta.terms else delta.exact.values.dtype
         outgoing.append(_plan_one(base, key, parameter, delta, chosen))
     return outgoing
 
 
-def _kept_dtype(stored: torch.dtype, general: torch.dtype) -> torch.dtype:
-    """The dtype of a tensor that the fine-tune left alone: float32 stays, for a table of angles or
-    of routing that was kept in it loses what rounding takes; else the fine-tune's.
+def _kept_dtype(
+    stored: torch.dtype, usual: torch.dtype | None, general: torch.dtype
+) -> torch.dtype:
+    """The dtype of a tensor that the fine-tune left alone: the fine-tune's, but float32 stays where
+    the base keeps it among tensors of fewer bits (routing, decays), for its values need it.
+
+    usual  of the base's tensors
     """
-    return stored if stored == torch.float32 else general
+    return stored if stored == torch.float32 != usual else general
 
 
 def _plan_one(
@@ -129,4 +135,4 @@ def _config(base: Checkpoint, artifact: Artifact, dtype: str | None) -> dict[str
     changes: dict[str, Any] = details.get("config", {})
     config = {key: value for key, value in base.config.items() if key != "torch_dtype"}
     own = details.get("dtype", artifact.config.base.dtype)
-    return config | changes | {"dtype": dtype or own}
+    return with_changes(config, changes) | {"dtype": dtype or own}

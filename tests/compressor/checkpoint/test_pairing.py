@@ -243,3 +243,51 @@ def test_source_block_is_the_difference_turned_round(
         assert source.shape == (192, 64)
         assert torch.equal(source.block(0, 192, 0, 64), expected)
         assert torch.equal(source.block(100, 130, 5, 60), expected[100:130, 5:60])
+
+
+def renamed(source: Path, out: Path, prefix: str) -> Path:
+    """Copy a model with a prefix before every tensor's name."""
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[prefix + name] = tensors.pop(name)
+
+    return edited(source, out, add)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module.", "module._orig_mod."])
+def test_pair_wrapped_fine_tune_loses_the_prefix_and_says_so(
+    tiny_llama: Path, tiny_llama_ft: Path, tmp_path: Path, prefix: str
+) -> None:
+    wrapped = pair(tiny_llama, renamed(tiny_llama_ft, tmp_path / "x", prefix))
+    plain = pair(tiny_llama, tiny_llama_ft)
+    assert [p.name for p in wrapped.pairs] == [p.name for p in plain.pairs]
+    assert [p.tuned_key for p in wrapped.pairs] == [prefix + p.tuned_key for p in plain.pairs]
+    assert prefix in wrapped.notes[0]
+    assert not plain.notes
+
+
+def test_pair_compiled_layers_lose_the_prefix_inside_names(
+    tiny_llama: Path, tiny_llama_ft: Path, tmp_path: Path
+) -> None:
+    def compile_layer(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if "layers.1." in name]:
+            tensors[name.replace("layers.1.", "layers.1._orig_mod.")] = tensors.pop(name)
+
+    found = pair(tiny_llama, edited(tiny_llama_ft, tmp_path / "x", compile_layer))
+    keys = {p.name: p.tuned_key for p in found.pairs}
+    assert keys[UP] == UP.replace("layers.1.", "layers.1._orig_mod.")
+
+
+def test_pair_wrapped_base_raises(tiny_llama: Path, tiny_llama_ft: Path, tmp_path: Path) -> None:
+    base = renamed(tiny_llama, tmp_path / "x", "module.")
+    with pytest.raises(CheckpointError, match=r"module\..*prefix of a wrapper"):
+        pair(base, tiny_llama_ft)
+
+
+def test_pair_rows_unlike_the_configuration_raise_with_both_numbers(
+    tiny_llama: Path, tiny_llama_ft_vocab: Path, tmp_path: Path
+) -> None:
+    wrong = edited(tiny_llama_ft_vocab, tmp_path / "x", vocab_size=320)
+    with pytest.raises(CheckpointError, match=r"323 rows.*320 \(vocab_size\)"):
+        pair(tiny_llama, wrong)
