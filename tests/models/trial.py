@@ -116,6 +116,7 @@ class Trial:
         except Exception as error:
             self.row = replace(self.row, base=outcome_of(error))
             return
+        truths.limit(engine.max_model_len - N_TOKENS)
         try:
             base = served_alone(engine, "base", truths)
             variant = self.row.variant
@@ -155,12 +156,17 @@ class Truths:
     def __init__(self, oracles: dict[str, Oracle]) -> None:
         self._oracles = oracles
         self._known: dict[tuple[str, int], Answer | None] = {}
+        self.prompts = PROMPTS
+
+    def limit(self, length: int) -> None:
+        """Cut prompts that are longer than the engine says it takes."""
+        self.prompts = tuple(prompt[-length:] for prompt in PROMPTS)
 
     def of(self, name: str, prompt: int) -> Answer | None:
         key = (name, prompt)
         if key not in self._known:
             try:
-                self._known[key] = self._oracles[name].answer(PROMPTS[prompt])
+                self._known[key] = self._oracles[name].answer(self.prompts[prompt])
             except Exception:
                 self._known[key] = None
         return self._known[key]
@@ -242,7 +248,7 @@ def served_together(
     """Models and prompts at once; the first outcome of every model that is not exact."""
     found = {name: EXACT for name, _ in asked}
     try:
-        answers = {key: submit(engine, *key, how) for key in asked}
+        answers = {(name, i): submit(engine, name, truths.prompts[i], how) for name, i in asked}
         engine.run(*answers.values())
     except Exception as error:
         return dict.fromkeys(found, outcome_of(error))
@@ -253,9 +259,9 @@ def served_together(
     return found
 
 
-def submit(engine: CoreHarness, name: str, prompt: int, salt: str) -> Recorded:
+def submit(engine: CoreHarness, name: str, prompt: list[int], salt: str) -> Recorded:
     settings: dict[str, Any] = {"max_tokens": N_TOKENS, "ignore_eos": True, "logprobs": 0}
-    return engine.submit(name, PROMPTS[prompt], cache_salt=salt, **settings)
+    return engine.submit(name, prompt, cache_salt=salt, **settings)
 
 
 def compared(recorded: Recorded, truth: Answer | None, where: str) -> Outcome:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,15 +17,20 @@ TOLERANCE = 1e-3
 class Answer:
     """A greedy continuation.
 
-    margins  by how much each token's log probability leads the second best; empty if not known
+    margins   by how much each token's log probability leads the second best; empty if not known
+    instead   as right: transformers' own forward pass without a cache, where `generate` parts from
+              it (a cache of a definition that drops or keeps one place too many, say)
     """
 
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
     margins: tuple[float, ...] = ()
+    instead: Answer | None = None
 
     def difference(self, found: Answer) -> str | None:
         """What is different in `found`; None if nothing is, but for a tie and what follows it."""
+        if self.instead is not None and self.instead.difference(found) is None:
+            return None
         for i, (right, token) in enumerate(zip(self.tokens, found.tokens, strict=False)):
             gap = abs(self.logprobs[i] - found.logprobs[i])
             if token != right:
@@ -63,10 +68,11 @@ class Oracle:
             self._note(f"transformers' own generate fails ({type(error).__name__})")
             return self._without_cache(prompt)
         if self._in_one_pass(prompt, cached).difference(cached) is not None:
-            if self._without_cache(prompt).difference(cached) is not None:
+            whole = self._without_cache(prompt)
+            if whole.difference(cached) is not None:
                 self._note("transformers' own generate parts from its forward pass without a cache")
-            else:
-                self._note("it is not causal: a token's scores depend on later ones")
+                return replace(cached, instead=whole)
+            self._note("it is not causal: a token's scores depend on later ones")
         return cached
 
     def _note(self, text: str) -> None:

@@ -92,6 +92,7 @@ class CoreHarness:
             choose_steps=_static_steps if static else None,
         )
         self.catalog, self.core, self.text = parts.catalog, parts.core, parts.text
+        self.max_model_len = parts.settings.max_model_len
         self.n_free_at_start = self.core.stats().n_free_kv_blocks
         self._count = 0
 
