@@ -149,6 +149,11 @@ class Settings:
         default="none",
         description="Keep the base's linears in 8 bits (lm_head and embeddings stay).",
     )
+    self_check: bool = Field(
+        default=True,
+        description="Compare the engine with the model's own definition before serving, on a few "
+        "dozen tokens; a base that differs is refused, and the layer named.",
+    )
     enforce_eager: bool = Field(
         default=False, description="Run every step eagerly: no CUDA graphs."
     )

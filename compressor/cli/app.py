@@ -1,7 +1,7 @@
 """The ``impart`` command: its subcommands put together.
 
 Results go to stdout, progress and errors to stderr. Exit codes: 0 done, 2 bad input or any other
-error of ours, 130 interrupted.
+error of ours, 130 interrupted; `check` has 1 for a model that the server refuses.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from compressor import __version__
+from compressor.cli.check import check
 from compressor.cli.compress import compress
 from compressor.cli.eval import evaluate
 from compressor.cli.export import export
@@ -60,6 +61,7 @@ def root(
     """Compress full fine-tunes of one base model to small deltas, and turn them back."""
 
 
+app.command("check")(check)
 app.command("compress")(compress)
 app.command("inspect")(inspect)
 app.command("verify")(verify)

@@ -90,6 +90,11 @@ class DeltaParameter:
         assert self._restore is not None
         return self._restore()
 
+    @property
+    def holds_base(self) -> bool:
+        """Whether `base` is at hand: of an embedding it is, of a linear it is made anew."""
+        return self._base is not None
+
     def make_linear(self, weight: Tensor) -> LinearOp:
         """The product with ``weight [m, n]``: this base value, or several stacked."""
         if self.base_quant is None:

@@ -22,6 +22,7 @@ from server.deltas.loads import LoadJob
 from server.deltas.registry import DeltaRegistry
 from server.deltas.staging import decode_threads
 from server.engine.catalog import VariantCatalog
+from server.engine.check.selfcheck import check_engine
 from server.engine.core import EngineCore
 from server.engine.lifecycle import Events
 from server.engine.memory import allocate_kv_blocks, with_kv_cache
@@ -91,6 +92,17 @@ def build_engine(
 
 
 def build_base(settings: Settings, kernels: Kernels | None = None) -> BaseModel:
+    """Load the base onto its device, and check that the engine computes what its definition does.
+    Raises ConfigError.
+    """
+    base = load_base(settings, kernels)
+    if settings.self_check:
+        check_engine(base, settings.kv_block_tokens)
+    base.definition = None
+    return base
+
+
+def load_base(settings: Settings, kernels: Kernels | None = None) -> BaseModel:
     """Load the base onto its device. Raises ConfigError."""
     if not settings.base.is_dir():
         raise ConfigError("the base is not a directory; give a Hugging Face model directory")

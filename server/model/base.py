@@ -25,6 +25,7 @@ from server.model.attention import (
     register_attention,
 )
 from server.model.context import StepContext
+from server.model.definition import Definition
 from server.model.embedding import DeltaEmbedding
 from server.model.fused_attention import fuse_rotary
 from server.model.fused_layer import fuse_residuals
@@ -63,6 +64,7 @@ class BaseModel:
 
     parameters  every parameter that can carry a delta, by its name in the checkpoint (a tied
                 weight appears under both names with the same object)
+    definition  what the self-check compares with; nobody needs it afterwards
     """
 
     model: PreTrainedModel
@@ -76,6 +78,7 @@ class BaseModel:
     vocab_size: int
     max_len: int
     varying_rope: VaryingRope | None = None
+    definition: Definition | None = None
 
 
 def weight_bytes(parameters: Iterable[DeltaParameter]) -> int:
@@ -136,7 +139,9 @@ def _prepared(model: PreTrainedModel, kernels: Kernels, base_quant: BaseQuant | 
     context, store = StepContext(), KVStore(kernels, int(n_positions))
     residency = Residency(base_quant=base_quant)
     table, dtype = model.get_input_embeddings().weight, model.dtype
+    definition = Definition(model)
     parameters = install_delta_layers(model, context, kernels, residency)
+    definition.bind(parameters)
     attach_store(model, store)
     base = BaseModel(
         model=model,
@@ -150,6 +155,7 @@ def _prepared(model: PreTrainedModel, kernels: Kernels, base_quant: BaseQuant | 
         vocab_size=table.shape[0],
         max_len=int(n_positions),
         varying_rope=varying_rope(model),
+        definition=definition,
     )
     _limit_length(base)
     n_counting = count_by_positions(model)

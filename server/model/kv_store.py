@@ -224,6 +224,11 @@ class KVStore:
                 for layer in layers
             ]
 
+    def release(self) -> None:
+        """Give the KV blocks' memory back; `allocate` makes others."""
+        self.kv_blocks.clear()
+        self.n_kv_blocks = self.block_tokens = 0
+
     def wipe(self, kv_blocks: list[int]) -> None:
         """Zero KV blocks that may hold NaN or infinity before somebody else gets them."""
         if not kv_blocks:

@@ -87,13 +87,18 @@ def attention_named(model: nn.Module, name: str) -> Iterator[None]:
     """The model's modules use the attention that transformers knows by this name meanwhile."""
     configs = _configs(model)
     before = [config._attn_implementation for config in configs]
+    use_attention(model, name)
     try:
-        for config in configs:
-            config._attn_implementation = name
         yield
     finally:
         for config, old in zip(configs, before, strict=True):
             config._attn_implementation = old
+
+
+def use_attention(model: nn.Module, name: str) -> None:
+    """Likewise, from now on."""
+    for config in _configs(model):
+        config._attn_implementation = name
 
 
 def _configs(model: nn.Module) -> list[Any]:

@@ -1,0 +1,1 @@
+"""Whether the engine computes what the model's definition says."""
