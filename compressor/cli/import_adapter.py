@@ -77,6 +77,8 @@ def import_adapter(
     if quiet:
         return
     typer.echo(f"{out}: {summary.n_bytes:,} bytes, {summary.n_unchanged} tensors unchanged")
+    for note in summary.notes:
+        typer.echo(note)
     lossy = [entry for entry in read_config(out).tensors if entry.error]
     if lossy:
         worst = max(lossy, key=lambda entry: entry.error or 0.0)

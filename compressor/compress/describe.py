@@ -1,12 +1,19 @@
-"""What an artifact's configuration says of the base and of dtypes."""
+"""What is said of a base: in an artifact's configuration, and to whoever makes the artifact."""
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Iterable
 
 from compressor.artifact.config import BaseInfo
 from compressor.artifact.identity import base_identity
+from compressor.artifact.servable import ChangedTensor, check_servable, served_base
 from compressor.checkpoint.files import DTYPE_NAMES, DTYPES, Checkpoint
+from compressor.checkpoint.layout import read_layout
+from compressor.errors import UnsupportedTensor
+
+log = logging.getLogger(__name__)
 
 
 def checkpoint_dtype(checkpoint: Checkpoint) -> str:
@@ -35,3 +42,17 @@ def base_info(
         tied=tied,
         revision=base.revision,
     )
+
+
+def warn_if_unservable(base: Checkpoint, tensors: Iterable[ChangedTensor]) -> tuple[str, ...]:
+    """Say at once that no server of ours will serve what is about to be made; return it as notes.
+
+    The artifact is of use without one: `reconstruct`, `merge` and `export` take it.
+    """
+    try:
+        check_servable(tensors, served_base(read_layout(base.path), base.config))
+    except UnsupportedTensor as error:
+        note = f"warning: a server will refuse this artifact: {error}"
+        log.warning("impart: %s", note)
+        return (note,)
+    return ()

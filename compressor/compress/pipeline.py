@@ -30,7 +30,7 @@ from compressor.checkpoint.companions import dropped_companions
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.outputs import check_output
 from compressor.checkpoint.pairing import Pairing, TensorPair, is_unchanged, pair_tensors, to_store
-from compressor.compress.describe import base_info, checkpoint_dtype
+from compressor.compress.describe import base_info, checkpoint_dtype, warn_if_unservable
 from compressor.compress.encoding import Encoder
 from compressor.compress.options import AUTO, Options, Summary, summarise
 from compressor.encoders.codec import Codec, make_encoder, wants_inputs
@@ -76,6 +76,7 @@ def compress(
             resume=options.resume,
         ) as writer:
             pairs, unchanged = _compare(base_files, tuned_files, pairing, progress)
+            unserved = warn_if_unservable(base_files, pairs)
             run = _Run(
                 base=base_files,
                 tuned=tuned_files,
@@ -90,7 +91,7 @@ def compress(
             made = _with_auto(run) if codec is None else _with_codec(run, codec)
             card = partial(_card, made.config)
             digest = writer.finish(made.config, run.companions, card)
-    notes = (*pairing.notes, *made.notes)
+    notes = (*unserved, *pairing.notes, *made.notes)
     return summarise(Path(out), digest, made.config, len(pairs), notes)
 
 

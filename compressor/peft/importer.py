@@ -9,7 +9,7 @@ from typing import Any
 
 from compressor import __version__
 from compressor.artifact.card import model_card, own_facts
-from compressor.artifact.config import DeltaConfig
+from compressor.artifact.config import DeltaConfig, TensorEntry, entry_of
 from compressor.artifact.settings_files import companions_of
 from compressor.artifact.writer import ArtifactWriter
 from compressor.checkpoint.files import Checkpoint
@@ -17,7 +17,7 @@ from compressor.checkpoint.groups import group_of
 from compressor.checkpoint.layout import Layout, read_layout
 from compressor.checkpoint.outputs import check_output
 from compressor.checkpoint.writer import DTYPES
-from compressor.compress.describe import base_info, checkpoint_dtype
+from compressor.compress.describe import base_info, checkpoint_dtype, warn_if_unservable
 from compressor.compress.options import DEFAULT_RATIO, Options, Summary, summarise
 from compressor.errors import InputError
 from compressor.peft.adapter import Adapter
@@ -75,9 +75,11 @@ def import_adapter(
         with ArtifactWriter(
             out, run_key=key, overwrite=options.overwrite, resume=options.resume
         ) as writer:
-            config = _store(layout, base_files, opened, config, rescale, writer, progress)
+            config, notes = _store(layout, base_files, opened, config, rescale, writer, progress)
             digest = writer.finish(config, companions, lambda n: model_card(config, n).encode())
-    return summarise(Path(out), digest, config, len(layout.parameters) - len(config.unchanged))
+    return summarise(
+        Path(out), digest, config, len(layout.parameters) - len(config.unchanged), notes
+    )
 
 
 def _plan_rescaling(base: Checkpoint, adapter: Adapter, options: Options) -> RescaleEncoder | None:
@@ -105,16 +107,16 @@ def _store(
     rescale: RescaleEncoder | None,
     writer: ArtifactWriter,
     progress: Progress,
-) -> DeltaConfig:
-    """Write every delta; return the configuration that describes them."""
+) -> tuple[DeltaConfig, tuple[str, ...]]:
+    """Write every delta; return the configuration that describes them, and notes."""
     details = dict(config.finetuned_details)
     names = list(layout.parameters)
-    stored = set()
+    stored: dict[str, TensorEntry] = {}
     for delta in adapter.deltas(base, rescale):
         if writer.reuse(delta.name) is None:
             error = rescale.errors.get(delta.name, 0.0) if rescale else 0.0
             writer.add(delta, error if delta.terms else None)
-        stored.add(delta.name)
+        stored[delta.name] = entry_of(delta)
         parameter = layout.parameters[delta.name]
         if parameter.kind == "embedding" and delta.shape != delta.base_shape:
             details["config"] = {"vocab_size": delta.shape[0]}
@@ -122,15 +124,17 @@ def _store(
     progress("import", len(names), len(names))
     if not stored:
         raise InputError(f"{adapter.name}: the adapter changes nothing; it was never trained")
+    notes = warn_if_unservable(base, stored.values())
     written = writer.write_tensors(
         group_of=lambda entry, is_exact: group_of(layout.parameters[entry.name])
     )
-    return replace(
+    described = replace(
         config,
         bytes=written.stored,
         unchanged=tuple(name for name in names if name not in stored),
         finetuned_details=details,
     )
+    return described, notes
 
 
 def _run_key(config: DeltaConfig, adapter: Adapter) -> str:

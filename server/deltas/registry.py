@@ -15,12 +15,12 @@ import os
 import re
 import threading
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from compressor.artifact.reader import describe_artifact, read_digest
-from compressor.errors import ArtifactError, Unreadable
+from compressor.artifact.reader import DeltaConfig, describe_artifact, read_digest
+from compressor.errors import ArtifactError, Unreadable, UnsupportedTensor
 from server.deltas.failures import Failure, Refused, failure_of
 from server.deltas.fingerprint import Fingerprint, fingerprint_of
 from server.errors import DeltasUnreadable
@@ -53,14 +53,22 @@ class RegisteredDelta:
 
 
 class DeltaRegistry:
-    """Name -> artifact. Readers see one whole map or the next."""
+    """Name -> artifact. Readers see one whole map or the next.
+
+    check  of what an artifact changes; it is listed with the UnsupportedTensor that this raises
+    """
 
     def __init__(
-        self, root: Path | None, base_identity: str, reserved: frozenset[str] = frozenset()
+        self,
+        root: Path | None,
+        base_identity: str,
+        reserved: frozenset[str] = frozenset(),
+        check: Callable[[DeltaConfig], None] = lambda config: None,
     ) -> None:
         self._root = root
         self._base_identity = base_identity
         self._reserved = reserved
+        self._check = check
         self._by_name: dict[str, RegisteredDelta] = {}
         self._lock = threading.Lock()  # of whoever replaces the map
 
@@ -112,7 +120,8 @@ class DeltaRegistry:
             if old is not None and old.digest == digest and old.failure is None:
                 return old
             described = describe_artifact(path, base_identity=self._base_identity)
-        except (ArtifactError, OSError, MemoryError, Refused) as error:
+            self._check(described.config)
+        except (ArtifactError, UnsupportedTensor, OSError, MemoryError, Refused) as error:
             return self._failed(path, digest, seen, error, old)
         return RegisteredDelta(
             name=path.name,

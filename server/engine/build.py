@@ -14,6 +14,7 @@ import torch
 
 from compressor.artifact.files import GENERATION
 from compressor.artifact.identity import base_identity
+from compressor.artifact.servable import ServedBase, check_servable
 from compressor.artifact.settings_files import check_settings_file
 from compressor.errors import Corrupt
 from compressor.usable_cpus import Threads, product_threads
@@ -127,7 +128,13 @@ def build_catalog(settings: Settings, base: BaseModel, text: TextService) -> Var
     _check_generation_config(settings)
     name = settings.served_base_name or settings.base.resolve().name
     identity = base_identity(settings.base)
-    registry = DeltaRegistry(settings.deltas, identity, reserved=frozenset({name}))
+    served = _served_base(base)
+    registry = DeltaRegistry(
+        settings.deltas,
+        identity,
+        reserved=frozenset({name}),
+        check=lambda config: check_servable(config.tensors, served),
+    )
     try:
         registry.rescan()
     except DeltasUnreadable as error:
@@ -142,6 +149,14 @@ def build_catalog(settings: Settings, base: BaseModel, text: TextService) -> Var
         text,
         read_threads=decode_threads(base.device),
     )
+
+
+def _served_base(base: BaseModel) -> ServedBase:
+    table = base.model.get_input_embeddings()
+    paths = [path for path, module in base.model.named_modules() if module is table]
+    aliases = getattr(base.model, "all_tied_weights_keys", None) or {}
+    names, embeddings = base.parameters.keys(), {f"{path}.weight" for path in paths}
+    return ServedBase(names, embeddings, base.vocab_size, frozenset(aliases))
 
 
 def build_core(

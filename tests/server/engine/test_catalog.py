@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from server.errors import (
     InvalidRequest,
     ModelNotFound,
 )
-from tests.compressor.artifacts import seal
+from tests.compressor.artifacts import edit_config, seal
 from tests.server.conftest import PAIR, Served
 from tests.server.engine.test_core import assert_true_text
 from tests.server.helpers import CoreHarness
@@ -336,3 +337,23 @@ def test_added_tokens_are_for_their_variant_only(zoo: Served, harness: Make, mod
         torch.tensor([prompt]), do_sample=False, max_new_tokens=16, eos_token_id=None
     )
     assert exact.output_ids == want[0, len(prompt) :].tolist()
+
+
+def test_variant_that_no_server_takes_is_listed_so_and_is_424_at_once(
+    own: Served, harness: Make
+) -> None:
+    """Rows of the output layer alone: tokens that could be chosen but not read."""
+
+    def only_the_head_grew(record: dict[str, Any]) -> None:
+        for entry in record["tensors"]:
+            if entry["name"] == "model.embed_tokens.weight":
+                entry["shape"] = entry.pop("base_shape")
+                entry.pop("exact")
+
+    edit_config(own.deltas / "vocab", only_the_head_grew)
+    core = harness(own)
+    (listed,) = [delta for delta in core.catalog.registry.all() if delta.name == "vocab"]
+    assert listed.error is not None
+    assert "could be chosen but not read" in listed.error
+    with pytest.raises(DeltaBroken, match=r"vocab.*lm_head\.weight: it has rows for tokens"):
+        core.catalog.open("vocab")
