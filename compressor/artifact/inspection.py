@@ -110,8 +110,7 @@ def check(path: Path, base: str | Path | None) -> Artifact:
         layout = read_layout(checkpoint.path)
     for delta in artifact.tensors:
         parameter = layout.parameters.get(delta.name)
-        found = None if parameter is None else (parameter.shape, parameter.transposed)
-        if found != (delta.base_shape, delta.transposed):
+        if parameter is None or not parameter.takes(delta):
             raise WrongShape(f"{delta.name}: the base has no such parameter of that shape")
     return artifact
 

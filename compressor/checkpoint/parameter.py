@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module
 
+    from compressor.codecs.term import TensorDelta
+
 # table: a 2-D parameter of any other module (a router of experts), stored exactly like a vector;
 # experts: 3-D, becomes one linear per expert; other: a convolution, say, stored exactly.
 Kind = Literal["linear", "embedding", "vector", "table", "experts", "other"]
@@ -22,7 +24,7 @@ class Parameter:
     """One parameter as the model declares it, or a buffer that its checkpoint holds.
 
     shape       in ``[out, in]`` orientation for matrices; as a delta has it, see `storable_shape`
-    transposed  True if the checkpoint stores ``[in, out]`` (GPT-2's Conv1D)
+    transposed  True if the checkpoint stores ``[in, out]`` (GPT-2's Conv1D, gpt-oss's experts)
     integral    True for whole numbers (a table of expert numbers, say)
     """
 
@@ -32,6 +34,14 @@ class Parameter:
     transposed: bool
     module: str
     integral: bool = False
+
+    def takes(self, delta: TensorDelta) -> bool:
+        """Whether a delta is of this parameter. Artifacts of earlier releases have the matrices of
+        experts as they are stored; every delta says which way round it is.
+        """
+        if delta.transposed == self.transposed:
+            return delta.base_shape == self.shape
+        return self.transposed and delta.base_shape == self.shape[::-1]
 
 
 def storable_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -69,7 +79,9 @@ def describe_parameter(name: str, part: str, module: Module, tensor: Tensor) -> 
     elif len(shape) == 2:
         kind = "table"
     elif not integral and _holds_experts(module, shape):
-        kind = "experts"
+        kind, transposed = "experts", _stores_inputs_first(module)
+        if transposed:
+            shape = (shape[0], shape[2], shape[1])
     shape = storable_shape(shape)
     return Parameter(name, kind, shape, transposed, type(module).__name__, integral)
 
@@ -80,3 +92,13 @@ def _holds_experts(module: Module, shape: tuple[int, ...]) -> bool:
 
     is_convolution = isinstance(module, torch.nn.modules.conv._ConvNd)
     return len(shape) == 3 and not is_convolution and min(shape[1:]) > 1
+
+
+def _stores_inputs_first(module: Module) -> bool:
+    """Whether its experts are ``[in, out]``: transformers says so, or (Llama 4) the shapes do, for
+    the second product's inputs are half the first one's outputs.
+    """
+    own = {name: tuple(value.shape) for name, value in module.named_parameters(recurse=False)}
+    first, last = own.get("gate_up_proj", ()), own.get("down_proj", ())
+    by_shape = len(first) == len(last) == 3 and first[1:] == (last[2], 2 * last[1])
+    return by_shape or bool(getattr(module, "is_transposed", False))

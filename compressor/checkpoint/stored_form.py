@@ -203,7 +203,13 @@ def _parts(
         if key not in (name, name.removeprefix(f"{prefix}.")):
             form.renamed[key] = name
         kind = _kind_of_part(targets[0].kind, shape)
-        parts.append(replace(targets[0], name=name, kind=kind, shape=storable_shape(shape)))
+        # As it is stored: a conversion may turn experts round, which their module does not tell.
+        turned = targets[0].transposed and targets[0].kind != "experts"
+        parts.append(
+            replace(
+                targets[0], name=name, kind=kind, shape=storable_shape(shape), transposed=turned
+            )
+        )
     return parts
 
 

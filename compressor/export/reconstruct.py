@@ -111,7 +111,7 @@ def _plan_one(
     shape = base.tensors[key].shape
     if delta is None:
         return Outgoing(parameter.name, dtype, shape, partial(_copied, base, key))
-    if delta.transposed != parameter.transposed or delta.base_shape != parameter.shape:
+    if not parameter.takes(delta):
         raise WrongShape(
             f"{parameter.name}: the delta is for shape {list(delta.base_shape)}, the base has "
             f"{list(parameter.shape)}"

@@ -232,7 +232,8 @@ def _open_delta(
     artifact = read_artifact(path, base_identity=identity_of(base))
     for delta in artifact.tensors:
         parameter = layout.parameters.get(delta.name)
-        if parameter is None or parameter.shape != delta.base_shape:
+        own = None if parameter is None else (parameter.shape, parameter.transposed)
+        if own != (delta.base_shape, delta.transposed):
             raise WrongShape(f"{path}: {delta.name} does not fit the base")
     dropped = list(artifact.config.finetuned_details.get("dropped_files", []))
     deltas = {delta.name: delta for delta in artifact.tensors}

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from server.deltas.experts import ExpertsProjection
@@ -113,7 +114,8 @@ class DeltaExperts:
     def __init__(
         self, module: nn.Module, first: ExpertsProduct, last: ExpertsProduct, context: StepContext
     ) -> None:
-        self._module, self._inner = module, module.forward
+        self._module: Any = module
+        self._inner = module.forward
         self._first, self._last, self._context = first, last, context
         # Norms and the like within see this step's choices as rows, not its rows.
         self._has_layers = any(True for part in module.children() for _ in part.parameters())
@@ -126,24 +128,59 @@ class DeltaExperts:
             unchanged: Tensor = self._inner(x, *args, **kwargs)
             return unchanged
         chosen, weights = (*args, *kwargs.values())
-        return self._computed(x, chosen, weights, ExpertRows(chosen, rows))
+        choices = ExpertRows.of_choices(chosen, rows)
+        out = self._computed(x[choices.tokens], choices)
+        weighted = out * weights.reshape(-1)[choices.order].unsqueeze(1)
+        return choices.restore(weighted).sum(dim=1).to(x.dtype)
 
     def _is_changed(self, rows: RowMapping) -> bool:
         if self._has_layers and rows.has_deltas:
             return True
         return self._first.has_own(rows.slots) or self._last.has_own(rows.slots)
 
-    def _computed(self, x: Tensor, chosen: Tensor, weights: Tensor, rows: ExpertRows) -> Tensor:
-        module: Any = self._module
+    def _computed(self, x: Tensor, choices: ExpertRows) -> Tensor:
+        """``x [S, n]`` as the choices are sorted -> ``[S, n]``, not weighted."""
         outer = self._context.rows
-        self._context.rows = rows.by_slot
+        self._context.rows = choices.by_slot
         try:
-            hidden = self._first(x[rows.tokens], rows)
-            hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
-            out = self._last(hidden, rows)
-            if getattr(module, "has_post_expert_norm", False):
-                out = module.post_expert_norm(out)
+            hidden = self._first(x, choices)
+            out = self._last(self._activated(hidden), choices)
+            if getattr(self._module, "has_post_expert_norm", False):
+                out = self._module.post_expert_norm(out)
         finally:
             self._context.rows = outer
-        weighted = out * weights.reshape(-1)[rows.order].unsqueeze(1)
-        return rows.restore(weighted).sum(dim=1).to(x.dtype)
+        return out
+
+    def _activated(self, hidden: Tensor) -> Tensor:
+        module = self._module
+        activated: Tensor = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
+        return activated
+
+
+class DeltaEveryExpert(DeltaExperts):
+    """Experts that are all given all rows, zero where a row did not choose them (Llama 4): only the
+    others are computed.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``x [E * T, n]``, expert by expert -> the same shape."""
+        rows = self._context.rows
+        if rows is None or not self._is_changed(rows):
+            unchanged: Tensor = self._inner(x, *args, **kwargs)
+            return unchanged
+        return self.by_choices(x.view(-1, x.shape[-1]), rows)
+
+    def by_choices(self, x: Tensor, rows: RowMapping) -> Tensor:
+        """The same computed here, whatever is resident."""
+        given = (x != 0).any(dim=1).nonzero()[:, 0]
+        choices = ExpertRows(given // rows.n_rows, given % rows.n_rows, rows, n_chosen=1)
+        places = given[choices.order]
+        y = torch.zeros_like(x)
+        if len(places):
+            y[places] = self._computed(x[places], choices)
+        return y
+
+    def _activated(self, hidden: Tensor) -> Tensor:
+        gate, up = hidden.chunk(2, dim=-1)
+        activated: Tensor = up * self._module.act_fn(gate)
+        return activated

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from server.deltas.residency import Residency
 from server.deltas.whole import WholeParameter
 from server.model.context import StepContext
 from server.model.embedding import DeltaEmbedding
-from server.model.experts import DeltaExperts, ExpertsPart, ExpertsProduct
+from server.model.experts import DeltaEveryExpert, DeltaExperts, ExpertsPart, ExpertsProduct
 from server.model.linear import DeltaLinear
 from server.model.norm import DeltaNorm
 from server.model.router import split_routers
@@ -42,17 +43,46 @@ def install_experts(
     maker = _Maker(parameters, _saved_parts(model, found), kernels, residency)
     for path, module in found.items():
         first, last = (maker.product(module, path, name) for name in (_first(module), LAST))
-        DeltaExperts(module, first, last, context)
+        kind = DeltaExperts if _is_interface(module) else DeltaEveryExpert
+        kind(module, first, last, context)
     known = (DeltaLinear, DeltaEmbedding, DeltaNorm)
     for parent in dict.fromkeys(path.rpartition(".")[0] for path in found):
         split_routers(model.get_submodule(parent), parent, context, maker.whole, known)
 
 
 def _is_known(module: nn.Module) -> bool:
-    """Whether it is computed by transformers' experts interface."""
-    own = {name for name, tensor in module.named_parameters(recurse=False) if tensor.dim() == 3}
-    has_form = hasattr(module, "has_gate") and hasattr(module, "is_transposed")
-    return has_form and LAST in own and not own.isdisjoint(FIRST)
+    """Whether it is computed by transformers' experts interface, or as Llama 4 does."""
+    own = {n for n, tensor in module.named_parameters(recurse=False) if tensor.dim() == 3}
+    has_products = LAST in own and not own.isdisjoint(FIRST)
+    return has_products and (_is_interface(module) or _gives_all_rows(module))
+
+
+def _is_interface(module: nn.Module) -> bool:
+    return hasattr(module, "has_gate") and hasattr(module, "is_transposed")
+
+
+def _is_turned(module: nn.Module) -> bool:
+    """Whether its weights are ``[E, in, out]``."""
+    return not _is_interface(module) or bool(module.is_transposed)
+
+
+@torch.inference_mode()
+def _gives_all_rows(module: nn.Module) -> bool:
+    """Whether its forward is `DeltaEveryExpert`'s, tried on a row for each expert."""
+    weights = [module._parameters.get(name) for name in (FIRST[0], LAST)]
+    if any(weight is None for weight in weights) or not hasattr(module, "act_fn"):
+        return False
+    first, last = (weight for weight in weights if weight is not None)
+    asked = [
+        n for n, p in inspect.signature(module.forward).parameters.items() if p.default is p.empty
+    ]
+    if len(asked) != 1 or first.shape[1:] != (last.shape[2], 2 * last.shape[1]):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(len(first), first.shape[1], generator=generator).to(first)
+    gate, up = torch.bmm(x.unsqueeze(1), first).chunk(2, dim=-1)
+    ours = torch.bmm(up * module.act_fn(gate), last)[:, 0]
+    return torch.equal(ours, module(x).view_as(ours))
 
 
 def _first(module: nn.Module) -> str:
@@ -80,7 +110,7 @@ def _saved_parts(
     sizes: dict[str, int] = {}
     for path, module in found.items():
         for key in (_first(module), LAST):
-            if not module.is_transposed:
+            if not _is_turned(module):
                 n_experts, n_rows = module.get_parameter(key).shape[:2]
                 numbers[f"{path}.{key}"] = torch.arange(n_experts * n_rows).view(-1, n_rows, 1)
                 sizes[f"{path}.{key}"] = n_rows
@@ -131,7 +161,7 @@ class _Maker:
     def product(self, module: nn.Module, path: str, key: str) -> ExpertsProduct:
         """One product of all experts: its matrices by both of their names."""
         name, weight = f"{path}.{key}", module.get_parameter(key).data
-        turned = bool(module.is_transposed)
+        turned = _is_turned(module)
         matrices = weight.transpose(1, 2) if turned else weight
         n_outputs = matrices.shape[1]
         saved: dict[tuple[int, int], list[_SavedPart]] = {(0, n_outputs): []}
@@ -147,11 +177,9 @@ class _Maker:
             names = [(part.name, part.expert) for part in named]
             self._add_experts(names, rows, home, turned=turned, counted=False)
         _make_siblings([part.projection for part in parts[1:]])
-        bias = (
-            self.whole(f"{name}_bias", module.get_parameter(f"{key}_bias"))
-            if module.has_bias
-            else None
-        )
+        bias = None
+        if getattr(module, "has_bias", False):
+            bias = self.whole(f"{name}_bias", module.get_parameter(f"{key}_bias"))
         return ExpertsProduct(weight, parts, bias, turned=turned)
 
     def _projection(self, name: str, rows: Tensor) -> ExpertsProjection:

@@ -28,33 +28,34 @@ class PairSegment:
 
 
 class ExpertRows:
-    """The S choices of a step (k of each row), sorted by expert and then by slot.
+    """The S choices of a step, sorted by expert and then by slot.
 
-    order     int64 [S]: which choice stands at each place; choice ``t * k + j`` is row t's
+    order     int64 [S]: which choice stands at each place
+    tokens    int64 [S]: whose choice it is, of the step's rows
     segments  those of one expert and slot, in order
     """
 
-    def __init__(self, chosen: Tensor, rows: RowMapping) -> None:
-        """``chosen [T, k]`` integer; waits for the device once."""
-        self.n_chosen = chosen.shape[1]
-        slots = rows.slot_of_row.repeat_interleave(self.n_chosen)
-        self._set(chosen.reshape(-1).long(), slots, rows)
-
-    def _set(self, experts: Tensor, slots: Tensor, rows: RowMapping) -> None:
-        n_slots = max(rows.slots, default=BASE_SLOT) - BASE_SLOT + 1
-        keys, self.order = torch.sort(experts * n_slots + slots - BASE_SLOT, stable=True)
+    def __init__(self, experts: Tensor, rows: Tensor, mapping: RowMapping, n_chosen: int) -> None:
+        """``experts [S]`` and ``rows [S]``, int64: of each choice. Waits for the device once."""
+        self.n_chosen = n_chosen
+        n_slots = max(mapping.slots, default=BASE_SLOT) - BASE_SLOT + 1
+        slots = mapping.slot_of_row[rows] - BASE_SLOT
+        keys, self.order = torch.sort(experts * n_slots + slots, stable=True)
+        self.device, self.tokens = keys.device, rows[self.order]
         pairs = torch.stack(torch.unique_consecutive(keys, return_counts=True)).tolist()
-        self.segments, start = [], 0
+        self.segments: list[PairSegment] = []
+        start = 0
         for key, count in zip(*pairs, strict=True):
             expert, slot = divmod(key, n_slots)
             self.segments.append(PairSegment(expert, slot + BASE_SLOT, start, start + count))
             start += count
-        self.device = keys.device
 
-    @cached_property
-    def tokens(self) -> Tensor:
-        """int64 [S]: the row of each choice."""
-        return self.order // self.n_chosen
+    @classmethod
+    def of_choices(cls, chosen: Tensor, mapping: RowMapping) -> ExpertRows:
+        """``chosen [T, k]`` integer: the experts of each row."""
+        n_rows, n_chosen = chosen.shape
+        rows = torch.arange(n_rows, device=chosen.device).repeat_interleave(n_chosen)
+        return cls(chosen.reshape(-1).long(), rows, mapping, n_chosen)
 
     @cached_property
     def experts(self) -> Tensor:
@@ -96,7 +97,7 @@ class ExpertRows:
         return RowMapping(segments, self.device)
 
     def restore(self, x: Tensor) -> Tensor:
-        """``x [S, n]``, sorted as here -> ``[T, k, n]``."""
+        """``x [S, n]``, sorted as here -> ``[T, k, n]``, where every row has k choices."""
         back = torch.empty_like(x)
         back[self.order] = x
         return back.view(-1, self.n_chosen, x.shape[1])

@@ -16,7 +16,6 @@ from compressor.compress.pipeline import compress
 from compressor.export.reconstruct import reconstruct
 from tests.models.builder import build, prompt_of
 from tests.models.cases import Case
-from tests.models.shrink import HEAD_DIM, ROPE_DIM
 from tests.server.conftest import Served
 from tests.server.engine.test_core import assert_true_text
 from tests.server.helpers import CoreHarness
@@ -28,9 +27,20 @@ CODECS = {
 }
 # The others take the same ways; the matrix of architectures has them all.
 FAST = ("mixtral", "qwen2_moe", "granitemoeshared")
-SLOW = ("olmoe", "qwen3_moe", "deepseek_v3", "phimoe", "ernie4_5_moe", "cohere2_moe", "minimax_m2")
-# Keys and values of one width, with which nothing but the experts is special.
-CHANGES = {"deepseek_v3": {"v_head_dim": HEAD_DIM + ROPE_DIM}}
+SLOW = (
+    "olmoe",
+    "qwen3_moe",
+    "deepseek_v3",
+    "phimoe",
+    "ernie4_5_moe",
+    "cohere2_moe",
+    "minimax_m2",
+    "llama4_text",
+)
+CHANGES = {
+    # Past `floor_scale` rows its attention takes a row's place in the step for its position.
+    "llama4_text": {"floor_scale": 8192, "interleave_moe_layer_step": 1},
+}
 PROMPTS = (prompt_of(5, seed=1), prompt_of(30, seed=2))
 TOLERANCE = 2e-4
 

@@ -24,7 +24,7 @@ def chosen(n_chosen: int, seed: int = 0, experts: tuple[int, ...] = (0, 1, 3, 4)
 @pytest.mark.parametrize("n_chosen", [1, 2, 4])
 def test_rows_are_sorted_by_expert_then_slot(n_chosen: int) -> None:
     picks = chosen(n_chosen)
-    rows = ExpertRows(picks, ROWS)
+    rows = ExpertRows.of_choices(picks, ROWS)
     want = sorted(
         (int(picks[t, j]), int(ROWS.slot_of_row[t]), t, j)
         for t in range(ROWS.n_rows)
@@ -45,7 +45,7 @@ def test_rows_are_sorted_by_expert_then_slot(n_chosen: int) -> None:
 
 def test_restore_puts_each_choice_back() -> None:
     picks = chosen(2)
-    rows = ExpertRows(picks, ROWS)
+    rows = ExpertRows.of_choices(picks, ROWS)
     sorted_picks = picks.reshape(-1, 1).double()[rows.order]
     assert torch.equal(rows.restore(sorted_picks)[:, :, 0], picks.double())
 
@@ -56,7 +56,7 @@ def test_grouped_linear_equals_a_product_a_choice(turned: bool, dtype: torch.dty
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(N_EXPERTS, 6, 11, generator=generator).to(dtype)
     x = torch.randn(ROWS.n_rows * 2, 11, generator=generator).to(dtype)
-    rows = ExpertRows(chosen(2), ROWS)
+    rows = ExpertRows.of_choices(chosen(2), ROWS)
     stored = weight.transpose(1, 2).contiguous() if turned else weight
     got = grouped_linear(x, stored, rows.spans, turned=turned)
     want = torch.stack(
