@@ -19,7 +19,9 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from compressor.compress.options import Options
+from compressor.artifact.reader import read_artifact
+from compressor.artifact.writer import ArtifactWriter
+from compressor.compress.options import NO_CODER, Options
 from compressor.compress.pipeline import compress
 from server.engine.build import EngineParts, build_engine
 from server.engine.lifecycle import Events
@@ -32,7 +34,9 @@ RATIO = 32
 
 
 def make_models(folder: Path, tokenizer: Path, n_variants: int, args: argparse.Namespace) -> None:
-    """A base and compressed variants of it: `all-N` change everything, `dense-N` no expert."""
+    """A base and compressed variants of it: `all-N` change everything, `dense-N` no expert and no
+    router.
+    """
     config = AutoConfig.for_model(
         "qwen3_moe",
         hidden_size=args.hidden,
@@ -51,21 +55,30 @@ def make_models(folder: Path, tokenizer: Path, n_variants: int, args: argparse.N
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     start = {name: value.clone() for name, value in model.state_dict().items()}
     _save(model, folder / "base", tokenizer)
-    for kind in ("all", "dense"):
-        for i in range(n_variants):
-            model.load_state_dict(start)
-            _change(model, seed=i, experts=kind == "all")
-            _save(model, folder / "tuned", tokenizer)
-            options = Options(codec="blockdiag", ratio=RATIO if kind == "all" else 4 * RATIO)
-            compress(folder / "base", folder / "tuned", folder / "deltas" / f"{kind}-{i}", options)
+    for i in range(n_variants):
+        model.load_state_dict(start)
+        _change(model, seed=i)
+        _save(model, folder / "tuned", tokenizer)
+        options = Options(codec="blockdiag", ratio=RATIO, entropy=NO_CODER)
+        compress(folder / "base", folder / "tuned", folder / "deltas" / f"all-{i}", options)
+        _without_experts(folder / "deltas" / f"all-{i}", folder / "deltas" / f"dense-{i}")
 
 
-def _change(model: PreTrainedModel, seed: int, *, experts: bool) -> None:
+def _change(model: PreTrainedModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, value in model.named_parameters():
-            if value.dim() > 1 and (experts or "self_attn" in name):
+        for value in model.parameters():
+            if value.dim() > 1:
                 value += 0.02 * value.std() * torch.randn(value.shape, generator=generator)
+
+
+def _without_experts(delta: Path, out: Path) -> None:
+    artifact = read_artifact(delta)
+    with ArtifactWriter(out, run_key="dense") as writer:
+        for tensor in artifact.tensors:
+            if ".mlp." not in tensor.name:
+                writer.add(tensor)
+        writer.finish(artifact.config, artifact.aux)
 
 
 def _save(model: PreTrainedModel, path: Path, tokenizer: Path) -> None:

@@ -14,6 +14,8 @@ from compressor.artifact.reader import read_artifact
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.layout import read_layout
 from compressor.checkpoint.pairing import pair_tensors
+from compressor.checkpoint.parameter import Parameter
+from compressor.codecs.term import TensorDelta
 from compressor.compress.options import Options
 from compressor.compress.pipeline import compress
 from compressor.errors import CheckpointError, UnsupportedTensor
@@ -99,6 +101,33 @@ def test_layout_stacked_experts_are_one_matrix_each(tmp_path: Path) -> None:
             checkpoint.read_rows(f"{name}[4]")
         with pytest.raises(KeyError):
             checkpoint.read_rows("model.norm.weight.none[0]")
+
+
+@pytest.mark.parametrize("kind", ["gpt_oss", "llama4_text"])
+def test_layout_experts_stored_inputs_first_are_turned_round(kind: str, tmp_path: Path) -> None:
+    """By what transformers says, and by the shapes where it says nothing."""
+    model = make(kind, tmp_path / "m")
+    found = {n: p for n, p in model.named_parameters() if n.endswith(".down_proj") and p.dim() == 3}
+    assert found
+    layout = read_layout(tmp_path / "m")
+    for name, value in found.items():
+        for index in range(4):
+            parameter = layout.parameters[f"{name}[{index}]"]
+            assert parameter.transposed
+            assert parameter.shape == (value.shape[2], value.shape[1])
+
+
+def test_parameter_takes_experts_of_artifacts_from_before_they_were_turned() -> None:
+    parameter = Parameter("x[0]", "linear", (6, 4), True, "Experts")
+    for shape, transposed, fits in (
+        ((6, 4), True, True),
+        ((4, 6), False, True),
+        ((6, 4), False, False),
+        ((4, 6), True, False),
+    ):
+        assert parameter.takes(TensorDelta("x[0]", shape, shape, transposed, (), None)) is fits
+    plain = Parameter("x", "linear", (6, 4), False, "Linear")
+    assert not plain.takes(TensorDelta("x", (4, 6), (4, 6), True, (), None))
 
 
 def test_pair_experts_stored_differently_raises_naming_one(tmp_path: Path) -> None:

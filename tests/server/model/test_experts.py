@@ -36,6 +36,8 @@ SLOW = (
     "cohere2_moe",
     "minimax_m2",
     "llama4_text",
+    "gpt_oss",
+    "deepseek_v2",
 )
 CHANGES = {
     # Past `floor_scale` rows its attention takes a row's place in the step for its position.
