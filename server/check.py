@@ -21,7 +21,7 @@ from server.settings import Settings
 REFUSED, BAD_INPUT = 1, 2
 
 
-def check(
+def check_offline(
     base: str,
     delta: Annotated[Path | None, typer.Argument()] = None,
     device: Annotated[str, typer.Option()] = "auto",
@@ -70,4 +70,4 @@ def _ended(message: str, code: int) -> typer.Exit:
 
 
 if __name__ == "__main__":
-    typer.run(check)
+    typer.run(check_offline)

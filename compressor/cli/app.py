@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from compressor import __version__
-from compressor.cli.check import check
+from compressor.cli.check import check_served
 from compressor.cli.compress import compress
 from compressor.cli.eval import evaluate
 from compressor.cli.export import export
@@ -61,7 +61,7 @@ def root(
     """Compress full fine-tunes of one base model to small deltas, and turn them back."""
 
 
-app.command("check")(check)
+app.command("check")(check_served)
 app.command("compress")(compress)
 app.command("inspect")(inspect)
 app.command("verify")(verify)

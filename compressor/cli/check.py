@@ -13,7 +13,7 @@ from compressor.cli.common import BaseArg, BaseRevision, look_at, reporting
 
 
 @reporting
-def check(
+def check_served(
     base: BaseArg,
     delta: Annotated[
         Path | None, typer.Argument(help="Delta artifact directory.", metavar="[DELTA]")

@@ -29,7 +29,7 @@ from server.engine.check.compare import (
     measured_bounds,
     worst,
 )
-from server.engine.check.steps import N_DECODED, CheckedSequence, Rows, rows_of, run_steps
+from server.engine.check.steps import N_DECODED, CheckedSequence, Rows, rows_by_sequence, run_steps
 from server.engine.check.synthetic import resident, synthetic_deltas
 from server.engine.step.runner import Runner
 from server.model.base import BaseModel
@@ -144,7 +144,7 @@ def _by_definition(
     ids = torch.tensor([[*s, *s[:1] * (n - len(s))] for s in sequences], device=device)
     watch = Watch(definition.model)
     logits = definition.run(ids, deltas, watch, noise)
-    places = {path: rows_of(calls, len(ids), n) for path, calls in watch.outputs.items()}
+    places = {path: rows_by_sequence(calls, len(ids), n) for path, calls in watch.outputs.items()}
     return [
         Rows(
             {path: rows[i, : len(s)] for path, rows in places.items() if rows is not None},

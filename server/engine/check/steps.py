@@ -98,7 +98,7 @@ def _hand_out(
 ) -> None:
     """Give every sequence its own rows of a step."""
     n_rows, start = batch.input_ids.shape[1], 0
-    rows = {path: rows_of(calls, 1, n_rows) for path, calls in outputs.items()}
+    rows = {path: rows_by_sequence(calls, 1, n_rows) for path, calls in outputs.items()}
     for item, wanted in zip(batch.scheduled, batch.outputs, strict=True):
         sequence, first = owners[id(item.request)], item.request.n_computed
         end = start + item.n_tokens
@@ -111,7 +111,7 @@ def _hand_out(
         start = end
 
 
-def rows_of(calls: list[Tensor], n_sequences: int, n_rows: int) -> Tensor | None:
+def rows_by_sequence(calls: list[Tensor], n_sequences: int, n_rows: int) -> Tensor | None:
     """What a place gave in one forward pass, ``[B, T, n]``; None if not once for every row."""
     parts = []
     for output in calls:
