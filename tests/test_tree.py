@@ -119,6 +119,7 @@ ELSEWHERE = {
     "server.model.fused_mlp": "tests/server/model/test_base.py",
     "server.model.linear": "tests/server/model/test_base.py",
     "server.model.norm": "tests/server/model/test_fused_layer.py",
+    "server.model.own_values": "tests/server/model/test_by_slot.py",
     "server.ops.attention": "tests/server/ops/test_attend.py",
     "server.ops.choose": "tests/server/ops/cpu/test_parallel.py",
     "server.ops.cpu.attention": "tests/server/ops/cpu/test_kernels.py",

@@ -37,6 +37,12 @@ class Refused(Exception):
     """The artifact may be fine, but this server cannot serve it; the message names the remedy."""
 
 
+class TermsDiffer(Exception):
+    """The terms are whole, but this device computes something else with them; the message names the
+    parameter.
+    """
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """Safe to show. `retry_after_s` is None where trying again is of no use."""
@@ -78,6 +84,8 @@ def failure_of(error: BaseException) -> Failure:
         return Failure(reason, "an operator must compress it against this one")
     if isinstance(error, UnsupportedTensor):
         return Failure(str(error), "it needs another base or another release")
+    if isinstance(error, TermsDiffer):
+        return Failure(str(error), "an operator must serve with --kernels torch")
     if isinstance(error, Refused):
         return Failure(str(error), "an operator must see to it")
     if isinstance(error, ArtifactError):
@@ -90,7 +98,7 @@ def is_lasting(error: BaseException) -> bool:
     """Whether the same bytes end with the same error again."""
     if isinstance(error, Unreadable):
         return False
-    return isinstance(error, ArtifactError | UnsupportedTensor)
+    return isinstance(error, ArtifactError | UnsupportedTensor | TermsDiffer)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,6 +1,6 @@
 """Bring a variant from disk into a slot, beside the running engine.
 
-    engine thread   request(key)            -> reader: read, verify, decode (`LoadDecoded`)
+    engine thread   request(key)            -> reader: read, verify, decode, try (`LoadDecoded`)
     engine thread   assign a slot           -> copier: copy into the slot, wait until every byte
                                                has arrived (`LoadCopied`)
     engine thread   show                    -> rows of the slot get their delta from the next step
@@ -28,6 +28,7 @@ from typing import Any, Protocol
 import torch
 
 from compressor.artifact.reader import Artifact
+from compressor.codecs.term import TensorDelta
 from server.deltas.background import background_pool
 from server.deltas.failures import Failure, is_lasting
 from server.deltas.host_memory import trim_heap
@@ -39,10 +40,11 @@ from server.deltas.loads import (
     LoadJob,
     failed_load,
 )
-from server.deltas.parameter import DeltaParameter
+from server.deltas.parameter import DeltaParameter, StagedParameter
 from server.deltas.room import Room
 from server.deltas.slots import Slot, SlotTable
 from server.deltas.staging import decode_threads, reader_threads, stage_variant
+from server.deltas.trial import try_terms
 from server.deltas.upload import Ready, SlotUploader, Uploader
 
 log = logging.getLogger(__name__)
@@ -89,6 +91,7 @@ class DeltaLoader:
         self._copying: Slot | None = None  # where one variant's bytes are, or will be, copied
         self._untidy = False  # loads have ended since the heap was trimmed
         self.errors: dict[str, str] = {}  # by key, until it loads after all; safe to show
+        self._tried: set[str] = set()  # keys whose terms were found right, see `try_terms`
 
     def is_loading(self, key: str) -> bool:
         return key in self._loading
@@ -213,10 +216,11 @@ class DeltaLoader:
         self._copier.submit(self._copy, decoded, slot, room, made)
 
     def keep_errors(self, keys: Collection[str]) -> None:
-        """Forget the errors of all other variants. Any thread."""
+        """Forget what is known of all other variants. Any thread."""
         for key in list(self.errors):
             if key not in keys:
                 self.errors.pop(key, None)
+        self._tried.intersection_update(keys)
 
     def close(self) -> None:
         for pool in (self._readers, self._copier, self._builder):
@@ -255,13 +259,20 @@ class DeltaLoader:
             self._post(decoded)
 
     def _decoded(self, job: LoadJob, artifact: Artifact, started: float) -> LoadDecoded:
+        """Decoded; of a variant that was never loaded before, every term is tried too."""
+        weights, n_threads = self._weights, self._n_threads
+        check = _accept if job.key in self._tried else try_terms
         if job.mode == "apply":
-            parameters = stage_variant(artifact, self._parameters, self._n_threads)
-            return LoadDecoded(job, parameters, sum(p.n_bytes for p in parameters), started)
-        weights = self._weights
-        parameters = stage_variant(artifact, self._parameters, self._n_threads, weights.replaces)
-        n_bytes = sum(p.n_bytes for p in parameters) + weights.bytes_for(artifact)
-        return LoadDecoded(job, parameters, n_bytes, started, artifact)
+            parameters = stage_variant(artifact, self._parameters, n_threads, check=check)
+            n_bytes, whole = 0, None
+        else:
+            parameters = stage_variant(
+                artifact, self._parameters, n_threads, weights.replaces, check
+            )
+            n_bytes, whole = weights.bytes_for(artifact), artifact
+        self._tried.add(job.key)
+        n_bytes += sum(p.n_bytes for p in parameters)
+        return LoadDecoded(job, parameters, n_bytes, started, whole)
 
     def _reconstruct(self, copied: LoadCopied, artifact: Artifact) -> None:
         try:
@@ -282,6 +293,9 @@ class DeltaLoader:
         except Exception as error:
             self._uploader.abandon()
             self._post(failed_load(decoded.job, error, slot))
+
+
+def _accept(delta: TensorDelta, staged: StagedParameter) -> None: ...
 
 
 def _device_of(parameters: Mapping[str, DeltaParameter]) -> torch.device:

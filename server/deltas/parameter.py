@@ -36,7 +36,7 @@ class StagedParameter:
     """A decoded delta of one parameter, on the host, ready to be copied into a slot.
 
     terms   parts by pool; empty if the slot's reconstructed weights stand in for them
-    extra   [h, n] rows past the base's end (added vocabulary)
+    extra   [h, n] or [h] rows past the base's end (added vocabulary)
     vector  the fine-tune's own value, whole: [m] of a norm or bias, any shape of a `WholeParameter`
     """
 
@@ -72,6 +72,8 @@ class DeltaParameter:
         self.extra: dict[int, Tensor] = {}
         self.vectors = base.unsqueeze(0) if base.dim() == 1 else None  # [1 + slots, m]
         self.vector_slots: frozenset[int] = frozenset()
+        self.is_multiplied = False  # by a linear
+        self.is_looked_up = False  # by an embedding
 
     @property
     def home(self) -> DeltaParameter:
@@ -138,13 +140,16 @@ class DeltaParameter:
         terms = []
         for i, term in enumerate(delta.terms):
             key = (i, geometry_of(term))
-            terms.append((key, self._new_pool(key).stage(term)))
+            terms.append((key, self.new_pool(key).stage(term)))
         return StagedParameter(self, terms=tuple(terms), extra=extra)
 
     def _stage_vector(self, delta: TensorDelta) -> StagedParameter:
-        if delta.exact is None or len(delta.exact.values) != self.shape[0]:
-            raise WrongShape(f"{self.name}: a 1-D parameter must be stored exactly and whole")
-        return StagedParameter(self, vector=delta.exact.values.to(self.dtype))
+        """Of a bias that grew with the vocabulary, the rows past the base's end are `extra`."""
+        n = self.shape[0]
+        if delta.exact is None or delta.shape[0] < n:
+            raise WrongShape(f"{self.name}: a 1-D parameter must be stored exactly")
+        value = delta.reconstruct(self.base.detach().cpu()).to(self.dtype)
+        return StagedParameter(self, vector=value[:n], extra=value[n:] if len(value) > n else None)
 
     def _stage_extra(self, delta: TensorDelta) -> Tensor | None:
         if delta.shape == delta.base_shape:
@@ -157,7 +162,7 @@ class DeltaParameter:
     def _replaces_base_rows(self, delta: TensorDelta) -> bool:
         return delta.exact is not None and delta.exact.row_start < delta.base_shape[0]
 
-    def _new_pool(self, key: PoolKey) -> TermPool:
+    def new_pool(self, key: PoolKey) -> TermPool:
         m, n = self.shape
         return make_pool(key[1], (m, n), self.dtype, self.device, self.kernels)
 
@@ -166,13 +171,13 @@ class DeltaParameter:
         them yet.
         """
         if len(self.siblings) < 2 or key[1][0] != "blockdiag":
-            pool = self._new_pool(key)
+            pool = self.new_pool(key)
             pool.map_slots(self._slot_map())
             return {self: pool}
         together: dict[DeltaParameter, TermPool] = {}
         blocks: list[BlockDiagPool] = []
         for sibling in self.siblings:
-            pool = sibling._new_pool(key)
+            pool = sibling.new_pool(key)
             assert isinstance(pool, BlockDiagPool)
             pool.map_slots(self._slot_map())
             together[sibling] = pool

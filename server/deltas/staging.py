@@ -26,21 +26,25 @@ def stage_variant(
     parameters: Mapping[str, DeltaParameter],
     n_threads: int = 1,
     replaces: Callable[[DeltaParameter], bool] = lambda parameter: False,
+    check: Callable[[TensorDelta, StagedParameter], None] = lambda delta, staged: None,
 ) -> tuple[StagedParameter, ...]:
     """Decode every tensor of the artifact for this base. Raises ArtifactError or
     UnsupportedTensor if any does not fit: a variant is served whole or not at all.
 
     replaces  whether the slot's reconstructed weights stand in for a parameter's terms
+    check     is told of every tensor; what it raises ends the load
     """
 
     def stage(delta: TensorDelta) -> StagedParameter:
         parameter = parameters.get(delta.name)
-        if parameter is None:
+        if parameter is None:  # registration asks first (`check_servable`)
             raise UnsupportedTensor(
-                f"{delta.name}: the served model has no such linear, embedding, norm or bias; "
-                "serve the reconstructed checkpoint instead (impart reconstruct)"
+                f"{delta.name}: this server cannot give variants their own value of it; serve the "
+                "reconstructed checkpoint instead (impart reconstruct)"
             )
-        return parameter.stage(delta, without_terms=replaces(parameter))
+        staged = parameter.stage(delta, without_terms=replaces(parameter))
+        check(delta, staged)
+        return staged
 
     if n_threads == 1:
         return tuple(map(stage, artifact.tensors))

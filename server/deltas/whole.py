@@ -1,4 +1,6 @@
-"""Parameters of which each slot has a value of its own, whole: routers of experts, and biases."""
+"""Parameters of which each slot has a value of its own, whole: routers of experts, biases, scales,
+and whatever else is small and read by the definition itself.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,7 @@ from server.deltas.parameter import DeltaParameter, StagedParameter
 from server.deltas.residency import Residency
 from server.deltas.upload import Transfer
 from server.ops.kernels import Kernels
+from server.ops.row_mapping import RowMapping
 
 
 class WholeParameter(DeltaParameter):
@@ -29,12 +32,16 @@ class WholeParameter(DeltaParameter):
 
     def stage(self, delta: TensorDelta, *, without_terms: bool = False) -> StagedParameter:
         """As `DeltaParameter.stage`; nothing stands in for it."""
-        if delta.shape != self.shape or delta.base_shape != self.shape:
+        base = self.base.detach().cpu()
+        expected = torch.Size(delta.base_shape)
+        if delta.shape != delta.base_shape or expected.numel() != base.numel():
             raise WrongShape(
                 f"{self.name}: this base has shape {self.shape}, the delta has {delta.shape}"
             )
-        value = delta.reconstruct(self.base.detach().cpu())
-        return StagedParameter(self, vector=value.to(self.dtype))
+        # An artifact knows vectors and matrices; what has other axes is one of them by its rows.
+        value = delta.reconstruct((base.t() if delta.transposed else base).reshape(expected))
+        value = (value.t() if delta.transposed else value).reshape(self.shape)
+        return StagedParameter(self, vector=value.to(self.dtype).contiguous())
 
     def reserve(self, slot: int, staged: StagedParameter, n_slots: int) -> None:
         assert staged.vector is not None
@@ -46,9 +53,16 @@ class WholeParameter(DeltaParameter):
 
     def show(self, slot: int, staged: StagedParameter) -> None:
         self.own[slot] = self._arriving.pop(slot)
-        self.residency.eager[slot] = "routers of experts"
+        self.residency.eager[slot] = f"{self.name} of their own"
 
     def hide(self, slot: int) -> None:
         self._arriving.pop(slot, None)
         self.own.pop(slot, None)
         self.residency.eager.pop(slot, None)
+
+    def touches(self, rows: RowMapping) -> bool:
+        return not rows.slots.isdisjoint(self.own)
+
+    def value_of(self, slot: int) -> Tensor:
+        """The slot's own value, or the base's."""
+        return self.own.get(slot, self.base)

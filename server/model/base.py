@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from server.model.attention import (
 )
 from server.model.context import StepContext
 from server.model.definition import Definition
-from server.model.embedding import DeltaEmbedding
+from server.model.embedding import DeltaEmbedding, looks_up_rows, make_delta_embedding
 from server.model.fused_attention import fuse_rotary
 from server.model.fused_layer import fuse_residuals
 from server.model.fused_mlp import fuse_gated_mlp
@@ -35,6 +35,9 @@ from server.model.kv_store import KVStore
 from server.model.linear import DeltaLinear, Product
 from server.model.mask import MaskUsed, attention_named
 from server.model.norm import DeltaNorm
+from server.model.observe import Observation, observe
+from server.model.own_values import is_plain_linear, owners_in, runs_by_slot, serve_own_values
+from server.model.plain_norm import agrees, plain_axes
 from server.model.refusal import in_a_line, not_served, refused
 from server.model.row_positions import count_by_positions
 from server.model.sinks import serve_sinks
@@ -65,6 +68,7 @@ class BaseModel:
     parameters  every parameter that can carry a delta, by its name in the checkpoint (a tied
                 weight appears under both names with the same object)
     definition  what the self-check compares with; nobody needs it afterwards
+    keeps_rows  whether it gives the logits of the wanted rows alone when asked to
     """
 
     model: PreTrainedModel
@@ -79,6 +83,7 @@ class BaseModel:
     max_len: int
     varying_rope: VaryingRope | None = None
     definition: Definition | None = None
+    keeps_rows: bool = True
 
 
 def weight_bytes(parameters: Iterable[DeltaParameter]) -> int:
@@ -140,9 +145,19 @@ def _prepared(model: PreTrainedModel, kernels: Kernels, base_quant: BaseQuant | 
     residency = Residency(base_quant=base_quant)
     table, dtype = model.get_input_embeddings().weight, model.dtype
     definition = Definition(model)
-    parameters = install_delta_layers(model, context, kernels, residency)
+    apart = KVStore(kernels, int(n_positions))  # of these passes alone
+    attach_store(model, apart)
+    _probe(model, apart)  # before anything else is asked of the definition
+    n_counting = count_by_positions(model)
+    owners = owners_in(model)
+    with apart.probing():
+        seen = observe(model, {module: owner.names for module, owner in owners.items()})
+        parameters = install_delta_layers(model, context, kernels, residency, seen)
+        serve_sinks(model, apart.seen, store, parameters, context, kernels, residency)
+        serve_own_values(owners, seen, parameters, context, store, kernels, residency)
     definition.bind(parameters)
     attach_store(model, store)
+    _fuse_mlps(model, kernels)
     base = BaseModel(
         model=model,
         context=context,
@@ -156,11 +171,10 @@ def _prepared(model: PreTrainedModel, kernels: Kernels, base_quant: BaseQuant | 
         max_len=int(n_positions),
         varying_rope=varying_rope(model),
         definition=definition,
+        keeps_rows=seen.keeps,
     )
     _limit_length(base)
-    n_counting = count_by_positions(model)
-    n_residual = fuse_residuals(model, lambda: _probe(base))
-    serve_sinks(model, store.seen, store, parameters, context, kernels, residency)
+    n_residual = fuse_residuals(model, lambda: _probe(model, store))
     n_fused = fuse_rotary(model, store)
     log.info("%d of %d attention layers are fused", n_fused, len(store.layers))
     if n_counting:
@@ -264,23 +278,30 @@ def _limit_length(base: BaseModel) -> None:
         base.max_len = rope.n_fixed
 
 
-def _probe(base: BaseModel) -> None:
+def _probe(model: PreTrainedModel, store: KVStore) -> None:
     """One forward pass without a cache: learns the layers' KV shapes, checks the hook is used."""
-    ids = torch.arange(N_PROBED, device=base.device).unsqueeze(0)
+    ids = torch.arange(N_PROBED, device=model.get_input_embeddings().weight.device).unsqueeze(0)
     try:
-        named = attention_named(base.model, PROBING_NAME)
-        with torch.inference_mode(), base.store.probing(), named:
-            base.model(input_ids=ids, position_ids=ids, use_cache=False)
+        named = attention_named(model, PROBING_NAME)
+        with torch.inference_mode(), store.probing(), named:
+            model(input_ids=ids, position_ids=ids, use_cache=False)
     except MaskUsed as error:
-        raise not_served(base.model, MASK_USED) from error
-    if not base.store.layers:
-        raise not_served(base.model, NO_INTERFACE)
+        raise not_served(model, MASK_USED) from error
+    if not store.layers:
+        raise not_served(model, NO_INTERFACE)
 
 
 def install_delta_layers(
-    model: PreTrainedModel, context: StepContext, kernels: Kernels, residency: Residency
+    model: PreTrainedModel,
+    context: StepContext,
+    kernels: Kernels,
+    residency: Residency,
+    seen: Observation,
 ) -> dict[str, DeltaParameter]:
-    """Replace every linear, embedding and norm by its delta-aware form, on the instance."""
+    """Replace every linear, embedding and norm by its delta-aware form, on the instance.
+
+    seen  what they got in a forward pass: those that are called otherwise stay as they are
+    """
     output = model.get_output_embeddings()
     shared: dict[int, DeltaParameter] = {}
     parameters: dict[str, DeltaParameter] = {}
@@ -293,29 +314,33 @@ def install_delta_layers(
         parameters[name] = shared[key]
         return shared[key]
 
-    for path, module in list(_replaceable(model)):
+    for path, module in list(model.named_modules()):
         weight_name, bias_name = f"{path}.weight", f"{path}.bias"
-        bias_value = getattr(module, "bias", None)
-        replacement: nn.Module
-        if isinstance(module, nn.Embedding):
-            replacement = DeltaEmbedding(module, parameter(weight_name, module.weight), context)
-        else:
-            weight = parameter(
-                weight_name, module.get_parameter("weight"), isinstance(module, Conv1D)
-            )
-            bias = None if bias_value is None else parameter(bias_name, bias_value)
-            if isinstance(module, nn.Linear | Conv1D):
-                is_output = module is output
-                replacement = DeltaLinear(weight, bias, context, is_output=is_output)
-            else:
-                replacement = DeltaNorm(module, weight, bias, context)
-        _set_module(model, path, replacement)
+        kept = seen.sees_kept_rows(module)
+        axes = plain_axes(module, seen)
+        if isinstance(module, nn.Embedding) and looks_up_rows(module, seen):
+            weight = parameter(weight_name, module.weight)
+            make_delta_embedding(module, weight, context, kept=kept)
+        elif is_plain_linear(module):
+            turned = isinstance(module, Conv1D)
+            weight = parameter(weight_name, module.get_parameter("weight"), turned)
+            bias = parameter(bias_name, module.bias) if _has_bias(module) else None
+            linear = DeltaLinear(weight, bias, context, is_output=module is output, kept=kept)
+            _set_module(model, path, linear)
+        elif axes is not None and agrees(module, axes, seen, kernels):
+            weight = parameter(weight_name, module.get_parameter("weight"))
+            bias = parameter(bias_name, module.bias) if _has_bias(module) else None
+            _set_module(model, path, DeltaNorm(module, weight, bias, context, axes, kept=kept))
     _fuse_projections(model)
     _pack_linears(model, model.get_input_embeddings())
-    for module in model.modules():
-        fuse_gated_mlp(module, kernels)
     install_experts(model, parameters, context, kernels, residency)
     return parameters
+
+
+def _fuse_mlps(model: nn.Module, kernels: Kernels) -> None:
+    for module in model.modules():
+        if not runs_by_slot(module):
+            fuse_gated_mlp(module, kernels)
 
 
 def _fuse_projections(model: nn.Module) -> None:
@@ -336,28 +361,8 @@ def _pack_linears(model: nn.Module, embedding: nn.Module) -> None:
             module.product.pack(quantise=not (read or module.is_output), keep=read)
 
 
-def _replaceable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for path, module in model.named_modules():
-        if _is_linear(module) or isinstance(module, nn.Embedding) or _is_norm(module):
-            yield path, module
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Not the routers that are linears and give more than a product (PhiMoE, Llama 4)."""
-    return isinstance(module, Conv1D) or (
-        isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
-    )
-
-
-def _is_norm(module: nn.Module) -> bool:
-    own = dict(module.named_parameters(recurse=False))
-    has_children = next(module.children(), None) is not None
-    return (
-        "Norm" in type(module).__name__
-        and not has_children
-        and set(own) in ({"weight"}, {"weight", "bias"})
-        and own["weight"].dim() == 1
-    )
+def _has_bias(module: nn.Module) -> bool:
+    return getattr(module, "bias", None) is not None
 
 
 def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:

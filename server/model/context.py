@@ -9,7 +9,8 @@ class StepContext:
     """What the layers need to know about the current engine step.
 
     rows         slots of the hidden rows
-    output_rows  slots of the rows whose logits are wanted (the output embedding sees only those)
+    output_rows  slots of the rows whose logits are wanted: the output embedding sees only those, as
+                 does whatever else a definition has after its backbone
     reconstructed  slots whose reconstructed weights this step uses
     """
 
@@ -17,3 +18,7 @@ class StepContext:
         self.rows: RowMapping | None = None
         self.output_rows: RowMapping | None = None
         self.reconstructed: frozenset[int] = frozenset()
+
+    def rows_of(self, *, kept: bool) -> RowMapping | None:
+        """Of a module that sees the rows whose logits are wanted (`kept`), or of any other."""
+        return self.output_rows if kept else self.rows

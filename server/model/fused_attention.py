@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from server.model.kv_store import KVStore, ProbedCall
 from server.model.linear import DeltaLinear
 from server.model.norm import DeltaNorm
+from server.model.own_values import runs_by_slot
 from server.ops.attention import HeadNorm, Rotary, rotate
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -52,8 +53,7 @@ class RotaryAttention:
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``x [1, T, n]`` -> q [T, H, D]; k, v [T, Hkv, D], normed, not yet turned."""
         q, k, v = self._parts(x)
-        q = q if self._q_norm is None else self._q_norm(q.unsqueeze(0))[0]
-        k = k if self._k_norm is None else self._k_norm(k.unsqueeze(0))[0]
+        q, k = _normed(q, self._q_norm), _normed(k, self._k_norm)
         return q, k, v
 
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,6 +72,10 @@ class RotaryAttention:
         """``out [T, H, D]`` -> [1, T, n]."""
         y: Tensor = self._o(out.view(1, len(out), -1))
         return y
+
+
+def _normed(x: Tensor, norm: DeltaNorm | None) -> Tensor:
+    return x if norm is None else norm.along(x, 0)
 
 
 @dataclass(slots=True)
@@ -147,13 +151,17 @@ def _has_parts(module: nn.Module) -> bool:
     children = dict(module.named_children())
     if not all(isinstance(children.get(name), DeltaLinear) for name in PROJECTIONS):
         return False
+    if not all(isinstance(children.get(name), DeltaNorm | None) for name in NORMS):
+        return False
+    if runs_by_slot(module):
+        return False
     return set(children) <= {*PROJECTIONS, *NORMS}
 
 
 def _norms_heads(module: nn.Module, seen: ProbedCall) -> bool:
     """Whether what norms there are take one head at a time, not all of them (OLMo 2)."""
     norms = [getattr(module, name, None) for name in NORMS]
-    return all(norm is None or norm.weight.shape == seen.q.shape[-1:] for norm in norms)
+    return all(n is None or n.weight.shape == seen.q.shape[-1:] for n in norms)
 
 
 def _has_angles(arguments: dict[str, Any], seen: ProbedCall) -> bool:

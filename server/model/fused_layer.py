@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from server.model.norm import DeltaNorm
+from server.model.own_values import runs_by_slot
 
 NORM_IN, NORM_MLP = "input_layernorm", "post_attention_layernorm"
 PARTS = (NORM_IN, "self_attn", NORM_MLP, "mlp")
@@ -44,7 +45,7 @@ def fuse_residuals(model: nn.Module, run: Callable[[], object]) -> int:
 
     It is done once in any case. Returns how many layers there are.
     """
-    layers = [module for module in model.modules() if _has_parts(module)]
+    layers = [m for m in model.modules() if _has_parts(m) and not runs_by_slot(m)]
     norms = [m for m in model.modules() if isinstance(m, DeltaNorm) and m.can_add]
     parts = [layer.get_submodule(name) for layer in layers for name in PARTS]
     watched = _Watched([*layers, *parts, *norms], run)

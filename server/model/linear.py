@@ -87,6 +87,7 @@ class Product:
     def _compute(self, x: Tensor, rows: RowMapping | None) -> Sequence[Tensor]:
         if rows is None or not rows.has_deltas:
             return self._split(self._linear(x, self._bias))
+        rows.check(len(x))
         own = self._own_weights(rows)
         if own and len(own) == len(rows.segments):  # no row wants the base's product
             parts = self._without_base(x, own)
@@ -196,7 +197,11 @@ class _Rows:
 
 
 class DeltaLinear(nn.Module):
-    """``y = x W_base^T + b`` for all rows in one GEMM, then each slot's delta on its rows."""
+    """``y = x W_base^T + b`` for all rows in one GEMM, then each slot's delta on its rows.
+
+    is_output  whether it gives the logits
+    kept       whether it sees only the rows whose logits are wanted
+    """
 
     def __init__(
         self,
@@ -205,10 +210,12 @@ class DeltaLinear(nn.Module):
         context: StepContext,
         *,
         is_output: bool = False,
+        kept: bool = False,
     ) -> None:
         super().__init__()
         self.delta_weight, self.delta_bias = weight, bias
-        self.context, self.is_output = context, is_output
+        weight.is_multiplied = True
+        self.context, self.is_output, self._kept = context, is_output, kept
         self.product = Product([self])
 
     @property
@@ -221,7 +228,7 @@ class DeltaLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., n]`` -> ``[..., m]``; wider than m if a slot has added vocabulary rows."""
-        rows = self.context.output_rows if self.is_output else self.context.rows
+        rows = self.context.rows_of(kept=self._kept)
         y = self.product.take(self, x, rows)
         if rows is not None and self.delta_weight.extra:
             y = self._with_extra(y, x.reshape(-1, x.shape[-1]), rows)
@@ -232,11 +239,12 @@ class DeltaLinear(nn.Module):
         extra = {s: owned[s] for s in rows.slots if s in owned}
         if not extra:
             return y
+        biases = {} if self.delta_bias is None else self.delta_bias.extra
         # Columns a variant does not have stay 0 here; the sampler masks ids past its vocabulary.
         grown = F.pad(y, (0, max(len(e) for e in extra.values())))
         for segment in rows.segments:
             if segment.slot in extra:
                 part = slice(segment.start, segment.end)
-                new = F.linear(flat[part], extra[segment.slot])
+                new = F.linear(flat[part], extra[segment.slot], biases.get(segment.slot))
                 grown[part, y.shape[1] : y.shape[1] + new.shape[1]] = new
         return grown

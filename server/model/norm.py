@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -22,6 +24,10 @@ class DeltaNorm(nn.Module):
 
     A known RMSNorm is one kernel call. Otherwise the inner norm with a neutral weight gives the
     normalised rows; each row is then scaled by its own slot's weight. Both are found by probing.
+
+    axes  the tokens' axis by the number of axes of what is normed: definitions norm heads before
+          they transpose them, or after
+    kept  whether it sees only the rows whose logits are wanted
     """
 
     def __init__(
@@ -30,6 +36,9 @@ class DeltaNorm(nn.Module):
         weight: DeltaParameter,
         bias: DeltaParameter | None,
         context: StepContext,
+        axes: Mapping[int, int],
+        *,
+        kept: bool = False,
     ) -> None:
         super().__init__()
         self.inner = inner
@@ -41,7 +50,7 @@ class DeltaNorm(nn.Module):
             if bias is not None:
                 self._unit.get_parameter("bias").zero_()
         self._weight, self._bias = weight, bias
-        self._context = context
+        self._context, self._axes, self._kept = context, dict(axes), kept
 
     @property
     def weight(self) -> Tensor:
@@ -53,22 +62,26 @@ class DeltaNorm(nn.Module):
         return self._form is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [1, T, n]`` or ``[1, T, heads, n]`` -> the same shape."""
+        """``x [..., n]``, tokens on the axis that the definition has them on -> the same shape."""
         owner, ahead = getattr(x, AHEAD, (None, None))
         if owner is self and ahead is not None:
             delattr(x, AHEAD)
             return cast(Tensor, ahead)
+        return self.along(x, self._axes[x.dim()])
+
+    def along(self, x: Tensor, axis: int) -> Tensor:
+        """``x [..., n]`` with the tokens on `axis` -> the same shape."""
         if self._form is not None and x.dtype == self._weight.dtype:
-            weights, index = self._weights()
+            weights, index = self._weights_along(x, axis)
             return self._weight.kernels.rms_norm(x, weights, index, self._form)
-        return self._in_torch(x)
+        return self._in_torch(x, axis)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """``residual + x`` normed, and that sum; shapes as in `forward`."""
         if self._form is None or not x.dtype == residual.dtype == self._weight.dtype:
             summed = residual + x
             return self(summed), summed
-        weights, index = self._weights()
+        weights, index = self._weights_along(x, self._axes[x.dim()])
         return self._weight.kernels.add_rms_norm(x, residual, weights, index, self._form)
 
     def add_ahead(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -88,15 +101,24 @@ class DeltaNorm(nn.Module):
         return HeadNorm(*self._weights(), self._form)
 
     def _weights(self) -> tuple[Tensor, Tensor | None]:
-        """Of the step's rows, as `Kernels.rms_norm` takes them."""
-        rows, weights = self._context.rows, self._weight.vectors
+        """Of the step's rows: all weights, and each row's place among them."""
+        rows, weights = self._context.rows_of(kept=self._kept), self._weight.vectors
         assert weights is not None
         if rows is None or not self._weight.touches(rows):
             return weights, None
         return weights, self._weight.vector_index(rows)
 
-    def _in_torch(self, x: Tensor) -> Tensor:
-        rows = self._context.rows
+    def _weights_along(self, x: Tensor, axis: int) -> tuple[Tensor, Tensor | None]:
+        """Of rows that are on this axis, as `Kernels.rms_norm` takes them."""
+        weights, index = self._weights()
+        if index is None:
+            return weights, None
+        assert len(index) == x.shape[axis], "a norm got other rows than the step has for it"
+        times = math.prod(x.shape[:axis])
+        return weights, index if times == 1 else index.repeat(times)
+
+    def _in_torch(self, x: Tensor, axis: int) -> Tensor:
+        rows = self._context.rows_of(kept=self._kept)
         changed = rows is not None and (
             self._weight.touches(rows) or (self._bias is not None and self._bias.touches(rows))
         )
@@ -104,14 +126,17 @@ class DeltaNorm(nn.Module):
             unchanged: Tensor = self.inner(x)
             return unchanged
         assert rows is not None
+        rows.check(x.shape[axis])
         y: Tensor = self._unit(x)
-        if x.numel() // x.shape[-1] == rows.n_rows:
-            shape: tuple[int, ...] = (-1, x.shape[-1])
-        else:  # a norm per attention head (Qwen3): [1, T, H, D]
-            shape = (-1, 1, x.shape[-1])
-        scale = (self._weight.vector_rows(rows) + self._offset).view(shape)
-        y = y * scale
-        return y if self._bias is None else y + self._bias.vector_rows(rows).view(shape)
+        y = y * _along(self._weight.vector_rows(rows) + self._offset, x, axis)
+        return y if self._bias is None else y + _along(self._bias.vector_rows(rows), x, axis)
+
+
+def _along(values: Tensor, x: Tensor, axis: int) -> Tensor:
+    """``values [T or 1, n]`` so that they meet the tokens on this axis of x."""
+    shape = [1] * x.dim()
+    shape[axis], shape[-1] = len(values), values.shape[1]
+    return values.view(shape)
 
 
 def find_form(norm: nn.Module) -> RmsForm | None:

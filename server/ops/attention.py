@@ -51,6 +51,7 @@ class AttentionMetadata:
     cache_rows    [T] int64, row in the flattened cache ``[n_kv_blocks * block_tokens]``
     made          what layers derive from it and share in this step, by what it depends on
     first_row     which of the step's rows the first is, where these are a part of them
+    parts         what `part` has made
     """
 
     cache_rows: Tensor
@@ -58,6 +59,32 @@ class AttentionMetadata:
     prefill: tuple[PrefillChunk, ...]
     made: dict[Hashable, Tensor] = field(default_factory=dict)
     first_row: int = 0
+    parts: dict[tuple[int, int], AttentionMetadata] = field(default_factory=dict)
+
+    def part(self, start: int, end: int) -> AttentionMetadata:
+        """Of the rows ``[start, end)`` alone, whole sequences, counted from 0."""
+        if (start, end) not in self.parts:
+            chunks = [c for c in self.prefill if start <= c.start and c.end <= end]
+            moved = (replace(c, start=c.start - start, end=c.end - start) for c in chunks)
+            decode = None if self.decode is None else _decode_part(self.decode, start, end)
+            self.parts[start, end] = replace(
+                self,
+                cache_rows=self.cache_rows[start:end],
+                decode=decode,
+                prefill=tuple(moved),
+                first_row=self.first_row + start,
+                made={},
+                parts={},
+            )
+        return self.parts[start, end]
+
+
+def _decode_part(batch: DecodeBatch, start: int, end: int) -> DecodeBatch | None:
+    inside = ((batch.rows >= start) & (batch.rows < end)).nonzero().flatten()
+    if not len(inside):
+        return None
+    rows, kv_blocks, lengths = batch.rows[inside], batch.kv_blocks[inside], batch.lengths[inside]
+    return DecodeBatch(rows - start, kv_blocks, lengths)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,9 @@ compiled ones, `server.ops.choose` says which a device gets.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -37,6 +39,10 @@ class Kernels(AttentionKernels, Protocol):
 
     def on_compiled(self, call: Callable[[], None]) -> None:
         """Have `call` called after every kernel that is compiled while serving."""
+        ...
+
+    def alone(self) -> AbstractContextManager[None]:
+        """For a thread beside the steps': what it calls meanwhile takes no threads of theirs."""
         ...
 
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp: ...
@@ -89,6 +95,9 @@ class TorchKernels:
         return device.type == "cpu"  # on a GPU it would have to wait for the segments
 
     def on_compiled(self, call: Callable[[], None]) -> None: ...
+
+    def alone(self) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp:
         return TorchBlockDiag(blocks)

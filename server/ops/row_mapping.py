@@ -100,6 +100,7 @@ class RowMapping:
         self._rows_of: dict[frozenset[int], Tensor] = {}
         self._place_of_row: dict[Places, Tensor] = {}
         self._held_rows: dict[Places, Tensor] = {}
+        self._parts: dict[tuple[int, int], RowMapping] = {}
 
     @cached_property
     def slot_of_row(self) -> Tensor:
@@ -115,6 +116,10 @@ class RowMapping:
     def has_deltas(self) -> bool:
         """Whether any row belongs to a slot."""
         return bool(self.slots)
+
+    def check(self, n_rows: int) -> None:
+        """See that a module got as many rows as this maps: kernels trust it blindly."""
+        assert n_rows == self.n_rows, f"a module got {n_rows} rows, the step has {self.n_rows}"
 
     def vector_index(self, present: frozenset[int], n_vectors: int) -> Tensor:
         """[T] int64: each row's place in ``[n_vectors, m]`` values of a 1-D parameter: ``slot + 1``
@@ -162,6 +167,14 @@ class RowMapping:
             longest = max((end - start for _, start, end in wanted), default=0)
             self._tables[present] = SlotSegments(table.to(self.device), len(wanted), longest)
         return self._tables[present]
+
+    def part(self, start: int, end: int) -> RowMapping:
+        """The rows ``[start, end)`` alone, whole segments, counted from 0."""
+        if (start, end) not in self._parts:
+            inside = [s for s in self.segments if start <= s.start and s.end <= end]
+            moved = [Segment(s.slot, s.start - start, s.end - start) for s in inside]
+            self._parts[start, end] = RowMapping(moved, self.device)
+        return self._parts[start, end]
 
     def by_slot(self) -> SlotSegments:
         """All segments but the base's, by slot instead of place: `place_of` maps say the rest."""

@@ -15,6 +15,7 @@ from server.engine.step.static_buffers import DecodeRow, StaticBatch
 from server.engine.step.static_step import StaticStep
 from server.errors import ConfigError
 from server.model.base import BaseModel, weight_bytes
+from server.model.observe import KEEP
 from server.model.reconstructed import ReconstructedWeights
 from server.ops.attention import AttentionMetadata, DecodeBatch
 from server.ops.row_mapping import BASE_SLOT, RowMapping
@@ -215,13 +216,15 @@ class Runner:
                     input_ids=input_ids,
                     position_ids=position_ids,
                     use_cache=False,
-                    logits_to_keep=logits_to_keep,  # 0: all
+                    **({KEEP: logits_to_keep} if base.keeps_rows else {}),  # 0: all
                 )
         finally:
             base.context.rows = base.context.output_rows = None
             base.context.reconstructed = frozenset()
-        logits: Tensor = output.logits
-        return logits[0]
+        logits: Tensor = output.logits[0]
+        if base.keeps_rows or not isinstance(logits_to_keep, Tensor):
+            return logits
+        return logits[logits_to_keep]
 
 
 def _decodes(item: Scheduled) -> bool:

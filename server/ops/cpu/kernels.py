@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from typing import TypeVar
 
 import torch
@@ -41,6 +42,9 @@ class NumbaKernels:
         return False
 
     def on_compiled(self, call: Callable[[], None]) -> None: ...  # all are, by `__init__`
+
+    def alone(self) -> AbstractContextManager[None]:
+        return self.parallel.alone()
 
     def __init__(self, usable: Collection[str] | None = None) -> None:
         """usable: the kernels to use, of `check.NAMES`. Default: those that pass their trial."""

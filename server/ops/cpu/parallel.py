@@ -7,12 +7,14 @@ compiled ``#pragma omp parallel`` calls.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +75,20 @@ class Parallel:
             self._start = _entry(library)
             self._start_unlocked = _entry(ctypes.CDLL(library._name))
         self.n_threads = torch.get_num_threads() if self._start is not None else 1
+        self._alone: set[int] = set()  # threads that compute without helpers
         if self._start is None and torch.get_num_threads() > 1:
             log.warning("torch's OpenMP library was not found: kernels run on one thread")
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Let the calling thread, which is not the steps', run kernels without helpers: it would
+        get some of its own, which would spin beside the steps' ones.
+        """
+        self._alone.add(threading.get_ident())
+        try:
+            yield
+        finally:
+            self._alone.discard(threading.get_ident())
 
     def run(
         self, kernel: Kernel, arguments: np.ndarray, n_tasks: int, *, unlocked: bool = False
@@ -86,7 +100,8 @@ class Parallel:
         arguments[0] = 0
         address = arguments.__array_interface__["data"][0]
         start = self._start_unlocked if unlocked else self._start
-        if start is None or self.n_threads == 1 or n_tasks == 1:
+        is_alone = bool(self._alone) and threading.get_ident() in self._alone
+        if start is None or self.n_threads == 1 or n_tasks == 1 or is_alone:
             (kernel.call_unlocked if unlocked else kernel.call)(address)
         else:
             start(kernel.address, address, min(self.n_threads, n_tasks), 0)

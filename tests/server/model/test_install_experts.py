@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from compressor.checkpoint.layout import read_layout
@@ -17,6 +17,7 @@ from server.deltas.residency import Residency
 from server.deltas.whole import WholeParameter
 from server.model.base import install_delta_layers
 from server.model.context import StepContext
+from server.model.observe import observe
 from server.ops.kernels import TorchKernels
 from tests.models.builder import tiny_model
 from tests.models.cases import all_cases
@@ -25,8 +26,9 @@ KINDS = ("mixtral", "granitemoe", "deepseek_v3", "gpt_oss", "phimoe", "minimax_m
 MORE = ("qwen2_moe", "granitemoeshared", "olmoe", "flex_olmo", "afmoe", "cohere2_moe", "glm4_moe")
 
 
-def installed(model: torch.nn.Module) -> dict[str, DeltaParameter]:
-    return install_delta_layers(model, StepContext(), TorchKernels(), Residency())  # type: ignore[arg-type]
+def installed(model: PreTrainedModel) -> dict[str, DeltaParameter]:
+    seen = observe(model, {})
+    return install_delta_layers(model, StepContext(), TorchKernels(), Residency(), seen)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,113 @@
+"""Terms that have been decoded, tried once before their variant is first served.
+
+For every parameter a few random rows go through the pool and kernel that will serve them, against
+the codec's own reference in float32. The pool is one that nobody else knows of, with one place and
+a row mapping of its own, so that steps may run meanwhile; on a GPU on a stream of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from compressor.codecs.term import TensorDelta, Term
+from server.deltas.failures import TermsDiffer
+from server.deltas.parameter import DeltaParameter, PoolKey, StagedParameter
+from server.deltas.pools.base import PoolParts, TermPool
+from server.ops.row_mapping import BASE_SLOT, RowMapping, Segment
+
+SLOT = 0
+ROWS = (Segment(BASE_SLOT, 0, 1), Segment(SLOT, 1, 4))  # the base's row must stay as it is
+# Of the largest value. Sums of many products come in another order, and bfloat16 is rounded twice.
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.04, torch.float16: 0.01}
+
+
+@torch.inference_mode()
+def try_terms(delta: TensorDelta, staged: StagedParameter) -> None:
+    """Raises TermsDiffer if the fast path of one of the terms gives something else than the codec.
+
+    Terms that stand for rows stored exactly (`StagedParameter.terms` of another number) are whole
+    matrices in torch, and are not tried.
+    """
+    if len(staged.terms) != len(delta.terms):
+        return
+    parameter = staged.parameter
+    with _beside_steps(parameter.device), parameter.kernels.alone():
+        for term, (key, parts) in zip(delta.terms, staged.terms, strict=True):
+            pool = _pool_of_one(parameter, key, parts)
+            if parameter.is_multiplied:
+                _compare(parameter.name, term, *_product(pool, term, parameter.dtype))
+            if parameter.is_looked_up:
+                _compare(parameter.name, term, *_look_up(pool, term, parameter.dtype))
+
+
+def _pool_of_one(parameter: DeltaParameter, key: PoolKey, parts: PoolParts) -> TermPool:
+    """A pool that has these parts at its only place, shown."""
+    pool = parameter.new_pool(key)
+    pool.map_slots(torch.zeros(1, dtype=torch.int32, device=parameter.device))
+    place = pool.places.reserve(SLOT)
+    arrays = pool.grown_arrays(parts, place)
+    for array, part in zip(arrays, parts, strict=True):
+        array[place].copy_(part)
+    pool.adopt(arrays)
+    pool.show(SLOT)
+    return pool
+
+
+def _product(pool: TermPool, term: Term, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What the pool adds, and what the codec says."""
+    m, n = term.shape
+    rows = RowMapping(ROWS, pool.device)
+    x = torch.randn((rows.n_rows, n), generator=_generator()).to(dtype)
+    y = torch.zeros((rows.n_rows, m), dtype=dtype, device=pool.device)
+    pool.add_(y, x.to(pool.device), rows)
+    return y, _of_slot(term.apply(x.float()))
+
+
+def _look_up(pool: TermPool, term: Term, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As `_product`, of rows that are looked up."""
+    m, n = term.shape
+    rows = RowMapping(ROWS, pool.device)
+    ids = torch.randint(m, (rows.n_rows,), generator=_generator())
+    y = torch.zeros((rows.n_rows, n), dtype=dtype, device=pool.device)
+    pool.add_rows_(y, ids.to(pool.device), rows)
+    return y, _of_slot(term.dense_rows(ids))
+
+
+def _of_slot(wanted: Tensor) -> Tensor:
+    """Zeros where the row is not the slot's."""
+    wanted[: ROWS[0].end] = 0
+    return wanted
+
+
+def _compare(name: str, term: Term, ours: Tensor, wanted: Tensor) -> None:
+    largest = float(wanted.abs().max())
+    off = float((ours.cpu().float() - wanted).abs().max())
+    if not off <= TOLERANCE[ours.dtype] * largest:  # NaN too
+        raise TermsDiffer(
+            f"{name}: its {term.codec} terms give other values on this device than they should "
+            f"({off:.2g} off where the largest is {largest:.2g})"
+        )
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _beside_steps(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """The steps' stream neither waits for what runs here nor is waited for."""
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return _OwnStream(device)
+
+
+class _OwnStream(contextlib.ExitStack):
+    """A stream that has finished when this is left."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.callback(self._stream.synchronize)
+        self.enter_context(torch.cuda.stream(self._stream))
