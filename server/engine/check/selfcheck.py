@@ -63,7 +63,8 @@ def check_engine(base: BaseModel, block_tokens: int, deltas: Deltas | None = Non
     """
     started = time.monotonic()
     assert base.definition is not None, "see `prepare_base_model`"
-    with refused(base.model, "the self-check"), torch.inference_mode():
+    # Not inference mode: later loads write into arrays of the pools that are made here.
+    with refused(base.model, "the self-check"), torch.no_grad():
         checked = _checked(base, base.definition, block_tokens, deltas)
     log.info(
         "the engine computes what the model's own definition does (%s); the check took %.2f s",
