@@ -114,7 +114,8 @@ class Settings:
     """How one server runs."""
 
     base: Path = Field(
-        description="Base model: a Hugging Face directory, or a Hub id org/name[@revision]."
+        description="Base model: a Hugging Face directory, quantised or not, a GGUF file, or a "
+        "Hub id org/name[@revision]."
     )
     base_revision: Annotated[str | None, WhenUnset("none")] = Field(
         default=None, description="Branch, tag or commit, if the base is a Hub id."

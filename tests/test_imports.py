@@ -14,16 +14,21 @@ COMPRESSOR = (
     "compressor.artifact", "compressor.codecs", "compressor.errors",
     "compressor.safetensors_header",
     "compressor.usable_cpus", "compressor.usable_memory", "compressor.cgroups",
-    "compressor.readable",
+    "compressor.readable", "compressor.atomic", "compressor.checkpoint.quantised",
 )  # fmt: skip
-# The base's identity is read off the base's checkpoint; and the names of tokenizer files.
+# The base is read by what reads it when a delta is made, so that both see the same numbers.
 FROM_CHECKPOINTS = {
     "compressor.checkpoint",
     "compressor.checkpoint.companions",
+    "compressor.checkpoint.dense_model",
     "compressor.checkpoint.files",
     "compressor.checkpoint.folder",
+    "compressor.checkpoint.gguf",
     "compressor.checkpoint.headers",
     "compressor.checkpoint.hub",
+    "compressor.checkpoint.layout",
+    "compressor.checkpoint.parameter",
+    "compressor.checkpoint.stored_form",
 }
 
 

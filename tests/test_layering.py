@@ -4,8 +4,7 @@
                  (metrics and what is above it know the engine's types only)
     compressor:  codecs < encoders < checkpoint < artifact < plan < measure < auto < compress
                  < export < peft < merge < report < cli      (each may use those before it)
-    server     -> compressor.{artifact, codecs, errors, usable_cpus, usable_memory, readable}
-                  and compressor.checkpoint.{folder, headers, hub}, a base on disk; nothing else
+    server     -> the artifact's format, and what `OPEN` names; nothing else of compressor
     compressor -> never server
 
 An import inside a function, or for types only, counts as any other. Every check is a function
@@ -87,8 +86,9 @@ TENSOR = {"torch", "transformers", "safetensors", "numpy", "triton", "numba", "l
 OPS_ONLY = {"torch", "numpy", "numba", "triton", "llvmlite", "filelock"}
 FORMAT = ("compressor.artifact", "compressor.codecs", "compressor.errors")
 OPEN_HELPERS = ("usable_cpus", "usable_memory", "readable", "__version__")
-OPEN_FILES = ("checkpoint.folder", "checkpoint.headers", "checkpoint.hub")
-OPEN = (*FORMAT, *(f"compressor.{name}" for name in (*OPEN_HELPERS, *OPEN_FILES)))
+OPEN_FILES = ("folder", "headers", "hub", "dense_model", "quantised.index", "quantised.settings")
+OPEN_MODULES = (*OPEN_HELPERS, *(f"checkpoint.{name}" for name in OPEN_FILES))
+OPEN = (*FORMAT, *(f"compressor.{name}" for name in OPEN_MODULES))
 IMPORTING_PACKAGES = {"compressor.codecs"}  # others' `__init__` holds what it is and no more
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {("torch", "load"), ("yaml", "load"), ("yaml", "unsafe_load")}

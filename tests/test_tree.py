@@ -34,6 +34,14 @@ ELSEWHERE = {
     ),
     "compressor.checkpoint.groups": "tests/compressor/compress/test_pipeline.py",
     "compressor.checkpoint.headers": "tests/compressor/checkpoint/test_files.py",
+    "compressor.checkpoint.quantised.forms": (
+        "tests/compressor/checkpoint/quantised/test_values.py"
+    ),
+    "compressor.checkpoint.quantised.integers": (
+        "tests/compressor/checkpoint/quantised/test_index.py"
+    ),
+    "compressor.checkpoint.quantised.parts": "tests/compressor/checkpoint/quantised/test_index.py",
+    "compressor.checkpoint.quantised.scaled": "tests/compressor/checkpoint/quantised/test_index.py",
     "compressor.cli": "tests/compressor/cli/test_app.py",
     "compressor.cli.check": "tests/server/test_check.py",
     "compressor.cli.compress": "tests/compressor/cli/test_app.py",

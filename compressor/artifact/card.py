@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.artifact.config import DeltaConfig
-from compressor.artifact.wording import ignored_settings
+from compressor.artifact.wording import ignored_settings, stored_as
 from compressor.printable import printable
 
 CARD = "README.md"
@@ -126,7 +126,7 @@ def _table(config: DeltaConfig) -> str:
     plain = {k: v for k, v in config.options.items() if isinstance(v, str | int | float)}
     settings = ", ".join(f"{key} {value}" for key, value in plain.items())
     rows = {
-        "base": f"`{printable(base.name_or_path)}`{revision}",
+        "base": f"`{printable(base.name_or_path)}`{revision}{printable(stored_as(base))}",
         "base identity": f"`{base.identity}`",
         "fine-tune": f"`{printable(config.finetuned)}`"
         + (f" at `{details['revision']}`" if "revision" in details else ""),

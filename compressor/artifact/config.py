@@ -43,7 +43,7 @@ _HEAD = (
     "finetuned_bytes", "finetuned", "base", "seed", "bytes", "coding", "fidelity", "unchanged",
     "tensors",
 )  # fmt: skip
-_BASE = ("identity", "name_or_path", "n_parameters", "dtype", "tied", "revision")
+_BASE = ("identity", "name_or_path", "n_parameters", "dtype", "tied", "revision", "quantisation")
 _CODING = ("coder", "raw_bytes")
 _ENTRY = ("name", "shape", "base_shape", "transposed", "terms", "exact", "error")
 _TERM = ("codec", "params")
@@ -90,8 +90,10 @@ def entry_of(delta: TensorDelta, error: float | None = None) -> TensorEntry:
 class BaseInfo:
     """The base model.
 
-    tied      pairs of names that share one tensor
-    revision  the commit, if it came from the Hub; not needed to decode
+    tied          pairs of names that share one tensor
+    revision      the commit, if it came from the Hub; not needed to decode
+    quantisation  how its weights are stored quantised, or were before they were converted, and
+                  what they are dequantised to, for people; the delta is against those weights
     """
 
     identity: str
@@ -100,6 +102,7 @@ class BaseInfo:
     dtype: str
     tied: tuple[tuple[str, str], ...] = ()
     revision: str | None = None
+    quantisation: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +188,8 @@ def _base_record(base: BaseInfo) -> dict[str, Any]:
         "dtype": base.dtype,
         "tied": [list(pair) for pair in base.tied],
     }
-    return record if base.revision is None else record | {"revision": base.revision}
+    optional = {"revision": base.revision, "quantisation": base.quantisation}
+    return record | {key: value for key, value in optional.items() if value is not None}
 
 
 def dump_entry(entry: TensorEntry) -> str:
@@ -251,6 +255,7 @@ def parse_config(text: bytes) -> DeltaConfig:
             dtype=get_text(base, "dtype"),
             tied=tuple(as_pair(pair) for pair in get(base, "tied", list)),
             revision=get_text(base, "revision") if "revision" in base else None,
+            quantisation=get_text(base, "quantisation") if "quantisation" in base else None,
         ),
         seed=get_count(record, "seed"),
         tensors=entries,

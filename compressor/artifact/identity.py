@@ -3,6 +3,10 @@
 A hash over every tensor's name, dtype, shape and sampled bytes, and over the configuration. It is
 the same for one file or many shards, does not read the whole checkpoint (at most 64 KiB a
 tensor), and changes with any retraining or conversion: those touch all bytes, not a few.
+
+Of a checkpoint that is stored quantised, the tensors and the configuration are those in the files:
+the quantised bytes and how they were made, besides the dtype that they are dequantised to and the
+number of our rules for that.
 """
 
 from __future__ import annotations
@@ -46,10 +50,13 @@ def base_identity(model_dir: str | Path) -> str:
 def identity_of(checkpoint: Checkpoint) -> str:
     """Return the identity of an open checkpoint."""
     digest = hashlib.sha256(b"impart-base 1\n")
-    canonical = json.dumps(_stable(checkpoint.config), sort_keys=True, separators=(",", ":"))
+    config = _stable(checkpoint.stored_config)
+    canonical = json.dumps(config, sort_keys=True, separators=(",", ":"))
     digest.update(canonical.encode() + b"\n")
-    for name in sorted(checkpoint.tensors):
-        stored = checkpoint.tensors[name]
+    if checkpoint.quantisation is not None:
+        digest.update(f"dequantised 1\t{checkpoint.quantisation.dtype}\n".encode())
+    for name in sorted(checkpoint.stored):
+        stored = checkpoint.stored[name]
         shape = ",".join(map(str, stored.shape))
         digest.update(f"{name}\t{stored.dtype}\t{shape}\t{_sample(stored)}\n".encode())
     return digest.hexdigest()

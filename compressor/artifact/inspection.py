@@ -15,7 +15,13 @@ from rich.text import Text
 from compressor.artifact.config import DeltaConfig, TensorEntry
 from compressor.artifact.identity import base_identity
 from compressor.artifact.reader import Artifact, read_artifact
-from compressor.artifact.wording import ERROR_MEANS, choice, ignored_settings, measured
+from compressor.artifact.wording import (
+    ERROR_MEANS,
+    choice,
+    ignored_settings,
+    measured,
+    stored_as,
+)
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.layout import read_layout
 from compressor.codecs import TensorDelta
@@ -58,6 +64,7 @@ class Inspection:
                 "n_parameters": config.base.n_parameters,
                 "dtype": config.base.dtype,
                 "tied": [list(pair) for pair in config.base.tied],
+                "quantisation": config.base.quantisation,
             },
             "groups": self.groups(),
             "coding": None if config.coding is None else asdict(config.coding),
@@ -124,7 +131,11 @@ def print_inspection(
     about = Table.grid(padding=(0, 2))
     rows = [
         ("fine-tune", f"{config.finetuned} ({config.finetuned_bytes:,} bytes)"),
-        ("base", f"{config.base.name_or_path} ({config.base.n_parameters:,} parameters)"),
+        (
+            "base",
+            f"{config.base.name_or_path} ({config.base.n_parameters:,} parameters)"
+            f"{stored_as(config.base)}",
+        ),
         ("base identity", config.base.identity),
         ("digest", inspection.digest),
         ("codec", f"{config.codec} {_options(config.options)}"),

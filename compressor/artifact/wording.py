@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from compressor.artifact.config import DeltaConfig
+from compressor.artifact.config import BaseInfo, DeltaConfig
 
 AUTO = "auto"
 # Beside a relative error, which says little by itself.
@@ -24,6 +24,11 @@ def plain_settings(options: dict[str, Any]) -> str:
     own = {key: value for key, value in options.items() if key != AUTO}
     shown = [f"{key} {_short(value)}" for key, value in list(own.items())[:_MAX_SHOWN]]
     return ", ".join(shown + ["…"] * (len(own) > _MAX_SHOWN)) or "none"
+
+
+def stored_as(base: BaseInfo) -> str:
+    """What follows the base's name where its weights are stored quantised."""
+    return "" if base.quantisation is None else f", stored as {base.quantisation}"
 
 
 def choice(config: DeltaConfig) -> Iterator[tuple[str, str]]:

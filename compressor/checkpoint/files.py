@@ -16,8 +16,11 @@ import torch
 from torch import Tensor
 
 from compressor.checkpoint.folder import read_model_config, resolve, weight_files
-from compressor.checkpoint.headers import StoredTensor, TensorIndex, read_header
+from compressor.checkpoint.headers import StoredTensor, TensorIndex, read_header, split_slice
 from compressor.checkpoint.hub import cached_ref
+from compressor.checkpoint.quantised.index import DenseIndex, dense_index
+from compressor.checkpoint.quantised.settings import dense_config, quantisation_of
+from compressor.checkpoint.quantised.values import dequantise
 from compressor.errors import CheckpointError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -30,7 +33,12 @@ INTEGER_DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES.values()}
-
+# What only tensors of quantised weights are stored in.
+_FLOAT8_DTYPES = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 _CHUNK_BYTES = 8 << 20
 
 
@@ -76,7 +84,7 @@ class TensorFiles:
 
     def read_rows(self, name: str, row_start: int = 0, row_end: int | None = None) -> Tensor:
         """Return rows ``[row_start, row_end)`` in the stored dtype (all of it by default)."""
-        return self._rows(name, row_start, row_end, self.dtype(name))
+        return self._rows(self.tensors[name], self.dtype(name), row_start, row_end)
 
     def integer_dtype(self, name: str) -> torch.dtype:
         """Return the stored dtype; refuses floats."""
@@ -90,13 +98,14 @@ class TensorFiles:
 
     def read_stored(self, name: str) -> Tensor:
         """Return a whole tensor of floats or of whole numbers in its stored dtype."""
-        is_integer = self.tensors[name].dtype in INTEGER_DTYPES
-        return self._rows(
-            name, 0, None, self.integer_dtype(name) if is_integer else self.dtype(name)
-        )
-
-    def _rows(self, name: str, row_start: int, row_end: int | None, dtype: torch.dtype) -> Tensor:
         stored = self.tensors[name]
+        if stored.dtype in INTEGER_DTYPES:
+            return self._rows(stored, self.integer_dtype(name), 0, None)
+        return self.read_rows(name)
+
+    def _rows(
+        self, stored: StoredTensor, dtype: torch.dtype, row_start: int, row_end: int | None
+    ) -> Tensor:
         if not stored.shape:
             return self._read(stored, 0, 1, dtype).reshape(())
         width = math.prod(stored.shape[1:])
@@ -162,15 +171,48 @@ def _read_at(descriptor: int, view: memoryview, position: int) -> int:
 class Checkpoint(TensorFiles):
     """One model, given by its directory or its Hub id, ``org/name`` or ``org/name@revision``.
 
-    path      the local directory
-    config    the parsed ``config.json``
-    name      the directory's name, or the Hub id without a revision
-    revision  the commit, if it came from the Hub
+    Weights that are stored quantised are read as the dense model's: `tensors`, `config` and what is
+    read are as if it had been saved so, in the dtype that ``config.json`` says. The matrix that was
+    read last is kept.
+
+    path           the local directory
+    config         the parsed ``config.json``, without what it says of quantised weights
+    name           the directory's name, or the Hub id without a revision
+    revision       the commit, if it came from the Hub
+    quantisation   how the weights are stored, or None
+    stored         the tensors as the files have them
+    stored_config  ``config.json`` as it is
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = resolve(path)
-        self.config = read_model_config(self.path)
+        self.stored_config = read_model_config(self.path)
+        self.config = dense_config(self.stored_config)
         ref = cached_ref(self.path)
         self.revision = ref.revision if ref else None
         super().__init__(ref.repo if ref else self.path.resolve().name, weight_files(self.path))
+        self.stored = self.tensors
+        self.quantisation = quantisation_of(self.stored_config)
+        self._last: tuple[str, Tensor] | None = None
+        if self.quantisation is not None:
+            self.tensors = dense_index(self.stored, self.quantisation, self.name)
+
+    def read_rows(self, name: str, row_start: int = 0, row_end: int | None = None) -> Tensor:
+        if not isinstance(self.tensors, DenseIndex):
+            return super().read_rows(name, row_start, row_end)
+        whole, member = split_slice(name)
+        if whole not in self.tensors.forms:
+            return super().read_rows(name, row_start, row_end)
+        self.tensors[name]  # refuses a matrix that is not there
+        last = self._last
+        if last is None or last[0] != name:
+            form = self.tensors.forms[whole]
+            last = name, dequantise(form, self._stored_rows, self.dtype(name), name, member)
+            self._last = last
+        return last[1][row_start:row_end].clone()
+
+    def _stored_rows(self, name: str, row_start: int, row_end: int | None) -> Tensor:
+        stored = self.stored[name]
+        return self._rows(
+            stored, (DTYPES | INTEGER_DTYPES | _FLOAT8_DTYPES)[stored.dtype], row_start, row_end
+        )

@@ -10,7 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from compressor.checkpoint.gguf import converted_gguf, is_gguf
 from compressor.checkpoint.hub import HubRef, fetch_artifact, fetch_files, fetch_settings, parse_ref
+from compressor.checkpoint.quantised.settings import quantisation_of
 from compressor.errors import CheckpointError
 from compressor.readable import is_forbidden, why_unreadable
 
@@ -26,12 +28,15 @@ _READ = ("*.json", "*.jinja", "*.model", "*.safetensors", "merges.txt", "vocab.t
 def resolve(path: str | Path) -> Path:
     """Return the local directory of a model, adapter or delta given by path or by Hub id.
 
-    From the Hub come the safetensors weights and the files beside them, nothing else.
+    From the Hub come the safetensors weights and the files beside them, nothing else. A GGUF file
+    is converted to a directory on first use.
     """
     local = Path(path)
     if os.path.isdir(local):
         check_readable(local)
         return local
+    if os.path.isfile(local) and is_gguf(local):
+        return converted_gguf(local)
     if os.path.exists(local):
         raise CheckpointError(f"{path} is a file; give the directory that holds the model")
     if is_forbidden(local):
@@ -80,7 +85,7 @@ def check_readable(folder: Path) -> None:
 
 
 def read_model_config(path: Path) -> dict[str, Any]:
-    """Read ``config.json`` and refuse what only remote code or a quantiser could load."""
+    """Read ``config.json`` and refuse what only remote code could load, or nothing that is here."""
     file = path / "config.json"
     try:
         config = json.loads(file.read_bytes())
@@ -95,10 +100,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
             f"{file} has auto_map, which asks for code from the model's repository to be run; "
             "only architectures that transformers itself ships are supported"
         )
-    if "quantization_config" in config:
-        raise CheckpointError(
-            f"{file}: the checkpoint is quantised; give the original 16- or 32-bit weights"
-        )
+    quantisation_of(config)
     return config
 
 

@@ -20,7 +20,7 @@ from compressor.safetensors_header import (
 
 FLOATS = {"F32": 4, "F16": 2, "BF16": 2}  # what weights are read in, and bytes of an element
 INTEGERS = {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_ITEM_BYTES = FLOATS | INTEGERS
+_ITEM_BYTES = FLOATS | INTEGERS | {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _SLICE = re.compile(r"(?P<name>.+)\[(?P<index>0|[1-9][0-9]{0,5})\]")
 
@@ -59,6 +59,12 @@ def slice_name(name: str, index: int) -> str:
     return f"{name}[{index}]"
 
 
+def split_slice(name: str) -> tuple[str, int | None]:
+    """Name of the 3-D tensor and the number of the matrix in it, if `name` is of one."""
+    match = _SLICE.fullmatch(name)
+    return (match["name"], int(match["index"])) if match else (name, None)
+
+
 def read_header(file: Path) -> dict[str, StoredTensor]:
     """Return the tensors of one file by name. Raises CheckpointError if it is not whole."""
     try:
@@ -92,8 +98,9 @@ def _stored(file: Path, name: str, entry: HeaderEntry, data_start: int) -> Store
     return StoredTensor(file, entry.dtype, entry.shape, data_start + entry.start, n_bytes)
 
 
-def stored_tensors(path: Path) -> dict[str, StoredTensor]:
-    """All tensors of a model directory; only headers are read."""
-    return {
-        name: tensor for file in weight_files(path) for name, tensor in read_header(file).items()
-    }
+def stored_tensors(path: Path) -> TensorIndex:
+    """All tensors of a model directory, as its files have them; only headers are read."""
+    found = TensorIndex()
+    for file in weight_files(path):
+        found |= read_header(file)
+    return found

@@ -18,8 +18,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compressor.checkpoint.headers import FLOATS, slice_name, stored_tensors
+from compressor.checkpoint.headers import FLOATS, slice_name
 from compressor.checkpoint.parameter import Kind, Parameter, describe_parameter
+from compressor.checkpoint.quantised.index import dense_tensors
+from compressor.checkpoint.quantised.settings import KEYS
 from compressor.checkpoint.stored_form import stored_form
 from compressor.errors import CheckpointError, UnsupportedTensor
 
@@ -116,9 +118,20 @@ class Layout:
         )
 
 
+def transformers_config(path: Path) -> Any:
+    """Return transformers' configuration of a model, as if its weights were not quantised."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    for key in KEYS:
+        if hasattr(config, key):
+            delattr(config, key)
+    return config
+
+
 def read_layout(path: Path) -> Layout:
     """Build the architecture of the model in `path` on the meta device and describe it."""
-    stored = stored_tensors(path)
+    stored = dense_tensors(path)
     model = empty_model(path)
     tied = tuple(sorted((model.all_tied_weights_keys or {}).items()))
     aliases = {alias for alias, _ in tied}
@@ -150,10 +163,10 @@ def read_layout(path: Path) -> Layout:
 def empty_model(path: Path) -> Any:
     """The causal language model that config.json describes, on the meta device: no weights."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = transformers_config(path)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError) as error:

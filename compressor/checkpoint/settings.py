@@ -20,8 +20,10 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from compressor.checkpoint.files import Checkpoint
-from compressor.checkpoint.layout import empty_model
+from compressor.checkpoint.layout import empty_model, transformers_config
 from compressor.errors import CheckpointError, InputError, UnsupportedTensor
 
 if TYPE_CHECKING:
@@ -163,12 +165,8 @@ def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[
 
 def resolved_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """config.json with the defaults filled in, so that files of different ages compare."""
-    from transformers import AutoConfig
-
     try:
-        config: dict[str, Any] = AutoConfig.from_pretrained(
-            checkpoint.path, trust_remote_code=False
-        ).to_dict()
+        config: dict[str, Any] = transformers_config(checkpoint.path).to_dict()
     except (ValueError, KeyError, TypeError, OSError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
@@ -198,12 +196,21 @@ def _differences(
     """Settings that differ: where, and both values. An unset one equals None."""
     for key in sorted(ours.keys() | theirs.keys()):
         first, second = ours.get(key), theirs.get(key)
-        if key in _OF_ONE_COPY or first == second:
+        if key in _OF_ONE_COPY or _as_float32(first) == _as_float32(second):
             continue
         if _is_part(key) and isinstance(first, dict) and isinstance(second, dict):
             yield from _differences(first, second, (*path, key))
         else:
             yield (*path, key), first, second
+
+
+def _as_float32(value: object) -> object:
+    """A setting as GGUF files keep it: 1e-6 and 9.99999997e-7 are one number there."""
+    if isinstance(value, dict):
+        return {key: _as_float32(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_float32(item) for item in value]
+    return torch.tensor(value, dtype=torch.float32).item() if isinstance(value, float) else value
 
 
 def _is_part(key: str) -> bool:

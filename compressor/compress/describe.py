@@ -10,6 +10,7 @@ from compressor.artifact.config import BaseInfo
 from compressor.artifact.identity import base_identity
 from compressor.artifact.servable import ChangedTensor, check_servable, served_base
 from compressor.checkpoint.files import DTYPE_NAMES, DTYPES, Checkpoint
+from compressor.checkpoint.gguf import source_text
 from compressor.checkpoint.layout import read_layout
 from compressor.errors import UnsupportedTensor
 
@@ -41,6 +42,7 @@ def base_info(
         dtype=checkpoint_dtype(base),
         tied=tied,
         revision=base.revision,
+        quantisation=_stored_as(base),
     )
 
 
@@ -56,3 +58,10 @@ def warn_if_unservable(base: Checkpoint, tensors: Iterable[ChangedTensor]) -> tu
         log.warning("impart: %s", note)
         return (note,)
     return ()
+
+
+def _stored_as(base: Checkpoint) -> str | None:
+    if base.quantisation is None:
+        return source_text(base.path)
+    dtype = DTYPE_NAMES[DTYPES[base.quantisation.dtype]]
+    return f"{base.quantisation.text}, dequantised to {dtype}"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compressor.checkpoint.dense_model import load_causal_lm
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.layout import read_layout
 from compressor.codecs import TensorDelta
@@ -62,11 +63,7 @@ def measure(
 
 def load_model(path: Path) -> Any:
     """Load a causal language model for evaluation: GPU if there is one, float32 unless large."""
-    from transformers import AutoModelForCausalLM
-
-    model, found = AutoModelForCausalLM.from_pretrained(
-        path, dtype="auto", trust_remote_code=False, output_loading_info=True
-    )
+    model, found = load_causal_lm(path, output_loading_info=True)
     if missing := sorted(found["missing_keys"]):
         raise CheckpointError(
             f"{path}: transformers does not find {missing[0]} and would start it at random, so "

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
+from compressor.checkpoint.dense_model import load_causal_lm
 from compressor.codecs.siblings import SIBLING_PROJECTIONS
+from compressor.errors import CheckpointError
 from server.deltas.parameter import DeltaParameter
 from server.deltas.residency import Residency
 from server.errors import ConfigError
@@ -187,14 +189,16 @@ def _loaded(
     path: Path, name: str, device: torch.device, dtype: torch.dtype | None
 ) -> PreTrainedModel:
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = load_causal_lm(
             path,
-            dtype="auto" if dtype is None else dtype,
+            dtype,
             attn_implementation=ATTENTION_NAME,
             local_files_only=True,
             use_safetensors=True,
         )
         loaded: PreTrainedModel = model.eval().requires_grad_(False).to(device)
+    except CheckpointError as error:
+        raise ConfigError(f"the base cannot be loaded: {error}") from error
     except (OSError, ValueError, RuntimeError) as error:  # the last where memory does not suffice
         raise ConfigError(f"the base cannot be loaded: {in_a_line(error)}") from error
     except KeyError as error:

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from compressor.checkpoint.folder import read_model_config, resolve, weight_files
-from compressor.checkpoint.headers import read_header
 from compressor.checkpoint.hub import cached_ref, parse_ref, with_revision
+from compressor.checkpoint.quantised.index import dense_tensors
+from compressor.checkpoint.quantised.settings import quantisation_of
 from compressor.errors import ImpartError
 from compressor.readable import why_unreadable
 from compressor.usable_memory import usable_memory_bytes
@@ -34,13 +35,21 @@ log = logging.getLogger(__name__)
 class StoredModel:
     """What the headers of a model's weight files say.
 
-    dtype    most elements' number format
-    n_bytes  of the files
+    dtype         most elements' number format
+    n_bytes       of the files
+    quantisation  how the weights are stored quantised, or None
     """
 
     n_parameters: int
     dtype: str
     n_bytes: int
+    quantisation: str | None = None
+
+    @property
+    def number_format(self) -> str:
+        if self.quantisation is None:
+            return self.dtype
+        return f"{self.dtype} (stored as {self.quantisation}, dequantised once)"
 
 
 def located(settings: Settings) -> Settings:
@@ -70,7 +79,7 @@ def located(settings: Settings) -> Settings:
         "the base %s has %s parameters in %s, %s on disk (%s)",
         name,
         _count(stored.n_parameters),
-        stored.dtype,
+        stored.number_format,
         f"{_count(stored.n_bytes)} bytes",
         folder,
     )
@@ -79,14 +88,14 @@ def located(settings: Settings) -> Settings:
 
 def stored_model(folder: Path) -> StoredModel:
     """Read the headers of all weight files. Raises CheckpointError if one is not whole."""
-    files = weight_files(folder)
     elements: Counter[str] = Counter()
-    for file in files:
-        for tensor in read_header(file).values():
-            elements[tensor.dtype] += prod(tensor.shape)
+    for tensor in dense_tensors(folder).values():
+        elements[tensor.dtype] += prod(tensor.shape)
     dtype = max(elements, key=lambda name: elements[name], default="")
-    n_bytes = sum(file.stat().st_size for file in files)
-    return StoredModel(elements.total(), DTYPES.get(dtype, dtype), n_bytes)
+    n_bytes = sum(file.stat().st_size for file in weight_files(folder))
+    quantisation = quantisation_of(read_model_config(folder))
+    stored_as = quantisation.text if quantisation else None
+    return StoredModel(elements.total(), DTYPES.get(dtype, dtype), n_bytes, stored_as)
 
 
 def _announce_fetch(ref: str) -> None:
