@@ -59,7 +59,7 @@ class ExpertParameter(DeltaParameter):
         """counted: whether its bytes are counted as the base's; a part's are the whole's."""
         super().__init__(name, base, home.kernels, home.residency)
         self._home, self._expert = home, expert
-        self._turned, self._counted = turned, counted
+        self._counted, self.transposed = counted, turned
 
     @property
     def home(self) -> DeltaParameter:
@@ -76,7 +76,7 @@ class ExpertParameter(DeltaParameter):
         """As `DeltaParameter.stage`; nothing stands in for an expert's terms."""
         if delta.shape != delta.base_shape:
             raise WrongShape(f"{self.name}: the matrix of an expert has no rows past the base's")
-        if not self._turned or delta.transposed:
+        if not self.transposed or delta.transposed:
             return super().stage(delta)
         base = self.base.T
         if tuple(base.shape) != delta.base_shape:

@@ -72,6 +72,7 @@ class DeltaParameter:
         self.extra: dict[int, Tensor] = {}
         self.vectors = base.unsqueeze(0) if base.dim() == 1 else None  # [1 + slots, m]
         self.vector_slots: frozenset[int] = frozenset()
+        self.transposed = False  # checkpoints hold ``[in, out]``, and so do old artifacts
         self.is_multiplied = False  # by a linear
         self.is_looked_up = False  # by an embedding
 

@@ -57,7 +57,7 @@ def _synthetic(parameter: DeltaParameter, generator: torch.Generator) -> TensorD
         return TensorDelta(parameter.name, shape, shape, False, (), exact)
     a = _levels(shape[1], generator) * _step(parameter)
     term = lowrank_from_factors(a.unsqueeze(0), _levels(shape[0], generator).unsqueeze(0), 32)
-    return TensorDelta(parameter.name, shape, shape, False, (term,), None)
+    return TensorDelta(parameter.name, shape, shape, parameter.transposed, (term,), None)
 
 
 def _levels(n: int, generator: torch.Generator) -> Tensor:
