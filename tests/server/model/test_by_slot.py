@@ -18,7 +18,8 @@ from server.model.kv_store import KVStore
 from server.model.observe import Call, Method, Observation
 from server.ops.kernels import TorchKernels
 from server.ops.row_mapping import RowMapping, Segment
-from tests.server.conftest import N_TRUTH, PAIR
+from tests.server.conftest import N_TRUTH, PAIR, Served
+from tests.server.helpers import CoreHarness
 
 PROMPTS = [[5, 6, 7, 8, 9], [40, 12, 99, 3, 77, 120, 9, 33, 250, 11, 14, *range(60, 75)], [17]]
 PER_LAYER = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 320}
@@ -41,15 +42,8 @@ MORE = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "config"),
-    [*EVERY, *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE)],
-)
-def test_engine_of_that_definition_equals_generate(
-    served: Any, harness: Any, kind: str, config: dict[str, Any]
-) -> None:
-    pair = served(kind, PAIR, **config)
-    engine = harness(pair, kernels=TorchKernels())
+def assert_all_equal_generate(engine: CoreHarness, pair: Served) -> None:
+    """All prompts to all models in one go, against the oracle one by one."""
     sent = {
         (name, i): engine.submit(name, prompt, max_tokens=N_TRUTH)
         for i, prompt in enumerate(PROMPTS)
@@ -59,6 +53,25 @@ def test_engine_of_that_definition_equals_generate(
     for (name, i), request in sent.items():
         assert request.error is None
         assert request.output_ids == pair.truth(name, PROMPTS[i]), (name, i)
+
+
+def test_engine_output_bias_with_added_vocabulary_equals_generate(
+    served: Any, harness: Any
+) -> None:
+    """Phi's output has a bias, which grows with the vocabulary."""
+    pair = served("phi", PAIR, extra_vocab=3)
+    assert_all_equal_generate(harness(pair, kernels=TorchKernels()), pair)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [*EVERY, *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE)],
+)
+def test_engine_of_that_definition_equals_generate(
+    served: Any, harness: Any, kind: str, config: dict[str, Any]
+) -> None:
+    pair = served(kind, PAIR, **config)
+    assert_all_equal_generate(harness(pair, kernels=TorchKernels()), pair)
 
 
 class Gate(nn.Module):

@@ -176,3 +176,20 @@ def test_step_that_only_decodes_and_turns_equals_softmax_pair_by_pair(
         softmax_pair_by_pair(form, call, oracle),
         torch.float32,
     )
+
+
+def test_metadata_part_has_its_sequences_counted_from_its_first_row() -> None:
+    blocks = torch.arange(5).view(5, 1)
+    decode = DecodeBatch(torch.tensor([0, 4, 5]), blocks[[0, 2, 3]], torch.tensor([7, 8, 9]))
+    chunks = (PrefillChunk(1, 4, 2, blocks[1]), PrefillChunk(6, 8, 0, blocks[4]))
+    part = AttentionMetadata(torch.arange(8) * 10, decode, chunks).part(4, 8)
+    assert part.cache_rows.tolist() == [40, 50, 60, 70]
+    assert part.decode is not None
+    assert part.decode.rows.tolist() == [0, 1]
+    assert part.decode.lengths.tolist() == [8, 9]
+    assert part.decode.kv_blocks.tolist() == [[2], [3]]
+    assert [(c.start, c.end, c.context) for c in part.prefill] == [(2, 4, 0)]
+    assert part.first_row == 4
+    only_chunk = part.part(2, 4)
+    assert only_chunk.decode is None
+    assert only_chunk.first_row == 6

@@ -76,3 +76,11 @@ def test_table_names_places_and_leaves_out_slots_without_one() -> None:
     assert (table.n, table.longest) == (2, 2)
     rows = mapping.place_of_row(frozenset({(3, 1), (5, 2)}))
     assert rows.tolist() == [0, 0, 1, 2, 2, 2, 2, 0, 0]
+
+
+def test_part_has_its_segments_counted_from_its_first_row() -> None:
+    whole = mapping_of({-1: 2, 0: 3, 3: 1})
+    part = whole.part(2, 6)
+    assert part.segments == (Segment(0, 0, 3), Segment(3, 3, 4))
+    assert part.slot_of_row.tolist() == whole.slot_of_row[2:6].tolist()
+    assert whole.part(2, 6) is part
