@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from server.errors import ConfigError
 from server.model.kv_store import ProbedCall
+from server.model.refusal import WAY_OUT
 
 # What asks for other outputs or tells of caches that the engine does not use, and positions, which
 # are in q and k by now. Everything else that is given is a question of the result.
@@ -48,7 +49,7 @@ def check_call(module: nn.Module, call: ProbedCall, others: Mapping[str, Any]) -
     for problem in _problems(module, call, others):
         raise ConfigError(
             f"the attention of this base model ({type(module).__name__}) {problem}, which the "
-            "server does not support; serve another base"
+            f"server does not support; {WAY_OUT}"
         )
 
 

@@ -69,10 +69,11 @@ def test_sinks_change_the_text(sinking: Served) -> None:
     assert len({tuple(text) for text in texts}) == len(texts)
 
 
+@pytest.mark.parametrize("mode", ["apply", "reconstruct"])
 def test_slot_given_back_has_the_bases_sinks(
-    sinking: Served, harness: Callable[..., CoreHarness]
+    sinking: Served, harness: Callable[..., CoreHarness], mode: str
 ) -> None:
-    engine = harness(sinking, kernels=TorchKernels(), max_resident_variants=1)
+    engine = harness(sinking, kernels=TorchKernels(), max_resident_variants=1, mode=mode)
     for name in ("drained", "base", "dry", "drained"):
         request = engine.submit(name, PROMPTS[1], max_tokens=N_TRUTH)
         engine.run(request)
