@@ -26,6 +26,7 @@ EXACT: list[tuple[str, dict[str, Any]]] = [
     ("gemma3_text", WINDOWED),
     ("gpt2", {}),
     ("mixtral", {"num_local_experts": 4}),
+    ("gpt_oss", {"num_local_experts": 4}),
 ]
 
 
