@@ -72,11 +72,15 @@ class ExpertParameter(DeltaParameter):
     def n_base_bytes(self) -> int:
         return super().n_base_bytes if self._counted else 0
 
+    def is_turned_for(self, delta: TensorDelta) -> bool:
+        """Whether the delta is of the orientation ``[in, out]`` of the checkpoint."""
+        return self.transposed and not delta.transposed
+
     def stage(self, delta: TensorDelta, *, without_terms: bool = False) -> StagedParameter:
         """As `DeltaParameter.stage`; nothing stands in for an expert's terms."""
         if delta.shape != delta.base_shape:
             raise WrongShape(f"{self.name}: the matrix of an expert has no rows past the base's")
-        if not self.transposed or delta.transposed:
+        if not self.is_turned_for(delta):
             return super().stage(delta)
         base = self.base.T
         if tuple(base.shape) != delta.base_shape:

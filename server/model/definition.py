@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compressor.codecs.lowrank import LowRankTerm
 from compressor.codecs.term import TensorDelta
+from server.deltas.experts import ExpertParameter
 from server.deltas.parameter import DeltaParameter
 from server.errors import ConfigError
 from server.model.mask import use_attention
@@ -76,25 +78,27 @@ class Watch:
 class _Place:
     """Where a module of the copy has a parameter, and where its value is.
 
+    values     the module's parameters or its buffers
     rest       what is there while the module does not run
     parameter  the served model's, by its name; else `original` is still there, and `views` are
                parameters that are parts of it (an expert's matrix of all experts')
     """
 
     module: nn.Module
+    values: dict[str, Any]
     name: str
     path: str
     rest: Tensor
-    original: weakref.ref[nn.Parameter]
+    original: weakref.ref[Tensor]
     parameter: DeltaParameter | None = None
     views: tuple[DeltaParameter, ...] = ()
 
     @property
     def is_filled(self) -> bool:
-        return self.module._parameters[self.name] is not self.rest
+        return self.values[self.name] is not self.rest
 
     def put(self, value: Tensor) -> None:
-        self.module._parameters[self.name] = value  # type: ignore[assignment]
+        self.values[self.name] = value
 
     def value(self, deltas: Deltas) -> Tensor:
         if self.parameter is not None:
@@ -126,7 +130,14 @@ class Definition:
             for name, value in module._parameters.items():
                 if value is not None:
                     whole_name = f"{path}.{name}" if path else name
-                    place = _Place(module, name, whole_name, _empty(value), weakref.ref(value))
+                    place = _Place(
+                        module,
+                        cast(dict[str, Any], module._parameters),
+                        name,
+                        whole_name,
+                        _empty(value),
+                        weakref.ref(value),
+                    )
                     self._places.setdefault(module, []).append(place)
         for place in self._all_places():
             place.put(place.rest)
@@ -152,11 +163,24 @@ class Definition:
                 place.put(original)
                 place.views = tuple(by_storage.get(_storage(original), ()))
                 self.parameters.update(place.views)
+        self._bind_buffers(parameters)
         for module in self.model.modules():
             self._fill_while_running(module, self._places.get(module, []))
         for layer in decoder_layers(self.model).values():
             inside = [p for module in layer.modules() for p in self._places.get(module, [])]
             self._fill_while_running(layer, inside)
+
+    def _bind_buffers(self, parameters: Mapping[str, DeltaParameter]) -> None:
+        """Those that can have a delta: a router's bias is a buffer in some definitions."""
+        for path, module in self.model.named_modules():
+            for name, value in module._buffers.items():
+                parameter = parameters.get(f"{path}.{name}")
+                if value is not None and parameter is not None:
+                    buffers = cast(dict[str, Any], module._buffers)
+                    kept = weakref.ref(value)
+                    place = _Place(module, buffers, name, f"{path}.{name}", value, kept, parameter)
+                    self._places.setdefault(module, []).append(place)
+                    self.parameters.add(parameter)
 
     @torch.inference_mode()
     def run(self, ids: Tensor, deltas: Deltas, watch: Watch, noise: float = 0.0) -> Tensor:
@@ -216,6 +240,12 @@ def _changed(parameter: DeltaParameter, delta: TensorDelta | None) -> Tensor:
     base = parameter.base
     if delta is None:
         return base
+    if isinstance(parameter, ExpertParameter) and parameter.is_turned_for(delta):
+        return _added(base.t(), delta).t()
+    return _added(base, delta)
+
+
+def _added(base: Tensor, delta: TensorDelta) -> Tensor:
     wide = torch.promote_types(base.dtype, torch.float32)
     value = base.to(wide, copy=True)
     if delta.shape != delta.base_shape:  # rows past the base's end

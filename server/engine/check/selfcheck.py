@@ -37,7 +37,7 @@ from server.model.definition import Definition, Deltas, Watch
 from server.model.refusal import not_served, refused
 
 log = logging.getLogger(__name__)
-N_TOKENS = 21  # of the longer sequence, at least
+N_TOKENS = 18  # of the longer sequence, at least
 N_SHORTER = 8
 REACHED = 64  # a window or chunk of so many tokens at most is longer than no sequence
 SLOT = 1  # any but the first

@@ -18,7 +18,7 @@ from server.engine.types import SamplingParams
 from server.engine.variant import Variant
 from server.model.definition import Watch
 
-N_DECODED = 3  # tokens of every sequence that come one by one, after a prompt in two chunks
+N_DECODED = 2  # tokens of every sequence that come one by one, after a prompt in two chunks
 
 
 @dataclass(slots=True)

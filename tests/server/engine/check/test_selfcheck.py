@@ -19,6 +19,21 @@ WINDOWED = {
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     "sliding_window": 8,
 }
+MLA = {
+    "head_dim": 8,
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 12,
+    "num_key_value_heads": 2,
+}
 EXACT: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"attention_bias": True}),
     ("llama", {"tie_word_embeddings": True}),
@@ -27,6 +42,7 @@ EXACT: list[tuple[str, dict[str, Any]]] = [
     ("gpt2", {}),
     ("mixtral", {"num_local_experts": 4}),
     ("gpt_oss", {"num_local_experts": 4}),
+    ("deepseek_v3", MLA),  # values of another width than keys; a router's bias is a buffer
 ]
 
 
