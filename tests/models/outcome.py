@@ -65,6 +65,8 @@ def outcome_of(error: Exception) -> Outcome:
     if not is_ours or isinstance(error, EngineError):
         return Outcome("crash", described(error))
     text = str(error)
+    if "finds out why in the log" in text:  # an exception that nobody foresaw
+        return Outcome("crash", text)
     if "\n" in text or not 0 < len(text) <= LONGEST_SENTENCE:
         return Outcome("crash", f"the refusal is not one sentence: {text[:LONGEST_SENTENCE]}")
     return Outcome("refused", text)

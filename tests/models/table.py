@@ -1,7 +1,7 @@
 """The page that says which models are compressed and served, written from a run of the matrix.
 
-``make models-table`` runs everything and writes it; ``python -m tests.models.table FILE`` writes it
-from the lines of an earlier run.
+``make models-table`` runs everything and writes it. ``python -m tests.models.table RUN [OLDER
+...]`` writes it from files of earlier runs; what only an older one has is marked.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
 import transformers
@@ -26,6 +26,7 @@ OWN = re.compile(
     r"(\b[\w.]+\.\d+\.[\w.\[\]]+|\[[\d, ]+\]|\b[A-Z]\w+(LM|LMHead\w+|Generation)\b|\d+)"
 )
 LONGEST_REASON = 300
+OLDER = "A star: found by an older state of the code than other rows, and not tried again since.\n"
 
 INTRODUCTION = """# Models
 
@@ -45,12 +46,13 @@ The promise is: exact, or refused. It is made for these classes as they are, not
 in the world; `impart-serve` refuses classes that it does not know by what they do, not by name.
 """
 NO_FAULTS = "- There is no other kind of cell: a wrong answer or a crash fails the test.\n"
-FAULTS = """- **WRONG** or **CRASH** is a known fault, not mended yet (`tests/models/known.py`).
+FAULTS = """- **WRONG** or **CRASH** is a fault. With a star it may be mended since then; those known
+  to last are in `tests/models/known.py`.
 """
 
 
-def page(rows: Iterable[Row]) -> str:
-    """The whole page."""
+def page(rows: Iterable[Row], older: Container[str] = ()) -> str:
+    """The whole page; `older` names models whose row was found by an older state of the code."""
     from tests.models.truth import TOLERANCE
 
     rows = list(rows)
@@ -59,12 +61,14 @@ def page(rows: Iterable[Row]) -> str:
     for row in rows:
         if row.compress.state != "missing":
             cells = (reasons.sign(row.name, found) for found in row.cells().values())
-            lines.append(f"| {row.name} | {' | '.join(cells)} |")
+            mark = r" \*" if row.name in older else ""
+            lines.append(f"| {row.name}{mark} | {' | '.join(cells)} |")
     faults = FAULTS if any(row.faults() for row in rows) else NO_FAULTS
     version = transformers.__version__
     parts = [
         INTRODUCTION.format(version=version, tolerance=TOLERANCE, faults=faults),
         "## Table\n",
+        *([OLDER] if older else []),
         counts(rows),
         "\n".join(lines) + "\n",
         "## Why refused\n",
@@ -121,9 +125,12 @@ def _not_tried(rows: Iterable[Row]) -> list[str]:
 
 
 def main() -> None:
-    rows = read_rows(Path(sys.argv[1])) if len(sys.argv) > 1 else list(run_apart(all_cases()))
-    found = {row.name: row for row in rows}
-    PAGE.write_text(page(found[name] for name in all_cases() if name in found))
+    newest, *before = [read_rows(Path(name)) for name in sys.argv[1:]] or [
+        [*run_apart(all_cases())]
+    ]
+    found = {row.name: row for rows in (*reversed(before), newest) for row in rows}
+    older = found.keys() - {row.name for row in newest}
+    PAGE.write_text(page([found[name] for name in all_cases() if name in found], older))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
+import pytest
+import transformers
+
 from compressor.errors import InputError
 from server.errors import ConfigError, GenerationFailed
+from tests.models.cases import all_cases
 from tests.models.outcome import EXACT, Outcome, Row, outcome_of
-from tests.models.table import Reasons, counts, page
+from tests.models.table import PAGE, Reasons, counts, page
 
 GOOD = Row("one", EXACT, EXACT, EXACT, EXACT)
 REFUSED = Row("two", EXACT, EXACT, Outcome("refused", "TwoForCausalLM keeps state"))
@@ -23,11 +29,27 @@ def test_page_shows_faults() -> None:
     assert "| three | = | = | WRONG | = |" in page([WRONG])
 
 
+def test_page_marks_older_rows() -> None:
+    text = page([GOOD, REFUSED], {"two"})
+    assert "| one | = |" in text
+    assert r"| two \* | = |" in text
+    assert "A star: " in text
+
+
 def test_page_names_what_was_not_built() -> None:
     missing = Row("four").all_cells(Outcome("missing", "it needs timm"))
     text = page([GOOD, missing])
     assert "| four" not in text
     assert "- four: it needs timm" in text
+
+
+def test_written_page_has_a_line_for_every_case() -> None:
+    text = PAGE.read_text()
+    if f"transformers {transformers.__version__}," not in text:
+        pytest.skip("the page is of another transformers")
+    table = re.findall(r"^\| ([\w.-]+)(?: \\\*)? \| ", text, re.MULTILINE)
+    rest = re.findall(r"^- ([\w.-]+): ", text, re.MULTILINE)
+    assert {*table, *rest} - {"model"} == all_cases().keys(), "run `make models-table`"
 
 
 def test_counts_are_of_models_that_were_tried() -> None:
