@@ -46,7 +46,7 @@ The promise is: exact, or refused. It is made for these classes as they are, not
 in the world; `impart-serve` refuses classes that it does not know by what they do, not by name.
 """
 NO_FAULTS = "- There is no other kind of cell: a wrong answer or a crash fails the test.\n"
-FAULTS = """- **WRONG** or **CRASH** is a fault. With a star it may be mended since then; those known
+FAULTS = """- **WRONG** or **CRASH** is a fault. With a star it may be mended since; those known
   to last are in `tests/models/known.py`.
 """
 
