@@ -160,8 +160,6 @@ def test_merge_takes_a_dora_exactly(tiny_llama: Path, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"use_dora": True, "target_modules": ["embed_tokens"]}, r"embed_tokens\.weight: .*magni"),
-        ({"lora_bias": True, "target_modules": ["q_proj"]}, "lora_bias"),
-        ({"target_modules": ["q_proj"], "trainable_token_indices": [3]}, "trainable_token_indices"),
     ],
 )
 def test_import_what_is_not_supported_raises_naming_it(
