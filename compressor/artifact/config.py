@@ -43,7 +43,10 @@ _HEAD = (
     "finetuned_bytes", "finetuned", "base", "seed", "bytes", "coding", "fidelity", "unchanged",
     "tensors",
 )  # fmt: skip
-_BASE = ("identity", "name_or_path", "n_parameters", "dtype", "tied", "revision", "quantisation")
+_BASE = (
+    "identity", "name_or_path", "n_parameters", "dtype", "tied", "untied", "revision",
+    "quantisation",
+)  # fmt: skip
 _CODING = ("coder", "raw_bytes")
 _ENTRY = ("name", "shape", "base_shape", "transposed", "terms", "exact", "error")
 _TERM = ("codec", "params")
@@ -91,6 +94,7 @@ class BaseInfo:
     """The base model.
 
     tied          pairs of names that share one tensor
+    untied        the first names of those pairs that the fine-tune has a tensor of its own for
     revision      the commit, if it came from the Hub; not needed to decode
     quantisation  how its weights are stored quantised, or were before they were converted, and
                   what they are dequantised to, for people; the delta is against those weights
@@ -103,6 +107,7 @@ class BaseInfo:
     tied: tuple[tuple[str, str], ...] = ()
     revision: str | None = None
     quantisation: str | None = None
+    untied: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +193,8 @@ def _base_record(base: BaseInfo) -> dict[str, Any]:
         "dtype": base.dtype,
         "tied": [list(pair) for pair in base.tied],
     }
+    if base.untied:
+        record["untied"] = list(base.untied)
     optional = {"revision": base.revision, "quantisation": base.quantisation}
     return record | {key: value for key, value in optional.items() if value is not None}
 
@@ -240,6 +247,9 @@ def parse_config(text: bytes) -> DeltaConfig:
     entries = tuple(parse_entry(item) for item in tensors)
     if len({entry.name for entry in entries}) != len(entries):
         raise Corrupt("delta_config.json: a tensor is listed twice")
+    tied = tuple(as_pair(pair) for pair in get(base, "tied", list))
+    untied = tuple(as_text(name) for name in get(base, "untied", list)) if "untied" in base else ()
+    _check_untied(tied, untied, entries)
     ratio = record.get("ratio_requested")
     return DeltaConfig(
         created_by=get_text(record, "created_by"),
@@ -253,7 +263,8 @@ def parse_config(text: bytes) -> DeltaConfig:
             name_or_path=get_text(base, "name_or_path"),
             n_parameters=get_count(base, "n_parameters"),
             dtype=get_text(base, "dtype"),
-            tied=tuple(as_pair(pair) for pair in get(base, "tied", list)),
+            tied=tied,
+            untied=untied,
             revision=get_text(base, "revision") if "revision" in base else None,
             quantisation=get_text(base, "quantisation") if "quantisation" in base else None,
         ),
@@ -266,6 +277,16 @@ def parse_config(text: bytes) -> DeltaConfig:
         coding=_coding(record, version),
         format_version=version,
     )
+
+
+def _check_untied(
+    tied: tuple[tuple[str, str], ...], untied: tuple[str, ...], entries: tuple[TensorEntry, ...]
+) -> None:
+    aliases = {alias for alias, _ in tied}
+    if not set(untied) <= aliases or len(set(untied)) != len(untied):
+        corrupt("untied names what is not tied")
+    if own := sorted({entry.name for entry in entries} & (aliases - set(untied))):
+        corrupt(f"{own[0]:.80} is tied and has a tensor of its own")
 
 
 def _version(record: dict[str, Any]) -> int:

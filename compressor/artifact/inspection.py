@@ -114,7 +114,7 @@ def check(path: Path, base: str | Path | None) -> Artifact:
         return read_artifact(path)
     with Checkpoint(base) as checkpoint:
         artifact = read_artifact(path, base_identity=base_identity(checkpoint.path))
-        layout = read_layout(checkpoint.path)
+        layout = read_layout(checkpoint.path).with_untied(artifact.config.base.untied)
     for delta in artifact.tensors:
         parameter = layout.parameters.get(delta.name)
         if parameter is None or not parameter.takes(delta):
@@ -141,6 +141,7 @@ def print_inspection(
         ("codec", f"{config.codec} {_options(config.options)}"),
         ("settings", _settings(config.tensors)),
         *choice(config),
+        *(("untied", name) for name in config.base.untied),
         *(("not the fine-tune's", line) for line in ignored_settings(config)),
         ("ratio", f"{inspection.ratio:.2f}{asked}, {inspection.n_bytes:,} bytes in all"),
         ("tensors", f"{len(config.tensors)} stored, {len(config.unchanged)} as in the base"),

@@ -13,7 +13,7 @@ Either way a delta has one matrix per expert: of a stored 3-D tensor ``X`` they 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -51,6 +51,7 @@ class Layout:
     renamed     checkpoint name -> parameter, where transformers renames on loading
     stacked     3-D tensors -> number of experts, whose matrices are the parameters
     unwrapped   checkpoint names with the prefix of a wrapper (``_orig_mod.``)
+    borrowed    parameters that a fine-tune has untied -> those whose value the base has for them
     """
 
     parameters: dict[str, Parameter]
@@ -61,6 +62,14 @@ class Layout:
     stacked: dict[str, int] = field(default_factory=dict)
     masks: frozenset[str] = frozenset()
     unwrapped: tuple[str, ...] = ()
+    borrowed: dict[str, str] = field(default_factory=dict)
+
+    def with_untied(self, aliases: Collection[str]) -> Layout:
+        """Return a layout in which these tied aliases are parameters of their own."""
+        borrowed = {alias: target for alias, target in self.tied if alias in aliases}
+        own = {a: replace(self.parameters[t], name=a) for a, t in borrowed.items()}
+        tied = tuple(pair for pair in self.tied if pair[0] not in borrowed)
+        return replace(self, parameters=self.parameters | own, tied=tied, borrowed=borrowed)
 
     def keys(self, stored: Iterable[str], owner: str) -> dict[str, str]:
         """Map each parameter (and each tied alias stored too) to its name in the checkpoint.
@@ -86,11 +95,14 @@ class Layout:
         for name in self.parameters:
             if name in found:
                 continue
-            alias = next((a for a, target in self.tied if target == name and a in found), None)
+            if name in self.borrowed:
+                continue
+            pairs = (*self.tied, *self.borrowed.items())
+            alias = next((a for a, target in pairs if target == name and a in found), None)
             if alias is None:
                 raise CheckpointError(f"{owner}: tensor {name} is missing from the checkpoint")
             found[name] = found[alias]  # only the tied twin was saved
-        return found
+        return found | {name: found[target] for name, target in self.borrowed.items()}
 
     def find(self, key: str) -> str | None:
         """Return the parameter, or the tied alias of one, that a checkpoint calls `key`."""

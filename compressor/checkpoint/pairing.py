@@ -84,6 +84,7 @@ class Pairing:
     """Everything two checkpoints have in common.
 
     tied            (alias, stored name) pairs of the base
+    untied          those aliases that the fine-tune has other values for
     config_changes  settings of the fine-tune's config.json that differ and are allowed to
     ignored_config  settings that change the computation and that the user lets differ
     notes           for the user
@@ -91,6 +92,7 @@ class Pairing:
 
     pairs: tuple[TensorPair, ...]
     tied: tuple[tuple[str, str], ...]
+    untied: tuple[str, ...]
     config_changes: dict[str, Any]
     ignored_config: dict[str, Any]
     notes: tuple[str, ...] = ()
@@ -106,19 +108,20 @@ def pair_tensors(
     changes = compare_configs(base, tuned, ignore_config)
     layout, tuned_layout = read_layout(base.path), read_layout(tuned.path)
     _check_wrappers(base, layout)
-    _check_ties(layout, tuned_layout)
     _check_forms(layout, tuned_layout)
-    base_keys = layout.keys(base.tensors, base.name)
     tuned_keys = tuned_layout.keys(tuned.tensors, tuned.name)
-    for checkpoint, keys in ((base, base_keys), (tuned, tuned_keys)):
-        _check_stored_ties(checkpoint, layout, keys)
+    _check_stored_ties(base, layout, layout.keys(base.tensors, base.name))
+    _check_stored_ties(tuned, tuned_layout, tuned_keys)
+    tied, untied = layout.tied, _untied(layout, tuned_layout, tuned, tuned_keys)
+    layout = layout.with_untied(untied)
+    base_keys = layout.keys(base.tensors, base.name)
     pairs = tuple(
         _pair(parameter, base, base_keys, tuned, tuned_keys)
         for parameter in layout.parameters.values()
     )
     _check_rows(tuned, tuned_layout, tuned_keys)
     notes = tuple(_unwrapped_note(tuned, tuned_layout))
-    return Pairing(pairs, layout.tied, changes.kept, changes.ignored, notes)
+    return Pairing(pairs, tied, untied, changes.kept, changes.ignored, notes)
 
 
 def _check_wrappers(base: Checkpoint, layout: Layout) -> None:
@@ -262,20 +265,40 @@ def _oriented(shape: tuple[int, ...], parameter: Parameter) -> tuple[int, ...]:
     return (shape[1], shape[0]) if parameter.transposed and len(shape) == 2 else shape
 
 
-def _check_ties(base: Layout, tuned: Layout) -> None:
-    for alias, target in set(base.tied) ^ set(tuned.tied):
-        tied, untied = (
-            ("base", "fine-tune") if (alias, target) in base.tied else ("fine-tune", "base")
+def _untied(
+    base: Layout, tuned: Layout, checkpoint: Checkpoint, keys: dict[str, str]
+) -> tuple[str, ...]:
+    """The base's tied aliases that have other values than their twins in the fine-tune.
+
+    keys  of the fine-tune; gets those of aliases that it has tied and the base has not
+    """
+    for alias, target in set(tuned.tied) - set(base.tied):
+        keys.setdefault(alias, keys[target])
+    return tuple(
+        alias
+        for alias, target in base.tied
+        if (alias, target) not in tuned.tied
+        and not _hold_the_same(checkpoint, keys[alias], keys[target])
+    )
+
+
+def _hold_the_same(checkpoint: Checkpoint, first: str, second: str) -> bool:
+    if checkpoint.tensors[first].shape != checkpoint.tensors[second].shape:
+        return False
+    n_rows = checkpoint.tensors[first].shape[0]
+    return all(
+        _same(
+            checkpoint.read_rows(first, start, min(start + 4096, n_rows)),
+            checkpoint.read_rows(second, start, min(start + 4096, n_rows)),
         )
-        raise UnsupportedTensor(
-            f"{alias}: tied to {target} in the {tied} but not in the {untied} "
-            "(tie_word_embeddings in config.json); a delta cannot change that"
-        )
+        for start in range(0, n_rows, 4096)
+    )
 
 
 def _check_forms(base: Layout, tuned: Layout) -> None:
     """Experts may be stored as one tensor or one by one, but in both models alike."""
-    differing = sorted(base.parameters.keys() ^ tuned.parameters.keys())
+    ours, theirs = (layout.parameters.keys() | dict(layout.tied).keys() for layout in (base, tuned))
+    differing = sorted(ours ^ theirs)
     if differing:
         where = "base" if differing[0] in base.parameters else "fine-tune"
         raise UnsupportedTensor(
@@ -289,15 +312,7 @@ def _check_stored_ties(checkpoint: Checkpoint, layout: Layout, keys: Mapping[str
     for alias, target in layout.tied:
         if alias not in keys or keys[alias] == keys[target]:
             continue
-        first, second = (checkpoint.tensors[keys[name]] for name in (alias, target))
-        same = first.shape == second.shape and all(
-            _same(
-                checkpoint.read_rows(keys[alias], start, min(start + 4096, first.shape[0])),
-                checkpoint.read_rows(keys[target], start, min(start + 4096, first.shape[0])),
-            )
-            for start in range(0, first.shape[0], 4096)
-        )
-        if not same:
+        if not _hold_the_same(checkpoint, keys[alias], keys[target]):
             raise UnsupportedTensor(
                 f"{alias}: config.json of {checkpoint.name} ties it to {target}, but the "
                 "checkpoint stores two different tensors"

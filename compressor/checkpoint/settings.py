@@ -48,6 +48,7 @@ _OF_ONE_COPY = frozenset(
         "output_attentions",
         "output_hidden_states",
         "return_dict",
+        "tie_word_embeddings",  # the tensors say it
         "tokenizer_class",
         "torch_dtype",
         "transformers_version",

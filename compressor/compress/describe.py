@@ -29,7 +29,10 @@ def checkpoint_dtype(checkpoint: Checkpoint) -> str:
 
 
 def base_info(
-    base: Checkpoint, tied: tuple[tuple[str, str], ...], name: str | None = None
+    base: Checkpoint,
+    tied: tuple[tuple[str, str], ...],
+    name: str | None = None,
+    untied: tuple[str, ...] = (),
 ) -> BaseInfo:
     """Describe the base; its parameters are counted once where they are tied."""
     twins = {alias for alias, target in tied if target in base.tensors}
@@ -41,6 +44,7 @@ def base_info(
         ),
         dtype=checkpoint_dtype(base),
         tied=tied,
+        untied=untied,
         revision=base.revision,
         quantisation=_stored_as(base),
     )

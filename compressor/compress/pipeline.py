@@ -239,7 +239,7 @@ def _describe(
         ratio_requested=None,
         finetuned_bytes=tuned.n_bytes,
         finetuned=tuned.name,
-        base=base_info(base, pairing.tied, options.base_name),
+        base=base_info(base, pairing.tied, options.base_name, pairing.untied),
         seed=options.seed,
         finetuned_details=details,
         coding=Coding(CODER, {}) if options.entropy == CODER else None,

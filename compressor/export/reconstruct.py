@@ -54,7 +54,7 @@ def reconstruct(
     check_output(out, [base, delta])
     with Checkpoint(base) as checkpoint:
         artifact = read_artifact(resolve(delta), base_identity=base_identity(checkpoint.path))
-        layout = read_layout(checkpoint.path)
+        layout = read_layout(checkpoint.path).with_untied(artifact.config.base.untied)
         tensors = _outgoing(checkpoint, layout, artifact, dtype)
         with published(out, overwrite) as folder:
             config = _config(checkpoint, artifact, dtype)
@@ -135,4 +135,13 @@ def _config(base: Checkpoint, artifact: Artifact, dtype: str | None) -> dict[str
     changes: dict[str, Any] = details.get("config", {})
     config = {key: value for key, value in base.config.items() if key != "torch_dtype"}
     own = details.get("dtype", artifact.config.base.dtype)
+    if artifact.config.base.untied:
+        changes = changes | _untying(config)
     return with_changes(config, changes) | {"dtype": dtype or own}
+
+
+def _untying(config: dict[str, Any]) -> dict[str, Any]:
+    """What unties the weights of a model with this config.json."""
+    text = config.get("text_config")
+    inner = {"text_config": {"tie_word_embeddings": False}} if isinstance(text, dict) else {}
+    return {"tie_word_embeddings": False, **inner}

@@ -6,7 +6,7 @@ says does not. Both models run in memory over the user's calibration texts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from compressor.checkpoint.dense_model import load_causal_lm
 from compressor.checkpoint.files import Checkpoint
-from compressor.checkpoint.layout import read_layout
+from compressor.checkpoint.layout import Layout, read_layout
 from compressor.codecs import TensorDelta
 from compressor.errors import CheckpointError, InputError, UnsupportedTensor
 from compressor.measure.comparison import Comparer, SampleBatch, padded
@@ -82,14 +82,27 @@ def stored_tensors_of(model: Any) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | buffers
 
 
+def equal_twins(layout: Layout, parameters: Mapping[str, Tensor]) -> dict[str, str]:
+    """Aliases that the base has tied and the model has not, though both have the same values: a
+    delta has one entry for the two. With the other's name.
+    """
+    return {
+        alias: target
+        for alias, target in layout.borrowed.items()
+        if torch.equal(parameters[alias], parameters[target])
+    }
+
+
 def merge_into(model: Any, base: Checkpoint, deltas: Iterable[TensorDelta]) -> None:
     """Replace the changed parameters of `model` by ``base + delta``, rounded to the model's dtype.
 
     model  a Hugging Face causal language model with the fine-tune's shapes; parameters without
            a delta are left as they are
     """
-    keys = read_layout(base.path).keys(base.tensors, base.name)
     parameters = stored_tensors_of(model)
+    layout = read_layout(base.path).with_untied(parameters.keys())
+    keys = layout.keys(base.tensors, base.name)
+    twins = equal_twins(layout, parameters)
     with torch.no_grad():
         for delta in deltas:
             if delta.name not in parameters:
@@ -100,6 +113,8 @@ def merge_into(model: Any, base: Checkpoint, deltas: Iterable[TensorDelta]) -> N
             merged = delta.applied_to_stored(base.read_stored(keys[delta.name]))
             parameter = parameters[delta.name]
             parameter.copy_(merged.reshape(parameter.shape))
+        for alias, target in twins.items():
+            parameters[alias].copy_(parameters[target])
 
 
 def encode_texts(

@@ -19,7 +19,7 @@ from compressor.checkpoint.parameter import storable_shape
 from compressor.codecs import TensorDelta
 from compressor.errors import CheckpointError, WrongShape
 from compressor.measure.comparison import padded
-from compressor.measure.fidelity import load_model, stored_tensors_of
+from compressor.measure.fidelity import equal_twins, load_model, stored_tensors_of
 from compressor.measure.samples import Sample
 
 Weights = Literal["finetuned", "base", "variant"]
@@ -84,8 +84,13 @@ class SwappedModel:
 
     def __init__(self, base: Checkpoint, tuned: Checkpoint) -> None:
         self._base, self._tuned = base, tuned
-        self._base_keys = read_layout(base.path).keys(base.tensors, base.name)
-        self._tuned_keys = read_layout(tuned.path).keys(tuned.tensors, tuned.name)
+        layout, tuned_layout = read_layout(base.path), read_layout(tuned.path)
+        if tied := sorted(set(tuned_layout.tied) - set(layout.tied)):
+            raise CheckpointError(
+                f"{tied[0][0]} is tied in the fine-tune and not in the base, so that no model here "
+                "holds what a delta gives both"
+            )
+        self._tuned_keys = tuned_layout.keys(tuned.tensors, tuned.name)
         self._model = load_model(tuned.path)
         needed = dict(self._model.named_parameters()).keys() | self._tuned_keys.keys()
         self._parameters: dict[str, Tensor] = {
@@ -93,6 +98,9 @@ class SwappedModel:
             for name, tensor in stored_tensors_of(self._model).items()
             if name in needed  # a buffer may be left out
         }
+        layout = layout.with_untied(self._parameters.keys())
+        self._base_keys = layout.keys(base.tensors, base.name)
+        self._twins = equal_twins(layout, self._parameters)
         self._now: dict[str, Weights] = {}
         self._deltas: Mapping[str, TensorDelta] = {}
         if missing := sorted(self._parameters.keys() - self._base_keys.keys()):
@@ -146,7 +154,9 @@ class SwappedModel:
     def _overwrite(self, name: str, parameter: Tensor, wanted: Weights) -> None:
         """Rows that the base lacks (added vocabulary) stay the fine-tune's under ``base``."""
         stored = self._base.read_stored(self._base_keys[name])
-        delta = self._deltas.get(name) if wanted == "variant" else None
+        delta = None
+        if wanted == "variant":
+            delta = self._deltas.get(self._twins.get(name, name))
         if delta is not None:
             shape = delta.shape[::-1] if delta.transposed else delta.shape
             if storable_shape(tuple(parameter.shape)) != shape:

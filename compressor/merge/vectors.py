@@ -20,7 +20,7 @@ from compressor.checkpoint.layout import Layout, Parameter
 from compressor.checkpoint.pairing import TensorPair, is_unchanged, pair_tensors
 from compressor.codecs import Shape, TensorDelta, Term
 from compressor.encoders.codec import make_encoder
-from compressor.errors import WrongShape
+from compressor.errors import UnsupportedTensor, WrongShape
 from compressor.merge.rules import dare_mask
 from compressor.peft.adapter import Adapter
 from compressor.peft.config import is_adapter
@@ -55,7 +55,9 @@ class CheckpointVector:
 
     def __init__(self, base: Checkpoint, tuned: Checkpoint) -> None:
         self._base, self._tuned = base, tuned
-        self._pairs = {pair.name: pair for pair in pair_tensors(base, tuned).pairs}
+        pairing = pair_tensors(base, tuned)
+        _check_untied(tuned.name, pairing.untied)
+        self._pairs = {pair.name: pair for pair in pairing.pairs}
         self._source: tuple[str, DeltaSource] | None = None
         changed = changed_companions(base.path, tuned.path)
         self.companions: Companions = (changed, dropped_companions(base.path, tuned.path))
@@ -226,10 +228,19 @@ def open_vector(name: str, base: Checkpoint, layout: Layout, stack: ExitStack) -
     return CheckpointVector(base, stack.enter_context(Checkpoint(path)))
 
 
+def _check_untied(name: str, untied: tuple[str, ...]) -> None:
+    if untied:
+        raise UnsupportedTensor(
+            f"{name}: {untied[0]} is tied in the base and has values of its own here, which the "
+            "merged model could not hold; merge models that keep it tied"
+        )
+
+
 def _open_delta(
     path: Path, base: Checkpoint, layout: Layout, keys: Mapping[str, str]
 ) -> DeltaVector:
     artifact = read_artifact(path, base_identity=identity_of(base))
+    _check_untied(str(path), artifact.config.base.untied)
     for delta in artifact.tensors:
         parameter = layout.parameters.get(delta.name)
         own = None if parameter is None else (parameter.shape, parameter.transposed)

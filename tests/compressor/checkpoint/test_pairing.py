@@ -142,18 +142,6 @@ def test_pair_harmless_config_changes_are_recorded(
     assert pair(tiny_llama, tuned).config_changes == expected
 
 
-def test_pair_changed_tie_raises(tiny_gemma: Path, tmp_path: Path) -> None:
-    def untie(tensors: dict[str, torch.Tensor]) -> None:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
-
-    apart = edited(tiny_gemma, tmp_path / "untied", untie, tie_word_embeddings=False)
-    with pytest.raises(UnsupportedTensor, match=r"lm_head\.weight: tied|tie_word_embeddings"):
-        pair(tiny_gemma, apart)
-    both = edited(tiny_gemma, tmp_path / "both", untie)
-    with pytest.raises(UnsupportedTensor, match=r"lm_head\.weight: .* two different tensors"):
-        pair(tiny_gemma, both)
-
-
 def test_pair_tied_twin_stored_too_is_one_parameter(tiny_gemma: Path, tmp_path: Path) -> None:
     def copy(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
@@ -291,3 +279,35 @@ def test_pair_rows_unlike_the_configuration_raise_with_both_numbers(
     wrong = edited(tiny_llama_ft_vocab, tmp_path / "x", vocab_size=320)
     with pytest.raises(CheckpointError, match=r"323 rows.*320 \(vocab_size\)"):
         pair(tiny_llama, wrong)
+
+
+def untied(tied: Path, out: Path, change: float) -> Path:
+    """Copy a tied model as an untied one whose output differs from its embedding by `change`."""
+
+    def store_head(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * (1 + change)
+
+    return edited(tied, out, store_head, tie_word_embeddings=False)
+
+
+def test_pair_untied_fine_tune_of_equal_values_stays_tied(tmp_path: Path) -> None:
+    base = make_tiny("llama", tmp_path / "base", tied=True)
+    tuned = perturb(base, tmp_path / "tuned")
+    found = pair(base, untied(tuned, tmp_path / "untied", 0.0))
+    assert found.untied == ()
+    assert [p.name for p in found.pairs] == [p.name for p in pair(base, tuned).pairs]
+
+
+def test_pair_untied_fine_tune_is_a_difference_from_the_tied_weight(tmp_path: Path) -> None:
+    base = make_tiny("llama", tmp_path / "base", tied=True)
+    found = pair(base, untied(perturb(base, tmp_path / "tuned"), tmp_path / "untied", 0.5))
+    assert found.untied == ("lm_head.weight",)
+    (head,) = (p for p in found.pairs if p.name == "lm_head.weight")
+    assert (head.base_key, head.tuned_key) == ("model.embed_tokens.weight", "lm_head.weight")
+
+
+def test_pair_tied_fine_tune_of_an_untied_base_has_both(tmp_path: Path) -> None:
+    base = make_tiny("llama", tmp_path / "base", tied=False)
+    found = pair(base, make_tiny("llama", tmp_path / "tuned", tied=True))
+    keys = {p.name: p.tuned_key for p in found.pairs}
+    assert keys["lm_head.weight"] == keys["model.embed_tokens.weight"]

@@ -108,3 +108,27 @@ def test_layout_unknown_floats_raise_naming_them(tiny_llama: Path, tmp_path: Pat
     save_file(stored, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UnsupportedTensor, match=r"model\.layers\.0\.mlp\.router\.bias"):
         read_layout(tmp_path / "tuned").keys(stored, "tuned")
+
+
+@pytest.mark.parametrize("change", [0.0, 0.5])
+def test_compress_untied_fine_tune_of_a_tied_base_comes_back(change: float, tmp_path: Path) -> None:
+    base = make_tiny("llama", tmp_path / "base", tied=True)
+    tuned_model = AutoModelForCausalLM.from_pretrained(perturb(base, tmp_path / "tied"))
+    tuned_model.config.tie_word_embeddings = False
+    with torch.no_grad():
+        own = tuned_model.get_input_embeddings().weight * (1 + change)
+    tuned_model.lm_head.weight = torch.nn.Parameter(own.detach())
+    tuned_model.save_pretrained(tmp_path / "tuned")
+    compress(base, tmp_path / "tuned", tmp_path / "delta", OPTIONS)
+    artifact = read_artifact(tmp_path / "delta")
+    own_head = ("lm_head.weight",) if change else ()
+    assert artifact.config.base.untied == own_head
+    out = reconstruct(base, tmp_path / "delta", tmp_path / "out")
+    model, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.config.tie_word_embeddings is not bool(change)
+    table = tensors(base)["model.embed_tokens.weight"]
+    deltas = {delta.name: delta for delta in artifact.tensors}
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        delta = deltas[name if change else "model.embed_tokens.weight"]
+        assert torch.equal(model.state_dict()[name], delta.reconstruct(table))
