@@ -109,6 +109,11 @@ class BaseInfo:
     quantisation: str | None = None
     untied: tuple[str, ...] = ()
 
+    @property
+    def untied_names(self) -> frozenset[str]:
+        """Both names of every pair that the fine-tune has untied."""
+        return frozenset(name for pair in self.tied if pair[0] in self.untied for name in pair)
+
 
 @dataclass(frozen=True, slots=True)
 class Coding:

@@ -68,6 +68,8 @@ class DeltaParameter:
         self.shape, self.dtype, self.device = tuple(base.shape), base.dtype, base.device
         # Parameters of linears that read the same input, this one included (see `Product`).
         self.siblings: tuple[DeltaParameter, ...] = (self,)
+        # Of a tied weight, by each of its names: what holds the deltas that are of that name only.
+        self.untied: dict[str, DeltaParameter] = {}
         self.pools: dict[PoolKey, TermPool] = {}
         self.extra: dict[int, Tensor] = {}
         self.vectors = base.unsqueeze(0) if base.dim() == 1 else None  # [1 + slots, m]
@@ -221,8 +223,16 @@ class DeltaParameter:
         if staged.vector is not None:
             self.vector_slots |= {slot}
 
+    def untie(self, *names: str) -> None:
+        """Let variants have deltas of this weight under one of its names only."""
+        for name in names:
+            own = DeltaParameter(name, self.base, self.kernels, self.residency)
+            self.untied.setdefault(name, own)
+
     def hide(self, slot: int) -> None:
         """Forget the slot. Only when no running request holds it."""
+        for own in self.untied.values():
+            own.hide(slot)
         for key, pool in list(self.pools.items()):
             pool.hide(slot)
             if pool.idle:

@@ -34,6 +34,7 @@ def stage_variant(
     replaces  whether the slot's reconstructed weights stand in for a parameter's terms
     check     is told of every tensor; what it raises ends the load
     """
+    untied = artifact.config.base.untied_names
 
     def stage(delta: TensorDelta) -> StagedParameter:
         parameter = parameters.get(delta.name)
@@ -42,6 +43,13 @@ def stage_variant(
                 f"{delta.name}: this server cannot give variants their own value of it; serve the "
                 "reconstructed checkpoint instead (impart reconstruct)"
             )
+        if delta.name in untied:
+            if delta.name not in parameter.untied:
+                raise UnsupportedTensor(
+                    f"{delta.name}: the served model cannot untie it from what it is tied to; "
+                    "serve the reconstructed checkpoint instead (impart reconstruct)"
+                )
+            parameter = parameter.untied[delta.name]
         staged = parameter.stage(delta, without_terms=replaces(parameter))
         check(delta, staged)
         return staged

@@ -315,6 +315,8 @@ def install_delta_layers(
         if key not in shared:
             data = value.data.t().contiguous() if transposed else value.data
             shared[key] = DeltaParameter(name, data, kernels, residency)
+        elif name not in parameters:
+            shared[key].untie(shared[key].name, name)
         parameters[name] = shared[key]
         return shared[key]
 
@@ -335,6 +337,12 @@ def install_delta_layers(
             weight = parameter(weight_name, module.get_parameter("weight"))
             bias = parameter(bias_name, module.bias) if _has_bias(module) else None
             _set_module(model, path, DeltaNorm(module, weight, bias, context, axes, kept=kept))
+    for path, module in model.named_modules():
+        if isinstance(module, DeltaEmbedding | DeltaLinear):
+            module.own = own = parameters[f"{path}.weight"].untied.get(f"{path}.weight")
+            if own is not None:
+                own.is_multiplied = isinstance(module, DeltaLinear)
+                own.is_looked_up = not own.is_multiplied
     _fuse_projections(model)
     _pack_linears(model, model.get_input_embeddings())
     install_experts(model, parameters, context, kernels, residency)

@@ -25,6 +25,7 @@ class DeltaEmbedding(nn.Embedding):
     _delta_weight: DeltaParameter
     _context: StepContext
     _kept: bool
+    own: DeltaParameter | None = None  # of a tied weight: this module's alone
 
     def reads(self, parameter: DeltaParameter) -> bool:
         """Whether this is the parameter of this table (tied weights)."""
@@ -42,10 +43,12 @@ class DeltaEmbedding(nn.Embedding):
         rows.check(len(ids))
         known = ids.clamp(max=len(base) - 1)
         y = F.embedding(known, base)
-        for pool in self._delta_weight.pools_for(rows):
-            pool.add_rows_(y, known, rows)
+        alone = self._delta_weight if self.own is None else self.own
+        for weight in {self._delta_weight: None, alone: None}:
+            for pool in weight.pools_for(rows):
+                pool.add_rows_(y, known, rows)
         for segment in rows.segments:
-            extra = self._delta_weight.extra.get(segment.slot)
+            extra = (self._delta_weight.extra | alone.extra).get(segment.slot)
             if extra is not None:
                 part = slice(segment.start, segment.end)
                 added = (ids[part] >= len(base)).unsqueeze(1)

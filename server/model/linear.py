@@ -161,9 +161,9 @@ class Product:
         factors: list[list[tuple[FactorPool, int]]] = []  # by member
         others: list[tuple[TermPool, int]] = []
         first = 0
-        for index, weight in enumerate(self.parameters_in_order):
+        for index, member in enumerate(self.members):
             factors.append([])
-            for pool in weight.pools.values():
+            for pool in member.pools():
                 if isinstance(pool, BlockDiagPool):
                     # A shared one is met first at the group's first member.
                     blocks.setdefault(pool.shared or pool, first)
@@ -216,6 +216,7 @@ class DeltaLinear(nn.Module):
         self.delta_weight, self.delta_bias = weight, bias
         weight.is_multiplied = True
         self.context, self.is_output, self._kept = context, is_output, kept
+        self.own: DeltaParameter | None = None  # of a tied weight: this module's alone
         self.product = Product([self])
 
     @property
@@ -226,16 +227,26 @@ class DeltaLinear(nn.Module):
     def bias(self) -> Tensor | None:
         return None if self.delta_bias is None else self.delta_bias.base
 
+    def pools(self) -> Iterator[TermPool]:
+        """Of its weight's deltas."""
+        yield from self.delta_weight.pools.values()
+        if self.own is not None:
+            yield from self.own.pools.values()
+
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., n]`` -> ``[..., m]``; wider than m if a slot has added vocabulary rows."""
         rows = self.context.rows_of(kept=self._kept)
         y = self.product.take(self, x, rows)
-        if rows is not None and self.delta_weight.extra:
+        if rows is not None and (
+            self.delta_weight.extra or (self.own is not None and self.own.extra)
+        ):
             y = self._with_extra(y, x.reshape(-1, x.shape[-1]), rows)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _with_extra(self, y: Tensor, flat: Tensor, rows: RowMapping) -> Tensor:
         owned = self.delta_weight.extra
+        if self.own is not None:
+            owned = owned | self.own.extra
         extra = {s: owned[s] for s in rows.slots if s in owned}
         if not extra:
             return y

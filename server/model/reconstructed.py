@@ -58,7 +58,7 @@ class ReconstructedWeights:
 
     def bytes_for(self, artifact: Artifact) -> int:
         """Device bytes of what `build` makes of it."""
-        changed = {self._parameters.get(delta.name) for delta in artifact.tensors}
+        changed = self._deltas(artifact).keys()
         return ops_bytes(u for u in self._units if not changed.isdisjoint(u.parameters_in_order))
 
     def build(
@@ -69,7 +69,7 @@ class ReconstructedWeights:
         On a GPU that happens on a stream of its own, which has finished when this returns. Raises
         ReconstructStopped.
         """
-        deltas = {self._parameters[delta.name]: delta for delta in artifact.tensors}
+        deltas = self._deltas(artifact)
         built: ReconstructedOps = {}
         beside = contextlib.nullcontext() if self._stream is None else _on(self._stream)
         with beside:
@@ -81,6 +81,15 @@ class ReconstructedWeights:
         if self._stream is not None:
             self._stream.synchronize()
         return built
+
+    def _deltas(self, artifact: Artifact) -> dict[DeltaParameter, TensorDelta]:
+        """By parameter, but for weights that the variant unties: those keep their terms."""
+        untied = artifact.config.base.untied_names
+        return {
+            self._parameters[delta.name]: delta
+            for delta in artifact.tensors
+            if delta.name not in untied and delta.name in self._parameters
+        }
 
     def install(self, slot: int, ops: ReconstructedOps, *, always: bool) -> None:
         """Use these from now on: in every step with rows of the slot, or in steps of it alone."""

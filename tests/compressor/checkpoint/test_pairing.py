@@ -311,3 +311,12 @@ def test_pair_tied_fine_tune_of_an_untied_base_has_both(tmp_path: Path) -> None:
     found = pair(base, make_tiny("llama", tmp_path / "tuned", tied=True))
     keys = {p.name: p.tuned_key for p in found.pairs}
     assert keys["lm_head.weight"] == keys["model.embed_tokens.weight"]
+
+
+def test_pair_tie_of_two_values_in_one_checkpoint_raises(tiny_gemma: Path, tmp_path: Path) -> None:
+    def untie(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+    both = edited(tiny_gemma, tmp_path / "both", untie)
+    with pytest.raises(UnsupportedTensor, match=r"lm_head\.weight: .* two different tensors"):
+        pair(tiny_gemma, both)
