@@ -37,16 +37,14 @@ class ChangedTensor(Protocol):
 class ServedBase:
     """The base of a server, as far as variants are concerned.
 
-    names       parameters that a variant may have its own value of
+    names       parameters that a variant may have its own value of, each name of a tied one
     embeddings  names of the input embedding
     vocabulary  its rows
-    aliases     names that are tied to another's tensor
     """
 
     names: Collection[str]
     embeddings: Collection[str]
     vocabulary: int
-    aliases: Collection[str] = ()
 
 
 def served_base(layout: Layout, config: dict[str, Any]) -> ServedBase:
@@ -60,7 +58,7 @@ def served_base(layout: Layout, config: dict[str, Any]) -> ServedBase:
     vocabulary = found if isinstance(found, int) else max([0, *(p.shape[0] for p in tables)])
     embeddings = {p.name for p in tables if p.shape[0] == vocabulary}
     aliases = {alias for alias, _ in layout.tied}
-    return ServedBase(layout.parameters.keys(), embeddings, vocabulary, aliases)
+    return ServedBase(layout.parameters.keys() | aliases, embeddings, vocabulary)
 
 
 def check_servable(tensors: Iterable[ChangedTensor], base: ServedBase) -> None:
@@ -91,11 +89,6 @@ def check_servable(tensors: Iterable[ChangedTensor], base: ServedBase) -> None:
 
 
 def _check_names(names: list[str], base: ServedBase) -> None:
-    if untied := [name for name in names if name in base.aliases]:
-        raise UnsupportedTensor(
-            f"{untied[0]}: the base ties it to its embedding, and this server gives a variant no "
-            f"output layer of its own there; {_REMEDY}"
-        )
     if missing := [name for name in names if name not in base.names]:
         more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise UnsupportedTensor(

@@ -154,9 +154,8 @@ def build_catalog(settings: Settings, base: BaseModel, text: TextService) -> Var
 def _served_base(base: BaseModel) -> ServedBase:
     table = base.model.get_input_embeddings()
     paths = [path for path, module in base.model.named_modules() if module is table]
-    aliases = getattr(base.model, "all_tied_weights_keys", None) or {}
     names, embeddings = base.parameters.keys(), {f"{path}.weight" for path in paths}
-    return ServedBase(names, embeddings, base.vocab_size, frozenset(aliases))
+    return ServedBase(names, embeddings, base.vocab_size)
 
 
 def build_core(

@@ -54,19 +54,12 @@ def test_what_no_server_takes_is_refused_with_a_way_out(
         check_servable(tensors, BASE)
 
 
-def test_an_output_layer_of_its_own_on_a_tied_base_is_refused() -> None:
-    tied = ServedBase({EMBED, HEAD}, {EMBED}, 320, aliases={HEAD})
-    check_servable([entry(EMBED, 320, 320)], tied)
-    with pytest.raises(UnsupportedTensor, match=r"lm_head\.weight: the base ties it"):
-        check_servable([entry(HEAD, 320, 320)], tied)
-
-
 def test_served_base_of_a_checkpoint_knows_its_vocabulary(tiny_gpt2: Path) -> None:
     with Checkpoint(tiny_gpt2) as base:
         found = served_base(read_layout(base.path), base.config)
     assert found.vocabulary == 320
     assert set(found.embeddings) == {"transformer.wte.weight"}
-    assert set(found.aliases) == {"lm_head.weight"}
+    assert "lm_head.weight" in found.names  # of a tied weight: a variant may untie it
     assert "transformer.h.1.ln_1.bias" in found.names
 
 
