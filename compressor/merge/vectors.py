@@ -221,6 +221,7 @@ def open_vector(name: str, base: Checkpoint, layout: Layout, stack: ExitStack) -
     keys = layout.keys(base.tensors, base.name)
     if is_adapter(path):
         adapter = stack.enter_context(Adapter(path))
+        _check_untied(adapter.name, tuple(adapter.layout(base).borrowed))
         deltas = {delta.name: delta for delta in adapter.deltas(base)}
         return DeltaVector(base, keys, deltas, (changed_companions(base.path, path), []))
     if (path / "delta_config.json").is_file():

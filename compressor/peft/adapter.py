@@ -8,6 +8,7 @@ values that they are.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -63,10 +64,9 @@ class Adapter(TensorFiles):
 
         Raises UnsupportedTensor or CheckpointError naming what does not fit `base`.
         """
-        layout = read_layout(base.path)
+        layout = self.layout(base)
         keys = layout.keys(base.tensors, base.name)
         parts = self._parts(layout)
-        self._check_ties(layout, parts, base, keys)
         for name, parameter in layout.parameters.items():
             if name not in parts:
                 continue
@@ -77,9 +77,14 @@ class Adapter(TensorFiles):
             if delta is not None:
                 yield delta
 
+    def layout(self, base: Checkpoint) -> Layout:
+        """Return the base's layout; what the adapter unties is a parameter of its own in it."""
+        layout = read_layout(base.path)
+        return layout.with_untied(self._untied(layout, base))
+
     def dora_shapes(self, base: Checkpoint) -> dict[str, Shape]:
         """Shapes of the layers with learned lengths, by parameter."""
-        layout = read_layout(base.path)
+        layout = self.layout(base)
         return {
             name: (layout.parameters[name].shape[0], layout.parameters[name].shape[1])
             for name, parts in self._parts(layout).items()
@@ -125,7 +130,7 @@ class Adapter(TensorFiles):
         factors = {"A", "embedding_A"} & found.keys()
         if self.settings.is_dora and factors and "magnitude" not in found:
             raise UnsupportedTensor(f"{name}: use_dora is set, but it has no magnitude vector")
-        if "magnitude" in found and found.keys() != {"A", "B", "magnitude"}:
+        if "magnitude" in found and found.keys() - {"full"} != {"A", "B", "magnitude"}:
             raise UnsupportedTensor(
                 f"{name}: lora_magnitude_vector is supported beside the factors of a linear "
                 f"layer, found {', '.join(sorted(found))}; merge the adapter (merge_and_unload)"
@@ -133,29 +138,24 @@ class Adapter(TensorFiles):
         if "magnitude" in found and not self.settings.is_dora:
             raise UnsupportedTensor(f"{name}: lora_magnitude_vector, but use_dora is not set")
 
-    def _check_ties(
-        self,
-        layout: Layout,
-        parts: Mapping[str, Parts],
-        base: Checkpoint,
-        keys: Mapping[str, str],
-    ) -> None:
-        """Refuse what would untie: PEFT may change one module of a tied pair, a delta both."""
+    def _untied(self, layout: Layout, base: Checkpoint) -> tuple[str, ...]:
+        """Tied names that get another value than their twin: PEFT may change one of a pair."""
+        parts, keys = self._parts(layout), layout.keys(base.tensors, base.name)
+        untied = []
         for alias, target in layout.tied:
             first, second = parts.get(target, {}), parts.get(alias, {})
             if not first and not second:
                 continue
             if not second and "tokens" in first and self.settings.tokens.get(""):
                 continue  # given for the input embedding alone, PEFT trains them in both
-            if first and second:
+            if first and second and "magnitude" not in first.keys() | second.keys():
                 parameter, key = layout.parameters[target], keys[target]
                 one = self._delta(parameter, first, base, key)
-                if is_same_delta(one, self._delta(parameter, second, base, key)):
+                two = self._delta(replace(parameter, name=alias), second, base, key)
+                if is_same_delta(one, two):
                     continue
-            raise UnsupportedTensor(
-                f"{alias if second else target}: the adapter changes it, but in the base "
-                f"{alias} is tied to {target}; a delta cannot untie them"
-            )
+            untied.append(alias)
+        return tuple(untied)
 
     # --- what becomes of a parameter ------------------------------------------------------------
 
@@ -200,6 +200,8 @@ class Adapter(TensorFiles):
         if b.shape[1] != shape[0]:
             raise self._misfit(parameter)
         weight = base.oriented_rows(base_key, 0, shape[0], parameter.transposed).float()
+        if "full" in parts:  # of lm_head PEFT saves the weight under the factors too
+            self._added_rows(parameter, parts["full"], base, base_key, a, b)
         split = dora_parts(name, weight, a, b, self.read_rows(parts["magnitude"]).float())
         if rescale is None:
             whole = weight + split.rest + split.b.T @ a

@@ -54,7 +54,8 @@ def import_adapter(
     if options.max_bytes is not None or options.max_kl is not None:
         raise InputError("--max-bytes and --max-kl are for full fine-tunes, not for adapters")
     with Checkpoint(base) as base_files, Adapter(adapter, adapter_name) as opened:
-        layout = read_layout(base_files.path)
+        layout = opened.layout(base_files)
+        tied = read_layout(base_files.path).tied
         rescale = None if exact else _plan_rescaling(base_files, opened, options)
         config = DeltaConfig(
             created_by=f"impart-serve {__version__}",
@@ -65,7 +66,7 @@ def import_adapter(
             ratio_requested=None,
             finetuned_bytes=opened.n_bytes,
             finetuned=opened.name,
-            base=base_info(base_files, layout.tied, options.base_name),
+            base=base_info(base_files, tied, options.base_name, tuple(layout.borrowed)),
             seed=options.seed,
             finetuned_details={"dtype": checkpoint_dtype(base_files)}
             | ({"card": facts} if (facts := own_facts(opened.path)) else {}),

@@ -217,18 +217,25 @@ def test_deltas_resized_embedding_with_factors_has_exact_added_rows(
         imported(tiny_llama, adapter(tmp_path / "b", tensors))
 
 
-def test_deltas_untying_adapter_raises(tiny_gemma: Path, tmp_path: Path) -> None:
+def test_deltas_of_tied_modules_are_one_if_they_are_the_same_and_else_two(
+    tiny_gemma: Path, tmp_path: Path
+) -> None:
     tied = load_file(tiny_gemma / "model.safetensors")[f"{EMBED}.weight"]
-    one_only = [
-        lora("lm_head", 320, 64),
-        {f"{EMBED}.weight": tied + 1},
-        {f"{EMBED}.weight": tied + 1, "lm_head.weight": tied + 2},
-        {f"{EMBED}.lora_embedding_A": tied.T[:4], f"{EMBED}.lora_embedding_B": tied[:64, :4]},
+    names = {f"{EMBED}.weight", "lm_head.weight"}
+    a, b = tied.T[:4].contiguous(), tied[:64, :4].contiguous()
+    apart: list[tuple[dict[str, torch.Tensor], set[str]]] = [
+        (lora("lm_head", 320, 64), {"lm_head.weight"}),
+        ({f"{EMBED}.weight": tied + 1}, {f"{EMBED}.weight"}),
+        ({f"{EMBED}.weight": tied + 1, "lm_head.weight": tied + 2}, names),
+        ({f"{EMBED}.lora_embedding_A": a, f"{EMBED}.lora_embedding_B": b}, {f"{EMBED}.weight"}),
     ]
-    for number, tensors in enumerate(one_only):
+    for number, (tensors, changed) in enumerate(apart):
         folder = adapter(tmp_path / str(number), tensors)
-        with pytest.raises(UnsupportedTensor, match=r"weight.*tied to .*cannot untie"):
-            imported(tiny_gemma, folder)
-    both = {f"{EMBED}.weight": tied + 1, "lm_head.weight": tied + 1}
-    deltas = imported(tiny_gemma, adapter(tmp_path / "both", both))
-    assert list(deltas) == [f"{EMBED}.weight"]
+        assert imported(tiny_gemma, folder).keys() == changed
+        with Checkpoint(tiny_gemma) as base, Adapter(folder) as opened:
+            assert opened.layout(base).borrowed == {"lm_head.weight": f"{EMBED}.weight"}
+    same = {f"{EMBED}.weight": tied + 1, "lm_head.weight": tied + 1}
+    both = adapter(tmp_path / "both", same)
+    assert list(imported(tiny_gemma, both)) == [f"{EMBED}.weight"]
+    with Checkpoint(tiny_gemma) as base, Adapter(both) as opened:
+        assert opened.layout(base).borrowed == {}

@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from compressor.artifact.reader import read_config
 from compressor.checkpoint.files import Checkpoint
 from compressor.errors import UnsupportedTensor
 from compressor.peft.adapter import Adapter
 from compressor.peft.config import ACCEPTED
+from tests.compressor.cli.test_app import impart, one_line_error
 from tests.tiny import make_tiny
 
 Bases = dict[str, Path]
@@ -100,10 +102,16 @@ KINDS: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
     "norms": ("llama", lambda: peft.LNTuningConfig(task_type="CAUSAL_LM")),
 }
 UNTYING = {
-    "lm_head": lambda: lora(target_modules=["lm_head"]),
+    "lm_head": lambda: lora(target_modules=["lm_head", "q_proj"]),
     "embedding": lambda: lora(target_modules=["embed_tokens"]),
+    "embedding and lm_head": lambda: lora(target_modules=["embed_tokens", "lm_head"]),
+    "DoRA of lm_head": lambda: lora(target_modules=["lm_head"], use_dora=True),
     "saved head": lambda: lora(modules_to_save=["lm_head"]),
     "saved embedding": lambda: lora(modules_to_save=["embed_tokens"]),
+    "saved both": lambda: lora(modules_to_save=["embed_tokens", "lm_head"]),
+    "tokens of both": lambda: lora(
+        trainable_token_indices={"embed_tokens": [3, 7], "lm_head": [5]}
+    ),
 }
 
 
@@ -204,10 +212,29 @@ def test_tied_embedding_equals_pefts_own_forward(bases: Bases, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", UNTYING)
-def test_kind_that_unties_is_refused_naming_both(bases: Bases, tmp_path: Path, kind: str) -> None:
-    adapter = trained(bases["tied"], UNTYING[kind](), tmp_path / "adapter")
-    with pytest.raises(UnsupportedTensor, match=r"lm_head.* tied to .*embed_tokens"):
-        ours(bases["tied"], adapter)
+def test_kind_that_unties_equals_pefts_own_forward_once_reconstructed(
+    bases: Bases, tmp_path: Path, kind: str
+) -> None:
+    """By logits, for PEFT's merge leaves the two tied in memory or not as it happens."""
+    base = bases["tied"]
+    adapter = trained(base, UNTYING[kind](), tmp_path / "adapter")
+    assert impart("import", base, adapter, tmp_path / "delta", "--exact")[0] == 0
+    assert read_config(tmp_path / "delta").base.untied == ("lm_head.weight",)
+    assert impart("verify", tmp_path / "delta", "--base", base)[0] == 0
+    assert impart("reconstruct", base, tmp_path / "delta", tmp_path / "full")[0] == 0
+    ids = torch.arange(5, 25).unsqueeze(0)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = AutoModelForCausalLM.from_pretrained(tmp_path / "full")(ids).logits
+        model = AutoModelForCausalLM.from_pretrained(base)
+        expected = peft.PeftModel.from_pretrained(model, adapter)(ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_merge_refuses_an_adapter_that_unties(bases: Bases, tmp_path: Path) -> None:
+    adapter = trained(bases["tied"], UNTYING["lm_head"](), tmp_path / "adapter")
+    error = one_line_error("merge", bases["tied"], adapter, tmp_path / "out")
+    assert "lm_head.weight is tied in the base and has values of its own" in error
 
 
 @pytest.mark.parametrize("kind", sorted(kind.value for kind in peft.PeftType))
