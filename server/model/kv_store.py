@@ -120,6 +120,10 @@ class KVStore:
     is_probing: bool = False
     _n_calls: dict[tuple[nn.Module, int], int] = field(default_factory=dict)
 
+    def __deepcopy__(self, _: object) -> KVStore:
+        """Itself: whoever copies a module that has found the store means the module."""
+        return self
+
     @contextmanager
     def probing(self) -> Iterator[None]:
         """A forward pass in which the attention function learns the layers and returns q."""

@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from server.model.norm import DeltaNorm
 from server.model.observe import Call, Observation
 from server.model.plain_norm import agrees, plain_axes
 from server.ops.kernels import TorchKernels
+from tests.server.model.test_fused_layer import prepared
 
 N_TOKENS, WIDTH = 7, 8
 
@@ -91,3 +93,15 @@ def test_plain_axes_without_one_axis_of_tokens_is_none(shape: tuple[int, ...]) -
 
 def test_plain_axes_of_a_norm_that_nobody_calls_is_none() -> None:
     assert plain_axes(nn.RMSNorm(WIDTH), Observation(N_TOKENS, 3)) is None
+
+
+def test_norms_of_a_model_are_replaced_whatever_the_kernels_hold() -> None:
+    """Compiled kernels hold what cannot be copied, and modules find them through the store."""
+
+    class Uncopied(TorchKernels):
+        def __deepcopy__(self, _: object) -> TorchKernels:
+            raise ValueError("ctypes objects containing pointers cannot be pickled")
+
+    layer = prepared("qwen3", Uncopied()).model.model.layers[0]
+    norms = (layer.input_layernorm, layer.self_attn.q_norm, layer.self_attn.k_norm)
+    assert all(isinstance(norm, DeltaNorm) for norm in norms)
