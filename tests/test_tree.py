@@ -125,6 +125,7 @@ ELSEWHERE = {
     "server.model.context": "a record without code",
     "server.model.embedding": "tests/server/model/test_base.py",
     "server.model.fused_mlp": "tests/server/model/test_base.py",
+    "server.model.install": "tests/server/model/test_base.py",
     "server.model.linear": "tests/server/model/test_base.py",
     "server.model.norm": "tests/server/model/test_fused_layer.py",
     "server.model.own_values": "tests/server/model/test_by_slot.py",

@@ -9,13 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from compressor.checkpoint.dense_model import load_causal_lm
-from compressor.codecs.siblings import SIBLING_PROJECTIONS
 from compressor.errors import CheckpointError
 from server.deltas.parameter import DeltaParameter
 from server.deltas.residency import Residency
@@ -28,18 +26,13 @@ from server.model.attention import (
 )
 from server.model.context import StepContext
 from server.model.definition import Definition
-from server.model.embedding import DeltaEmbedding, looks_up_rows, make_delta_embedding
 from server.model.fused_attention import fuse_rotary
 from server.model.fused_layer import fuse_residuals
-from server.model.fused_mlp import fuse_gated_mlp
-from server.model.install_experts import install_experts
+from server.model.install import fuse_mlps, install_delta_layers
 from server.model.kv_store import KVStore
-from server.model.linear import DeltaLinear, Product
 from server.model.mask import MaskUsed, attention_named
-from server.model.norm import DeltaNorm
-from server.model.observe import Observation, observe
-from server.model.own_values import is_plain_linear, owners_in, runs_by_slot, serve_own_values
-from server.model.plain_norm import agrees, plain_axes
+from server.model.observe import observe
+from server.model.own_values import owners_in, serve_own_values
 from server.model.refusal import in_a_line, not_served, refused
 from server.model.row_positions import count_by_positions
 from server.model.sinks import serve_sinks
@@ -159,7 +152,7 @@ def _prepared(model: PreTrainedModel, kernels: Kernels, base_quant: BaseQuant | 
         serve_own_values(owners, seen, parameters, context, store, kernels, residency)
     definition.bind(parameters)
     attach_store(model, store)
-    _fuse_mlps(model, kernels)
+    fuse_mlps(model, kernels)
     base = BaseModel(
         model=model,
         context=context,
@@ -189,12 +182,13 @@ def _loaded(
     path: Path, name: str, device: torch.device, dtype: torch.dtype | None
 ) -> PreTrainedModel:
     try:
-        model = load_causal_lm(
+        model, found = load_causal_lm(
             path,
             dtype,
             attn_implementation=ATTENTION_NAME,
             local_files_only=True,
             use_safetensors=True,
+            output_loading_info=True,
         )
         loaded: PreTrainedModel = model.eval().requires_grad_(False).to(device)
     except CheckpointError as error:
@@ -205,6 +199,12 @@ def _loaded(
         if ATTENTION_NAME not in error.args:
             raise
         raise not_served(name, NO_INTERFACE) from error
+    if missing := sorted(found["missing_keys"]):
+        raise ConfigError(
+            f"the base's files hold no tensor {missing[0]}, which transformers would start at "
+            f"random ({len(missing)} in all); give the whole checkpoint, saved from inside any "
+            "wrapper"
+        )
     return loaded
 
 
@@ -293,90 +293,3 @@ def _probe(model: PreTrainedModel, store: KVStore) -> None:
         raise not_served(model, MASK_USED) from error
     if not store.layers:
         raise not_served(model, NO_INTERFACE)
-
-
-def install_delta_layers(
-    model: PreTrainedModel,
-    context: StepContext,
-    kernels: Kernels,
-    residency: Residency,
-    seen: Observation,
-) -> dict[str, DeltaParameter]:
-    """Replace every linear, embedding and norm by its delta-aware form, on the instance.
-
-    seen  what they got in a forward pass: those that are called otherwise stay as they are
-    """
-    output = model.get_output_embeddings()
-    shared: dict[int, DeltaParameter] = {}
-    parameters: dict[str, DeltaParameter] = {}
-
-    def parameter(name: str, value: Tensor, transposed: bool = False) -> DeltaParameter:
-        key = id(value)
-        if key not in shared:
-            data = value.data.t().contiguous() if transposed else value.data
-            shared[key] = DeltaParameter(name, data, kernels, residency)
-        elif name not in parameters:
-            shared[key].untie(shared[key].name, name)
-        parameters[name] = shared[key]
-        return shared[key]
-
-    for path, module in list(model.named_modules()):
-        weight_name, bias_name = f"{path}.weight", f"{path}.bias"
-        kept = seen.sees_kept_rows(module)
-        axes = plain_axes(module, seen)
-        if isinstance(module, nn.Embedding) and looks_up_rows(module, seen):
-            weight = parameter(weight_name, module.weight)
-            make_delta_embedding(module, weight, context, kept=kept)
-        elif is_plain_linear(module):
-            turned = isinstance(module, Conv1D)
-            weight = parameter(weight_name, module.get_parameter("weight"), turned)
-            bias = parameter(bias_name, module.bias) if _has_bias(module) else None
-            linear = DeltaLinear(weight, bias, context, is_output=module is output, kept=kept)
-            _set_module(model, path, linear)
-        elif axes is not None and agrees(module, axes, seen, kernels):
-            weight = parameter(weight_name, module.get_parameter("weight"))
-            bias = parameter(bias_name, module.bias) if _has_bias(module) else None
-            _set_module(model, path, DeltaNorm(module, weight, bias, context, axes, kept=kept))
-    for path, module in model.named_modules():
-        if isinstance(module, DeltaEmbedding | DeltaLinear):
-            module.own = own = parameters[f"{path}.weight"].untied.get(f"{path}.weight")
-            if own is not None:
-                own.is_multiplied = isinstance(module, DeltaLinear)
-                own.is_looked_up = not own.is_multiplied
-    _fuse_projections(model)
-    _pack_linears(model, model.get_input_embeddings())
-    install_experts(model, parameters, context, kernels, residency)
-    return parameters
-
-
-def _fuse_mlps(model: nn.Module, kernels: Kernels) -> None:
-    for module in model.modules():
-        if not runs_by_slot(module):
-            fuse_gated_mlp(module, kernels)
-
-
-def _fuse_projections(model: nn.Module) -> None:
-    """Join sibling linears, which model definitions feed with one tensor (checked on each call)."""
-    for module in model.modules():
-        for names in SIBLING_PROJECTIONS:
-            members = [getattr(module, name, None) for name in names]
-            linears = [m for m in members if isinstance(m, DeltaLinear)]
-            if len(linears) == len(names) and len({m.bias is None for m in linears}) == 1:
-                Product(linears).pack()
-
-
-def _pack_linears(model: nn.Module, embedding: nn.Module) -> None:
-    """Lay out the weights of linears outside groups; a tied output shares the embedding's."""
-    for module in model.modules():
-        if isinstance(module, DeltaLinear) and len(module.product.members) == 1:
-            read = isinstance(embedding, DeltaEmbedding) and embedding.reads(module.delta_weight)
-            module.product.pack(quantise=not (read or module.is_output), keep=read)
-
-
-def _has_bias(module: nn.Module) -> bool:
-    return getattr(module, "bias", None) is not None
-
-
-def _set_module(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -40,6 +41,18 @@ def test_base_that_transformers_refuses_is_said_in_a_line(
         load_base_model(with_config(tiny_llama, tmp_path, **changes), CPU, None, "torch")
     assert "\n" not in refused.value.message
     assert len(refused.value.message) < 500
+
+
+def test_base_without_one_of_its_tensors_is_refused_by_the_tensors_name(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(tiny_llama, tmp_path / "base"))
+    weights = load_file(copy / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    said = r"no tensor model\.layers\.1\.mlp\.up_proj\.weight, .* at random"
+    with pytest.raises(ConfigError, match=said):
+        load_base_model(copy, CPU, None, "torch")
 
 
 SMALL = {

@@ -15,8 +15,8 @@ from server.deltas.experts import ExpertParameter
 from server.deltas.parameter import DeltaParameter
 from server.deltas.residency import Residency
 from server.deltas.whole import WholeParameter
-from server.model.base import install_delta_layers
 from server.model.context import StepContext
+from server.model.install import install_delta_layers
 from server.model.observe import observe
 from server.ops.kernels import TorchKernels
 from tests.models.builder import tiny_model
