@@ -25,6 +25,7 @@ HEADS = ("compress", "reconstruct", "serve base", "serve variant")
 OWN = re.compile(
     r"(\b[\w.]+\.\d+\.[\w.\[\]]+|\[[\d, ]+\]|\b[A-Z]\w+(LM|LMHead\w+|Generation)\b|\d+)"
 )
+FOLDER = re.compile(r"/\S*/(?=config\.json)")  # of the run, which is gone
 LONGEST_REASON = 300
 OLDER = "A star: found by an older state of the code than other rows, and not tried again since.\n"
 
@@ -95,7 +96,7 @@ class Reasons:
         kind = OWN.sub("...", outcome.text)
         if kind not in self._numbers:
             self._numbers[kind] = len(self._numbers) + 1
-            text = outcome.text.replace("|", "\\|").replace("`v0`", "the variant")
+            text = FOLDER.sub("", outcome.text).replace("|", "\\|").replace("`v0`", "the variant")
             shown = text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]} ..."
             self._lines.append(f"{len(self._numbers)}. {shown}")
         return str(self._numbers[kind])

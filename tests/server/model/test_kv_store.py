@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from server.errors import EngineError
+from server.model.attention import attach_store
 from server.model.kv_store import AttentionForm, KVStore, ProbedCall
 from server.model.mask import CAUSAL
 from server.ops.attention import AttentionMetadata, PrefillChunk
@@ -120,3 +122,12 @@ def test_step_with_other_calls_than_probed_is_an_error(case: str) -> None:
 def test_bytes_per_token_counts_every_call() -> None:
     module, other = nn.Identity(), nn.Identity()
     assert probed(module, module, other).bytes_per_token() == 3 * 2 * (2 * 4) * 4
+
+
+def test_copied_module_keeps_its_store() -> None:
+    """A norm that is copied while layers are replaced must not copy the model with the store."""
+    store, norm = KVStore(TorchKernels()), nn.LayerNorm(4)
+    attach_store(norm, store)
+    copied = copy.deepcopy(norm)
+    assert copied.impart_kv_store is store
+    assert copied.weight is not norm.weight
