@@ -65,6 +65,8 @@ class Device(Streams):
         self.Pinned: type[Tensor] = type("Pinned", (Simulated,), {"owner": self})
         self._capture = threading.local()
         self.n_launches = 0
+        # Triton's interpreter replaces functions of its language while a kernel runs.
+        self._interpreter = threading.RLock()
 
     # Capture
 
@@ -235,12 +237,17 @@ class Device(Streams):
         self.current().run_pending()
         args, kwargs = _all_plain(args), {k: _all_plain(v) for k, v in kwargs.items()}
         self.n_launches += 1
+
+        def alone() -> Any:
+            with self._interpreter:
+                return run(*args, **kwargs)
+
         graph = self.graph
         if graph is None:
-            return run(*args, **kwargs)
-        graph.steps.append(lambda: run(*args, **kwargs))
+            return alone()
+        graph.steps.append(alone)
         with torch.utils._python_dispatch._disable_current_modes():
-            return run(*args, **kwargs)
+            return alone()
 
 
 def _call(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
