@@ -33,7 +33,7 @@ def test_stage_by_several_threads_gives_the_same_parts(served: Callable[..., Ser
 
 def test_stage_by_several_threads_names_what_does_not_fit(served: Callable[..., Served]) -> None:
     artifact = read_artifact(served("llama", ALL_CODECS).deltas / "blockdiag")
-    with pytest.raises(UnsupportedTensor, match="no such linear"):
+    with pytest.raises(UnsupportedTensor, match="cannot give variants their own value"):
         stage_variant(artifact, {}, 3)
 
 
