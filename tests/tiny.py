@@ -25,6 +25,18 @@ from transformers import (
 Kind = Literal["llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2"]
 KINDS: tuple[Kind, ...] = ("llama", "qwen2", "qwen3", "mistral", "gemma", "gpt2")
 
+# Small sizes for any configuration class that has these fields.
+SMALL = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 300,
+    "max_position_embeddings": 128,
+}
+
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INTERMEDIATE, POSITIONS = 64, 2, 4, 2, 16, 112, 512
 TIED_BY_DEFAULT: frozenset[Kind] = frozenset({"gemma", "gpt2"})
 PREPENDS_BOS: frozenset[Kind] = frozenset({"llama", "mistral", "gemma"})

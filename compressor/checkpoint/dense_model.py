@@ -19,32 +19,38 @@ from compressor.checkpoint.layout import transformers_config
 from compressor.checkpoint.quantised.settings import quantisation_of
 from compressor.errors import CheckpointError
 
-_OF_FILES = ("local_files_only", "use_safetensors", "output_loading_info")
+_OF_FILES = ("local_files_only", "use_safetensors")
 
 
 def load_causal_lm(path: Path, dtype: torch.dtype | None = None, **options: Any) -> Any:
     """Return a transformers causal language model on the CPU.
 
     dtype    None: as stored
-    options  for ``from_pretrained``, which decide what else is returned
+    options  for ``from_pretrained``
 
-    Raises what ``from_pretrained`` raises, and CheckpointError where quantised weights are not all
-    there, or more than the model has.
+    Raises what ``from_pretrained`` raises, and CheckpointError where weights are not all there, or
+    quantised ones more than the model has.
     """
     from transformers import AutoModelForCausalLM
 
     if quantisation_of(read_model_config(path)) is not None:
         return _load_dequantised(path, dtype, options)
     chosen = "auto" if dtype is None else dtype
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype=chosen, trust_remote_code=False, **options
+    model, found = AutoModelForCausalLM.from_pretrained(
+        path, dtype=chosen, trust_remote_code=False, output_loading_info=True, **options
     )
+    if missing := sorted(found["missing_keys"]):
+        raise CheckpointError(
+            f"{path}: the files hold no tensor {missing[0]}, which transformers would start at "
+            f"random ({len(missing)} in all); give the whole checkpoint, saved from inside any "
+            "wrapper"
+        )
+    return model
 
 
 def _load_dequantised(path: Path, dtype: torch.dtype | None, options: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM
 
-    with_info = options.get("output_loading_info", False)
     config = transformers_config(path)
     with torch.device("meta"):
         kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
@@ -64,7 +70,7 @@ def _load_dequantised(path: Path, dtype: torch.dtype | None, options: dict[str, 
         if found[names]:
             first = min(found[names])
             raise CheckpointError(f"{checkpoint.name}: tensor {first} {what} the model")
-    return (model, found) if with_info else model
+    return model
 
 
 class _Unread:

@@ -63,13 +63,10 @@ def measure(
 
 def load_model(path: Path) -> Any:
     """Load a causal language model for evaluation: GPU if there is one, float32 unless large."""
-    model, found = load_causal_lm(path, output_loading_info=True)
-    if missing := sorted(found["missing_keys"]):
-        raise CheckpointError(
-            f"{path}: transformers does not find {missing[0]} and would start it at random, so "
-            "this model cannot be run; save it from inside its wrapper, or name a --codec and give "
-            "no texts"
-        )
+    try:
+        model = load_causal_lm(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; or name a --codec and give no texts") from error
     if model.num_parameters() <= _FLOAT32_LIMIT:
         model.to(torch.float32)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

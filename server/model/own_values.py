@@ -94,11 +94,6 @@ def runs_by_slot(module: nn.Module) -> bool:
     return isinstance(vars(module).get(FORWARD), BySlot)
 
 
-def _computed_otherwise(module: nn.Module, name: str) -> bool:
-    """Whether it is one of several matrices that another has made its own (`DeltaExperts`)."""
-    return FORWARD in vars(module) and dict(own_values(module))[name].dim() > 2
-
-
 def _readers(
     stacks: list[tuple[Method, ...]],
     seen: Observation,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from server.deltas.whole import WholeParameter
 from server.model.context import StepContext
+from server.model.own_values import own_values
 from server.ops.row_mapping import RowMapping, Segment
 
 MakeWhole = Callable[[str, Tensor], WholeParameter]
@@ -188,9 +189,7 @@ def _values_in(
 
 
 def _tensors_of(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    """A module's own parameters and the buffers that checkpoints hold."""
-    for keeper in (module._parameters, module._buffers):
-        for key, value in keeper.items():
-            stored = key not in module._non_persistent_buffers_set
-            if value is not None and stored and value.is_floating_point():
-                yield keeper, key, value
+    """Of `own_values` those that are numbers, and where the module keeps them."""
+    for key, value in own_values(module):
+        if value.is_floating_point():
+            yield module._parameters if key in module._parameters else module._buffers, key, value

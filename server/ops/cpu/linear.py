@@ -178,6 +178,20 @@ def _store(address, space, place, row, column, width):
         out[i] = to_bf16(space[place + i])
 
 
+def panels_of(weight: Tensor, width: int) -> Tensor:
+    """``[m, n]`` in 16 bits, n even -> ``[panel, n / 2, width, 2]``, zeros past the last output."""
+    m, n = weight.shape
+    n_panels = -(-m // width)
+    padded = F.pad(weight, (0, 0, 0, n_panels * width - m))
+    return padded.view(n_panels, width, n // 2, 2).transpose(1, 2).contiguous()
+
+
+def weight_of(panels: Tensor, m: int) -> Tensor:
+    """What `panels_of` was given."""
+    n = 2 * panels.shape[1]
+    return panels.transpose(1, 2).reshape(-1, n)[:m]
+
+
 class LinearKernel:
     """The compiled kernel, shared by all weights."""
 
@@ -216,9 +230,7 @@ class PanelLinear(LinearOp):
         self._parallel, self._compiled = kernel.parallel, kernel.compiled
         self._shape = m, n = weight.shape
         self._n_panels = -(-m // WIDTH)
-        padded = F.pad(weight, (0, 0, 0, self._n_panels * WIDTH - m))
-        pairs = padded.view(self._n_panels, WIDTH, n // 2, 2)
-        self._panels = pairs.transpose(1, 2).contiguous()
+        self._panels = panels_of(weight, WIDTH)
         self._arguments = np.zeros(_N_ARGUMENTS, np.int64)
         self._arguments[_WEIGHT : _M + 1] = self._panels.data_ptr(), n, m
         self._arguments[_OUT_ROW] = m
@@ -293,5 +305,4 @@ class PanelLinear(LinearOp):
         return -(-n_rows // (n_chunks * ROWS)) * ROWS
 
     def dense(self) -> Tensor:
-        m, n = self._shape
-        return self._panels.transpose(1, 2).reshape(-1, n)[:m].contiguous()
+        return weight_of(self._panels, self._shape[0]).contiguous()

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
-from torch.nn import functional as F
 
 from server.ops.cpu.codegen.intrinsics import FAST, f32_at, i64_at, next_task
 from server.ops.cpu.codegen.widened_product import (
@@ -26,6 +25,7 @@ from server.ops.cpu.codegen.widened_product import (
 )
 from server.ops.cpu.compile import compile_kernel
 from server.ops.cpu.features import Target
+from server.ops.cpu.linear import panels_of, weight_of
 from server.ops.cpu.parallel import Parallel
 from server.ops.linear import LinearOp
 
@@ -121,9 +121,7 @@ class WidenedLinear(LinearOp):
         self._parallel, self._compiled = kernel.parallel, kernel.compiled
         self._shape = m, n = weight.shape
         self._n_panels = -(-m // WIDTH)
-        padded = F.pad(weight.bfloat16(), (0, 0, 0, self._n_panels * WIDTH - m))
-        pairs = padded.view(self._n_panels, WIDTH, n // 2, 2)
-        self._panels = pairs.transpose(1, 2).contiguous()
+        self._panels = panels_of(weight.bfloat16(), WIDTH)
         self._arguments = np.zeros(_N_ARGUMENTS, np.int64)
         self._arguments[_WEIGHT : _M + 1] = self._panels.data_ptr(), n, m
 
@@ -143,5 +141,4 @@ class WidenedLinear(LinearOp):
         return out
 
     def dense(self) -> Tensor:
-        m, n = self._shape
-        return self._panels.transpose(1, 2).reshape(-1, n)[:m].float()
+        return weight_of(self._panels, self._shape[0]).float()

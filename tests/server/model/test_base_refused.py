@@ -16,6 +16,7 @@ from server.errors import ConfigError
 from server.model.attention import ATTENTION_NAME, register_attention
 from server.model.base import load_base_model, prepare_base_model
 from server.ops.kernels import TorchKernels
+from tests.tiny import SMALL
 
 CPU = torch.device("cpu")
 
@@ -55,17 +56,7 @@ def test_base_without_one_of_its_tensors_is_refused_by_the_tensors_name(
         load_base_model(copy, CPU, None, "torch")
 
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 300,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-}
+FIELDS = SMALL | {"pad_token_id": 0}
 
 
 EXTRA: dict[str, dict[str, object]] = {
@@ -77,7 +68,7 @@ EXTRA: dict[str, dict[str, object]] = {
 
 def definition(kind: str, **fields: object) -> PreTrainedModel:
     register_attention()
-    config = AutoConfig.for_model(kind, **(SMALL | fields))
+    config = AutoConfig.for_model(kind, **(FIELDS | fields))
     model = AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION_NAME)
     return model.eval().requires_grad_(False)
 
@@ -93,7 +84,7 @@ def refusal(model: PreTrainedModel) -> str:
 def test_definition_without_the_attention_interface_is_refused_by_name(
     kind: str, tmp_path: Path
 ) -> None:
-    fields = {name: value for name, value in SMALL.items() if name != "head_dim"}
+    fields = {name: value for name, value in FIELDS.items() if name != "head_dim"}
     config = AutoConfig.for_model(kind, **fields, **EXTRA[kind])
     model = AutoModelForCausalLM.from_config(config)
     model.save_pretrained(tmp_path)

@@ -10,18 +10,8 @@ from server.errors import ConfigError
 from server.model.base import prepare_base_model
 from server.model.state import decoder_layers, keeps_state
 from server.ops.kernels import TorchKernels
-from tests.tiny import KINDS
+from tests.tiny import KINDS, SMALL
 
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 300,
-    "max_position_embeddings": 128,
-}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": 300}
 
 
