@@ -193,7 +193,8 @@ class _Rows:
         self._fused, self._sizes, self._index = fused, sizes, index
 
     def __call__(self) -> Tensor:
-        return torch.split(self._fused.dense(), self._sizes)[self._index]
+        start = sum(self._sizes[: self._index])
+        return self._fused.dense_rows(start, start + self._sizes[self._index])
 
 
 class DeltaLinear(nn.Module):

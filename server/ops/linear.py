@@ -62,6 +62,10 @@ class LinearOp(Protocol):
         """The weight itself, ``[m, n]``; bit for bit what it was made of."""
         ...
 
+    def dense_rows(self, start: int, end: int) -> Tensor:
+        """The rows ``[start, end)`` of `dense`."""
+        return self.dense()[start:end]
+
 
 class TorchLinear(LinearOp):
     """The reference."""

@@ -186,10 +186,13 @@ def panels_of(weight: Tensor, width: int) -> Tensor:
     return padded.view(n_panels, width, n // 2, 2).transpose(1, 2).contiguous()
 
 
-def weight_of(panels: Tensor, m: int) -> Tensor:
-    """What `panels_of` was given."""
-    n = 2 * panels.shape[1]
-    return panels.transpose(1, 2).reshape(-1, n)[:m]
+def rows_of(panels: Tensor, start: int, end: int) -> Tensor:
+    """Rows ``[start, end)`` of what `panels_of` was given, read from their panels alone."""
+    _, n_words, width, _ = panels.shape
+    first = start // width
+    words = panels[first : -(-end // width)].view(torch.int32).squeeze(-1)
+    rows = words.transpose(1, 2).reshape(-1, n_words)[start - first * width : end - first * width]
+    return rows.view(panels.dtype)
 
 
 class LinearKernel:
@@ -305,4 +308,7 @@ class PanelLinear(LinearOp):
         return -(-n_rows // (n_chunks * ROWS)) * ROWS
 
     def dense(self) -> Tensor:
-        return weight_of(self._panels, self._shape[0]).contiguous()
+        return self.dense_rows(0, self._shape[0])
+
+    def dense_rows(self, start: int, end: int) -> Tensor:
+        return rows_of(self._panels, start, end)

@@ -25,7 +25,7 @@ from server.ops.cpu.codegen.widened_product import (
 )
 from server.ops.cpu.compile import compile_kernel
 from server.ops.cpu.features import Target
-from server.ops.cpu.linear import panels_of, weight_of
+from server.ops.cpu.linear import panels_of, rows_of
 from server.ops.cpu.parallel import Parallel
 from server.ops.linear import LinearOp
 
@@ -141,4 +141,7 @@ class WidenedLinear(LinearOp):
         return out
 
     def dense(self) -> Tensor:
-        return weight_of(self._panels, self._shape[0]).float()
+        return self.dense_rows(0, self._shape[0])
+
+    def dense_rows(self, start: int, end: int) -> Tensor:
+        return rows_of(self._panels, start, end).float()
