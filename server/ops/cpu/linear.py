@@ -192,7 +192,7 @@ def rows_of(panels: Tensor, start: int, end: int) -> Tensor:
     first = start // width
     words = panels[first : -(-end // width)].view(torch.int32).squeeze(-1)
     rows = words.transpose(1, 2).reshape(-1, n_words)[start - first * width : end - first * width]
-    return rows.view(panels.dtype)
+    return rows.contiguous().view(panels.dtype)
 
 
 class LinearKernel:
