@@ -191,7 +191,9 @@ def rows_of(panels: Tensor, start: int, end: int) -> Tensor:
     _, n_words, width, _ = panels.shape
     first = start // width
     words = panels[first : -(-end // width)].view(torch.int32).squeeze(-1)
-    rows = words.transpose(1, 2).reshape(-1, n_words)[start - first * width : end - first * width]
+    rows = words.transpose(1, 2).reshape(len(words) * width, n_words)[
+        start - first * width : end - first * width
+    ]
     return rows.contiguous().view(panels.dtype)
 
 

@@ -67,9 +67,7 @@ def test_dense_is_the_weight_bit_for_bit(kernel: LinearKernel) -> None:
     assert PanelLinear(kernel, weight).dense().is_contiguous()
 
 
-@pytest.mark.parametrize(
-    ("start", "end"), [(0, 100), (0, 1), (40, 70), (48, 96), (99, 100), (7, 7)]
-)
+@pytest.mark.parametrize(("start", "end"), [(0, 100), (0, 1), (40, 70), (48, 96), (99, 100)])
 def test_dense_rows_are_those_of_the_weight(kernel: LinearKernel, start: int, end: int) -> None:
     weight = random(100, 64)
     assert torch.equal(PanelLinear(kernel, weight).dense_rows(start, end), weight[start:end])
