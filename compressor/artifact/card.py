@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from compressor.artifact.config import DeltaConfig
-from compressor.artifact.wording import ignored_settings, stored_as
+from compressor.artifact.wording import difference_from, ignored_settings, stored_as
 from compressor.printable import printable
 
 CARD = "README.md"
@@ -128,6 +128,7 @@ def _table(config: DeltaConfig) -> str:
     rows = {
         "base": f"`{printable(base.name_or_path)}`{revision}{printable(stored_as(base))}",
         "base identity": f"`{base.identity}`",
+        "difference from": printable(difference_from(config) or "the base"),
         "fine-tune": f"`{printable(config.finetuned)}`"
         + (f" at `{details['revision']}`" if "revision" in details else ""),
         "codec": f"`{config.codec}`" + (f": {printable(settings)}" if settings else ""),

@@ -18,6 +18,7 @@ from compressor.artifact.reader import Artifact, read_artifact
 from compressor.artifact.wording import (
     ERROR_MEANS,
     choice,
+    difference_from,
     ignored_settings,
     measured,
     stored_as,
@@ -66,6 +67,7 @@ class Inspection:
                 "tied": [list(pair) for pair in config.base.tied],
                 "quantisation": config.base.quantisation,
             },
+            "difference_from": config.finetuned_details.get("difference_from"),
             "groups": self.groups(),
             "coding": None if config.coding is None else asdict(config.coding),
             "files": self.files,
@@ -137,6 +139,7 @@ def print_inspection(
             f"{stored_as(config.base)}",
         ),
         ("base identity", config.base.identity),
+        *(("difference from", text) for text in [difference_from(config)] if text),
         ("digest", inspection.digest),
         ("codec", f"{config.codec} {_options(config.options)}"),
         ("settings", _settings(config.tensors)),

@@ -31,6 +31,15 @@ def stored_as(base: BaseInfo) -> str:
     return "" if base.quantisation is None else f", stored as {base.quantisation}"
 
 
+def difference_from(config: DeltaConfig) -> str | None:
+    """What the fine-tune was compared with where that is not the base: its name and identity."""
+    record = config.finetuned_details.get("difference_from")
+    if not isinstance(record, dict):
+        return None
+    name, identity = _short(record.get("name_or_path")), _short(record.get("identity"))
+    return f"{name} (identity {identity}), not from the base as it is stored"
+
+
 def choice(config: DeltaConfig) -> Iterator[tuple[str, str]]:
     """Yield what `auto` chose by, what it chose and what else it tried, each with a heading;
     nothing if settings were given.

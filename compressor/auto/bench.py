@@ -12,6 +12,7 @@ from torch import Tensor
 
 from compressor.artifact.staging import StagedDeltas
 from compressor.auto.allocate import HeadCosts
+from compressor.auto.goal import Inputs
 from compressor.auto.kept import Kept, Measured, is_better
 from compressor.auto.self_written import SELF, self_written
 from compressor.auto.survey import Rests, add_scaled, head_costs, rests_of, survey, weighted_energy
@@ -41,6 +42,8 @@ _DIGITS = 4  # significant
 class Bench:
     """The fine-tune, its texts and what it says about them.
 
+    original  what differences are taken from, if that is not `base`
+
     Raises CheckpointError if the model cannot be run here, InputError if `own` cannot be used.
     """
 
@@ -50,8 +53,9 @@ class Bench:
         tuned: Checkpoint,
         own: Path | None,
         progress: Progress = silent,
+        original: Checkpoint | None = None,
     ) -> None:
-        self._base, self._tuned = base, tuned
+        self._original, self._tuned = original or base, tuned
         tokenizer = load_tokenizer(tuned.path)
         texts = calibration_sets(own, tokenizer)
         sets = {name: found.measured for name, found in texts.items()}
@@ -151,7 +155,7 @@ class Bench:
         costs = {}
         for pair in counted(progress, "survey", pairs, _n_elements):
             name = pair.name
-            source = DeltaSource(self._base, self._tuned, pair, device)
+            source = DeltaSource(self._original, self._tuned, pair, device)
             found = head_costs(name, source, _oriented(weights.pop(name), pair), head_bits)
             costs[name] = replace(found, left_out=left_out.get(name, ()))
         return costs
@@ -166,7 +170,7 @@ class Bench:
         rests: dict[str, Rests] = {}
         of_words = [p for p in pairs if group_of(p) in VOCABULARY and not p.transposed]
         for pair in counted(progress, "vocabulary", of_words, _n_elements):
-            source = DeltaSource(self._base, self._tuned, pair, str(self._model.module.device))
+            source = DeltaSource(self._original, self._tuned, pair, str(self._model.module.device))
             rest = rests_of(pair.name, source, head_bits)
             rests |= {} if rest is None else {pair.name: rest}
         total: dict[str, Tensor] = {}
@@ -178,7 +182,7 @@ class Bench:
             found = survey(self._model.module, names, samples, rests, share)
             cost = 0.0
             for pair in pairs:
-                source = DeltaSource(self._base, self._tuned, pair, device)
+                source = DeltaSource(self._original, self._tuned, pair, device)
                 name = pair.name
                 cost += weighted_energy(name, source, _oriented(found.fisher[name], pair))
             add_scaled(total, found.fisher, 1.0 / max(cost, 1e-30))
@@ -208,20 +212,16 @@ def why_not_measurable(
 
 
 def open_bench(
-    base: Checkpoint,
-    tuned: Checkpoint,
-    pairs: Sequence[TensorPair],
-    own: Path | None,
-    n_parameters: int,
-    progress: Progress = silent,
+    inputs: Inputs, pairs: Sequence[TensorPair], progress: Progress = silent
 ) -> Bench | str:
     """Return the bench, or why there is none. With texts of the user's, none is an InputError."""
     from compressor.checkpoint.layout import read_layout
 
-    reason = why_not_measurable(n_parameters, pairs, read_layout(tuned.path).parameters)
+    own, names = inputs.own_texts, read_layout(inputs.tuned.path).parameters
+    reason = why_not_measurable(inputs.n_parameters, pairs, names)
     if not reason:
         try:
-            return Bench(base, tuned, own, progress)
+            return Bench(inputs.base, inputs.tuned, own, progress, inputs.original)
         except CheckpointError as error:
             reason = str(error)
     if own is not None:

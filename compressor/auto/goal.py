@@ -50,6 +50,7 @@ class Goal:
 class Inputs:
     """What the pipeline lends `auto`.
 
+    original  what differences are taken from: the base, or what it was quantised from
     pairs   what is to be stored
     config  the artifact's configuration before anything is encoded
     stage   encodes a tensor that has its settings into the staging folder, once
@@ -57,6 +58,7 @@ class Inputs:
     """
 
     base: Checkpoint
+    original: Checkpoint
     tuned: Checkpoint
     pairs: Sequence[TensorPair]
     companions: Mapping[str, bytes]

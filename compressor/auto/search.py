@@ -85,9 +85,7 @@ def choose(inputs: Inputs, goal: Goal, progress: Progress) -> Chosen:
     """
     started = time.perf_counter()
     encoded = [pair for pair in inputs.pairs if pair.is_encoded]
-    bench = open_bench(
-        inputs.base, inputs.tuned, encoded, inputs.own_texts, inputs.n_parameters, progress
-    )
+    bench = open_bench(inputs, encoded, progress)
     if isinstance(bench, str):
         return _unmeasured(inputs, goal, bench, progress)
     costs = bench.survey(encoded, inputs.device, HEAD_BITS, progress)
@@ -341,4 +339,4 @@ def _unmeasured(inputs: Inputs, goal: Goal, reason: str, progress: Progress) -> 
 
 
 def _change_of(inputs: Inputs) -> float:
-    return relative_change(inputs.base, inputs.tuned, inputs.pairs)
+    return relative_change(inputs.original, inputs.tuned, inputs.pairs)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterator
@@ -31,6 +32,7 @@ _MAGIC = b"GGUF"
 _RULES = 1  # rises when other values, names or files come out
 _FOLDER = "impart-gguf"
 _PIECE_BYTES, _N_PIECES = 64 << 10, 256
+_BITS = re.compile(r"gguf (?:I?Q|TQ|[A-Z]*FP)(\d)")  # Q4_K, IQ3_S, TQ1_0, MXFP4
 _PLAIN = {"F32", "F16", "BF16", "F64", "I8", "I16", "I32", "I64"}
 
 
@@ -107,6 +109,12 @@ def source_text(folder: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return text[:100] if isinstance(text, str) and text.isprintable() else None
+
+
+def source_bits(folder: Path) -> int | None:
+    """Bits that most weights of a directory had before; None if they were not quantised."""
+    found = _BITS.match(source_text(folder) or "")
+    return int(found[1]) if found else None
 
 
 def _convert(file: Path, folder: Path, dtype: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.layout import Layout, read_layout
 from compressor.checkpoint.parameter import Kind, Parameter, storable_shape
-from compressor.checkpoint.settings import compare_configs
+from compressor.checkpoint.settings import ConfigChanges, compare_configs
 from compressor.codecs.term import Params, Shape
 from compressor.errors import CheckpointError, UnsupportedTensor
 
@@ -105,7 +105,11 @@ def pair_tensors(
 
     ignore_config  settings that may differ though they change the computation
     """
-    changes = compare_configs(base, tuned, ignore_config)
+    return match_tensors(base, tuned, compare_configs(base, tuned, ignore_config))
+
+
+def match_tensors(base: Checkpoint, tuned: Checkpoint, changes: ConfigChanges) -> Pairing:
+    """As `pair_tensors`, of checkpoints whose configurations have been compared."""
     layout, tuned_layout = read_layout(base.path), read_layout(tuned.path)
     _check_wrappers(base, layout)
     _check_forms(layout, tuned_layout)

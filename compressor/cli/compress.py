@@ -97,6 +97,14 @@ def compress(
             metavar="KEY",
         ),
     ] = None,
+    difference_from: Annotated[
+        str | None,
+        typer.Option(
+            help="What BASE was quantised from (directory, Hub id, Hub id@revision), if FINETUNED "
+            "was made from that: the difference is taken from these weights and applied to BASE.",
+            metavar="ORIGINAL",
+        ),
+    ] = None,
     base_revision: BaseRevision = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit, if FINETUNED is a Hub id.")
@@ -115,7 +123,8 @@ def compress(
     quiet: Quiet = False,
 ) -> None:
     """Compress FINETUNED, a full fine-tune of BASE, into the delta artifact OUT."""
-    look_at(base, finetuned, files=[calibration], out=out, overwrite=overwrite)
+    models = [base, finetuned] if difference_from is None else [base, finetuned, difference_from]
+    look_at(*models, files=[calibration], out=out, overwrite=overwrite)
     from compressor.checkpoint.folder import resolve
     from compressor.checkpoint.hub import with_revision
     from compressor.compress.options import Options
@@ -149,10 +158,16 @@ def compress(
         calibration=calibration,
         tune=tune,
         ignore_config=tuple(ignore_config or ()),
+        difference_from=difference_from,
     )
     with progress_bar(quiet) as progress:
         base_dir = resolve(with_revision(base, base_revision, "--base-revision"))
         tuned_dir = resolve(with_revision(finetuned, revision))
+        if is_adapter(tuned_dir) and difference_from is not None:
+            raise InputError(
+                f"--difference-from is for full fine-tunes; {finetuned} is an adapter, which is a "
+                "difference already: leave the option out"
+            )
         if is_adapter(tuned_dir):
             summary = import_adapter(
                 base_dir, tuned_dir, out, options, progress, adapter_name=adapter_name

@@ -7,14 +7,17 @@ import math
 from collections.abc import Iterable
 
 from compressor.artifact.config import BaseInfo
-from compressor.artifact.identity import base_identity
+from compressor.artifact.identity import base_identity, identity_of
 from compressor.artifact.servable import ChangedTensor, check_servable, served_base
 from compressor.checkpoint.files import DTYPE_NAMES, DTYPES, Checkpoint
-from compressor.checkpoint.gguf import source_text
+from compressor.checkpoint.gguf import source_bits, source_text
 from compressor.checkpoint.layout import read_layout
+from compressor.checkpoint.original import OPTION
 from compressor.errors import UnsupportedTensor
 
 log = logging.getLogger(__name__)
+
+_FEW_BITS = 6  # with 8 a delta of the dequantised weights is still far better than none
 
 
 def checkpoint_dtype(checkpoint: Checkpoint) -> str:
@@ -62,6 +65,33 @@ def warn_if_unservable(base: Checkpoint, tensors: Iterable[ChangedTensor]) -> tu
         log.warning("impart: %s", note)
         return (note,)
     return ()
+
+
+def named(original: Checkpoint) -> dict[str, str]:
+    """What an artifact records of the weights that its differences were taken from."""
+    record = {"identity": identity_of(original), "name_or_path": original.name}
+    return record if original.revision is None else record | {"revision": original.revision}
+
+
+def warn_of_rounding(base: Checkpoint) -> tuple[str, ...]:
+    """Say at once that a delta will hold the rounding errors of a base of few bits; return it as
+    notes.
+    """
+    bits = source_bits(base.path) if base.quantisation is None else base.quantisation.bits
+    if bits is None or bits > _FEW_BITS or _is_published_so(base):
+        return ()
+    note = (
+        f"warning: {base.name} is stored in {bits} bits, and the difference from it holds its "
+        "rounding errors besides what was tuned, so that the delta can be worse than none; if the "
+        f"fine-tune was made from the weights before they were quantised, name them: {OPTION}"
+    )
+    log.warning("impart: %s", note)
+    return (note,)
+
+
+def _is_published_so(base: Checkpoint) -> bool:
+    """gpt-oss has no other weights."""
+    return base.quantisation is not None and base.quantisation.method == "mxfp4"
 
 
 def _stored_as(base: Checkpoint) -> str | None:

@@ -39,6 +39,8 @@ class Options:
                    want their layers' inputs (GPTQ) take them, or else the built-in texts
     device         where to encode: "cpu" or "cuda"
     tune           auto, shown texts: tune norms and biases on those it does not measure on
+    difference_from  the weights that a quantised base was made from, by path or Hub id: the
+                   difference is the fine-tune's from these, and is applied to the base
     ignore_config  settings of config.json that may differ though they change the computation
     entropy        coder of the tensors on disk: "zstd" or "none"
     """
@@ -57,6 +59,7 @@ class Options:
     tune: bool = True
     entropy: str = CODER
     ignore_config: tuple[str, ...] = ()
+    difference_from: str | None = None
 
     def __post_init__(self) -> None:
         if self.entropy not in (CODER, NO_CODER):

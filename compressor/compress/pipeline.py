@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,9 +29,16 @@ from compressor.auto.goal import Chosen, Inputs
 from compressor.auto.search import choose
 from compressor.checkpoint.companions import dropped_companions
 from compressor.checkpoint.files import Checkpoint
+from compressor.checkpoint.original import pair_with_original
 from compressor.checkpoint.outputs import check_output
 from compressor.checkpoint.pairing import Pairing, TensorPair, is_unchanged, pair_tensors, to_store
-from compressor.compress.describe import base_info, checkpoint_dtype, warn_if_unservable
+from compressor.compress.describe import (
+    base_info,
+    checkpoint_dtype,
+    named,
+    warn_if_unservable,
+    warn_of_rounding,
+)
 from compressor.compress.encoding import Encoder
 from compressor.compress.options import AUTO, Options, Summary, summarise
 from compressor.encoders.codec import Codec, make_encoder, wants_inputs
@@ -57,28 +65,38 @@ def compress(
     Same inputs and options give identical bytes.
     """
     options = options or Options()
-    check_output(out, [base, tuned], [options.calibration] if options.calibration else [])
+    original = options.difference_from
+    models = [base, tuned] if original is None else [base, tuned, original]
+    check_output(out, models, [options.calibration] if options.calibration else [])
     progress = progress or silent
     codec = None if options.codec == AUTO else make_encoder(options.codec, **options.codec_options)
     if codec is None and options.codec_options:
         raise InputError(
             f"auto chooses {', '.join(options.codec_options)} itself; name a --codec to set it"
         )
-    with Checkpoint(base) as base_files, Checkpoint(tuned) as tuned_files:
-        pairing = pair_tensors(base_files, tuned_files, options.ignore_config)
+    with ExitStack() as stack:
+        base_files, tuned_files = (stack.enter_context(Checkpoint(one)) for one in (base, tuned))
+        if original is None:
+            source = base_files
+            pairing = pair_tensors(base_files, tuned_files, options.ignore_config)
+        else:
+            source = stack.enter_context(Checkpoint(original))
+            pairing = pair_with_original(base_files, source, tuned_files, options.ignore_config)
+        warned = warn_of_rounding(base_files) if original is None else ()
         companions = companions_of(base_files.path, tuned_files.path)
         texts = _calibration(options, codec)
-        config = _describe(base_files, tuned_files, pairing, options, texts)
+        config = _describe(base_files, source, tuned_files, pairing, options, texts)
         with ArtifactWriter(
             out,
             run_key=_run_key(config, options, tuned_files),
             overwrite=options.overwrite,
             resume=options.resume,
         ) as writer:
-            pairs, unchanged = _compare(base_files, tuned_files, pairing, progress)
+            pairs, unchanged = _compare(source, tuned_files, pairing, progress)
             unserved = warn_if_unservable(base_files, pairs)
             run = _Run(
                 base=base_files,
+                original=source,
                 tuned=tuned_files,
                 options=options,
                 config=replace(config, unchanged=tuple(unchanged)),
@@ -91,7 +109,7 @@ def compress(
             made = _with_auto(run) if codec is None else _with_codec(run, codec)
             card = partial(_card, made.config)
             digest = writer.finish(made.config, run.companions, card)
-    notes = (*unserved, *pairing.notes, *made.notes)
+    notes = (*warned, *unserved, *pairing.notes, *made.notes)
     return summarise(Path(out), digest, made.config, len(pairs), notes)
 
 
@@ -99,11 +117,13 @@ def compress(
 class _Run:
     """One compression: the pair, what is asked for, what is to be stored, and where it goes.
 
+    original  what differences are taken from: the base, or what it was quantised from
     config  the artifact's, as far as it is known before anything is encoded
     texts   of calibration, for codecs that are measured by them or want their layers' inputs
     """
 
     base: Checkpoint
+    original: Checkpoint
     tuned: Checkpoint
     options: Options
     config: DeltaConfig
@@ -117,7 +137,7 @@ class _Run:
         """What encodes the pair's tensors into the writer's staging folder."""
         options = self.options
         return Encoder(
-            self.base, self.tuned, self.writer.staging, options.seed, options.device, inputs
+            self.original, self.tuned, self.writer.staging, options.seed, options.device, inputs
         )
 
     def write(self, pairs: Sequence[TensorPair], staged: Sequence[StagedTensor]) -> TensorBytes:
@@ -152,13 +172,14 @@ def _with_codec(run: _Run, codec: Codec) -> _Made:
             return config
         deltas = (tensor.read() for tensor in staged)
         with whole(run.progress, "measure"):
-            found = measure(run.base, run.tuned.path, deltas, run.texts)
+            unchanged = () if run.original is run.base else config.unchanged
+            found = measure(run.base, run.tuned.path, deltas, run.texts, unchanged)
         return replace(config, fidelity=found.to_json())
 
     planner = Planner(codec, config, run.companions, run.encoder(inputs).stage)
     made = planner.encode(run.pairs, run.write, run.progress, complete=with_fidelity)
     check_size(made.config, options.goal.max_bytes, made.n_bytes)
-    change = relative_change(run.base, run.tuned, run.pairs)
+    change = relative_change(run.original, run.tuned, run.pairs)
     error = mean_error([tensor.entry for tensor in made.staged])
     return _Made(made.config, tuple(heavy_warnings(change, error)))
 
@@ -169,6 +190,7 @@ def _with_auto(run: _Run) -> _Made:
     encoder = run.encoder()
     inputs = Inputs(
         base=run.base,
+        original=run.original,
         tuned=run.tuned,
         pairs=run.pairs,
         companions=run.companions,
@@ -216,12 +238,19 @@ def _compare(
 
 
 def _describe(
-    base: Checkpoint, tuned: Checkpoint, pairing: Pairing, options: Options, texts: Sequence[str]
+    base: Checkpoint,
+    original: Checkpoint,
+    tuned: Checkpoint,
+    pairing: Pairing,
+    options: Options,
+    texts: Sequence[str],
 ) -> DeltaConfig:
     """The artifact's configuration, as far as it is known before anything is encoded."""
     details: dict[str, Any] = {"dtype": checkpoint_dtype(tuned)}
     if tuned.revision is not None:
         details["revision"] = tuned.revision
+    if original is not base:
+        details["difference_from"] = named(original)
     if texts:
         details["calibration"] = texts_digest(texts)
     if pairing.config_changes:
@@ -249,7 +278,9 @@ def _describe(
 def _run_key(config: DeltaConfig, options: Options, tuned: Checkpoint) -> str:
     """Name the inputs and settings: a run with the same key may take over staged tensors."""
     files = sorted({tensor.file for tensor in tuned.tensors.values()})
-    given = asdict(replace(options, overwrite=False, resume=False, calibration=None))
+    given = asdict(
+        replace(options, overwrite=False, resume=False, calibration=None, difference_from=None)
+    )
     texts = options.calibration
     record = {
         "config": asdict(config),

@@ -6,7 +6,7 @@ says does not. Both models run in memory over the user's calibration texts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,16 @@ class Fidelity:
 
 
 def measure(
-    base: Checkpoint, tuned: Path, deltas: Iterable[TensorDelta], texts: Sequence[str]
+    base: Checkpoint,
+    tuned: Path,
+    deltas: Iterable[TensorDelta],
+    texts: Sequence[str],
+    unchanged: Collection[str] = (),
 ) -> Fidelity:
-    """Load the fine-tune twice, replace one's weights by ``base + delta``, and compare them."""
+    """Load the fine-tune twice, replace one's weights by ``base + delta``, and compare them.
+
+    unchanged  parameters without a delta that the base has other values for all the same
+    """
     import transformers
 
     try:
@@ -57,7 +64,7 @@ def measure(
             f"{tuned}: --calibration needs the fine-tune's tokenizer, which cannot be loaded"
         ) from error
     reference, candidate = load_model(tuned), load_model(tuned)
-    merge_into(candidate, base, deltas)
+    merge_into(candidate, base, deltas, unchanged)
     return compare(reference, candidate, encode_texts(tokenizer, texts))
 
 
@@ -90,26 +97,37 @@ def equal_twins(layout: Layout, parameters: Mapping[str, Tensor]) -> dict[str, s
     }
 
 
-def merge_into(model: Any, base: Checkpoint, deltas: Iterable[TensorDelta]) -> None:
+def merge_into(
+    model: Any,
+    base: Checkpoint,
+    deltas: Iterable[TensorDelta],
+    unchanged: Collection[str] = (),
+) -> None:
     """Replace the changed parameters of `model` by ``base + delta``, rounded to the model's dtype.
 
-    model  a Hugging Face causal language model with the fine-tune's shapes; parameters without
-           a delta are left as they are
+    model      a Hugging Face causal language model with the fine-tune's shapes
+    unchanged  parameters without a delta that become the base's; others are left as they are
     """
     parameters = stored_tensors_of(model)
     layout = read_layout(base.path).with_untied(parameters.keys())
     keys = layout.keys(base.tensors, base.name)
     twins = equal_twins(layout, parameters)
+
+    def replace(name: str, delta: TensorDelta | None) -> None:
+        if name not in parameters:
+            raise UnsupportedTensor(
+                f"{name}: KL cannot be measured here, because transformers keeps this "
+                "tensor inside a larger one; compress with no calibration text"
+            )
+        stored = base.read_stored(keys[name])
+        merged = stored if delta is None else delta.applied_to_stored(stored)
+        parameters[name].copy_(merged.reshape(parameters[name].shape))
+
     with torch.no_grad():
         for delta in deltas:
-            if delta.name not in parameters:
-                raise UnsupportedTensor(
-                    f"{delta.name}: KL cannot be measured here, because transformers keeps this "
-                    "tensor inside a larger one; compress with no calibration text"
-                )
-            merged = delta.applied_to_stored(base.read_stored(keys[delta.name]))
-            parameter = parameters[delta.name]
-            parameter.copy_(merged.reshape(parameter.shape))
+            replace(delta.name, delta)
+        for name in unchanged:
+            replace(name, None)
         for alias, target in twins.items():
             parameters[alias].copy_(parameters[target])
 

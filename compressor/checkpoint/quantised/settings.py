@@ -20,12 +20,14 @@ class Quantisation:
 
     method   ``quant_method``, in lower case
     text     for people: ``gptq 4 bit``
+    bits     of a weight, the fewest that any has
     dtype    what the weights are dequantised to, as safetensors spells it: the model's own dtype
     options  the rest of what ``quantization_config`` says
     """
 
     method: str
     text: str
+    bits: int
     dtype: str
     options: Mapping[str, Any]
 
@@ -41,17 +43,18 @@ def quantisation_of(config: Mapping[str, Any]) -> Quantisation | None:
     if not isinstance(found, dict):
         raise CheckpointError("config.json: quantization_config is no JSON object")
     method = str(found.get("quant_method", "")).lower()
-    if method not in _TEXTS:
+    if method not in _KINDS:
         raise CheckpointError(
             f"config.json: the weights are quantised by {method or 'an unnamed method'!s:.40}, "
-            f"which cannot be read ({', '.join(_TEXTS)} can); give the 16- or 32-bit weights"
+            f"which cannot be read ({', '.join(_KINDS)} can); give the 16- or 32-bit weights"
         )
     if (model_type := config.get("model_type")) in TRANSPOSING:
         raise CheckpointError(
             f"config.json: a {model_type} model stores its matrices turned round, and quantised "
             "ones of that kind cannot be read; give the 16- or 32-bit weights"
         )
-    return Quantisation(method, _TEXTS[method](found), _dtype(config), found)
+    text, bits = _KINDS[method](found)
+    return Quantisation(method, text, bits, _dtype(config), found)
 
 
 def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,17 +115,17 @@ def _dtype(config: Mapping[str, Any]) -> str:
     return "BF16"
 
 
-def _gptq(options: Mapping[str, Any]) -> str:
+def _gptq(options: Mapping[str, Any]) -> tuple[str, int]:
     bits = setting_of(options, "bits", (2, 3, 4, 8), None)
     layout = "checkpoint_format" if "checkpoint_format" in options else "format"
     setting_of(options, layout, ("gptq", "gptq_v2"), "gptq")
     setting_of(options, "pack_dtype", ("int32",), "int32")
     setting_of(options, "is_marlin_format", (False,), False)
     group_size(options, 128)
-    return f"gptq {bits} bit"
+    return f"gptq {bits} bit", bits
 
 
-def _awq(options: Mapping[str, Any]) -> str:
+def _awq(options: Mapping[str, Any]) -> tuple[str, int]:
     bits = setting_of(options, "bits", (4,), 4)
     layout = "version" if "version" in options else "format"
     if isinstance(options.get(layout), str):
@@ -130,22 +133,22 @@ def _awq(options: Mapping[str, Any]) -> str:
     setting_of(options, layout, ("gemm",), "gemm")
     setting_of(options, "zero_point", (True,), True)
     group_size(options, 128)
-    return f"awq {bits} bit"
+    return f"awq {bits} bit", bits
 
 
-def _fp8(options: Mapping[str, Any]) -> str:
+def _fp8(options: Mapping[str, Any]) -> tuple[str, int]:
     block_size(options, "weight_block_size")
-    return "fp8"
+    return "fp8", 8
 
 
-def _bitsandbytes(options: Mapping[str, Any]) -> str:
+def _bitsandbytes(options: Mapping[str, Any]) -> tuple[str, int]:
     if options.get("load_in_8bit", options.get("_load_in_8bit")) is True:
-        return "bitsandbytes 8 bit"
+        return "bitsandbytes 8 bit", 8
     kind = setting_of(options, "bnb_4bit_quant_type", ("nf4", "fp4"), "fp4")
-    return f"bitsandbytes {kind}"
+    return f"bitsandbytes {kind}", 4
 
 
-def _compressed_tensors(options: Mapping[str, Any]) -> str:
+def _compressed_tensors(options: Mapping[str, Any]) -> tuple[str, int]:
     if options.get("transform_config"):
         raise CheckpointError(
             "config.json: the weights were rotated before they were quantised (transform_config), "
@@ -153,14 +156,15 @@ def _compressed_tensors(options: Mapping[str, Any]) -> str:
         )
     sparsity = options.get("sparsity_config") or {}
     setting_of(sparsity, "format", ("dense",), "dense")
-    kinds = []
+    kinds, sizes = set(), []
     for args in group_weights(options):
         kind = setting_of(args, "type", ("int", "float"), "int")
         bits = setting_of(args, "num_bits", (8,) if kind == "float" else (2, 4, 8), 8)
         setting_of(args, "strategy", ("tensor", "channel", "group", "block"), "tensor")
         block_size(args, "block_structure")
-        kinds.append(f"{kind}{bits}")
-    return f"compressed-tensors {'/'.join(sorted(set(kinds)))}"
+        kinds.add(f"{kind}{bits}")
+        sizes.append(bits)
+    return f"compressed-tensors {'/'.join(sorted(kinds))}", min(sizes)
 
 
 def group_weights(options: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -190,15 +194,16 @@ def weight_groups(options: Mapping[str, Any]) -> list[tuple[list[str], dict[str,
     return found
 
 
-def _mxfp4(options: Mapping[str, Any]) -> str:
-    return "mxfp4"
+def _mxfp4(options: Mapping[str, Any]) -> tuple[str, int]:
+    return "mxfp4", 4
 
 
-def _fbgemm_fp8(options: Mapping[str, Any]) -> str:
-    return "fbgemm fp8"
+def _fbgemm_fp8(options: Mapping[str, Any]) -> tuple[str, int]:
+    return "fbgemm fp8", 8
 
 
-_TEXTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
+# By method: what its settings say, for people, and bits of a weight.
+_KINDS: dict[str, Callable[[Mapping[str, Any]], tuple[str, int]]] = {
     "fp8": _fp8,
     "fbgemm_fp8": _fbgemm_fp8,
     "gptq": _gptq,
