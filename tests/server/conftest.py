@@ -18,7 +18,9 @@ from compressor.compress.pipeline import compress
 from compressor.encoders.blockdiag import BlockDiagCodec
 from compressor.encoders.sources import TensorSource
 from compressor.export.reconstruct import reconstruct
+from server.text.workers.pool import TextWorkers
 from tests.server.helpers import CoreHarness
+from tests.server.shared_workers import lending, usual_limits
 from tests.tiny import Kind, make_tiny, perturb
 
 PAIR = {
@@ -126,8 +128,23 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Served]:
     return make
 
 
+@pytest.fixture(scope="session")
+def text_pool() -> Iterator[TextWorkers]:
+    """One process for the whole run."""
+    pool = TextWorkers(1, usual_limits())
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="module")
+def shared_text_workers(text_pool: TextWorkers) -> Iterator[None]:
+    """Engines of the module share a text worker. What tests the workers has some of its own."""
+    with lending(text_pool):
+        yield
+
+
 @pytest.fixture
-def harness() -> Iterator[Callable[..., CoreHarness]]:
+def harness(shared_text_workers: None) -> Iterator[Callable[..., CoreHarness]]:
     """Make engine cores over a Served; they are closed afterwards."""
     made: list[CoreHarness] = []
 

@@ -35,6 +35,7 @@ from server.text.detokenizer import Detokenizer
 from tests.compressor.artifacts import seal
 from tests.server.conftest import PAIR, Served
 
+pytestmark = pytest.mark.usefixtures("shared_text_workers")
 PROMPT = "The quick brown fox"
 LONG = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
 
