@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -40,6 +41,9 @@ _FLOAT8_DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }
 _CHUNK_BYTES = 8 << 20
+
+Piece = tuple[str, int, int]
+"""A tensor, and which of its rows: first, and first that is none of them."""
 
 
 class TensorFiles:
@@ -194,10 +198,43 @@ class Checkpoint(TensorFiles):
         self.stored = self.tensors
         self.quantisation = quantisation_of(self.stored_config)
         self._last: tuple[str, Tensor] | None = None
+        self._pieces: dict[str, list[Piece]] = {}
         if self.quantisation is not None:
             self.tensors = dense_index(self.stored, self.quantisation, self.name)
 
+    def compose(self, name: str, pieces: Sequence[Piece]) -> None:
+        """Let `name`, which is not listed, be the rows of `pieces` one below the other."""
+        first = self.tensors[pieces[0][0]]
+        n_rows = sum(end - start for _, start, end in pieces)
+        width = math.prod(first.shape[1:])
+        for key, start, end in pieces:
+            piece = self.tensors[key]
+            fits = len(piece.shape) == 2 and piece.shape[1] == width
+            if not fits or piece.dtype != first.dtype or not 0 <= start < end <= piece.shape[0]:
+                raise CheckpointError(
+                    f"{self.name}: tensor {key} of shape {list(piece.shape)} does not fit beside "
+                    f"{pieces[0][0]}, of shape {list(first.shape)}, in {name}"
+                )
+        n_bytes = n_rows * (first.n_bytes // first.shape[0])
+        self._pieces[name] = list(pieces)
+        self.tensors.composed[name] = replace(
+            first, shape=(n_rows, width), offset=0, n_bytes=n_bytes
+        )
+
+    def _composed_rows(self, name: str, row_start: int, row_end: int | None) -> Tensor:
+        n_rows, width = self.tensors[name].shape
+        stop = n_rows if row_end is None else row_end
+        parts, place = [torch.empty(0, width, dtype=self.dtype(name))], 0
+        for key, start, end in self._pieces[name]:
+            first, last = max(row_start - place, 0), min(stop - place, end - start)
+            if first < last:
+                parts.append(self.read_rows(key, start + first, start + last))
+            place += end - start
+        return torch.cat(parts)
+
     def read_rows(self, name: str, row_start: int = 0, row_end: int | None = None) -> Tensor:
+        if name in self._pieces:
+            return self._composed_rows(name, row_start, row_end)
         if not isinstance(self.tensors, DenseIndex):
             return super().read_rows(name, row_start, row_end)
         whole, member = split_slice(name)

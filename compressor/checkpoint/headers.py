@@ -37,9 +37,17 @@ class StoredTensor:
 
 
 class TensorIndex(dict[str, StoredTensor]):
-    """Tensors by name. Of a 3-D tensor ``X``, ``X[i]`` is the matrix ``i``, though not listed."""
+    """Tensors by name. Of a 3-D tensor ``X``, ``X[i]`` is the matrix ``i``, though not listed; nor
+    are those in `composed`, which are made of rows of others.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.composed: dict[str, StoredTensor] = {}
 
     def __missing__(self, key: str) -> StoredTensor:
+        if key in self.composed:
+            return self.composed[key]
         match = _SLICE.fullmatch(key)
         if match is None or match["name"] not in self:
             raise KeyError(key)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from compressor.checkpoint.expert_rows import keys_in_form
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.layout import Layout, read_layout
 from compressor.checkpoint.parameter import Kind, Parameter, storable_shape
@@ -112,16 +113,16 @@ def match_tensors(base: Checkpoint, tuned: Checkpoint, changes: ConfigChanges) -
     """As `pair_tensors`, of checkpoints whose configurations have been compared."""
     layout, tuned_layout = read_layout(base.path), read_layout(tuned.path)
     _check_wrappers(base, layout)
-    _check_forms(layout, tuned_layout)
     tuned_keys = tuned_layout.keys(tuned.tensors, tuned.name)
     _check_stored_ties(base, layout, layout.keys(base.tensors, base.name))
     _check_stored_ties(tuned, tuned_layout, tuned_keys)
     tied, untied = layout.tied, _untied(layout, tuned_layout, tuned, tuned_keys)
     layout = layout.with_untied(untied)
     base_keys = layout.keys(base.tensors, base.name)
+    keys = keys_in_form(base, layout, tuned, tuned_layout, tuned_keys)
+    _check_forms(layout, tuned_layout, keys)
     pairs = tuple(
-        _pair(parameter, base, base_keys, tuned, tuned_keys)
-        for parameter in layout.parameters.values()
+        _pair(parameter, base, base_keys, tuned, keys) for parameter in layout.parameters.values()
     )
     _check_rows(tuned, tuned_layout, tuned_keys)
     notes = tuple(_unwrapped_note(tuned, tuned_layout))
@@ -299,15 +300,20 @@ def _hold_the_same(checkpoint: Checkpoint, first: str, second: str) -> bool:
     )
 
 
-def _check_forms(base: Layout, tuned: Layout) -> None:
-    """Experts may be stored as one tensor or one by one, but in both models alike."""
-    ours, theirs = (layout.parameters.keys() | dict(layout.tied).keys() for layout in (base, tuned))
-    differing = sorted(ours ^ theirs)
-    if differing:
-        where = "base" if differing[0] in base.parameters else "fine-tune"
+def _check_forms(base: Layout, tuned: Layout, keys: Mapping[str, str]) -> None:
+    """Both store the same parameters, or the same experts together and one by one.
+
+    keys  of the fine-tune, by the base's names as far as these could be given
+    """
+    ours = base.parameters.keys() | dict(base.tied).keys()
+    if differing := sorted(ours ^ (keys.keys() | dict(tuned.tied).keys())):
+        where, other = "base", "fine-tune"
+        if differing[0] not in ours:
+            where, other = other, where
         raise UnsupportedTensor(
-            f"{differing[0]}: stored like this in the {where} only; save both models with the same "
-            "version of transformers"
+            f"{differing[0]}: stored like this in the {where} only, and transformers has no rule "
+            f"that makes it of what the {other} stores; load and save both models with one version "
+            "of it (AutoModelForCausalLM.from_pretrained(d, dtype='auto').save_pretrained(o))"
         )
 
 

@@ -13,7 +13,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from compressor.artifact.reader import read_artifact
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.layout import read_layout
-from compressor.checkpoint.pairing import pair_tensors
 from compressor.checkpoint.parameter import Parameter
 from compressor.codecs.term import TensorDelta
 from compressor.compress.options import Options
@@ -128,17 +127,6 @@ def test_parameter_takes_experts_of_artifacts_from_before_they_were_turned() -> 
         assert parameter.takes(TensorDelta("x[0]", shape, shape, transposed, (), None)) is fits
     plain = Parameter("x", "linear", (6, 4), False, "Linear")
     assert not plain.takes(TensorDelta("x", (4, 6), (4, 6), True, (), None))
-
-
-def test_pair_experts_stored_differently_raises_naming_one(tmp_path: Path) -> None:
-    make("mixtral", tmp_path / "base")
-    make("mixtral", tmp_path / "tuned", change=0.1, whole=True)
-    with (
-        Checkpoint(tmp_path / "base") as b,
-        Checkpoint(tmp_path / "tuned") as t,
-        pytest.raises(UnsupportedTensor, match=r"experts.*stored like this in the"),
-    ):
-        pair_tensors(b, t)
 
 
 @pytest.mark.parametrize("kind", ["gpt_neox", "phi3"])
