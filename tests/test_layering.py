@@ -46,6 +46,7 @@ SERVER = {
     "server.cli": set[str](),
 }
 SERVER_LEAVES = {"server.errors", "server.settings"}  # open to all layers
+COUNTS_BYTES = ("server.api.body_bounds", "numpy")  # arrays of characters are no tensors
 ORDER = (
     "codecs", "encoders", "checkpoint", "artifact", "plan", "measure", "auto", "compress",
     "export", "peft", "merge", "report", "cli",
@@ -84,11 +85,10 @@ ABOVE_TENSORS = {"server.process", "server.api", "server.metrics"}
 WEB = {"fastapi", "starlette", "pydantic", "uvicorn"}
 TENSOR = {"torch", "transformers", "safetensors", "numpy", "triton", "numba", "llvmlite"}
 OPS_ONLY = {"torch", "numpy", "numba", "triton", "llvmlite", "filelock"}
-FORMAT = ("compressor.artifact", "compressor.codecs", "compressor.errors")
-OPEN_HELPERS = ("usable_cpus", "usable_memory", "readable", "__version__")
+FORMAT = ("compressor.artifact", "compressor.codecs", "compressor.errors", "compressor.__version__")
+OPEN_HELPERS = tuple(f"compressor.{name}" for name in ("usable_cpus", "usable_memory", "readable"))
 OPEN_FILES = ("folder", "headers", "hub", "dense_model", "quantised.index", "quantised.settings")
-OPEN_MODULES = (*OPEN_HELPERS, *(f"checkpoint.{name}" for name in OPEN_FILES))
-OPEN = (*FORMAT, *(f"compressor.{name}" for name in OPEN_MODULES))
+OPEN = (*FORMAT, *OPEN_HELPERS, *(f"compressor.checkpoint.{name}" for name in OPEN_FILES))
 IMPORTING_PACKAGES = {"compressor.codecs"}  # others' `__init__` holds what it is and no more
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 UNSAFE_CALLS = {("torch", "load"), ("yaml", "load"), ("yaml", "unsafe_load")}
@@ -170,7 +170,7 @@ def check_libraries(source: Source) -> Iterator[str]:
     layer = layer_of(source.module)
     for name in imports(source):
         top = name.partition(".")[0]
-        if layer in ABOVE_TENSORS and top in TENSOR:
+        if layer in ABOVE_TENSORS and top in TENSOR and (source.module, top) != COUNTS_BYTES:
             yield f"{layer} imports {name}: tensors stay in the engine"
         if layer == "server.text" and top == "torch":
             yield f"{layer} imports {name}: text workers start without it"

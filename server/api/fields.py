@@ -24,19 +24,9 @@ def _problem(message: str, **context: Any) -> PydanticCustomError:
 
 
 def _text(value: object, what: str) -> str:
-    """Return `value` when it is a string that can be encoded (no lone surrogate)."""
     if not isinstance(value, str):
         raise _problem("{what} must be a string", what=what)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise _problem("{what} holds an unpaired surrogate", what=what) from None
     return value
-
-
-def parse_text(value: object) -> str | None:
-    """Return a text that can be encoded, None for none."""
-    return None if value is None else _text(value, "the text")
 
 
 def _token_ids(value: list[object], what: str) -> list[int]:
@@ -139,5 +129,4 @@ Prompts = Annotated[list[str | list[int]], PlainValidator(parse_prompts)]
 Stop = Annotated[tuple[str, ...], PlainValidator(parse_stop)]
 LogitBias = Annotated[tuple[tuple[int, float], ...], PlainValidator(parse_logit_bias)]
 Content = Annotated[str | None, PlainValidator(parse_content)]
-OptionalText = Annotated[str | None, PlainValidator(parse_text)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]

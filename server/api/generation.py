@@ -4,8 +4,8 @@ The response object does the work itself, because there it has `receive` and `se
 
     admit -> open variant -> tokenise -> fan out -> stream or collect
 
-all of it raced against the client's disconnect, and bounded by a deadline that counts from the
-request's arrival. Errors before the first byte become HTTP errors; after it, a last event.
+all of it cancelled when the client leaves (`disconnect`), and bounded by a deadline that counts
+from the request's arrival. Errors before the first byte become HTTP errors; after it, a last event.
 """
 
 from __future__ import annotations
@@ -53,26 +53,7 @@ class GenerationResponse(Response):
             self._api.admit(self._reply.n_prompts * self._n) as ticket,
             self._api.open_requests.enter() as opened,
         ):
-            work = asyncio.create_task(self._run(ticket, opened, send))
-            await self._until_disconnect(opened, work, receive)
-
-    async def _until_disconnect(
-        self, opened: OpenRequest, work: asyncio.Task[None], receive: Receive
-    ) -> None:
-        gone = asyncio.create_task(_disconnected(receive))
-        opened.work = work
-        try:
-            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            work.cancel()
-            gone.cancel()
-            await asyncio.gather(work, gone, return_exceptions=True)
-        if not work.cancelled():
-            work.result()
-        elif opened.error is not None:
-            raise opened.error
-        else:
-            self._log["ended"] = "disconnected"
+            await self._run(ticket, opened, send)
 
     async def _run(self, ticket: Ticket, opened: OpenRequest, send: Send) -> None:
         engine, reply = self._api.engine, self._reply
@@ -218,8 +199,3 @@ async def send_json(send: Send, body: dict[str, Any], headers: dict[str, str]) -
     raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in fields.items()]
     await send({"type": "http.response.start", "status": 200, "headers": raw})
     await send({"type": "http.response.body", "body": data})
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

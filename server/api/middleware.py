@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api.disconnect import answer_while_connected
 from server.api.errors import http_error, internal_error_body, response_of
 from server.api.sse import Stalled
 from server.errors import BodyTooLarge, ServeError
@@ -119,6 +120,7 @@ class EarlyRefusal:
 
 class RequestCap:
     """Bounds headers, and reads the body before the application runs: bounded in bytes and in time.
+    The application is cancelled when the client leaves.
 
     With a Content-Length beyond the cap nothing is read at all. The body is kept as one buffer,
     because a list of one-byte chunks would take a hundred times its size. Where no route reads a
@@ -160,8 +162,11 @@ class RequestCap:
             response = http_error(408, message, {"connection": "close"})
             await response(scope, receive, send)
             return
-        if body is not None:
-            await self._app(scope, replay(body, receive), send)
+        is_whole = body is not None and await answer_while_connected(
+            self._app, scope, body, receive, send
+        )
+        if not is_whole:
+            scope["impart.log"]["ended"] = "disconnected"
 
 
 def _misses_its_host(scope: Scope) -> bool:
@@ -227,17 +232,3 @@ def _without_body(send: Send) -> Send:
 
 def _generates(scope: Scope) -> bool:
     return scope["method"] == "POST" and scope["path"] in GENERATION_PATHS
-
-
-def replay(body: bytes, receive: Receive) -> Receive:
-    """Return a `receive` that gives the body once and then whatever `receive` gives."""
-    given = False
-
-    async def receive_again() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return receive_again

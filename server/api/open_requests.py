@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from server.errors import ServeError
 
@@ -26,20 +26,33 @@ class OpenRequest:
     work is the task that does it; output, once there is one, ends in a more orderly way.
     """
 
-    def __init__(self) -> None:
-        self.work: asyncio.Task[None] | None = None
+    def __init__(self, work: asyncio.Task[Any]) -> None:
         self.output: Endable | None = None
-        self.error: ServeError | None = None
+        self._work = work
+        self._error: ServeError | None = None
+        self._is_cancelled = False
 
     def fail(self, error: ServeError) -> None:
         """End this request with `error`, once."""
-        if self.error is not None:
+        if self._error is not None:
             return
-        self.error = error
+        self._error = error
         if self.output is not None:
             self.output.fail(error)
-        elif self.work is not None:
-            self.work.cancel()
+        else:
+            self._is_cancelled = True
+            self._work.cancel()
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Raise the error that the work was cancelled for; who else cancels it is heard too."""
+        try:
+            yield
+        except asyncio.CancelledError:
+            if not self._is_cancelled or self._work.uncancel():
+                raise
+            assert self._error is not None
+            raise self._error from None
 
 
 class OpenRequests:
@@ -55,12 +68,15 @@ class OpenRequests:
 
     @contextmanager
     def enter(self) -> Iterator[OpenRequest]:
-        """Count a request for the duration."""
-        request = OpenRequest()
+        """Count the request that the present task answers, for the duration."""
+        work = asyncio.current_task()
+        assert work is not None, "requests are answered by tasks"
+        request = OpenRequest(work)
         self._open.add(request)
         self._idle.clear()
         try:
-            yield request
+            with request.told():
+                yield request
         finally:
             self._open.discard(request)
             if not self._open:

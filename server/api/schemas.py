@@ -12,12 +12,12 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from server.api.body_bounds import MAX_VALUES
 from server.api.fields import (
     Content,
     LogitBias,
-    OptionalText,
     Prompts,
     Stop,
     TokenId,
@@ -28,6 +28,7 @@ from server.api.fields import (
 MAX_N = 16
 MAX_LOGPROBS = 20
 MAX_MESSAGES = 2048
+MAX_FIELDS = 128  # of one object
 MAX_OUTPUT_TOKENS = 1 << 24  # beyond any context length; the model's own limit comes later
 INT64 = 1 << 63
 
@@ -39,6 +40,16 @@ class Strict(BaseModel):
     """No coercion, no unknown field, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_number(cls, value: Any) -> Any:
+        """pydantic makes an error of each unknown field."""
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise PydanticCustomError(
+                "value", "an object has more than {limit} fields", {"limit": MAX_FIELDS}
+            )
+        return value
 
 
 class StreamOptions(Strict):
@@ -232,7 +243,7 @@ class TokenizeRequest(Strict):
     """Body of ``POST /tokenize``: a prompt, or a conversation."""
 
     model: Name
-    prompt: OptionalText = None
+    prompt: str | None = None
     messages: Messages | None = None
     add_generation_prompt: Flag = None
     continue_final_message: Flag = None

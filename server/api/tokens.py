@@ -60,6 +60,13 @@ async def detokenize(request: Request) -> JSONResponse:
     api = api_of(request)
     body = await parse_body(request, DetokenizeRequest)
     variant = await api.engine.open(body.model)
+    most = 2 * api.engine.max_model_len
+    if len(body.tokens) > most:
+        raise InvalidRequest(
+            f"At most {most} tokens can be made text at once, twice this model's context. "
+            "Send less at once.",
+            param="tokens",
+        )
     if body.tokens and max(body.tokens) >= variant.vocab_size:
         raise InvalidRequest(
             f"This model's token ids are below {variant.vocab_size}.", param="tokens"

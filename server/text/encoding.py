@@ -13,7 +13,13 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from server.errors import InvalidRequest
-from server.text.control_tokens import UnmarkableToken, control_tokens, encode_marked, marked
+from server.text.control_tokens import (
+    ControlTokens,
+    ControlTokensByTemplate,
+    UnmarkableToken,
+    encode_marked,
+)
+from server.text.rendering import render_template
 
 DEVELOPER = "developer"
 Messages = Sequence[Mapping[str, Any]]
@@ -70,44 +76,56 @@ def encode_within(
     *,
     add_special_tokens: bool = True,
 ) -> list[int]:
-    """`encode` for long texts: one that is far too long is refused by its beginning.
+    """`encode` for long texts: one that is far too long is refused, by its beginning if possible.
 
     Raises InvalidRequest.
     """
     check_fits(tokenizer, text, limit, "prompt")
-    return encode(tokenizer, text, add_special_tokens=add_special_tokens)
+    ids = encode(tokenizer, text, add_special_tokens=add_special_tokens)
+    return _not_far_too_many(ids, limit, "prompt")
 
 
 def render_conversation(
-    tokenizer: PreTrainedTokenizerBase, conversation: Conversation, limit: LengthLimit
+    tokenizer: PreTrainedTokenizerBase,
+    conversation: Conversation,
+    limit: LengthLimit,
+    controls: ControlTokensByTemplate | None = None,
 ) -> list[int]:
-    """Render the chat template and tokenise. Raises InvalidRequest if either cannot be."""
-    template = conversation.template or tokenizer.chat_template
-    if not template:
+    """Render the chat template and tokenise. Raises InvalidRequest if either cannot be.
+
+    controls  this tokenizer's; who renders several conversations keeps them
+    """
+    if not (conversation.template or tokenizer.chat_template):
         raise InvalidRequest(
             "this model has no chat template; use /v1/completions", param="messages"
         )
-    messages = _known_roles(conversation.messages, str(template))
+    control: ControlTokens | None = None
     try:
+        template = tokenizer.get_chat_template(conversation.template)
+        messages = _known_roles(conversation.messages, template)
         if conversation.literal_specials:
-            messages = [_marked(tokenizer, str(template), message) for message in messages]
-        text = tokenizer.apply_chat_template(
+            control = (controls or ControlTokensByTemplate(tokenizer)).of(template)
+            messages = [_marked(control, message) for message in messages]
+        text = render_template(
+            tokenizer,
             messages,
-            chat_template=conversation.template,
-            tokenize=False,
+            template,
+            limit.n_chars,
             add_generation_prompt=conversation.add_generation_prompt,
             continue_final_message=conversation.continue_final_message,
         )
-    except MemoryError:
+    except (MemoryError, InvalidRequest):
         raise
     except Exception as error:  # a template may raise anything, jinja2's own errors included
         raise InvalidRequest(
             f"the chat template refused these messages: {_first_line(error)}", param="messages"
         ) from error
     check_fits(tokenizer, text, limit, "messages")
-    if not conversation.literal_specials:
-        return encode(tokenizer, text, add_special_tokens=conversation.add_special_tokens)
-    return _encode_marked(tokenizer, text, conversation.add_special_tokens)
+    if control is None:
+        ids = encode(tokenizer, text, add_special_tokens=conversation.add_special_tokens)
+    else:
+        ids = _encode_marked(tokenizer, text, control, conversation.add_special_tokens)
+    return _not_far_too_many(ids, limit, "messages")
 
 
 def check_fits(
@@ -120,12 +138,30 @@ def check_fits(
     if len(text) <= 2 * n_probe:  # the probe would be no saving
         return
     n_found = len(tokenizer.encode(text[:n_probe], add_special_tokens=False))
-    if n_found > PROBE_MARGIN * limit.n_tokens:
+    if n_found > max_tokens_told(limit.n_tokens):
         raise InvalidRequest(
             f"This model's maximum context length is {limit.n_tokens} tokens; the first {n_probe} "
             f"of {len(text)} characters alone have {n_found}. Shorten the text.",
             param=param,
         )
+
+
+def _not_far_too_many(ids: list[int], limit: LengthLimit, param: str) -> list[int]:
+    """Return the ids, if they are no more than the engine shall hear of. Raises InvalidRequest."""
+    if len(ids) > max_tokens_told(limit.n_tokens):
+        raise InvalidRequest(
+            f"This model's maximum context length is {limit.n_tokens} tokens; the text has "
+            f"{len(ids)}. Shorten the text.",
+            param=param,
+        )
+    return ids
+
+
+def max_tokens_told(max_model_len: int) -> int:
+    """The most token ids that texts become, or that become a text: somewhat more than can be
+    served, so that who counts tokens learns by how much a text is too long.
+    """
+    return PROBE_MARGIN * max_model_len
 
 
 def too_long(n_chars: int, limit: LengthLimit, param: str) -> InvalidRequest:
@@ -149,19 +185,17 @@ def _known_roles(messages: Messages, template: str) -> list[dict[str, Any]]:
     ]
 
 
-def _marked(
-    tokenizer: PreTrainedTokenizerBase, template: str, message: dict[str, Any]
-) -> dict[str, Any]:
+def _marked(control: ControlTokens, message: dict[str, Any]) -> dict[str, Any]:
     """Return the message with its control tokens marked. A role is one of a few words."""
-    tokens = control_tokens(tokenizer, template)
-    return marked(message, tokens) | {"role": message["role"]} if tokens else message
+    marked: dict[str, Any] = control.mark(message)
+    return marked | {"role": message["role"]}
 
 
 def _encode_marked(
-    tokenizer: PreTrainedTokenizerBase, text: str, add_special_tokens: bool
+    tokenizer: PreTrainedTokenizerBase, text: str, control: ControlTokens, add_special_tokens: bool
 ) -> list[int]:
     try:
-        ids = encode_marked(tokenizer, text)
+        ids = encode_marked(tokenizer, text, control)
     except UnmarkableToken as error:
         raise InvalidRequest(_first_line(error), param="messages") from error
     if not add_special_tokens:

@@ -13,7 +13,7 @@ from compressor.artifact.reader import OpenedArtifact
 from compressor.errors import TooLarge
 from server.errors import ConfigError
 from server.text.assets import TextAssets, defaults_of, stop_ids
-from server.text.description import Description
+from server.text.description import Description, Undescribed
 from server.text.store import TokenizerStore
 from server.text.workers.tasks import load_fast_tokenizer
 
@@ -27,7 +27,7 @@ def load_base_text(base_dir: Path) -> TextAssets:
     """Read the base's text assets from its directory. Raises ConfigError."""
     try:
         tokenizer = load_fast_tokenizer(base_dir)
-    except ValueError as error:
+    except (ValueError, Undescribed) as error:
         raise ConfigError(f"the base's tokenizer cannot be used: {error}") from error
     generation = _read_json(base_dir, GENERATION)
     config = _read_json(base_dir, "config.json")

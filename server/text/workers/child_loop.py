@@ -50,9 +50,9 @@ def _reply(order: dict[str, Any], blob: bytes, tokenizers: Tokenizers) -> Frame:
     cpu_s, wall_s, load_factor = order["cpu_s"], order["wall_s"], order["load_factor"]
     try:
         limits.begin_task(cpu_s * load_factor, wall_s * load_factor)
-        tokenizer = tokenizers.load(order["folder"])
+        loaded = tokenizers.load(order["folder"])
         limits.begin_task(cpu_s, wall_s)
-        done = do_task(order["task"], tokenizer, Frame(order["record"], blob))
+        done = do_task(order["task"], loaded, Frame(order["record"], blob))
     except MemoryError:
         return Frame({"ended": "memory"})
     except InvalidRequest as error:

@@ -27,10 +27,32 @@ def body(**fields: Any) -> bytes:
 
 
 @pytest.mark.parametrize("field", ["model", "user", "cache_salt", "stop"])
-async def test_lone_surrogate_in_any_field_is_refused_by_name(field: str):
+async def test_lone_surrogate_in_any_field_is_refused_by_its_place(field: str):
     answer = await post(body(**{field: "a\ud800"}))
     assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == field
+    assert "half of a surrogate pair" in answer.json()["error"]["message"]
+    assert "at line 1 column" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b'{"secret": 1, "secret": 2}', "has an object with the same key twice at line 1 column"),
+        (b'{"a": {"b": [{"secret": 1, "secret": 2}]}}', "has an object with the same key twice"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "too many digits"),
+        (b'{"a": -NaN}', "is not valid JSON at line 1 column"),
+        (b'{"a": Infinity}', "is not valid JSON"),
+        (b'{"a": "\xff"}', "is not valid JSON"),
+        (b'{"a": 1} {"secret": 2}', "is not valid JSON"),
+        (b'{"a": 1,}', "is not valid JSON"),
+        (b"{'secret': 1}", "is not valid JSON"),
+    ],
+)
+async def test_leniency_of_usual_readers_is_refused_in_words_of_our_own(data: bytes, says: str):
+    answer = await post(data)
+    assert answer.status_code == 400
+    assert says in answer.json()["error"]["message"]
+    assert "secret" not in answer.text
 
 
 async def test_byte_order_mark_before_a_body_is_passed_over():

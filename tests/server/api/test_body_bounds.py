@@ -15,11 +15,12 @@ from server.api.app import create_app
 from server.api.body_bounds import (
     MAX_CONTAINERS,
     MAX_DEPTH,
-    MAX_KEYS,
+    MAX_STRINGS,
     MAX_VALUES,
     check_bounds,
 )
 from server.api.errors import MAX_ERRORS
+from server.api.schemas import MAX_FIELDS
 from server.errors import InvalidRequest
 from tests.server.api.conftest import make_settings
 from tests.server.api.fake import BASE, FakeEngine
@@ -29,16 +30,17 @@ def lists(n: int) -> bytes:
     return b'{"prompt": [' + b",".join([b"[1]"] * n) + b"]}"
 
 
-def counts(value: Any) -> tuple[int, int, int]:
-    """Values (an empty list is two), containers and depth of a parsed value: the oracle."""
+def counts(value: Any) -> tuple[int, int, int, int]:
+    """Values (an empty list is two), containers, depth and strings of a parsed value: an oracle."""
     if not isinstance(value, dict | list):
-        return 1, 0, 0
+        return 1, 0, 0, int(isinstance(value, str))
     items = list(value.values() if isinstance(value, dict) else value)
     inner = [counts(item) for item in items]
     return (
         1 + max(1, sum(c[0] for c in inner)),
         1 + sum(c[1] for c in inner),
         1 + max((c[2] for c in inner), default=0),
+        sum(c[3] for c in inner) + (len(value) if isinstance(value, dict) else 0),
     )
 
 
@@ -48,8 +50,8 @@ def counts(value: Any) -> tuple[int, int, int]:
         (lists(MAX_CONTAINERS), "lists and objects"),
         (b'{"tools": [' + b",".join([b"{}"] * 1_000_000) + b"]}", "lists and objects"),
         (b'{"prompt": [' + b"1," * MAX_VALUES + b"1]}", "values"),
-        (b'{"prompt": [' + b'"",' * MAX_VALUES + b'""]}', "values"),
-        (b'"' * (4 * MAX_VALUES + 2) + b"[" * (MAX_DEPTH + 1), "values"),
+        (b'{"prompt": [' + b'"",' * MAX_STRINGS + b'""]}', "strings"),
+        (b'"' * (2 * MAX_STRINGS + 2) + b"[" * (MAX_DEPTH + 1), "strings"),
         (b"[" * (MAX_DEPTH + 1) + b"]" * (MAX_DEPTH + 1), "deeply"),
         (b'{"a":' * (MAX_DEPTH + 1) + b"1" + b"}" * (MAX_DEPTH + 1), "deeply"),
         (b"[" * 2_000_000, "lists and objects"),
@@ -58,7 +60,7 @@ def counts(value: Any) -> tuple[int, int, int]:
 def test_body_beyond_a_bound_is_refused_unparsed(
     raw: bytes, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(body_module.json, "loads", pytest.fail)
+    monkeypatch.setattr(body_module.jiter, "from_json", pytest.fail)
     with pytest.raises(InvalidRequest, match=says):
         body_module.parse_json(raw)
 
@@ -72,6 +74,7 @@ def test_body_beyond_a_bound_is_refused_unparsed(
         json.dumps({"prompt": '[{,\\"' * 200_000}).encode(),
         json.dumps({"prompt": "\\" * 100_001, "x": "[" * 100_000}).encode(),
         json.dumps({"prompt": '"' * 300_000 + "[" * 100_000}).encode(),
+        json.dumps({"prompt": '\\"' * 100_000 + "\\" * 7, "x": '[\\"{,' * 99}).encode(),
         json.dumps({"prompt": "é[" * 100_000}, ensure_ascii=False).encode(),
     ],
 )
@@ -97,15 +100,16 @@ def test_count_agrees_with_the_parsed_value(monkeypatch: pytest.MonkeyPatch) -> 
     for _ in range(1500):
         value = random_value(rng, 6)
         raw = json.dumps(value, ensure_ascii=rng.random() < 0.5).encode()
-        n_values, n_containers, depth = counts(value)
+        n_values, n_containers, depth, n_strings = counts(value)
         if depth < 2 or n_containers == depth:  # never more than a few: not looked at closely
             continue
         n_tried += 1
-        exact = {"MAX_CONTAINERS": n_containers, "MAX_DEPTH": depth, "MAX_VALUES": n_values}
+        exact = {"MAX_CONTAINERS": n_containers, "MAX_DEPTH": depth, "MAX_STRINGS": n_strings}
+        monkeypatch.setattr(f"{module}.MAX_VALUES", n_values)
         for name, number in exact.items():
             monkeypatch.setattr(f"{module}.{name}", number)
         check_bounds(raw)
-        for name in ("MAX_CONTAINERS", "MAX_DEPTH"):
+        for name in exact:
             monkeypatch.setattr(f"{module}.{name}", exact[name] - 1)
             with pytest.raises(InvalidRequest):
                 check_bounds(raw)
@@ -163,7 +167,7 @@ async def test_unknown_fields_are_named_without_a_list_of_all(
     from server.api.schemas import CompletionRequest
 
     monkeypatch.setattr(CompletionRequest, "model_validate", pytest.fail)
-    fields = {f"field_{i}": i for i in range(MAX_KEYS - 2)}
+    fields = {f"field_{i}": i for i in range(MAX_STRINGS - 2)}
     answer = await post("/v1/completions", json.dumps({"model": BASE, **fields}).encode())
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, "field_0")
@@ -171,12 +175,16 @@ async def test_unknown_fields_are_named_without_a_list_of_all(
     assert f"and {len(fields) - MAX_ERRORS} more" in error["message"]
 
 
-async def test_object_with_too_many_keys_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    message = {"role": "user", "content": "a"} | {str(i): i for i in range(MAX_KEYS)}
-    body = {"model": BASE, "messages": [message]}
-    answer = await post("/v1/chat/completions", json.dumps(body).encode())
+@pytest.mark.parametrize("where", ["messages", "stream_options"])
+async def test_object_with_too_many_fields_is_refused(where: str) -> None:
+    many = {str(i): i for i in range(MAX_FIELDS)}
+    message = {"role": "user", "content": "a"}
+    inner = {"messages": [message], "stream": True, "stream_options": {}} | (
+        {"messages": [message | many]} if where == "messages" else {where: many | {"a": 1}}
+    )
+    answer = await post("/v1/chat/completions", json.dumps({"model": BASE, **inner}).encode())
     assert answer.status_code == 400
-    assert f"more than {MAX_KEYS} fields" in answer.json()["error"]["message"]
+    assert f"more than {MAX_FIELDS} fields" in answer.json()["error"]["message"]
 
 
 async def test_route_without_a_body_takes_a_small_one_only() -> None:

@@ -27,6 +27,18 @@ async def test_tokenize_renders_conversations_and_names_tokens():
         ).status_code == 400
 
 
+async def test_detokenize_takes_twice_a_context_and_no_more():
+    engine = FakeEngine()
+    transport = httpx.ASGITransport(create_app(engine, make_settings()))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        for n_tokens, status in (
+            (2 * engine.max_model_len, 200),
+            (2 * engine.max_model_len + 1, 400),
+        ):
+            answer = await http.post("/detokenize", json={"model": BASE, "tokens": [65] * n_tokens})
+            assert answer.status_code == status
+
+
 @pytest.mark.parametrize("field", ["prompt", "model"])
 async def test_lone_surrogate_is_refused(field: str):
     transport = httpx.ASGITransport(create_app(FakeEngine(), make_settings()))
@@ -35,7 +47,7 @@ async def test_lone_surrogate_is_refused(field: str):
         headers = {"content-type": "application/json"}
         answer = await http.post("/tokenize", content=body, headers=headers)
         assert answer.status_code == 400
-        assert answer.json()["error"]["param"] == field
+        assert "half of a surrogate pair" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from server.text.encoding import (
     LengthLimit,
     encode,
     encode_within,
+    max_tokens_told,
     render_conversation,
 )
 from tests.tiny import BOS, CHAT_TEMPLATE, make_tokenizer
@@ -117,6 +118,20 @@ def test_text_that_cannot_fit_is_refused_by_its_length_or_its_beginning() -> Non
         encode_within(made, "x" * 11, LengthLimit(5, 10))
     with pytest.raises(InvalidRequest, match="the first 80 of 100000 characters alone have"):
         encode_within(made, "x y " * 25_000, LengthLimit(5, 1 << 20))
+
+
+def test_text_of_more_tokens_than_the_engine_shall_hear_of_is_refused() -> None:
+    made = tokenizer()
+    text = "x y " * 10  # too short for its beginning alone to be looked at
+    n_tokens = len(made.encode(text))
+    most = n_tokens // max_tokens_told(1)
+    with pytest.raises(InvalidRequest, match=f"the text has {n_tokens}"):
+        encode_within(made, text, LengthLimit(most - 1, 1 << 20))
+    assert len(encode_within(made, text, LengthLimit(most + 1, 1 << 20))) == n_tokens
+    for literal in (True, False):
+        chat = Conversation([{"role": "user", "content": text}], literal_specials=literal)
+        with pytest.raises(InvalidRequest, match="the text has"):
+            render_conversation(made, chat, LengthLimit(most - 1, 1 << 20))
 
 
 def test_text_with_few_tokens_is_not_refused_by_its_beginning() -> None:

@@ -24,6 +24,7 @@ from server.settings import Settings
 from server.text.loading import load_base_text
 from server.text.quarantine import MAX_KILLS
 from server.text.service import TextService
+from server.text.workers.tasks import MAX_ADDED_TOKENS
 from tests.compressor.artifacts import seal
 from tests.server.api.conftest import serve
 from tests.server.text.workers.conftest import ARITHMETIC, HUNGRY, LOOPS
@@ -186,7 +187,9 @@ def test_tokenizer_that_cannot_be_served_is_that_variants_error(
     server = server_of(text_task_cpu_s=5.0)
     content = json.loads((tiny_llama / "tokenizer.json").read_text())
     slow = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "x"}
+    many = [{"id": i, "content": "a"} for i in range(MAX_ADDED_TOKENS + 1)]
     for name, text, says in (
+        ("many", json.dumps(content | {"added_tokens": many}), f"takes at most {MAX_ADDED_TOKENS}"),
         ("regex", json.dumps(content | {"decoder": slow}), "its decoder replaces by a pattern"),
         ("broken", "{", "cannot be used"),
     ):
@@ -197,15 +200,16 @@ def test_tokenizer_that_cannot_be_served_is_that_variants_error(
     assert server.chat("tiny").status_code == 200
 
 
-def test_large_foreign_tokenizer_is_used_and_never_loaded_here(
-    server_of: Callable[..., Server], tiny_llama: Path
+@pytest.mark.parametrize("n_added", [3_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_large_foreign_tokenizer_is_used_within_the_limits_and_never_loaded_here(
+    server_of: Callable[..., Server], tiny_llama: Path, n_added: int
 ) -> None:
-    server = server_of(text_task_cpu_s=30.0)
+    server = server_of(text_task_cpu_s=Settings(base=tiny_llama).text_task_cpu_s)
     content = json.loads((tiny_llama / "tokenizer.json").read_text())
     kind = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     first = max(token["id"] for token in content["added_tokens"]) + 1000
     content["added_tokens"] += [
-        {"id": first + i, "content": f"<own_{i}>", "special": False} | kind for i in range(20_000)
+        {"id": first + i, "content": f"<own_{i}>", "special": False} | kind for i in range(n_added)
     ]
     name = server.add("own", tokenizer_json=json.dumps(content))
     assert server.chat(name).status_code == 200
@@ -214,6 +218,7 @@ def test_large_foreign_tokenizer_is_used_and_never_loaded_here(
     body = {"model": name, "prompt": "fox <own_1234>"}
     ids = httpx.post(f"{server.url}/tokenize", json=body, timeout=PATIENCE_S).json()["tokens"]
     assert len(ids) > 2
+    assert server.engine.text_workers().n_kills == {}
 
 
 async def test_work_of_a_client_that_left_is_ended(tiny_llama: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from server.text.workers.frames import Frame
+from server.text.workers.limits import NICENESS
 from server.text.workers.worker import WorkerEnded, WorkerProcess
 
 MEMORY_BYTES = 1 << 30
@@ -54,7 +55,8 @@ def test_worker_has_no_torch_and_its_limits(worker: WorkerProcess) -> None:
     of = {line[:26].strip(): line[26:].split()[0] for line in limits}
     assert of["Max address space"] == str(MEMORY_BYTES)
     assert (of["Max file size"], of["Max core file size"]) == ("0", "0")
-    assert int(Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split()[16]) == 10
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert os.getpriority(os.PRIO_PROCESS, worker.pid) == min(own + NICENESS, 19)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
