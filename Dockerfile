@@ -1,9 +1,11 @@
 # impart-serve in a container: non-root, offline, health-checked.
 #
 #   CUDA   docker build -t impart-serve .
-#   CPU    docker build -t impart-serve:cpu --build-arg TORCH_INDEX=<index> .
-#          (the index that pytorch.org's "Get Started" page names for CPU; any other build likewise)
 #          docker run --gpus all ...
+#   CPU    docker build -t impart-serve:cpu --build-arg TORCH_INDEX=<index> --build-arg COMPILE=1 .
+#          (the index that pytorch.org's "Get Started" page names for CPU; any other build likewise)
+#          COMPILE=1 compiles the CPU kernels for the kind of CPU that builds the image; on another
+#          kind torch serves until they are compiled. A volume at /var/cache/impart keeps those.
 #   run    docker run -p 8000:8000 -v /srv/base:/models/base:ro -v /srv/deltas:/models/deltas:ro impart-serve
 #          (user 10001 must be able to read both: chmod -R a+rX, or docker run --user OWNER)
 ARG PYTHON=3.12
@@ -32,20 +34,24 @@ RUN apt-get update \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --uid 10001 --user-group --no-create-home --shell /usr/sbin/nologin impart
 COPY --from=build /opt/venv /opt/venv
-# The server never reaches out: models come from the mounted folders. Compiled kernels (Triton,
-# numba) go to /tmp, the only place this user may write to.
+# The server never reaches out: models come from the mounted folders. Triton's kernels go to /tmp,
+# numba's to a folder that the image fills; where that is read-only and has none for this kind of
+# CPU, to /tmp as well.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HF_HUB_OFFLINE=1 \
     HF_HOME=/tmp/huggingface \
     TRITON_CACHE_DIR=/tmp/triton \
-    NUMBA_CACHE_DIR=/tmp/numba \
+    NUMBA_CACHE_DIR=/var/cache/impart \
     IMPART_HOST=0.0.0.0 \
     IMPART_PORT=8000 \
     IMPART_BASE=/models/base \
     IMPART_DELTAS=/models/deltas
+RUN install -d -o 10001 -g 10001 /var/cache/impart
 USER 10001:10001
 WORKDIR /tmp
+ARG COMPILE=
+RUN if [ -n "${COMPILE}" ]; then impart-serve compile; fi
 EXPOSE 8000
 # Loading a large base takes minutes; /health tells alive, /health/ready tells "send traffic".
 HEALTHCHECK --interval=10s --timeout=5s --start-period=600s --retries=3 \

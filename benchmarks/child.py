@@ -29,16 +29,24 @@ class ServerChild:
     """Runs `command` and expects it to serve `url`; its output goes to `log`.
 
     Use as a context manager: leaving it sends SIGTERM and waits for the drain. `folder` is where
-    the command runs: with ``python -m server``, the checkout whose server it is.
+    the command runs: with ``python -m server``, the checkout whose server it is. Our server begins
+    when its kernels are compiled, unless `compile_kernels` says otherwise: what is measured is not
+    torch.
     """
 
     def __init__(
-        self, command: Sequence[str], url: str, log: Path, folder: Path | None = None
+        self,
+        command: Sequence[str],
+        url: str,
+        log: Path,
+        folder: Path | None = None,
+        compile_kernels: str = "wait",
     ) -> None:
         self.command = list(command)
         self.url = url.rstrip("/")
         self.log = log
         self.folder = folder
+        self.environment = {"IMPART_COMPILE_KERNELS": compile_kernels}
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -68,6 +76,7 @@ class ServerChild:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=self.folder,
+                env=os.environ | self.environment,
                 start_new_session=True,
             )
 

@@ -97,6 +97,7 @@ def make_core(folder: Path) -> EngineParts:
         served_base_name="base",
         device="cpu",
         dtype="float32",
+        compile_kernels="wait",
         kv_cache_bytes=64 << 20,
     )
     return build_engine(settings, deliver)

@@ -1,5 +1,7 @@
 """``impart-serve`` and ``python -m server``: settings -> engine -> HTTP server.
 
+``impart-serve compile`` compiles the CPU kernels ahead (`server.compile`).
+
 Mistakes come first: settings, the address and the files are looked at before torch is imported.
 Exit codes: 0 asked to stop, 1 the engine died, 2 the settings are wrong.
 """
@@ -17,6 +19,7 @@ import typer
 
 from compressor.usable_cpus import set_thread_defaults
 from server.cli import app
+from server.compile import compile_app
 from server.errors import ConfigError
 from server.process import logs
 from server.process.early_stop import Stopped, stop_signals
@@ -77,6 +80,8 @@ def main() -> None:
     """Console script."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # what the locale cannot print is escaped
         sys.stdout.reconfigure(errors="backslashreplace")
+    if sys.argv[1:2] == ["compile"]:
+        compile_app()(args=sys.argv[2:], prog_name="impart-serve compile")
     app(serve)()
 
 

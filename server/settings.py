@@ -146,6 +146,12 @@ class Settings:
         default="auto",
         description="auto: numba (compiled for the CPU) or triton (CUDA), else plain torch.",
     )
+    compile_kernels: Literal["background", "wait", "never"] = Field(
+        default="background",
+        description="When CPU kernels are compiled that never were on this kind of machine. "
+        "background: torch serves meanwhile, slower; wait: before serving; never: torch does "
+        "their work.",
+    )
     base_quant: Literal["none", "int8", "float8"] = Field(
         default="none",
         description="Keep the base's linears in 8 bits (lm_head and embeddings stay).",

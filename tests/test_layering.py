@@ -79,7 +79,7 @@ MAY_IMPORT = (
     }
     | HELPERS
 )
-ON_TOP = {"server", "server.__main__", "server.check", "compressor"}
+ON_TOP = {"server", "server.__main__", "server.check", "server.compile", "compressor"}
 BELOW_HTTP = {f"server.{name}" for name in ("metrics", "engine", "text", "model", "deltas", "ops")}
 ABOVE_TENSORS = {"server.process", "server.api", "server.metrics"}
 WEB = {"fastapi", "starlette", "pydantic", "uvicorn"}

@@ -39,7 +39,8 @@ RESTAURANT = (
 )
 CHAT = "In one sentence: what is a good name for a friendly bakery?"
 MAX_TOKENS = 48
-READY_S = 900  # the first start compiles kernels: minutes on one slow core
+READY_S = 900  # seconds on two idle cores, minutes on one that many share
+COMPILING = 'impart_kernel_state{state="compiling"} 1.0'
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +136,8 @@ async def show_memory(
     """Print speed and bytes per model, and what the deltas save."""
     listed = (await http.get("/v1/deltas")).json()["data"]
     deltas = {delta["id"]: delta for delta in listed}
-    table = Table(title="per model")
+    compiling = COMPILING in (await http.get("/metrics")).text
+    table = Table(title=f"per model{' (kernels are being compiled: slower)' if compiling else ''}")
     for heading in ("model", "delta", "codec", "on disk", "in memory", "tokens", "tokens/s"):
         left = heading in ("model", "delta", "codec")
         table.add_column(heading, justify="left" if left else "right", no_wrap=True)
@@ -192,7 +194,9 @@ def main() -> int:
     console = Console()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the child is stopped too
     try:
-        with ServerChild(command, url, Path(".cache/demo/server.log")) as child:
+        with ServerChild(
+            command, url, Path(".cache/demo/server.log"), compile_kernels="background"
+        ) as child:
             console.print(f"server starting at {url} (log: {child.log})")
             console.print(f"ready after {child.wait_ready(READY_S):.1f} s")
             asyncio.run(converse(url, console))

@@ -43,12 +43,14 @@ def make_background() -> None:
         _without_helpers()
 
 
-def lower_priority() -> None:
-    """Let the calling thread take what others leave; where that is forbidden it goes on."""
+def lower_priority(niceness: int = NICENESS) -> None:
+    """Let the calling thread, and processes it starts, take what others leave; where that is
+    forbidden it goes on.
+    """
     if sys.platform == "linux":  # elsewhere niceness belongs to the process
         thread = threading.get_native_id()
         with contextlib.suppress(OSError):  # a sandbox may forbid it
-            niceness = max(NICENESS, os.getpriority(os.PRIO_PROCESS, thread))
+            niceness = max(niceness, os.getpriority(os.PRIO_PROCESS, thread))
             os.setpriority(os.PRIO_PROCESS, thread, niceness)
 
 

@@ -23,8 +23,9 @@ from server.deltas.loads import LoadJob
 from server.deltas.registry import DeltaRegistry
 from server.deltas.staging import decode_threads
 from server.engine.catalog import VariantCatalog
-from server.engine.check.selfcheck import check_engine
+from server.engine.check.selfcheck import Wanted, check_engine
 from server.engine.core import EngineCore
+from server.engine.kernel_swap import KernelSwap
 from server.engine.lifecycle import Events
 from server.engine.memory import allocate_kv_blocks, with_kv_cache
 from server.engine.observer import Observer
@@ -58,13 +59,17 @@ class CoreParts:
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
-    """A core that serves the variants of a directory; `settings` as in `CoreParts`."""
+    """A core that serves the variants of a directory; `settings` as in `CoreParts`.
+
+    swap  waits to be started, once the core is
+    """
 
     settings: Settings
     base: BaseModel
     catalog: VariantCatalog
     core: EngineCore
     text: TextService
+    swap: KernelSwap
 
 
 def build_engine(
@@ -84,23 +89,24 @@ def build_engine(
     """
     if device_of(settings).type == "cpu":  # said before the base is loaded
         check_kv_cache(settings, usable_memory_bytes())
-    base = build_base(settings, kernels)
+    base = load_base(settings, kernels)
+    wanted = check_base(base, settings)
     text = TextService(settings)
     catalog = build_catalog(settings, base, text)
     settings = with_kv_cache(settings, base.device)
     parts = build_core(settings, base, catalog.job_for, publish, observer, choose_steps)
-    return EngineParts(parts.settings, base, catalog, parts.core, text)
+    core = parts.core
+    swap = KernelSwap(parts.runner, core.slots, core.between_steps, wanted)
+    return EngineParts(parts.settings, base, catalog, core, text, swap)
 
 
-def build_base(settings: Settings, kernels: Kernels | None = None) -> BaseModel:
-    """Load the base onto its device, and check that the engine computes what its definition does.
-    Raises ConfigError.
+def check_base(base: BaseModel, settings: Settings) -> Wanted | None:
+    """Check that the engine computes what the definition does, unless that is switched off; return
+    what other kernels are to be held to. Raises ConfigError.
     """
-    base = load_base(settings, kernels)
-    if settings.self_check:
-        check_engine(base, settings.kv_block_tokens)
+    checked = check_engine(base, settings.kv_block_tokens) if settings.self_check else None
     base.definition = None
-    return base
+    return None if checked is None or base.kernels.state != "compiling" else checked.wanted
 
 
 def load_base(settings: Settings, kernels: Kernels | None = None) -> BaseModel:
@@ -117,6 +123,7 @@ def load_base(settings: Settings, kernels: Kernels | None = None) -> BaseModel:
         None if settings.dtype == "auto" else getattr(torch, settings.dtype),
         kernels or settings.kernels,
         None if settings.base_quant == "none" else settings.base_quant,
+        compile_kernels=settings.compile_kernels,
         widened_budget_bytes=_widened_budget(settings),
     )
     check_max_model_len(settings, base.max_len)

@@ -20,7 +20,7 @@ from server.deltas.loader import DeltaLoader
 from server.deltas.loads import LoadCopied, LoadDecoded, LoaderMessage, LoadFailed, LoadJob
 from server.deltas.slots import Slot, SlotTable
 from server.engine.accounting import Accounting
-from server.engine.inbox import Inbox
+from server.engine.inbox import Command, Inbox
 from server.engine.lifecycle import Events, RequestLifecycle
 from server.engine.observer import CoreStats, Observer
 from server.engine.reconstruct.reconstructor import BuildEnded, Reconstructor, only_variant
@@ -123,6 +123,10 @@ class EngineCore:
         with self.admission.admit(1) if ticket is None else nullcontext(ticket) as admitted:
             admitted.hand_over(lambda: self._inbox.put(lambda: self.scheduler.add(request)))
 
+    def between_steps(self, command: Command) -> None:
+        """Have the engine's thread run it; see `Inbox`."""
+        self._inbox.put(command)
+
     @property
     def n_open(self) -> int:
         return self.admission.n_open
@@ -158,6 +162,7 @@ class EngineCore:
             n_preemptions=self.scheduler.n_preemptions,
             n_prefix_queried=kv_blocks.counts.n_queried,
             n_prefix_hit=kv_blocks.counts.n_hit,
+            kernel_state=self._runner.base.kernels.state,
             **self._runner.stats(),
             resident={s.key: s for s in self.slots.residents()},
             reconstructed_bytes=self.reconstructor.policy.reconstructed,

@@ -61,6 +61,7 @@ class LLMEngine:
         assert parts.settings.max_model_len is not None, "see `CoreParts`"
         self.max_model_len = parts.settings.max_model_len
         self.core = parts.core
+        self._swap = parts.swap
         self._publisher = publisher
         self._text = parts.text
         # Their own, of low priority: who opens a variant must not keep others from tokenising. They
@@ -89,6 +90,7 @@ class LLMEngine:
         self._publisher.loop = asyncio.get_running_loop()
         self._text.start()
         self.core.start()
+        self._swap.start()
         self._pauses.start()
         self._started = True
 
@@ -100,6 +102,7 @@ class LLMEngine:
             if asyncio.get_running_loop().time() > deadline:
                 break
             await asyncio.sleep(0.05)
+        self._swap.close()
         await asyncio.to_thread(self.core.stop)
         self._pauses.stop()
         self._openers.shutdown(wait=False, cancel_futures=True)

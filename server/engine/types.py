@@ -145,7 +145,10 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """A snapshot of the engine's counts, which gauges are read from."""
+    """A snapshot of the engine's counts, which gauges are read from.
+
+    kernel_state  "compiled", "compiling" or "uncompiled": see `server.ops.kernels.KernelState`
+    """
 
     n_running: int
     n_waiting: int
@@ -157,6 +160,7 @@ class EngineStats:
     base_bytes: int
     n_static_steps: int
     n_eager_decode_steps: int
+    kernel_state: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,6 +94,13 @@ class EngineCollector(Collector):
         for path, value in ways:
             steps.add_sample("impart_decode_steps_total", self._labels() | {"path": path}, value)
         yield steps
+        kernels = GaugeMetricFamily(
+            "impart_kernel_state",
+            "1 for what the kernels are: compiled, compiling (torch serves meanwhile), uncompiled",
+            labels=["state"],
+        )
+        kernels.add_metric([stats.kernel_state], 1)
+        yield kernels
 
     def _text_workers(self) -> Iterator[Metric]:
         stats = self._provider.text_workers()

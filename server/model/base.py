@@ -39,7 +39,7 @@ from server.model.sinks import serve_sinks
 from server.model.state import keeps_state
 from server.model.varying_rope import VaryingRope, varying_rope
 from server.ops.choose import KernelChoice, choose_kernels
-from server.ops.kernels import Kernels
+from server.ops.kernels import CompileKernels, Kernels
 from server.ops.precision import cpu_precision, gigabytes, host_cpu, name_of
 from server.ops.quantize import BaseQuant, has_float8
 
@@ -93,12 +93,14 @@ def load_base_model(
     kernels: KernelChoice | Kernels = "auto",
     base_quant: BaseQuant | None = None,
     *,
+    compile_kernels: CompileKernels = "wait",
     widened_budget_bytes: int | None = None,
 ) -> BaseModel:
     """Load, check that the engine can run this architecture, and replace its layers.
 
     dtype    None: as stored, or float32 on a CPU where that is faster (`cpu_precision`)
     kernels  by name, or ready ones
+    compile_kernels  see `choose_kernels`
     widened_budget_bytes  the most that weights may take which are widened so; None: any
 
     Raises ConfigError naming what is not supported.
@@ -112,8 +114,9 @@ def load_base_model(
         _widen_if_faster(model, widened_budget_bytes)
     if base_quant == "float8" and not has_float8(device):
         raise ConfigError("this GPU has no float8 (compute capability 8.9); use --base-quant int8")
-    chosen = _kernels(kernels, device, model.dtype) if isinstance(kernels, str) else kernels
-    return prepare_base_model(model, chosen, base_quant)
+    if isinstance(kernels, str):
+        kernels = _kernels(kernels, device, model.dtype, compile_kernels)
+    return prepare_base_model(model, kernels, base_quant)
 
 
 def prepare_base_model(
@@ -223,9 +226,14 @@ def _widen_if_faster(model: PreTrainedModel, budget_bytes: int | None) -> None:
     )
 
 
-def _kernels(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> Kernels:
+def _kernels(
+    choice: KernelChoice,
+    device: torch.device,
+    dtype: torch.dtype,
+    compile_kernels: CompileKernels,
+) -> Kernels:
     try:
-        chosen = choose_kernels(choice, device, dtype)
+        chosen = choose_kernels(choice, device, dtype, compile_kernels)
     except ValueError as error:
         raise ConfigError(f"--kernels {choice}: {error}") from error
     log.info("the server uses the %s kernels", chosen.name)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -232,6 +232,21 @@ class KVStore:
         """Give the KV blocks' memory back; `allocate` makes others."""
         self.kv_blocks.clear()
         self.n_kv_blocks = self.block_tokens = 0
+
+    def aside(self) -> KVStore:
+        """Another of the same layers, without KV blocks: what lies in this one's stays."""
+        return replace(self, metadata=None, kv_blocks={}, n_kv_blocks=0, _n_calls={})
+
+    @contextmanager
+    def blocks_of(self, other: KVStore) -> Iterator[None]:
+        """Steps read and write the other's KV blocks meanwhile."""
+        own = self.kv_blocks, self.n_kv_blocks, self.block_tokens
+        self.kv_blocks, self.n_kv_blocks = other.kv_blocks, other.n_kv_blocks
+        self.block_tokens = other.block_tokens
+        try:
+            yield
+        finally:
+            self.kv_blocks, self.n_kv_blocks, self.block_tokens = own
 
     def wipe(self, kv_blocks: list[int]) -> None:
         """Zero KV blocks that may hold NaN or infinity before somebody else gets them."""

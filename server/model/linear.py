@@ -14,6 +14,7 @@ from server.deltas.parameter import DeltaParameter
 from server.deltas.pools.base import FactorPool, TermPool
 from server.deltas.pools.blockdiag import BlockDiagPool, SharedBlocks
 from server.model.context import StepContext
+from server.ops.kernels import Kernels
 from server.ops.linear import LinearOp, TorchLinear
 from server.ops.row_mapping import RowMapping, Segment
 
@@ -46,6 +47,7 @@ class Product:
         self.reconstructed: dict[int, LinearOp] = {}  # by slot, see ReconstructedWeights
         self._sizes = [weight.shape[0] for weight in weights]
         self._linear: LinearOp = TorchLinear(weights[0].base)
+        self._is_laid_out = False
         self._bias: Tensor | None = None
         self._work: _Work | None = None
         self._version = -1
@@ -61,16 +63,38 @@ class Product:
         for weight in weights if quantise else ():
             weight.base_quant = weight.residency.base_quant
         whole = weights[0].base if len(weights) == 1 else torch.cat([w.base for w in weights])
-        self._linear = weights[0].make_linear(whole)
+        self._is_laid_out = weights[0].base_quant is None
+        self.use(weights[0].make_linear(whole))
         biases = [member.bias for member in self.members]
         present = [bias for bias in biases if bias is not None]
         self._bias = torch.cat(present) if present else None
         for index, member in enumerate(self.members):
             member.product = self
             member.delta_weight.siblings = weights
-            member.delta_weight.held_itemsize = self._linear.held_itemsize
             if not keep:
-                member.delta_weight.hand_over(_Rows(self._linear, self._sizes, index))
+                member.delta_weight.hand_over(_Rows(self, self._sizes, index))
+
+    @property
+    def linear(self) -> LinearOp:
+        """The base's product, all members' outputs side by side."""
+        return self._linear
+
+    def laid_out(self, kernels: Kernels) -> LinearOp | None:
+        """The same weights for these kernels' product, made beside steps; None if they lie in 8
+        bits, which all kernels read.
+        """
+        return kernels.linear(self._linear.dense()) if self._is_laid_out else None
+
+    def use(self, linear: LinearOp) -> None:
+        """Multiply by it from the next step on; it holds the same weights."""
+        self._linear = linear
+        for weight in self.parameters_in_order:
+            weight.held_itemsize = linear.held_itemsize
+
+    def exchange(self, slot: int, old: LinearOp, new: LinearOp) -> None:
+        """Use the same reconstructed weights in another layout, if the slot still has them."""
+        if self.reconstructed.get(slot) is old:
+            self.reconstructed[slot] = new
 
     def take(self, member: DeltaLinear, x: Tensor, rows: RowMapping | None) -> Tensor:
         """The member's ``[T, m]`` for ``x [..., n]``."""
@@ -189,12 +213,12 @@ def _of_one_kind(
 class _Rows:
     """One member's rows of a fused weight."""
 
-    def __init__(self, fused: LinearOp, sizes: list[int], index: int) -> None:
-        self._fused, self._sizes, self._index = fused, sizes, index
+    def __init__(self, product: Product, sizes: list[int], index: int) -> None:
+        self._product, self._sizes, self._index = product, sizes, index
 
     def __call__(self) -> Tensor:
         start = sum(self._sizes[: self._index])
-        return self._fused.dense_rows(start, start + self._sizes[self._index])
+        return self._product.linear.dense_rows(start, start + self._sizes[self._index])
 
 
 class DeltaLinear(nn.Module):

@@ -40,7 +40,7 @@ class ReconstructedWeights:
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, DeltaParameter]) -> None:
         self._parameters = parameters
-        self._units = _units(model)
+        self._units = products_of(model)
         self._only_multiplied = _only_multiplied(model, self._units)
         self._always: dict[int, bool] = {}  # by slot: see `install`
         self._stream = _own_stream(parameters)
@@ -111,7 +111,8 @@ class ReconstructedWeights:
         return frozenset(s for s in slots if self._always.get(s) or (alone and s in self._always))
 
 
-def _units(model: nn.Module) -> list[Product]:
+def products_of(model: nn.Module) -> list[Product]:
+    """All of a model's, each once."""
     linears = (module for module in model.modules() if isinstance(module, DeltaLinear))
     return list(dict.fromkeys(linear.product for linear in linears))
 

@@ -8,14 +8,22 @@ from typing import Literal
 
 import torch
 
-from server.ops.kernels import Kernels, TorchKernels
+from server.ops.kernels import CompileKernels, Kernels, TorchKernels
 
 log = logging.getLogger(__name__)
 KernelChoice = Literal["auto", "torch", "numba", "triton"]
 
 
-def choose_kernels(choice: KernelChoice, device: torch.device, dtype: torch.dtype) -> Kernels:
-    """The kernels for this device and compute dtype. ValueError if `choice` cannot run there."""
+def choose_kernels(
+    choice: KernelChoice,
+    device: torch.device,
+    dtype: torch.dtype,
+    compile_kernels: CompileKernels = "wait",
+) -> Kernels:
+    """The kernels for this device and compute dtype. ValueError if `choice` cannot run there.
+
+    compile_kernels  when those for the CPU are compiled where they never were
+    """
     if choice == "triton" or (choice == "auto" and device.type == "cuda" and _has_triton()):
         return _triton_kernels(device, dtype)
     fits = device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
@@ -28,9 +36,9 @@ def choose_kernels(choice: KernelChoice, device: torch.device, dtype: torch.dtyp
             raise ValueError("numba is not installed; `pip install numba`")
         log.warning("numba is not installed: deltas run in plain torch, slower; pip install numba")
         return TorchKernels()
-    from server.ops.cpu.kernels import NumbaKernels
+    from server.ops.cpu.kernels import numba_kernels
 
-    return NumbaKernels()
+    return numba_kernels(compile_kernels)
 
 
 def _has_triton() -> bool:

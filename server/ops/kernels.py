@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Literal, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -26,12 +26,36 @@ from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight, TorchQuantizedLinear
 from server.ops.row_mapping import RowMapping
 
+# When kernels are compiled that never were on this kind of machine: before serving, beside it, or
+# not at all.
+CompileKernels = Literal["wait", "background", "never"]
+# "compiling": torch does the work of kernels that may come yet; "uncompiled": it does all of it.
+KernelState = Literal["compiled", "compiling", "uncompiled"]
+
 
 class Kernels(AttentionKernels, Protocol):
     """See the functions of the same names in `server.ops` for shapes and numerics."""
 
     @property
     def name(self) -> str: ...
+
+    @property
+    def state(self) -> KernelState: ...
+
+    def compiled(self) -> Kernels:
+        """What these are to `adopt`, if they are "compiling"; may be called beside steps."""
+        ...
+
+    def adopt(self, other: Kernels) -> Kernels:
+        """Compute as `other` does from now on; return what undoes that. Between steps.
+
+        A `LinearOp` stays as it was made: its weights lie as that product wants them.
+        """
+        ...
+
+    def give_up(self) -> None:
+        """Wait for no other kernels any more: those that there are go on."""
+        ...
 
     def takes_data(self, device: torch.device) -> bool:
         """Whether a step can run on `StaticRowMapping`: nothing asks the device for its rows."""
@@ -90,6 +114,16 @@ class TorchKernels:
     """Plain torch."""
 
     name = "torch"
+    state: KernelState = "uncompiled"
+
+    def compiled(self) -> Self:
+        return self
+
+    def adopt(self, other: Kernels) -> Kernels:
+        assert other is self, "torch has no other form"
+        return self
+
+    def give_up(self) -> None: ...
 
     def takes_data(self, device: torch.device) -> bool:
         return device.type == "cpu"  # on a GPU it would have to wait for the segments

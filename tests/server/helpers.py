@@ -93,6 +93,7 @@ class CoreHarness:
             choose_steps=_static_steps if static else None,
         )
         self.catalog, self.core, self.text = parts.catalog, parts.core, parts.text
+        self.swap = parts.swap
         self.max_model_len = parts.settings.max_model_len
         self.n_free_at_start = self.core.stats().n_free_kv_blocks
         self._count = 0

@@ -44,11 +44,24 @@ SLOT = 1  # any but the first
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the definition computes for two sequences of the base: others than the kernels that were
+    checked are held to it.
+    """
+
+    longer: list[int]
+    shorter: list[int]
+    rows: list[Rows]
+    bounds: Bounds
+
+
+@dataclass(frozen=True, slots=True)
 class Checked:
     """What agreed: the largest relative difference, and what would have been too much."""
 
     error: float
     allowed: float  # at the place where it is most
+    wanted: Wanted
 
     def __str__(self) -> str:
         return f"to {self.error:.1g} of a row's size; {self.allowed:.2g} is allowed"
@@ -98,7 +111,8 @@ def _checked(
     wanted = [plain[1], own[0]]
     _agree(base, "base and variant in one batch", mixed, wanted, bounds)
     pairs = zip([*found, *mixed], [*plain, *wanted], strict=True)
-    return Checked(max(worst(ours, theirs, bounds) for ours, theirs in pairs), bounds.largest)
+    error = max(worst(ours, theirs, bounds) for ours, theirs in pairs)
+    return Checked(error, bounds.largest, Wanted(longer, shorter, plain, bounds))
 
 
 def _agree(

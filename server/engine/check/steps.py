@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -61,6 +61,18 @@ class CheckedSequence:
 
 def run_steps(runner: Runner, sequences: Sequence[CheckedSequence]) -> list[Rows]:
     """All of them packed in each step. The store must have KV blocks for them from 1 on."""
+    steps = one_by_one(runner, sequences)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return cast(list[Rows], end.value)
+
+
+def one_by_one(
+    runner: Runner, sequences: Sequence[CheckedSequence]
+) -> Generator[None, None, list[Rows]]:
+    """As `run_steps`, a step each time it is asked for the next."""
     base, watch = runner.base, Watch(runner.base.model)
     block_tokens, n_used = base.store.block_tokens, 1
     requests = []
@@ -79,10 +91,16 @@ def run_steps(runner: Runner, sequences: Sequence[CheckedSequence]) -> list[Rows
             request.n_computed += _n_tokens(request, turn)
             if request.n_computed == len(request.tokens) < len(owners[id(request)].ids):
                 request.tokens.append(owners[id(request)].ids[request.n_computed])
+        yield
     return [
         Rows({path: torch.cat(parts) for path, parts in s.parts.items()}, s.logits)
         for s in sequences
     ]
+
+
+def kv_blocks_for(sequences: Sequence[CheckedSequence], block_tokens: int) -> int:
+    """How many the steps need; the first is nobody's: padding of decode batches reads it."""
+    return 1 + sum(-(-len(sequence.ids) // block_tokens) for sequence in sequences)
 
 
 def _n_tokens(request: Request, turn: int) -> int:

@@ -26,7 +26,7 @@ from typing import IO
 
 from filelock import FileLock, Timeout
 
-from server.ops.cpu.compile import cache_folder, cache_root_of
+from server.ops.cpu.compile import VERDICTS, cache_folder, cache_root_of
 from server.ops.cpu.features import Target, host_target
 from server.ops.cpu.linear import LinearKernel
 from server.ops.cpu.widened import WidenedKernel
@@ -36,10 +36,9 @@ log = logging.getLogger(__name__)
 # Each is a class of this package that `server.ops.cpu.kernels` makes.
 NAMES = ("attention", "prefill", "rotary", "rows", "embedding", "blockdiag", "linear", "widened")
 # -P: the folder that the server was started in may hold a `server` package of its own.
-CHILD = ("-P", "-m", "server.ops.cpu.check_child")
+CHILD = ("-P", "-m", "server.ops.cpu.check_child", "--end-with-stdin")
 TIMEOUT_S = 300.0  # for one kernel, compilation included: minutes on a busy, slow machine
 USUAL_S = 45  # for all of them, on two idle cores
-VERDICTS = "verdicts.json"
 PACKAGES = Path(__file__).resolve().parents[3]
 Verdicts = dict[str, str | None]  # kernel -> what is wrong with it
 
@@ -50,16 +49,31 @@ def wanted_kernels(target: Target) -> tuple[str, ...]:
     return tuple(name for name in NAMES if useful.get(name, True))
 
 
+def untried_kernels() -> tuple[str, ...]:
+    """Wanted kernels without a verdict: nobody has compiled them here, see `usable_kernels`."""
+    known = _read(_path(cache_folder()))
+    return tuple(name for name in wanted_kernels(host_target()) if name not in known)
+
+
+def passed_kernels() -> frozenset[str]:
+    """The kernels that passed their trial before; nothing is compiled."""
+    known = _read(_path(cache_folder()))
+    wanted = wanted_kernels(host_target())
+    return frozenset(name for name in wanted if name in known and known[name] is None)
+
+
 def usable_kernels(
     *, child: Sequence[str] = CHILD, environment: Mapping[str, str] | None = None
 ) -> frozenset[str]:
     """The kernels that passed their trial on this machine, now or before. Warns of the others.
 
+    Each verdict is kept as soon as it is known: who stops on the way goes on from there.
+
     child, environment: see `try_kernels`.
     """
     target, folder = host_target(), cache_folder()
     names = wanted_kernels(target)
-    path = None if folder is None else folder / VERDICTS
+    path = _path(folder)
     verdicts = _read(path)
     if not verdicts.keys() >= set(names):
         with _alone(folder):
@@ -73,8 +87,12 @@ def usable_kernels(
                     target,
                     USUAL_S * len(missing) / len(NAMES),
                 )
-                verdicts |= try_kernels(missing, folder, child=child, environment=environment)
-                _write(path, verdicts)
+
+                def keep(made: Verdicts) -> None:
+                    verdicts.update(made)
+                    _write(path, verdicts)
+
+                try_kernels(missing, folder, keep=keep, child=child, environment=environment)
     for name in names:
         problem = verdicts.get(name)
         if problem is not None:
@@ -93,6 +111,7 @@ def try_kernels(
     folder: Path | None = None,
     *,
     timeout_s: float = TIMEOUT_S,
+    keep: Callable[[Verdicts], None] = lambda _: None,
     child: Sequence[str] = CHILD,
     environment: Mapping[str, str] | None = None,
 ) -> Verdicts:
@@ -102,6 +121,7 @@ def try_kernels(
 
     folder       where compiled code goes, a `cache_folder`; default: the child's own
     timeout_s    for one kernel
+    keep         is called with each verdict as soon as it is known
     child        Python's arguments before the kernels' names
     environment  of the child; default: this process's
     """
@@ -115,14 +135,16 @@ def try_kernels(
     left = list(names)
     started = time.monotonic()
 
-    def tell(name: str) -> None:
-        log.info(
-            "the CPU kernel %r is ready after %.0f s (%d of %d)",
-            name,
-            time.monotonic() - started,
-            names.index(name) + 1,
-            len(names),
-        )
+    def tell(name: str, problem: str | None) -> None:
+        keep({name: problem})
+        if problem is None:
+            log.info(
+                "the CPU kernel %r is ready after %.0f s (%d of %d)",
+                name,
+                time.monotonic() - started,
+                names.index(name) + 1,
+                len(names),
+            )
 
     while left:
         verdicts |= _run_child(left, child, settings, timeout_s, tell)
@@ -135,24 +157,27 @@ def _run_child(
     child: Sequence[str],
     environment: Mapping[str, str],
     timeout_s: float,
-    tell: Callable[[str], None],
+    tell: Callable[[str, str | None], None],
 ) -> Verdicts:
     """The verdicts of one child: of all kernels, or up to the one that ended it.
 
-    tell  is called with the name of each that passes, as soon as it does
+    tell  is called with the verdict of each as soon as it is known
     """
     with tempfile.TemporaryFile() as errors:
         try:
             process = subprocess.Popen(
                 [sys.executable, *child, *names],
                 env=environment,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE,  # it closes with this process, and the child ends then
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
             )
         except OSError as error:
-            return dict.fromkeys(names, f"could not be tried ({error})")
+            problem = f"could not be tried ({error})"
+            for name in names:
+                tell(name, problem)
+            return dict.fromkeys(names, problem)
         with process:
             try:
                 verdicts, hangs = _listen(process, timeout_s, tell)
@@ -162,11 +187,12 @@ def _run_child(
             failed = next(name for name in names if name not in verdicts)
             how = f"did not finish within {timeout_s:g} s" if hangs else _how_it_ended(process)
             verdicts[failed] = how + ("" if hangs else _last_words(errors))
+            tell(failed, verdicts[failed])
     return verdicts
 
 
 def _listen(
-    child: subprocess.Popen[str], timeout_s: float, tell: Callable[[str], None]
+    child: subprocess.Popen[str], timeout_s: float, tell: Callable[[str, str | None], None]
 ) -> tuple[Verdicts, bool]:
     """The verdicts that a child prints, a line each, and whether it fell silent."""
     assert child.stdout is not None
@@ -183,8 +209,7 @@ def _listen(
             return verdicts, False
         name, problem = json.loads(line)
         verdicts[name] = problem
-        if problem is None:
-            tell(name)
+        tell(name, problem)
 
 
 def _forward(stream: IO[str], lines: queue.SimpleQueue[str | None]) -> None:
@@ -229,6 +254,10 @@ def _alone(folder: Path | None) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _path(folder: Path | None) -> Path | None:
+    return None if folder is None else folder / VERDICTS
 
 
 def _read(path: Path | None) -> Verdicts:

@@ -1,14 +1,17 @@
 """``python -m server.ops.cpu.check_child NAME...``: compile kernels and compare them with torch.
 
-Prints ``[name, problem or null]`` in JSON, a line for each kernel as soon as it is known. The
-process may end on the way: that is what it is for, see `server.ops.cpu.check`. Inputs are random
-and small; what is compared with is torch on the same numbers in float64.
+With ``--end-with-stdin`` before the names the process ends when its standard input does. Prints
+``[name, problem or null]`` in JSON, a line for each kernel as soon as it is known. The process may
+end on the way: that is what it is for, see `server.ops.cpu.check`. Inputs are random and small;
+what is compared with is torch on the same numbers in float64.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
 
 import torch
@@ -22,6 +25,7 @@ from server.ops.packed import PackedBlocks
 from server.ops.row_mapping import RowMapping, Segment
 from server.ops.selfcheck import Case, cases, deviation, randoms
 
+END_WITH_STDIN = "--end-with-stdin"
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16)
 # Kernel -> how the names of its cases begin.
@@ -39,8 +43,18 @@ OF_KERNEL = {
 
 def main(names: list[str]) -> None:
     """Try the kernels one by one; see the module."""
+    if names[:1] == [END_WITH_STDIN]:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
+        names = names[1:]
     for name in names:
         print(json.dumps([name, find_problem(name)]), flush=True)
+
+
+def _end_with_stdin() -> None:
+    """A server that has ended, however it did, wants no kernels: its end of the pipe is closed."""
+    while os.read(0, 1):
+        pass
+    os._exit(1)
 
 
 def find_problem(name: str) -> str | None:

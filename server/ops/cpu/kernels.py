@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from typing import TypeVar
@@ -14,7 +16,9 @@ from server.ops.blockdiag import BlockDiagOp
 from server.ops.cpu.attention import AttentionKernel
 from server.ops.cpu.blockdiag import BlockDiagKernel, NumbaBlockDiag
 from server.ops.cpu.blockdiag_rows import EmbeddingKernel
-from server.ops.cpu.check import usable_kernels
+from server.ops.cpu.check import passed_kernels, untried_kernels, usable_kernels
+from server.ops.cpu.features import host_target
+from server.ops.cpu.late import LateBlockDiag
 from server.ops.cpu.linear import LinearKernel, PanelLinear
 from server.ops.cpu.norm import RowKernels
 from server.ops.cpu.parallel import Parallel
@@ -22,7 +26,7 @@ from server.ops.cpu.prefill import PrefillKernel
 from server.ops.cpu.rope import RotaryKernel
 from server.ops.cpu.widened import WidenedKernel, WidenedLinear
 from server.ops.factors import ImpartFactors, LowRankFactors
-from server.ops.kernels import TorchKernels
+from server.ops.kernels import CompileKernels, Kernels, KernelState, TorchKernels
 from server.ops.linear import LinearOp, OneDnnLinear, onednn_linear_works
 from server.ops.lowrank import HeldLowRank
 from server.ops.norm import RmsForm
@@ -30,11 +34,31 @@ from server.ops.packed import PackedBlocks
 from server.ops.quantize import QuantizedWeight
 from server.ops.row_mapping import RowMapping
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+def numba_kernels(when: CompileKernels) -> NumbaKernels:
+    """The kernels of this machine, compiled as `when` says where that was never done."""
+    untried = untried_kernels()
+    if when == "wait" or not untried:
+        return NumbaKernels()
+    kernels = NumbaKernels(passed_kernels(), awaited=when == "background")
+    if when == "never":
+        log.warning(
+            "%d CPU kernels were never compiled for %s: torch does their work, slower; "
+            "`impart-serve compile` compiles them",
+            len(untried),
+            host_target(),
+        )
+    return kernels
+
+
 class NumbaKernels:
-    """`server.ops.kernels.Kernels` by numba, on torch's threads. Takes seconds to compile once."""
+    """`server.ops.kernels.Kernels` by numba, on torch's threads. Takes seconds to compile once.
+
+    With `awaited` it begins with the kernels that there are, and another one's are adopted later.
+    """
 
     name = "numba"
 
@@ -46,15 +70,23 @@ class NumbaKernels:
     def alone(self) -> AbstractContextManager[None]:
         return self.parallel.alone()
 
-    def __init__(self, usable: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        usable: Collection[str] | None = None,
+        *,
+        awaited: bool = False,
+        parallel: Parallel | None = None,
+    ) -> None:
         """usable: the kernels to use, of `check.NAMES`. Default: those that pass their trial."""
         names = usable_kernels() if usable is None else usable
+        self._awaited = awaited
+        self._late = awaited  # whether what is made of these kernels has to follow `adopt`
 
         def made(name: str, make: Callable[[Parallel], T]) -> T | None:
             return make(self.parallel) if name in names else None
 
         self.in_use = frozenset(names)
-        self.parallel = Parallel()
+        self.parallel = parallel or Parallel()
         self._torch = TorchKernels()
         self._blockdiag = made("blockdiag", BlockDiagKernel)
         self._embedding = made("embedding", EmbeddingKernel)
@@ -66,7 +98,30 @@ class NumbaKernels:
         self._widened = made("widened", WidenedKernel)
         self._packs_bf16 = onednn_linear_works()
 
+    @property
+    def state(self) -> KernelState:
+        if self._awaited:
+            return "compiling"
+        return "compiled" if self.in_use else "uncompiled"
+
+    def compiled(self) -> NumbaKernels:
+        """See `Kernels`. Compilation and trials are in child processes, and take up to minutes."""
+        return NumbaKernels(usable_kernels(), parallel=self.parallel)
+
+    def adopt(self, other: Kernels) -> NumbaKernels:
+        """See `Kernels`."""
+        assert isinstance(other, NumbaKernels)
+        former = copy.copy(self)
+        vars(self).update(vars(other), _late=self._late)
+        return former
+
+    def give_up(self) -> None:
+        """See `Kernels`."""
+        self._awaited = False
+
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp:
+        if self._late:
+            return LateBlockDiag(blocks, lambda: self._blockdiag)
         kernel = self._blockdiag
         return self._torch.blockdiag(blocks) if kernel is None else NumbaBlockDiag(kernel, blocks)
 

@@ -33,6 +33,7 @@ from server.ops.cpu.codegen.intrinsics import FAST, from_bf16, i64_at, next_task
 from server.ops.cpu.codegen.vectors import I64, LANES, prefetch
 from server.ops.cpu.compile import compile_kernel
 from server.ops.cpu.features import Target
+from server.ops.cpu.late import LateBlockDiag
 from server.ops.cpu.panel_blocks import (
     BITS,
     PADDED_ROWS,
@@ -262,7 +263,7 @@ class PanelLinear(LinearOp):
         return y
 
     def _in_panels(self, share: BlockShare) -> PanelBlocks | None:
-        op = share.op
+        op = share.op.current if isinstance(share.op, LateBlockDiag) else share.op
         if not isinstance(op, NumbaBlockDiag) or op.blocks.bits not in BITS:
             return None
         found = op.in_panels.get(share.first)

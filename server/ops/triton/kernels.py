@@ -12,7 +12,7 @@ from torch import Tensor
 from server.ops.attention import AttentionCall, DecodeBatch, HeadNorm
 from server.ops.blockdiag import BlockDiagOp
 from server.ops.factors import ImpartFactors, LowRankFactors
-from server.ops.kernels import TorchKernels
+from server.ops.kernels import KernelState, TorchKernels
 from server.ops.linear import LinearOp
 from server.ops.lowrank import HeldLowRank
 from server.ops.norm import RmsForm
@@ -108,6 +108,7 @@ class TritonKernels(TorchKernels):
     """
 
     name = "triton"
+    state: KernelState = "compiled"  # each when it is first called
 
     def __init__(self, device: torch.device) -> None:
         self._base_row = torch.zeros(1, dtype=torch.int64, device=device)

@@ -129,6 +129,7 @@ class FakeEngine:
             base_bytes=0,
             n_static_steps=0,
             n_eager_decode_steps=0,
+            kernel_state="compiled",
         )
 
     def text_workers(self) -> TextWorkerStats:

@@ -41,6 +41,7 @@ def test_metrics_have_the_names_that_gateways_read():
         )
     info = 'max_lora="8",running_lora_adapters="beta",waiting_lora_adapters="alpha"'
     assert f"vllm:lora_requests_info{{{info}}}" in text
+    assert 'impart_kernel_state{state="compiled"} 1.0' in text
     assert 'impart_variant_resident_bytes{model_name="alpha"} 500.0' in text
     assert 'impart_variant_state{model_name="broken",state="failed"} 1.0' in text
     waiting.finish("abort")

@@ -131,3 +131,16 @@ def test_copied_module_keeps_its_store() -> None:
     copied = copy.deepcopy(norm)
     assert copied.impart_kv_store is store
     assert copied.weight is not norm.weight
+
+
+def test_blocks_of_another_store_are_read_and_written_for_a_while() -> None:
+    module = nn.Identity()
+    store = probed(module)
+    own = store.kv_blocks
+    other = store.aside()
+    other.allocate(5, 8, torch.device("cpu"))
+    with store.blocks_of(other):
+        assert store.kv_blocks[module] is other.kv_blocks[module]
+        assert (store.n_kv_blocks, store.block_tokens) == (5, 8)
+    assert store.kv_blocks is own
+    assert (store.n_kv_blocks, store.block_tokens) == (2, 4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +17,16 @@ import pytest
 import torch
 
 from server.ops.cpu import check, compile
-from server.ops.cpu.check import NAMES, VERDICTS, try_kernels, usable_kernels, wanted_kernels
-from server.ops.cpu.check_child import deviations, find_problem
+from server.ops.cpu.check import (
+    NAMES,
+    VERDICTS,
+    passed_kernels,
+    try_kernels,
+    untried_kernels,
+    usable_kernels,
+    wanted_kernels,
+)
+from server.ops.cpu.check_child import END_WITH_STDIN, deviations, find_problem
 from server.ops.cpu.compile import cache_folder
 from server.ops.cpu.features import host_target
 from server.ops.cpu.kernels import NumbaKernels
@@ -215,6 +224,36 @@ def test_every_kernel_has_cases() -> None:
         assert all(any(name.startswith(start) for name in names) for start in starts)
 
 
+def test_usable_kernels_that_were_stopped_go_on_where_they_were(
+    fates: Fates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = wanted_kernels(host_target())
+    assert untried_kernels() == wanted
+    run_child = check._run_child
+
+    def stopped(names: list[str], *rest: Any) -> Any:
+        run_child(names[:2], *rest)
+        raise Stopped("SIGTERM")
+
+    monkeypatch.setattr(check, "_run_child", stopped)
+    with pytest.raises(Stopped):
+        usable_kernels(child=SCRIPT, environment=fates(**{wanted[0]: "is wrong"}))
+    monkeypatch.setattr(check, "_run_child", run_child)
+    assert untried_kernels() == wanted[2:]
+    assert passed_kernels() == {wanted[1]}
+    assert usable_kernels(child=SCRIPT, environment=fates()) == set(wanted[1:])
+    assert untried_kernels() == ()
+
+
+def test_child_ends_when_the_process_that_waits_for_it_has(tmp_path: Path) -> None:
+    code = "from server.ops.cpu import check_child as c; import time; c.find_problem = time.sleep\n"
+    code += f"c.main([{END_WITH_STDIN!r}, 600])"
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    assert child.stdin is not None
+    child.stdin.close()
+    assert child.wait(120) == 1
+
+
 # --- the cache that code and verdicts lie in ----------------------------------------------------
 
 
@@ -245,6 +284,44 @@ def test_cache_shared_between_kinds_never_hands_one_the_others_code(tmp_path: Pa
         made[name] = {path.relative_to(own): path.read_bytes() for path in own.rglob("*.nbc")}
     assert made["x86-64-v2"].keys() == made["haswell"].keys() != set()
     assert all(made["x86-64-v2"][path] != made["haswell"][path] for path in made["haswell"])
+
+
+def test_cache_is_found_from_another_environment(tmp_path: Path) -> None:
+    """The same sources in another place and with other times, as `pip install` leaves them."""
+    root = Path(check.__file__).parents[3]
+    code = "from server.ops.cpu import compile, rope; "
+    code += "print(compile.compile_kernel(rope._rotate_and_write)._compiled.cache_hits)"
+    hits = []
+    for name in ("one", "other"):
+        for package in ("compressor", "server"):
+            shutil.copytree(
+                root / package, tmp_path / name / package, copy_function=shutil.copyfile
+            )
+        environment = os.environ | {
+            "PYTHONPATH": str(tmp_path / name),
+            "NUMBA_CACHE_DIR": str(tmp_path / "cache"),
+        }
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=tmp_path,
+        )
+        hits.append(done.stdout.strip())
+    assert hits == ["0", "1"]
+
+
+def test_cache_folder_that_was_filled_ahead_need_not_be_written(
+    fates: Fates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usable_kernels(child=SCRIPT, environment=fates())
+    filled = cache_folder()
+    monkeypatch.setattr(compile, "_is_writable", lambda folder: False)
+    assert cache_folder() == filled
+    (filled / VERDICTS).unlink()
+    assert cache_folder() != filled
 
 
 def test_cache_folder_where_nothing_can_be_written_is_one_of_this_process(

@@ -17,7 +17,8 @@ from server.ops.attention import (
     Rotary,
     paged_attention,
 )
-from server.ops.cpu.kernels import NumbaKernels
+from server.ops.cpu import kernels as kernels_module
+from server.ops.cpu.kernels import NumbaKernels, numba_kernels
 from server.ops.kernels import Kernels, TorchKernels
 from server.ops.norm import RmsForm, rms_norm
 
@@ -243,3 +244,23 @@ def test_silu_mul_infinite_and_nan_gates_stay_as_in_torch(kernels: NumbaKernels)
     torch.testing.assert_close(
         kernels.silu_mul(gate, up), F.silu(gate), equal_nan=True, rtol=1e-5, atol=1e-6
     )
+
+
+def test_numba_kernels_are_compiled_when_the_setting_says(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def asked() -> frozenset[str]:
+        raise AssertionError("nothing is to be compiled")
+
+    monkeypatch.setattr(kernels_module, "untried_kernels", lambda: ("rows",))
+    monkeypatch.setattr(kernels_module, "passed_kernels", frozenset)
+    monkeypatch.setattr(kernels_module, "usable_kernels", asked)
+    assert numba_kernels("background").state == "compiling"
+    assert not caplog.messages
+    assert numba_kernels("never").state == "uncompiled"
+    assert "`impart-serve compile` compiles them" in caplog.text
+    with pytest.raises(AssertionError, match="nothing is"):
+        numba_kernels("wait")
+    monkeypatch.setattr(kernels_module, "usable_kernels", frozenset)
+    monkeypatch.setattr(kernels_module, "untried_kernels", tuple)
+    assert numba_kernels("background").state == "uncompiled"  # none is of use here
