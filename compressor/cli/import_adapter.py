@@ -30,11 +30,11 @@ def import_adapter(
     ],
     out: Annotated[Path, typer.Argument(help="Directory to write the artifact to.")],
     ratio: Annotated[
-        float, typer.Option(help="DoRA: base matrix bytes / bytes for its rescaled rows.")
+        float, typer.Option(help="DoRA, IA3: base matrix bytes / bytes for its rescaled rows.")
     ] = 32.0,
-    bits: Annotated[int, typer.Option(help="DoRA: bits a value of the rescaled rows.")] = 4,
+    bits: Annotated[int, typer.Option(help="DoRA, IA3: bits a value of the rescaled rows.")] = 4,
     exact: Annotated[
-        bool, typer.Option("--exact", help="DoRA: store its layers whole instead, in float32.")
+        bool, typer.Option("--exact", help="DoRA, IA3: store the layers whole instead, in float32.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Recorded in the artifact.")] = 0,
     base_revision: BaseRevision = None,
@@ -46,7 +46,7 @@ def import_adapter(
     overwrite: Overwrite = False,
     quiet: Quiet = False,
 ) -> None:
-    """Turn a PEFT adapter of BASE into a delta: LoRA exactly, DoRA with a stated error."""
+    """Turn a PEFT adapter of BASE into a delta: LoRA exactly, DoRA and IA3 with a stated error."""
     look_at(base, adapter, out=out, overwrite=overwrite)
     from compressor.artifact.reader import read_config
     from compressor.checkpoint.folder import resolve
@@ -84,8 +84,8 @@ def import_adapter(
         worst = max(lossy, key=lambda entry: entry.error or 0.0)
         mean = sum(entry.error or 0.0 for entry in lossy) / len(lossy)
         typer.echo(
-            f"DoRA: relative error of the difference {mean:.3f} on average over {len(lossy)} "
-            f"layers, {worst.error:.3f} at worst ({worst.name}); a lower --ratio or --exact gives "
-            "less"
+            f"rescaled rows: relative error of the difference {mean:.3f} on average over "
+            f"{len(lossy)} layers, {worst.error:.3f} at worst ({worst.name}); a lower --ratio or "
+            "--exact gives less"
         )
     typer.echo(f"digest {summary.digest}")

@@ -7,7 +7,7 @@ values that they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,9 +21,11 @@ from compressor.checkpoint.writer import narrowed
 from compressor.codecs import DenseRows, Shape, TensorDelta
 from compressor.errors import CheckpointError, UnsupportedTensor
 from compressor.peft.config import WEIGHTS, read_settings
-from compressor.peft.dora import RescaleEncoder, dora_parts
-from compressor.peft.factors import FACTORS, SHARED
-from compressor.peft.keys import AdapterKey, choose_adapter
+from compressor.peft.experts import Share
+from compressor.peft.factors import FACTORS, Factors, initial_factors
+from compressor.peft.keys import choose_adapter
+from compressor.peft.parts import RESCALING, Parts, stored_parts
+from compressor.peft.rescaled import RescaledParts, RescaleEncoder, dora_parts, ia3_parts
 from compressor.peft.values import (
     exact_delta,
     first_difference,
@@ -32,7 +34,7 @@ from compressor.peft.values import (
     rows_delta,
 )
 
-Parts = Mapping[str, str]
+_HELD = 4  # tensors of factors of experts that are kept: a layer's
 
 
 class Adapter(TensorFiles):
@@ -53,25 +55,27 @@ class Adapter(TensorFiles):
         ref = cached_ref(path)
         super().__init__(ref.repo if ref else path.resolve().name, [path / WEIGHTS])
         self._keys = choose_adapter(self.tensors, adapter_name)
+        self._shares: dict[str, Share] = {}
+        self._held: dict[str, Tensor] = {}
 
     def deltas(
         self, base: Checkpoint, rescale: RescaleEncoder | None = None
     ) -> Iterator[TensorDelta]:
         """Yield the delta of every parameter the adapter changes, in the model's order.
 
-        rescale  encodes what a DoRA layer has beside its factors; None: such layers are stored
+        rescale  encodes what DoRA and IA3 have beside factors; None: such layers are stored
                  whole, exactly
 
         Raises UnsupportedTensor or CheckpointError naming what does not fit `base`.
         """
         layout = self.layout(base)
         keys = layout.keys(base.tensors, base.name)
-        parts = self._parts(layout)
+        parts = self._parts(layout, base)
         for name, parameter in layout.parameters.items():
             if name not in parts:
                 continue
-            if "magnitude" in parts[name]:
-                yield self._dora(parameter, parts[name], base, keys[name], rescale)
+            if RESCALING & parts[name].keys():
+                yield self._rescaled(parameter, parts[name], base, keys[name], rescale)
                 continue
             delta = self._delta(parameter, parts[name], base, keys[name])
             if delta is not None:
@@ -82,65 +86,24 @@ class Adapter(TensorFiles):
         layout = read_layout(base.path)
         return layout.with_untied(self._untied(layout, base))
 
-    def dora_shapes(self, base: Checkpoint) -> dict[str, Shape]:
-        """Shapes of the layers with learned lengths, by parameter."""
+    def rescaled_shapes(self, base: Checkpoint) -> dict[str, Shape]:
+        """Shapes of the layers whose rows or columns are rescaled, by parameter."""
         layout = self.layout(base)
         return {
             name: (layout.parameters[name].shape[0], layout.parameters[name].shape[1])
-            for name, parts in self._parts(layout).items()
-            if "magnitude" in parts
+            for name, parts in self._parts(layout, base).items()
+            if RESCALING & parts.keys()
         }
 
-    # --- which tensors belong to which parameter ------------------------------------------------
-
-    def _parts(self, layout: Layout) -> dict[str, Parts]:
+    def _parts(self, layout: Layout, base: Checkpoint) -> dict[str, Parts]:
         """Names of the stored tensors by parameter and part."""
-        parts: dict[str, dict[str, str]] = {}
-        shared: dict[str, str] = {}
-        for key, entry in self._keys.items():
-            if entry.part in SHARED:
-                shared[entry.part] = key
-            else:
-                parts.setdefault(self._target(layout, key, entry), {})[entry.part] = key
-        for name, found in parts.items():
-            if any(part.startswith("vera_") for part in found):
-                found.update(shared)
-            self._check_dora(name, found)
-        return {**parts}
-
-    def _target(self, layout: Layout, key: str, entry: AdapterKey) -> str:
-        """Return the parameter a stored tensor belongs to."""
-        name = layout.find(entry.parameter)
-        if name is None and entry.part == "added":
-            raise UnsupportedTensor(
-                f"{key}: lora_bias adds a bias to a layer that has none in the base, which no "
-                "delta and no merged model can hold; train without lora_bias"
-            )
-        if name is None:
-            raise UnsupportedTensor(f"{key}: the base has no parameter {entry.parameter} for it")
-        parameter = layout.parameters.get(name)
-        is_matrix = parameter is None or parameter.kind in ("linear", "embedding")
-        if entry.part not in ("full", "added") and not is_matrix:
-            raise UnsupportedTensor(
-                f"{name}: LoRA factors on a module that is no linear or embedding"
-            )
-        return name
-
-    def _check_dora(self, name: str, found: Parts) -> None:
-        factors = {"A", "embedding_A"} & found.keys()
-        if self.settings.is_dora and factors and "magnitude" not in found:
-            raise UnsupportedTensor(f"{name}: use_dora is set, but it has no magnitude vector")
-        if "magnitude" in found and found.keys() - {"full"} != {"A", "B", "magnitude"}:
-            raise UnsupportedTensor(
-                f"{name}: lora_magnitude_vector is supported beside the factors of a linear "
-                f"layer, found {', '.join(sorted(found))}; merge the adapter (merge_and_unload)"
-            )
-        if "magnitude" in found and not self.settings.is_dora:
-            raise UnsupportedTensor(f"{name}: lora_magnitude_vector, but use_dora is not set")
+        found = stored_parts(self._keys, self.tensors, self.settings, layout, base)
+        self._shares = found.shares
+        return found.parts
 
     def _untied(self, layout: Layout, base: Checkpoint) -> tuple[str, ...]:
         """Tied names that get another value than their twin: PEFT may change one of a pair."""
-        parts, keys = self._parts(layout), layout.keys(base.tensors, base.name)
+        parts, keys = self._parts(layout, base), layout.keys(base.tensors, base.name)
         untied = []
         for alias, target in layout.tied:
             first, second = parts.get(target, {}), parts.get(alias, {})
@@ -148,7 +111,7 @@ class Adapter(TensorFiles):
                 continue
             if not second and "tokens" in first and self.settings.tokens.get(""):
                 continue  # given for the input embedding alone, PEFT trains them in both
-            if first and second and "magnitude" not in first.keys() | second.keys():
+            if first and second and not RESCALING & (first.keys() | second.keys()):
                 parameter, key = layout.parameters[target], keys[target]
                 one = self._delta(parameter, first, base, key)
                 two = self._delta(replace(parameter, name=alias), second, base, key)
@@ -164,15 +127,20 @@ class Adapter(TensorFiles):
     ) -> TensorDelta | None:
         if "tokens" in parts:
             return self._tokens(parameter, parts, base, base_key)
-        if "added" in parts or parts.keys() == {"full"}:
+        if {"added", "gain"} & parts.keys() or parts.keys() == {"full"}:
             value = self._value(parameter, parts, base, base_key)
             return exact_delta(parameter, base.read_rows(base_key), value, self.name)
-        a, b = self._factors(parameter, parts)
+        a, b = self._factors(parameter, parts, base, base_key)
         rows, exact = parameter.shape[0], None
         if "full" in parts:
             exact = self._added_rows(parameter, parts["full"], base, base_key, a, b)
         if b.shape[1] != rows + (0 if exact is None else len(exact.values)):
             raise self._misfit(parameter)
+        if exact is None and self._is_whole(parameter, a):
+            ours, change = base.read_rows(base_key), b.T @ a
+            value = ours.float() + (change.T if parameter.transposed else change)
+            theirs = narrowed(value, ours.dtype, parameter.name)
+            return exact_delta(parameter, ours, theirs, self.name)
         kept = b[:, :rows].contiguous()
         # B starts at zero: then this module was never trained.
         terms = (lossless(a, kept),) if bool(a.any()) and bool(kept.any()) else ()
@@ -187,7 +155,7 @@ class Adapter(TensorFiles):
             exact=exact,
         )
 
-    def _dora(
+    def _rescaled(
         self,
         parameter: Parameter,
         parts: Parts,
@@ -196,37 +164,76 @@ class Adapter(TensorFiles):
         rescale: RescaleEncoder | None,
     ) -> TensorDelta:
         name, shape = parameter.name, parameter.shape
-        a, b = self._factors(parameter, {key: parts[key] for key in ("A", "B")})
-        if b.shape[1] != shape[0]:
-            raise self._misfit(parameter)
         weight = base.oriented_rows(base_key, 0, shape[0], parameter.transposed).float()
-        if "full" in parts:  # of lm_head PEFT saves the weight under the factors too
-            self._added_rows(parameter, parts["full"], base, base_key, a, b)
-        split = dora_parts(name, weight, a, b, self.read_rows(parts["magnitude"]).float())
+        split = self._split(parameter, parts, base, base_key, weight)
         if rescale is None:
-            whole = weight + split.rest + split.b.T @ a
-            exact = DenseRows(0, whole)
+            exact = DenseRows(0, weight + split.rest + split.b.T @ split.a)
             return TensorDelta(name, shape, shape, parameter.transposed, (), exact)
-        terms = (lossless(a, split.b), *rescale.encode(name, split, a))
+        terms = (lossless(split.a, split.b),) if len(split.a) else ()
+        terms = (*terms, *rescale.encode(name, split))
         return TensorDelta(name, shape, shape, parameter.transposed, terms, None)
 
-    def _factors(self, parameter: Parameter, parts: Parts) -> tuple[Tensor, Tensor]:
+    def _split(
+        self, parameter: Parameter, parts: Parts, base: Checkpoint, base_key: str, weight: Tensor
+    ) -> RescaledParts:
+        """What the adapter adds to a weight whose rows or columns it rescales."""
+        if "ia3" in parts:
+            return ia3_parts(parameter.name, weight, self.read_rows(parts["ia3"]).float())
+        pair = {key: parts[key] for key in ("A", "B")}
+        a, b = self._factors(parameter, pair, base, base_key)
+        if b.shape[1] != parameter.shape[0]:
+            raise self._misfit(parameter)
+        if "full" in parts:  # of lm_head PEFT saves the weight under the factors too
+            self._added_rows(parameter, parts["full"], base, base_key, a, b)
+        return dora_parts(parameter.name, weight, a, b, self.read_rows(parts["magnitude"]).float())
+
+    def _factors(
+        self, parameter: Parameter, parts: Parts, base: Checkpoint, base_key: str
+    ) -> tuple[Tensor, Tensor]:
         """Return ``a [r, n]`` and ``b [r, m]`` float32, the scaling in b."""
-        make = FACTORS.get(frozenset(parts.keys() - {"full"}))
+        try:
+            a, b, rank = self._stored_factors(parameter, parts)
+        except (RuntimeError, IndexError, ValueError) as error:  # shapes that do not go together
+            raise self._misfit(parameter) from error
+        if a.ndim != 2 or a.shape[0] != b.shape[0] or a.shape[1] != parameter.shape[1]:
+            raise self._misfit(parameter)
+        share = self._shares.get(parameter.name)
+        module = parameter.name.removesuffix(".weight") if share is None else share.whole
+        scaling = self.settings.scaling(module, rank)
+        if not self.settings.start or rank is None or share is not None:
+            return a.contiguous(), b * scaling
+        weight = base.oriented_rows(base_key, 0, parameter.shape[0], parameter.transposed).float()
+        first_a, first_b = initial_factors(self.settings.start, weight, rank, scaling)
+        if first_a.shape[1:] != a.shape[1:] or first_b.shape[1:] != b.shape[1:]:
+            raise self._misfit(parameter)
+        return torch.cat([a, first_a]), torch.cat([b * scaling, -first_b])
+
+    def _stored_factors(self, parameter: Parameter, parts: Parts) -> Factors:
+        own = {part: key for part, key in parts.items() if part != "full"}
+        if (share := self._shares.get(parameter.name)) is not None and own.keys() == {"A", "B"}:
+            return share.factors(parameter, *(self._read_held(own[part]) for part in "AB"))
+        make = FACTORS.get(frozenset(own))
         if make is None:
             raise UnsupportedTensor(
                 f"{parameter.name}: the adapter holds {', '.join(sorted(parts))} for it; exactly "
                 "one pair of LoRA factors is needed (VeRA: save_projection must be on)"
             )
-        read = {part: self.read_rows(key).float() for part, key in parts.items() if part != "full"}
-        try:
-            a, b, rank = make(read, (parameter.shape[0], parameter.shape[1]))
-        except (RuntimeError, IndexError) as error:  # shapes that do not go together
-            raise self._misfit(parameter) from error
-        if a.ndim != 2 or a.shape[0] != b.shape[0] or a.shape[1] != parameter.shape[1]:
-            raise self._misfit(parameter)
-        module = parameter.name.removesuffix(".weight")
-        return a.contiguous(), b * self.settings.scaling(module, rank)
+        read = {part: self.read_rows(key).float() for part, key in own.items()}
+        return make(read, (parameter.shape[0], parameter.shape[1]))
+
+    def _read_held(self, key: str) -> Tensor:
+        """A tensor that many parameters have a share of."""
+        if key not in self._held:
+            if len(self._held) >= _HELD:
+                self._held.clear()
+            self._held[key] = self.read_rows(key).float()
+        return self._held[key]
+
+    @staticmethod
+    def _is_whole(parameter: Parameter, a: Tensor) -> bool:
+        """Whether the value itself takes fewer bytes than factors, or there can be no terms."""
+        m, n = parameter.shape
+        return parameter.kind == "table" or len(a) * (m + n) > m * n
 
     def _misfit(self, parameter: Parameter) -> CheckpointError:
         return CheckpointError(
@@ -258,6 +265,11 @@ class Adapter(TensorFiles):
     def _value(self, parameter: Parameter, parts: Parts, base: Checkpoint, base_key: str) -> Tensor:
         """The value of a parameter that is stored whole, in the checkpoint's orientation."""
         value = self.read_rows(parts["full"]) if "full" in parts else base.read_rows(base_key)
+        if "gain" in parts:  # IA3 of the outputs
+            gain = self.read_rows(parts["gain"]).float().flatten()
+            if gain.shape != value.shape:
+                raise self._misfit(parameter)
+            return narrowed(value.float() * gain, value.dtype, parameter.name)
         if "added" not in parts:
             return value
         module = parameter.name.removesuffix(".bias")

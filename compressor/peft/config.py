@@ -16,7 +16,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 
 # Kinds whose change of the weights is kept exactly: factors, rows and values.
-ACCEPTED = ("LORA", "ADALORA", "VERA", "LOHA", "LN_TUNING", "TRAINABLE_TOKENS")
+ACCEPTED = ("LORA", "ADALORA", "VERA", "LOHA", "LOKR", "IA3", "LN_TUNING", "TRAINABLE_TOKENS")
 # Kinds that change what goes in, or choose by token: there are no weights that say the same.
 _NOT_WEIGHTS = (
     "PROMPT_TUNING",
@@ -33,7 +33,6 @@ _NOT_WEIGHTS = (
 _MUST_BE_OFF = (
     "use_qalora",
     "layer_replication",
-    "target_parameters",
     "alora_invocation_tokens",
     "megatron_config",
     "arrow_config",
@@ -42,7 +41,9 @@ _MUST_BE_OFF = (
     "velora_config",
     "kappa_tuner_config",
 )
-# Initialisations that also change the base's weights; without them the adapter is meaningless.
+# Initialisations that take a product out of the base's weights, which these determine.
+_STARTS = ("pissa", "olora")
+# Those that change the base by a draw, by data or by its quantisation: what they took out is lost.
 _CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _MERGE = (
     "Merge it into the base (merge_and_unload, save_pretrained) and compress the result as a full "
@@ -56,6 +57,8 @@ class AdapterSettings:
 
     kind       PEFT's name, one of `ACCEPTED`
     rank       of a module's factors, unless `rank_pattern` says another
+    start      how the factors began, where PEFT then takes their product out of the base's weights
+    targets    parameters that have factors, beside modules
     tokens     rows of the tokens that were trained, by the end of their module's name; under the
                empty name those of the input embedding
     """
@@ -67,15 +70,21 @@ class AdapterSettings:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rank_stabilised: bool = False
     is_dora: bool = False
+    start: str = ""
+    targets: tuple[str, ...] = ()
     tokens: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def scaling(self, module: str, rank: int) -> float:
-        """Return the factor of the product in a module whose factors have `rank`."""
+    def scaling(self, module: str, rank: int | None) -> float:
+        """Return the factor of the product in a module whose factors have `rank`, None if they do
+        not tell.
+        """
         if self.kind == "VERA":
             return 1.0
         if self.kind == "ADALORA":  # divided by the initial rank, however many are left
             return (self.alpha if self.alpha > 0 else self.rank) / (self.rank + 1e-5)
         declared = self.rank_pattern.get(_pattern(self.rank_pattern, module), self.rank)
+        if rank is None:
+            rank = declared
         if declared != rank:
             raise CheckpointError(
                 f"{CONFIG_FILE} gives {module} rank {declared}, the factors have {rank}"
@@ -116,6 +125,8 @@ def read_settings(path: Path) -> AdapterSettings:
             alpha_pattern=dict(config.get("alpha_pattern") or {}),
             rank_stabilised=bool(config.get("use_rslora", False)),
             is_dora=bool(config.get("use_dora", False)),
+            start=_start(config),
+            targets=tuple(map(str, config.get("target_parameters") or ())),
             tokens=_tokens(config),
         )
     except (KeyError, ValueError, TypeError) as error:
@@ -134,13 +145,25 @@ def _refuse_kind(path: Path, kind: str) -> NoReturn:
 
 def _check_plain(path: Path, config: Mapping[str, Any]) -> None:
     found = [key for key in _MUST_BE_OFF if config.get(key)]
-    start = config.get("init_lora_weights")
-    if isinstance(start, str) and start.lower().startswith(_CHANGES_BASE):
-        found.append(f"init_lora_weights = {start}")
+    start = _start(config)
+    if start in _STARTS and config.get("use_dora"):
+        found.append(f"use_dora with init_lora_weights = {start}")
+    if start.startswith(_CHANGES_BASE) and start not in _STARTS:
+        raise UnsupportedTensor(
+            f"{path}: init_lora_weights = {start} has changed the base's weights in a way that the "
+            "adapter does not tell. Save it as a plain LoRA where it was trained (save_pretrained "
+            "with path_initial_model_for_weight_conversion). " + _MERGE
+        )
     if found:
         raise UnsupportedTensor(
             f"{path}: {found[0]} makes the adapter more than low-rank factors. {_MERGE}"
         )
+
+
+def _start(config: Mapping[str, Any]) -> str:
+    start = config.get("init_lora_weights")
+    is_plain = not isinstance(start, str) or not start.lower().startswith(_CHANGES_BASE)
+    return "" if is_plain else str(start).lower()
 
 
 def _tokens(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -22,7 +22,7 @@ from compressor.compress.options import DEFAULT_RATIO, Options, Summary, summari
 from compressor.errors import InputError
 from compressor.peft.adapter import Adapter
 from compressor.peft.config import CONFIG_FILE
-from compressor.peft.dora import RescaleEncoder
+from compressor.peft.rescaled import RescaleEncoder
 from compressor.progress import Progress
 
 RESCALE_BITS = 4  # of DoRA's rescaled rows, if none are asked for
@@ -42,8 +42,9 @@ def import_adapter(
 
     Nothing of a LoRA is compressed: the factors are what was trained, and a ratio means nothing.
     A DoRA layer's factors are kept as exactly; the rescaling of the base's rows that comes with
-    them has full rank. It is stored `ratio` times smaller than the base's matrix, as unbiased
-    `blockdiag` of ``codec_options["bits"]`` bits; with `exact`, such layers are stored whole.
+    them, or that IA3 is, has full rank. It is stored `ratio` times smaller than the base's matrix,
+    as unbiased `blockdiag` of ``codec_options["bits"]`` bits; with `exact`, such layers are stored
+    whole.
     `adapter_name` says which adapter is meant, if the file holds several.
     """
     check_output(out, [base, adapter])
@@ -85,7 +86,7 @@ def import_adapter(
 
 def _plan_rescaling(base: Checkpoint, adapter: Adapter, options: Options) -> RescaleEncoder | None:
     """None for an adapter without learned lengths."""
-    shapes = adapter.dora_shapes(base)
+    shapes = adapter.rescaled_shapes(base)
     if not shapes:
         return None
     itemsize = DTYPES[checkpoint_dtype(base)].itemsize

@@ -30,6 +30,8 @@ _PARTS = {
     "vera_lambda_b": "vera_lambda_b",
     "vera_lambda_d": "vera_lambda_d",
     "ln_tuning_layers": "full",
+    "ia3_l": "ia3",
+    **{f"lokr_{part}": f"lokr_{part}" for part in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b")},
 }
 _LEAVES = ("weight", "bias")
 _PART = re.compile(
@@ -38,6 +40,7 @@ _PART = re.compile(
 )
 _WHOLE = re.compile(r"^(?P<module>.+?)\.modules_to_save(\.(?P<owner>[^.]+))?\.(?P<leaf>[^.]+)$")
 _SHARED = re.compile(r"^(?P<part>vera_[AB])(\.(?P<owner>[^.]+))?$")
+_WRAPPERS = re.compile(r"(\.base_layer)+(?=\.lora_)")
 UNNAMED = "(no name)"
 
 
@@ -50,12 +53,14 @@ class AdapterKey(NamedTuple):
                (to the value), ...
     owner      the adapter's name, None if the file has none there
     is_common  it belongs to the model, not to one of the adapters
+    depth      wrappers of the module that are around it: each is of another parameter
     """
 
     parameter: str
     part: str
     owner: str | None = None
     is_common: bool = False
+    depth: int = 0
 
 
 def parse_key(key: str) -> AdapterKey | None:
@@ -65,14 +70,17 @@ def parse_key(key: str) -> AdapterKey | None:
     path = key
     for prefix in _PREFIXES:
         path = path.removeprefix(prefix)
-    path = path.replace(".base_layer.", ".")
+    wrappers = _WRAPPERS.search(path)
+    depth = wrappers[0].count(".base_layer") if wrappers else 0
+    path = re.sub(r"\.base_layer(?=\.)", "", path)
     if match := _SHARED.match(path):
         return AdapterKey("", match["part"], match["owner"])
     if match := _PART.match(path):
         if match["part"] == "lora_B" and match["leaf"] == "bias":
             return AdapterKey(f"{match['module']}.bias", "added", match["owner"])
         leaf = match["leaf"] if match["part"] == "ln_tuning_layers" else "weight"
-        return AdapterKey(f"{match['module']}.{leaf}", _PARTS[match["part"]], match["owner"])
+        part = _PARTS[match["part"]]
+        return AdapterKey(f"{match['module']}.{leaf}", part, match["owner"], depth=depth)
     if match := _WHOLE.match(path):
         return AdapterKey(f"{match['module']}.{match['leaf']}", "full", match["owner"])
     return AdapterKey(path, "full", is_common=True)

@@ -138,10 +138,12 @@ def test_deltas_untrained_factors_are_skipped(tiny_llama: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     "config",
     [
-        {"peft_type": "IA3"},
+        {"peft_type": "OFT"},
         {"use_qalora": True},
         {"layer_replication": [[0, 1]]},
         {"init_lora_weights": "pissa_niter_4"},
+        {"init_lora_weights": "loftq"},
+        {"init_lora_weights": "olora", "use_dora": True},
     ],
 )
 def test_open_unsupported_adapter_raises_unsupported(tmp_path: Path, config: Any) -> None:

@@ -32,6 +32,17 @@ def lora(**settings: Any) -> peft.LoraConfig:
     return peft.LoraConfig(**(given | settings))
 
 
+def lokr(**settings: Any) -> peft.LoKrConfig:
+    return peft.LoKrConfig(**({"target_modules": ALL, "r": 8, "alpha": 6} | settings))
+
+
+def ia3(**settings: Any) -> peft.IA3Config:
+    given = {"target_modules": ALL, "feedforward_modules": ["down_proj"]}
+    return peft.IA3Config(**(given | settings))
+
+
+ALPHA = {"q_proj": 3}
+
 # Name -> base, configuration. Tied bases: what PEFT keeps tied.
 KINDS: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
     "lora": ("llama", lambda: lora(target_modules=ALL)),
@@ -98,6 +109,32 @@ KINDS: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
     "LoHa": (
         "llama",
         lambda: peft.LoHaConfig(task_type="CAUSAL_LM", target_modules=ALL, r=3, alpha=8),
+    ),
+    "LoKr": ("llama", lambda: lokr()),
+    "LoKr of a whole and a product": ("llama", lambda: lokr(r=2)),
+    "LoKr of two products": ("llama", lambda: lokr(r=2, decompose_both=True, decompose_factor=8)),
+    "LoKr of a product and a whole": (
+        "llama",
+        lambda: lokr(r=3, decompose_both=True, decompose_factor=2, target_modules=["q_proj"]),
+    ),
+    "LoKr patterns": ("llama", lambda: lokr(r=2, rank_pattern={"v_proj": 1}, alpha_pattern=ALPHA)),
+    "IA3": ("qwen2", lambda: ia3()),
+    "IA3 of Conv1D": (
+        "gpt2",
+        lambda: ia3(
+            target_modules=["c_attn", "mlp.c_proj"],
+            feedforward_modules=["mlp.c_proj"],
+            fan_in_fan_out=True,
+        ),
+    ),
+    "PiSSA": ("llama", lambda: lora(init_lora_weights="pissa", target_modules=ALL)),
+    "PiSSA of Conv1D": (
+        "gpt2",
+        lambda: lora(init_lora_weights="pissa", target_modules=["c_attn"], fan_in_fan_out=True),
+    ),
+    "OLoRA": (
+        "llama",
+        lambda: lora(init_lora_weights="olora", target_modules=ALL, rank_pattern={"v_proj": 2}),
     ),
     "norms": ("llama", lambda: peft.LNTuningConfig(task_type="CAUSAL_LM")),
 }
@@ -171,6 +208,50 @@ def test_kind_equals_pefts_own_merge(bases: Bases, tmp_path: Path, kind: str) ->
     assert any(not torch.equal(found[key], tensor) for key, tensor in before.items())
     for key, tensor in expected.items():
         torch.testing.assert_close(found[key].float(), tensor, rtol=1e-5, atol=1e-5, msg=key)
+
+
+def test_pissa_saved_as_a_plain_lora_equals_what_was_trained(bases: Bases, tmp_path: Path) -> None:
+    """The form that PEFT converts to when it is told where the adapter began."""
+    config = lora(init_lora_weights="pissa", target_modules=ALL)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(bases["llama"]), config)
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "first")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape) * parameter.requires_grad
+    first = str(tmp_path / "first")
+    model.save_pretrained(tmp_path / "adapter", path_initial_model_for_weight_conversion=first)
+    expected = model.merge_and_unload().state_dict()
+    found = ours(bases["llama"], tmp_path / "adapter")
+    for key, tensor in expected.items():
+        torch.testing.assert_close(found[key], tensor, rtol=1e-5, atol=1e-5, msg=key)
+
+
+def test_factors_larger_than_the_matrix_become_its_value(bases: Bases, tmp_path: Path) -> None:
+    for rank in (2, 8):
+        adapter = trained(bases["llama"], lokr(r=rank), tmp_path / str(rank))
+        with Checkpoint(bases["llama"]) as checkpoint, Adapter(adapter) as opened:
+            deltas = list(opened.deltas(checkpoint))
+        assert any(delta.exact is None for delta in deltas) == (rank == 2)
+        for delta in deltas:
+            m, n = delta.shape
+            n_bytes = sum(part.nbytes for term in delta.terms for part in term.tensors().values())
+            n_bytes += delta.exact.values.nbytes if delta.exact is not None else 0
+            assert 0 < n_bytes <= 4 * m * n
+
+
+def test_ia3_without_exact_is_sampled_with_its_error_said(bases: Bases, tmp_path: Path) -> None:
+    adapter = trained(bases["qwen2"], ia3(), tmp_path / "adapter")
+    code, said, _ = impart("import", bases["qwen2"], adapter, tmp_path / "delta", "--ratio", 4)
+    assert code == 0
+    assert "relative error of the difference" in said
+    entries = {entry.name: entry for entry in read_config(tmp_path / "delta").tensors}
+    weights = [entry for name, entry in entries.items() if name.endswith("weight")]
+    assert all(entry.terms[0].codec == "blockdiag" and entry.error for entry in weights)
+    assert all(len(entry.terms) == 1 for entry in weights)
+    biases = {name for name in entries if name.endswith("bias")}
+    assert {name.split(".")[-2] for name in biases} == {"q_proj", "v_proj"}
 
 
 def test_adalora_with_components_removed_equals_pefts_own_merge(

@@ -28,7 +28,8 @@ from tests.compressor.peft.test_adapter import Q, adapter, imported, lora
         ("a.q.lora_magnitude_vector", "a.q.weight", "magnitude", None),
         ("a.e.token_adapter.trainable_tokens_delta", "a.e.weight", "tokens", None),
         ("a.e.token_adapter.trainable_tokens_delta.x", "a.e.weight", "tokens", "x"),
-        ("a.q.base_layer.lora_A.weight", "a.q.weight", "A", None),
+        ("a.q.ia3_l", "a.q.weight", "ia3", None),
+        ("a.q.lokr_w1_a.default", "a.q.weight", "lokr_w1_a", "default"),
         ("a.n.modules_to_save.default.weight", "a.n.weight", "full", "default"),
         ("a.n.modules_to_save.bias", "a.n.bias", "full", None),
         ("a.n.ln_tuning_layers.default.bias", "a.n.bias", "full", "default"),
@@ -40,6 +41,12 @@ def test_key_is_read_with_and_without_a_name(
     key: str, parameter: str, part: str, owner: str | None
 ) -> None:
     assert parse_key(key) == AdapterKey(parameter, part, owner)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_key_below_wrappers_of_other_parameters_says_how_many(depth: int) -> None:
+    key = f"model.experts{'.base_layer' * depth}.lora_B.default.weight"
+    assert parse_key(key) == AdapterKey("model.experts.weight", "B", "default", depth=depth)
 
 
 def test_key_of_a_value_without_a_wrapper_is_everybodys() -> None:

@@ -1,11 +1,13 @@
-"""DoRA adapters: a low-rank difference whose rows are then rescaled to learned lengths.
+"""Adapters that rescale rows or columns of the base: DoRA and IA3.
 
+DoRA is a low-rank difference whose rows are then rescaled to learned lengths:
 ``W' = diag(m / |W + s B A|) (W + s B A)``, lengths taken row by row (one per output). With
 ``g = m / |W + s B A|`` the difference is ``dW = diag(g) s B A + diag(g - 1) W``: a LoRA, which is
 kept exactly, and a rescaling of the base, which has full rank and is compressed like any delta,
-or else stored whole.
+or else stored whole. IA3 is a rescaling alone, of outputs or (feed-forward) of inputs.
 
-Source: Liu et al., DoRA, ICML 2024 (arXiv 2402.09353); lengths as in PEFT's `lora/dora.py`.
+Sources: Liu et al., DoRA, ICML 2024 (arXiv 2402.09353); Liu et al., IA3, NeurIPS 2022 (arXiv
+2205.05638); lengths as in PEFT's `lora/dora.py`, factors as in its `ia3/layer.py`.
 """
 
 from __future__ import annotations
@@ -24,18 +26,20 @@ from compressor.encoders.sources import TensorSource
 from compressor.errors import UnsupportedTensor
 
 
-class DoraParts(NamedTuple):
-    """The two summands of a DoRA difference: ``dW = b^T a + rest``.
+class RescaledParts(NamedTuple):
+    """The two summands of a rescaling difference: ``dW = b^T a + rest``.
 
+    a     float32 ``[r, n]``, the adapter's own
     b     float32 ``[r, m]``, the scaling and the row lengths in it
     rest  float32 ``[m, n]``: ``diag(g - 1) W``
     """
 
+    a: Tensor
     b: Tensor
     rest: Tensor
 
 
-def dora_parts(name: str, weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> DoraParts:
+def dora_parts(name: str, weight: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> RescaledParts:
     """Split a DoRA difference; lengths are computed in float64.
 
     weight     float32 ``[m, n]``, the base's, ``[out, in]``
@@ -54,7 +58,23 @@ def dora_parts(name: str, weight: Tensor, a: Tensor, b: Tensor, magnitude: Tenso
     if not bool(torch.isfinite(gain).all()):
         raise UnsupportedTensor(f"{name}: a row of the adapted weight is zero or not finite")
     rest = (weight.double() * (gain - 1).unsqueeze(1)).float()
-    return DoraParts((b.double() * gain).float(), rest)
+    return RescaledParts(a, (b.double() * gain).float(), rest)
+
+
+def ia3_parts(name: str, weight: Tensor, gain: Tensor) -> RescaledParts:
+    """Say what IA3 adds to a weight, without factors.
+
+    gain  ``[m, 1]`` of the outputs or ``[1, n]`` of the inputs
+
+    Raises UnsupportedTensor naming `name` if it is neither.
+    """
+    m, n = weight.shape
+    if gain.shape not in ((m, 1), (1, n)):
+        raise UnsupportedTensor(
+            f"{name}: ia3_l has shape {list(gain.shape)}, the layer {m} outputs and {n} inputs"
+        )
+    rest = (weight.double() * (gain.double() - 1)).float()
+    return RescaledParts(torch.empty(0, n), torch.empty(0, m), rest)
 
 
 @dataclass(slots=True)
@@ -87,8 +107,8 @@ class RescaleEncoder:
             params |= dict(zip(group, chosen, strict=True))
         return cls(ratio, seed, codec, params)
 
-    def encode(self, name: str, parts: DoraParts, a: Tensor) -> tuple[Term, ...]:
-        """Encode ``parts.rest``; nothing where the lengths were never trained."""
+    def encode(self, name: str, parts: RescaledParts) -> tuple[Term, ...]:
+        """Encode ``parts.rest``; nothing where the gains were never trained."""
         if not bool(parts.rest.any()):
             self.errors[name] = 0.0
             return ()
@@ -96,7 +116,7 @@ class RescaleEncoder:
         lost = parts.rest.clone()
         for term in terms:
             lost -= term.to_dense()
-        whole = torch.linalg.vector_norm(parts.b.T @ a + parts.rest, dtype=torch.float64)
+        whole = torch.linalg.vector_norm(parts.b.T @ parts.a + parts.rest, dtype=torch.float64)
         self.errors[name] = float(torch.linalg.vector_norm(lost, dtype=torch.float64) / whole)
         return terms
 
