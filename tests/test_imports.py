@@ -27,6 +27,7 @@ FROM_CHECKPOINTS = {
     "compressor.checkpoint.headers",
     "compressor.checkpoint.hub",
     "compressor.checkpoint.layout",
+    "compressor.checkpoint.model_class",
     "compressor.checkpoint.parameter",
     "compressor.checkpoint.stored_form",
 }

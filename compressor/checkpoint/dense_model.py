@@ -16,6 +16,7 @@ from torch import Tensor
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.folder import read_model_config
 from compressor.checkpoint.layout import transformers_config
+from compressor.checkpoint.model_class import language_model
 from compressor.checkpoint.quantised.settings import quantisation_of
 from compressor.errors import CheckpointError
 
@@ -23,7 +24,7 @@ _OF_FILES = ("local_files_only", "use_safetensors")
 
 
 def load_causal_lm(path: Path, dtype: torch.dtype | None = None, **options: Any) -> Any:
-    """Return a transformers causal language model on the CPU.
+    """Return a transformers language model on the CPU.
 
     dtype    None: as stored
     options  for ``from_pretrained``
@@ -31,13 +32,12 @@ def load_causal_lm(path: Path, dtype: torch.dtype | None = None, **options: Any)
     Raises what ``from_pretrained`` raises, and CheckpointError where weights are not all there, or
     quantised ones more than the model has.
     """
-    from transformers import AutoModelForCausalLM
-
     if quantisation_of(read_model_config(path)) is not None:
         return _load_dequantised(path, dtype, options)
     chosen = "auto" if dtype is None else dtype
-    model, found = AutoModelForCausalLM.from_pretrained(
-        path, dtype=chosen, trust_remote_code=False, output_loading_info=True, **options
+    kind, config = language_model(transformers_config(path))
+    model, found = kind.from_pretrained(
+        path, config=config, dtype=chosen, output_loading_info=True, **options
     )
     if missing := sorted(found["missing_keys"]):
         raise CheckpointError(
@@ -49,11 +49,7 @@ def load_causal_lm(path: Path, dtype: torch.dtype | None = None, **options: Any)
 
 
 def _load_dequantised(path: Path, dtype: torch.dtype | None, options: dict[str, Any]) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    config = transformers_config(path)
-    with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    kind, config = language_model(transformers_config(path))
     with Checkpoint(path) as checkpoint:
         lock = Lock()
         weights = {name: _Unread(checkpoint, name, lock) for name in checkpoint.tensors}

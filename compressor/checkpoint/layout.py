@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compressor.checkpoint.headers import FLOATS, slice_name
+from compressor.checkpoint.model_class import language_model
 from compressor.checkpoint.parameter import Kind, Parameter, describe_parameter
 from compressor.checkpoint.quantised.index import dense_tensors
 from compressor.checkpoint.quantised.settings import KEYS
@@ -173,19 +174,21 @@ def read_layout(path: Path) -> Layout:
 
 
 def empty_model(path: Path) -> Any:
-    """The causal language model that config.json describes, on the meta device: no weights."""
+    """The language model that config.json describes, on the meta device: no weights."""
     import torch
-    from transformers import AutoModelForCausalLM
 
+    file = path / "config.json"
     try:
-        config = transformers_config(path)
+        kind, config = language_model(transformers_config(path))
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            return kind._from_config(config)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, OSError) as error:
         first = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
-            f"{path / 'config.json'}: transformers cannot build a causal language model from it "
-            f"({first[:200]})"
+            f"{file}: transformers cannot build a language model from it ({first[:200]}); correct "
+            "it, or install the release of transformers that wrote it"
         ) from error
 
 

@@ -60,6 +60,7 @@ class ExpertParameter(DeltaParameter):
         super().__init__(name, base, home.kernels, home.residency)
         self._home, self._expert = home, expert
         self._counted, self.transposed = counted, turned
+        self.is_multiplied = True
 
     @property
     def home(self) -> DeltaParameter:
@@ -90,7 +91,7 @@ class ExpertParameter(DeltaParameter):
             )
         base = base.detach().cpu()
         dense = (delta.reconstruct(base) - base.float()).T.to(self.dtype).contiguous()
-        return StagedParameter(self, terms=(((0, ("dense", ())), (dense,)),))
+        return StagedParameter(self, terms=(((0, ("dense", ())), (dense,)),), is_dense=True)
 
     def show(self, slot: int, staged: StagedParameter) -> None:
         for key, _ in staged.terms:

@@ -18,6 +18,7 @@ from server.errors import DeltaBroken, DeltaUnusable
 log = logging.getLogger(__name__)
 MEND_S = 30  # an operator may have seen to it by then
 SOON_S = 5
+_WHOLE = "serve the reconstructed checkpoint instead (impart reconstruct)"
 _COPY = "an operator must compress or copy it again"
 _NO_MEMORY = "can't allocate memory"  # torch's words on a CPU, where its error has no class
 _SCARCE = {
@@ -83,7 +84,8 @@ def failure_of(error: BaseException) -> Failure:
         reason = "WrongBase: it was made for another base model"
         return Failure(reason, "an operator must compress it against this one")
     if isinstance(error, UnsupportedTensor):
-        return Failure(str(error), "it needs another base or another release")
+        reason, _, remedy = str(error).rpartition("; ")
+        return Failure(reason or remedy, remedy if reason else _WHOLE)
     if isinstance(error, TermsDiffer):
         return Failure(str(error), "an operator must serve with --kernels torch")
     if isinstance(error, Refused):

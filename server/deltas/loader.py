@@ -44,7 +44,7 @@ from server.deltas.parameter import DeltaParameter, StagedParameter
 from server.deltas.room import Room
 from server.deltas.slots import Slot, SlotTable
 from server.deltas.staging import decode_threads, reader_threads, stage_variant
-from server.deltas.trial import try_terms
+from server.deltas.trial import VariantTrial
 from server.deltas.upload import Ready, SlotUploader, Uploader
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class DeltaLoader:
         self._copying: Slot | None = None  # where one variant's bytes are, or will be, copied
         self._untidy = False  # loads have ended since the heap was trimmed
         self.errors: dict[str, str] = {}  # by key, until it loads after all; safe to show
-        self._tried: set[str] = set()  # keys whose terms were found right, see `try_terms`
+        self._tried: set[str] = set()  # keys whose terms were found right, see `VariantTrial`
 
     def is_loading(self, key: str) -> bool:
         return key in self._loading
@@ -261,7 +261,7 @@ class DeltaLoader:
     def _decoded(self, job: LoadJob, artifact: Artifact, started: float) -> LoadDecoded:
         """Decoded; of a variant that was never loaded before, every term is tried too."""
         weights, n_threads = self._weights, self._n_threads
-        check = _accept if job.key in self._tried else try_terms
+        check = _accept if job.key in self._tried else VariantTrial()
         if job.mode == "apply":
             parameters = stage_variant(artifact, self._parameters, n_threads, check=check)
             n_bytes, whole = 0, None

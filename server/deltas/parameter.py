@@ -36,6 +36,7 @@ class StagedParameter:
     """A decoded delta of one parameter, on the host, ready to be copied into a slot.
 
     terms   parts by pool; empty if the slot's reconstructed weights stand in for them
+    is_dense  terms are not the delta's: one dense matrix, made by torch, stands in for all of them
     extra   [h, n] or [h] rows past the base's end (added vocabulary)
     vector  the fine-tune's own value, whole: [m] of a norm or bias, any shape of a `WholeParameter`
     """
@@ -44,6 +45,7 @@ class StagedParameter:
     terms: tuple[tuple[PoolKey, PoolParts], ...] = ()
     extra: Tensor | None = None
     vector: Tensor | None = None
+    is_dense: bool = False
 
     @property
     def n_bytes(self) -> int:
@@ -139,12 +141,13 @@ class DeltaParameter:
         if self._replaces_base_rows(delta):
             base = self.base.detach().cpu()
             dense = (delta.reconstruct(base)[: len(base)] - base.float()).to(self.dtype)
-            return StagedParameter(self, terms=(((0, ("dense", ())), (dense,)),), extra=extra)
-        terms = []
+            terms = (((0, ("dense", ())), (dense,)),)
+            return StagedParameter(self, terms=terms, extra=extra, is_dense=True)
+        staged = []
         for i, term in enumerate(delta.terms):
             key = (i, geometry_of(term))
-            terms.append((key, self.new_pool(key).stage(term)))
-        return StagedParameter(self, terms=tuple(terms), extra=extra)
+            staged.append((key, self.new_pool(key).stage(term)))
+        return StagedParameter(self, terms=tuple(staged), extra=extra)
 
     def _stage_vector(self, delta: TensorDelta) -> StagedParameter:
         """Of a bias that grew with the vocabulary, the rows past the base's end are `extra`."""

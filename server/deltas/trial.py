@@ -24,14 +24,30 @@ ROWS = (Segment(BASE_SLOT, 0, 1), Segment(SLOT, 1, 4))  # the base's row must st
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.04, torch.float16: 0.01}
 
 
+class VariantTrial:
+    """All terms of one variant; of experts those of one expert for every projection and geometry:
+    the others' lie in the same arrays and go through the same kernel, and there may be thousands.
+    """
+
+    def __init__(self) -> None:
+        self._tried: set[tuple[DeltaParameter, PoolKey]] = set()
+
+    def __call__(self, delta: TensorDelta, staged: StagedParameter) -> None:
+        """Raises TermsDiffer; see `try_terms`."""
+        parameter = staged.parameter
+        kinds = {(parameter.home, key) for key, _ in staged.terms}
+        if parameter.home is parameter or not kinds <= self._tried:
+            try_terms(delta, staged)
+            self._tried |= kinds
+
+
 @torch.inference_mode()
 def try_terms(delta: TensorDelta, staged: StagedParameter) -> None:
     """Raises TermsDiffer if the fast path of one of the terms gives something else than the codec.
 
-    Terms that stand for rows stored exactly (`StagedParameter.terms` of another number) are whole
-    matrices in torch, and are not tried.
+    What stands in for the terms is made by torch, and is not tried.
     """
-    if len(staged.terms) != len(delta.terms):
+    if staged.is_dense or len(staged.terms) != len(delta.terms):
         return
     parameter = staged.parameter
     with _beside_steps(parameter.device), parameter.kernels.alone():

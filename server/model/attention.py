@@ -16,6 +16,7 @@ from server.errors import ConfigError
 from server.model.attention_call import check_call
 from server.model.kv_store import AttentionForm, KVStore, ProbedCall
 from server.model.mask import CAUSAL, HandedMask, MaskForm, form_of, register_masks
+from server.model.refusal import WAY_OUT
 
 ATTENTION_NAME = "impart_paged"
 PROBING_NAME = "impart_probing"  # the same function, and masks are handed over
@@ -85,6 +86,7 @@ def _mask_form(
         form = CAUSAL if window is None else MaskForm(window=window)
     else:
         raise ConfigError(
-            f"{type(module).__name__} makes its attention mask itself, which the server cannot read"
+            f"{type(module).__name__} of this base model makes its attention mask itself, which "
+            f"the server cannot read; {WAY_OUT}"
         )
     return form

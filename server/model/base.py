@@ -18,25 +18,23 @@ from compressor.errors import CheckpointError
 from server.deltas.parameter import DeltaParameter
 from server.deltas.residency import Residency
 from server.errors import ConfigError
-from server.model.attention import (
-    ATTENTION_NAME,
-    PROBING_NAME,
-    attach_store,
-    register_attention,
-)
+from server.model.attention import ATTENTION_NAME, attach_store, register_attention
 from server.model.context import StepContext
 from server.model.definition import Definition
 from server.model.fused_attention import fuse_rotary
 from server.model.fused_layer import fuse_residuals
 from server.model.install import fuse_mlps, install_delta_layers
 from server.model.kv_store import KVStore
-from server.model.mask import MaskUsed, attention_named
+from server.model.mask import use_attention
 from server.model.observe import observe
+from server.model.own_attention import own_forwards
 from server.model.own_values import owners_in, serve_own_values
+from server.model.probe import learn_attention, probe
 from server.model.refusal import in_a_line, not_served, refused
 from server.model.row_positions import count_by_positions
 from server.model.sinks import serve_sinks
 from server.model.state import keeps_state
+from server.model.text_only import noting_modules, take_out_unreached
 from server.model.varying_rope import VaryingRope, varying_rope
 from server.ops.choose import KernelChoice, choose_kernels
 from server.ops.kernels import CompileKernels, Kernels
@@ -44,16 +42,7 @@ from server.ops.precision import cpu_precision, gigabytes, host_cpu, name_of
 from server.ops.quantize import BaseQuant, has_float8
 
 log = logging.getLogger(__name__)
-NO_INTERFACE = (
-    "its definition does not use transformers' attention interface, in which the server puts its "
-    "paged KV cache"
-)
-MASK_USED = (
-    "its definition computes with the attention mask itself, outside transformers' attention "
-    "interface, in which the server puts its paged KV cache"
-)
 DEFAULT_POSITIONS = 2048  # of a configuration that names no limit
-N_PROBED = 5  # tokens: some embeddings are all zeros
 
 
 @dataclass(slots=True)
@@ -109,7 +98,7 @@ def load_base_model(
     transformers_logging.disable_progress_bar()  # it would write into the server's log
     register_attention()
     with refused(name, "loading it"):
-        model = _loaded(path, name, device, dtype)
+        model = _loaded(path, device, dtype)
     if dtype is None and device.type == "cpu":
         _widen_if_faster(model, widened_budget_bytes)
     if base_quant == "float8" and not has_float8(device):
@@ -142,10 +131,13 @@ def _prepared(model: PreTrainedModel, kernels: Kernels, base_quant: BaseQuant | 
     context, store = StepContext(), KVStore(kernels, int(n_positions))
     residency = Residency(base_quant=base_quant)
     table, dtype = model.get_input_embeddings().weight, model.dtype
-    definition = Definition(model)
     apart = KVStore(kernels, int(n_positions))  # of these passes alone
     attach_store(model, apart)
-    _probe(model, apart)  # before anything else is asked of the definition
+    with noting_modules(model) as ran:  # before anything else is asked of the definition
+        own = learn_attention(model, apart)
+    unreached = take_out_unreached(model, ran, lambda: probe(model, apart))
+    with own_forwards(own):
+        definition = Definition(model)
     n_counting = count_by_positions(model)
     owners = owners_in(model)
     with apart.probing():
@@ -153,6 +145,8 @@ def _prepared(model: PreTrainedModel, kernels: Kernels, base_quant: BaseQuant | 
         parameters = install_delta_layers(model, context, kernels, residency, seen)
         serve_sinks(model, apart.seen, store, parameters, context, kernels, residency)
         serve_own_values(owners, seen, parameters, context, store, kernels, residency)
+    unreached.add_unread(model, owners, seen)
+    parameters |= unreached.parameters(kernels, residency)
     definition.bind(parameters)
     attach_store(model, store)
     fuse_mlps(model, kernels)
@@ -172,35 +166,37 @@ def _prepared(model: PreTrainedModel, kernels: Kernels, base_quant: BaseQuant | 
         keeps_rows=seen.keeps,
     )
     _limit_length(base)
-    n_residual = fuse_residuals(model, lambda: _probe(model, store))
+    n_residual = fuse_residuals(model, lambda: probe(model, store))
     n_fused = fuse_rotary(model, store)
     log.info("%d of %d attention layers are fused", n_fused, len(store.layers))
+    if unreached.parts:
+        log.info(
+            "text does not reach %s of the base, which the server leaves out; what variants make "
+            "of %d parameters there has no effect",
+            ", ".join(unreached.parts),
+            len(unreached.values),
+        )
     if n_counting:
         log.info("%d attention layers that count rows are told positions instead", n_counting)
     log.info("the residual additions of %d layers are fused with the norms after them", n_residual)
     return base
 
 
-def _loaded(
-    path: Path, name: str, device: torch.device, dtype: torch.dtype | None
-) -> PreTrainedModel:
+def _loaded(path: Path, device: torch.device, dtype: torch.dtype | None) -> PreTrainedModel:
+    options = {"local_files_only": True, "use_safetensors": True}
     try:
-        model = load_causal_lm(
-            path,
-            dtype,
-            attn_implementation=ATTENTION_NAME,
-            local_files_only=True,
-            use_safetensors=True,
-        )
+        try:
+            model = load_causal_lm(path, dtype, attn_implementation=ATTENTION_NAME, **options)
+        except KeyError as error:  # of a definition with a class for each attention it knows
+            if ATTENTION_NAME not in error.args:
+                raise
+            model = load_causal_lm(path, dtype, attn_implementation="eager", **options)
+            use_attention(model, ATTENTION_NAME)
         loaded: PreTrainedModel = model.eval().requires_grad_(False).to(device)
     except CheckpointError as error:
         raise ConfigError(f"the base cannot be loaded: {error}") from error
     except (OSError, ValueError, RuntimeError) as error:  # the last where memory does not suffice
         raise ConfigError(f"the base cannot be loaded: {in_a_line(error)}") from error
-    except KeyError as error:
-        if ATTENTION_NAME not in error.args:
-            raise
-        raise not_served(name, NO_INTERFACE) from error
     return loaded
 
 
@@ -251,7 +247,8 @@ def _check_config(path: Path) -> PreTrainedConfig:
         ) from error
     if getattr(config, "auto_map", None):
         raise ConfigError(
-            "this base model needs code from its repository (auto_map), which the server never runs"
+            "this base model needs code from its repository (auto_map), which the server never "
+            "runs; serve a base whose class transformers has"
         )
     return config
 
@@ -281,16 +278,3 @@ def _limit_length(base: BaseModel) -> None:
             base.max_len,
         )
         base.max_len = rope.n_fixed
-
-
-def _probe(model: PreTrainedModel, store: KVStore) -> None:
-    """One forward pass without a cache: learns the layers' KV shapes, checks the hook is used."""
-    ids = torch.arange(N_PROBED, device=model.get_input_embeddings().weight.device).unsqueeze(0)
-    try:
-        named = attention_named(model, PROBING_NAME)
-        with torch.inference_mode(), store.probing(), named:
-            model(input_ids=ids, position_ids=ids, use_cache=False)
-    except MaskUsed as error:
-        raise not_served(model, MASK_USED) from error
-    if not store.layers:
-        raise not_served(model, NO_INTERFACE)

@@ -33,6 +33,7 @@ def install_delta_layers(
     seen  what they got in a forward pass: those that are called otherwise stay as they are
     """
     output = model.get_output_embeddings()
+    names = [(name, id(p)) for name, p in model.named_parameters(remove_duplicate=False)]
     shared: dict[int, DeltaParameter] = {}
     parameters: dict[str, DeltaParameter] = {}
 
@@ -63,6 +64,9 @@ def install_delta_layers(
             weight = parameter(weight_name, module.get_parameter("weight"))
             bias = parameter(bias_name, module.bias) if _has_bias(module) else None
             _set_module(model, path, DeltaNorm(module, weight, bias, context, axes, kept=kept))
+    for name, key in names:  # of a bias that its linear shares with the module around it
+        if key in shared:
+            parameters.setdefault(name, shared[key])
     for path, module in model.named_modules():
         if isinstance(module, DeltaEmbedding | DeltaLinear):
             module.own = own = parameters[f"{path}.weight"].untied.get(f"{path}.weight")

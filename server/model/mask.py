@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from transformers import AttentionMaskInterface
 
 from server.errors import ConfigError
+from server.model.refusal import WAY_OUT
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 PIECE = 1 << 18  # pairs evaluated at once
 NEAR = 48  # queries whose rows are looked at whole, from the first on
 BEYOND = 8  # keys looked at past each query: none may be seen
+KNOWN = "causal attention, whole, in a sliding window or in chunks"
 ROW_KEYS = 1 << 16  # of a far query, at most: those next to it, to its edge, and the first
 
 
@@ -51,14 +53,17 @@ class MaskUsed(Exception):
 
 @dataclass(frozen=True)
 class HandedMask:
-    """A mask function where definitions expect a mask. They may cut it to the keys' length; for
-    any other use it raises MaskUsed.
+    """A mask function where definitions expect a mask. They may cut it to the keys' length and
+    want another dtype; for any other use it raises MaskUsed.
     """
 
     function: MaskFunction
     device: torch.device
 
     def __getitem__(self, _: object) -> Self:
+        return self
+
+    def to(self, *_: object, **__: object) -> Self:
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -122,7 +127,7 @@ def form_of(mask: HandedMask, n_positions: int) -> MaskForm:
             return form
     raise ConfigError(
         f"this base model's attention has a mask that is {_in_words(mask, n_positions)}; "
-        "the server knows causal attention, whole, in a sliding window or in chunks"
+        f"the server knows {KNOWN}; {WAY_OUT}"
     )
 
 
@@ -157,9 +162,8 @@ def _evaluate(mask: HandedMask, queries: Tensor, keys: Tensor) -> Tensor:
         return seen.to(torch.bool).cpu().expand(queries.shape)
     except Exception as error:  # a definition's own code, about indices it may not expect
         raise ConfigError(
-            "this base model's attention has a mask that depends on more than positions "
-            f"({type(error).__name__}); the server knows causal attention, whole, in a sliding "
-            "window or in chunks"
+            "this base model's attention has a mask that depends on more than positions; the "
+            f"server knows {KNOWN}; {WAY_OUT}"
         ) from error
 
 

@@ -83,9 +83,7 @@ def observe(model: PreTrainedModel, owners: Mapping[nn.Module, Sequence[str]]) -
     owners  modules and their own parameters and buffers whose readings are wanted. Their methods
             are watched besides every module's forward.
     """
-    sizes = _sizes(model)
-    n_kept = _prime_beside(sizes, FEWEST_KEPT)
-    n_tokens = _prime_beside(sizes | {n_kept}, max(FEWEST_TOKENS, n_kept))
+    n_tokens, n_kept = unlike_numbers(model)
     seen = Observation(n_tokens, n_kept)
     table = model.get_input_embeddings().weight
     ids = torch.arange(n_tokens, device=table.device).unsqueeze(0)
@@ -99,6 +97,13 @@ def observe(model: PreTrainedModel, owners: Mapping[nn.Module, Sequence[str]]) -
         )
     seen.keeps = output.logits.shape[1] == n_kept
     return seen
+
+
+def unlike_numbers(model: PreTrainedModel) -> tuple[int, int]:
+    """How many tokens to give and how many of them to keep."""
+    sizes = _sizes(model)
+    n_kept = _prime_beside(sizes, FEWEST_KEPT)
+    return _prime_beside(sizes | {n_kept}, max(FEWEST_TOKENS, n_kept)), n_kept
 
 
 def takes_kept_rows(model: PreTrainedModel) -> bool:
@@ -173,8 +178,14 @@ class _Watch:
             self._leave(frame, output)
             return output
 
+        before = {n: m for n, m in vars(module).items() if n == name}  # of an instance's own
+
+        def undo() -> None:
+            del vars(module)[name]
+            vars(module).update(before)
+
         vars(module)[name] = run
-        self._undo.append(lambda: vars(module).pop(name))
+        self._undo.append(undo)
 
 
 class _Noting(dict[str, Any]):

@@ -13,7 +13,10 @@ from server.errors import ConfigError
 
 log = logging.getLogger(__name__)
 MAX_ERROR_CHARS = 400  # of what transformers says, which may be pages
-WAY_OUT = "serve its fine-tunes as whole checkpoints (impart reconstruct) with another engine"
+WAY_OUT = (
+    "make whole checkpoints of its fine-tunes (impart reconstruct) and serve them with vLLM or "
+    "transformers"
+)
 
 
 def in_a_line(error: BaseException) -> str:

@@ -10,17 +10,25 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.pytorch_utils import Conv1D
 
 from tests.models.cases import Case
 from tests.models.shrink import FIRST_OTHER_TOKEN, VOCAB
 from tests.tiny import make_tokenizer
 
-MAX_PARAMETERS = 3_000_000
+MAX_PARAMETERS = 10_000_000
 FIRST_TEXT_TOKEN = 5
 LOGIT_SPREAD = 3.0  # standard deviation of logits over the vocabulary
 GAIN = 1.5
@@ -71,14 +79,13 @@ def tiny_model(case: Case, seed: int = 0) -> PreTrainedModel:
         raise NotBuilt(f"its configuration: {_first_line(error)}") from error
     try:
         with torch.device("meta"):
-            outline = AutoModelForCausalLM.from_config(config)
+            outline = model_of(config)
         n_parameters = sum(weight.numel() for weight in outline.parameters())
         if n_parameters > MAX_PARAMETERS:
             raise NotBuilt(f"it has {n_parameters} parameters: it does not become tiny")
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(
-            case.config(), dtype=torch.float32, attn_implementation="eager"
-        ).eval()
+        options = {"dtype": torch.float32, "attn_implementation": "eager"}
+        model = model_of(case.config(), **options).eval()
         initialise(model, torch.Generator().manual_seed(seed))
     except NotBuilt:
         raise
@@ -86,6 +93,14 @@ def tiny_model(case: Case, seed: int = 0) -> PreTrainedModel:
         raise NotBuilt(f"its model: {_first_line(error)}") from error
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     model.generation_config = GenerationConfig(**ids)
+    return model
+
+
+def model_of(config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """The model that the first of transformers' auto classes makes of a configuration."""
+    kinds = (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM)
+    kind = next((k for k in kinds if type(config) in k._model_mapping), kinds[0])
+    model: PreTrainedModel = kind.from_config(config, **options)
     return model
 
 

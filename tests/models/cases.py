@@ -1,5 +1,6 @@
 """What the matrix holds: every configuration class of a causal language model that transformers
-has, and variants of them that take another way through the same definition.
+has, every one of a model that writes text about images or sounds too, and variants of them that
+take another way through the same definition.
 """
 
 from __future__ import annotations
@@ -9,7 +10,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from tests.models.shrink import HEAD_DIM, tiny_fields
 from tests.models.special import merged, with_special
@@ -37,8 +42,14 @@ class Case:
 
 
 def registered() -> tuple[Case, ...]:
-    """One case for every class in transformers' own registry."""
-    return tuple(Case(kind, kind) for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    """One case for every class in transformers' own registries."""
+    return tuple(Case(kind, kind) for kind in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *_multimodal()))
+
+
+def _multimodal() -> list[str]:
+    """Those of other registries that are no causal language model's too."""
+    known = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES | MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    return sorted(known.keys() - MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys())
 
 
 def variants() -> tuple[Case, ...]:

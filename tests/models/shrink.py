@@ -28,6 +28,7 @@ SIZES: tuple[tuple[str, int | float | None], ...] = (
     (r"(?!initializer|n_inner).*(dropout|pdrop|layerdrop|dropout_(prob|rate|p)|dropout_p)", 0.0),
     (r"(hidden_size|d_model|n_embd|emb_dim|embedding_dim|dim_model|attention_hidden_size)", HIDDEN),
     (r"(embedding_size|word_embed_proj_dim|(in|out)put_embedding_size|lru_width)", HIDDEN),
+    (r"(out_hidden_size|embed_dim|text_hidden_size|projector_hidden_size)", HIDDEN),
     (r"(backbone_hidden_size|hidden_size_global|encoder_cross_output_size)", HIDDEN),
     (
         r"(num_attention_heads|n_heads?|num_heads|(en|de)coder_attention_heads|attention_heads)",

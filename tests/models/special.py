@@ -159,6 +159,28 @@ SPECIAL: dict[str, Special] = {
         {"expert_ffn_hidden_size": EXPERT_INTERMEDIATE},
     ),
 }
+_MROPE = _ROPE | {"mrope_section": [4, 2, 2]}
+SPECIAL |= {
+    kind: Special(
+        "its positions have three parts",
+        {
+            "text_config": {"rope_parameters": _MROPE},
+            "vision_config": {"fullatt_block_indexes": [1], "deepstack_visual_indexes": [0]},
+        },
+    )
+    for kind in (
+        "qwen2_vl",
+        "qwen2_5_vl",
+        "qwen2_5_omni_thinker",
+        "qwen3_vl",
+        "qwen3_vl_moe",
+        "glm4v",
+        "glm46v",
+        "glm4v_moe",
+        "glm_ocr",
+        "paddleocr_vl",
+    )
+}
 # Classes that no tiny model is made of. A test refuses one that is made all the same.
 NOT_BUILT = {
     "dots3_note": "sizes of single layers lie in a part of it and cannot be given",
@@ -168,6 +190,61 @@ NOT_BUILT = {
     "musicgen": "transformers does not build its decoder from the class that it registers",
     "musicgen_melody": "transformers does not build its decoder from the class that it registers",
 }
+NOT_BUILT |= dict.fromkeys(("fast_vlm", "perception_lm"), "its vision tower needs the timm library")
+NOT_BUILT["inkling_mm_model"] = "its audio tower needs the scipy library"
+NOT_BUILT |= dict.fromkeys(
+    (
+        "blip",
+        "blip-2",
+        "idefics",
+        "instructblip",
+        "instructblipvideo",
+        "pix2struct",
+        "vision-encoder-decoder",
+        "udop",
+        "t5gemma2",
+        "voxtral_realtime",
+    ),
+    "it cannot be given text alone",
+)
+# Who wants one in the matrix gives `SPECIAL` its sizes.
+NOT_BUILT |= dict.fromkeys(
+    (
+        "chameleon",
+        "cohere2_vision",
+        "cohere_compass",
+        "cosmos3_edge",
+        "deepseek_ocr2",
+        "diffusion_gemma",
+        "ernie4_5_vl_moe",
+        "evolla",
+        "exaone4_5",
+        "florence2",
+        "fun_asr_nano",
+        "glm4v_moe",
+        "glm5_next",
+        "glmga",
+        "granite4_vision",
+        "granite_speech",
+        "granite_speech_plus",
+        "hunyuan_vl",
+        "janus",
+        "kosmos-2",
+        "kyutai_speech_to_text",
+        "molmo2",
+        "muse_spark",
+        "nemo_speechlm",
+        "nemotron_h_omni",
+        "pi0",
+        "pp_formulanet",
+        "qwen2_5_omni",
+        "qwen3_omni_moe",
+        "step3p7",
+        "unlimited_ocr",
+        "vibevoice_asr",
+    ),
+    "sizes of its other parts are constants, or follow from each other",
+)
 SPECIAL["qwen4_exp"] = Special(
     SPECIAL["qwen4_exp_text"].reason, {"text_config": SPECIAL["qwen4_exp_text"].changes}
 )

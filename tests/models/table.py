@@ -25,7 +25,7 @@ HEADS = ("compress", "reconstruct", "serve base", "serve variant")
 OWN = re.compile(
     r"(\b[\w.]+\.\d+\.[\w.\[\]]+|\[[\d, ]+\]|\b[A-Z]\w+(LM|LMHead\w+|Generation)\b|\d+)"
 )
-FOLDER = re.compile(r"/\S*/(?=config\.json)")  # of the run, which is gone
+FOLDER = re.compile(r"/\S*/(?=config\.json|base:)")  # of the run, which is gone
 LONGEST_REASON = 300
 OLDER = "A star: found by an older state of the code than other rows, and not tried again since.\n"
 

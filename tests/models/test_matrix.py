@@ -11,9 +11,18 @@ from tests.models.outcome import EXACT, Row
 from tests.models.run import run_apart, run_case
 
 # One of every kind: plain; window and cap; tied, stored [in, out], with added rows; experts; keys
-# wider than values; state beside attention.
-FEW = ("llama", "gemma2", "gpt2-added-rows", "mixtral", "deepseek_v3-dense", "mamba")
-SERVED = ("llama", "gemma2", "gpt2-added-rows")
+# wider than values; state beside attention; a tower for images; ALiBi, and no attention interface.
+FEW = (
+    "llama",
+    "gemma2",
+    "gpt2-added-rows",
+    "mixtral",
+    "deepseek_v3-dense",
+    "mamba",
+    "llava",
+    "bloom",
+)
+SERVED = tuple(name for name in FEW if name != "mamba")
 AUTO = ("llama", "gemma2", "gpt2-added-rows", "mixtral")
 
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+import transformers
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 N_TOKENS = 12
 # Of a log probability. Equal computations differ by 1e-5, a wrong mask or norm by 1e-1 and more.
@@ -49,7 +50,8 @@ class Oracle:
 
     def __init__(self, path: Path) -> None:
         """Raises whatever transformers raises."""
-        loaded = AutoModelForCausalLM.from_pretrained(
+        (named,) = AutoConfig.from_pretrained(path).architectures
+        loaded = getattr(transformers, named).from_pretrained(
             path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
         )
         self.model: PreTrainedModel = loaded[0].eval()

@@ -125,7 +125,7 @@ def _agree(
 
 
 def _sentence(what: str, parting: Parting) -> str:
-    return f"the self-check found that with {what} {parting}; --no-self-check starts all the same"
+    return f"the self-check found that with {what} {parting}, so the text would be wrong"
 
 
 def _sequences(base: BaseModel) -> tuple[list[int], list[int]]:

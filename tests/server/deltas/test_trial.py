@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from compressor.codecs.term import TensorDelta
+from compressor.codecs.term import TensorDelta, Term
+from server.deltas.experts import ExpertParameter, ExpertsProjection
 from server.deltas.failures import TermsDiffer
 from server.deltas.parameter import DeltaParameter
-from server.deltas.trial import try_terms
+from server.deltas.residency import Residency
+from server.deltas.trial import VariantTrial, try_terms
 from server.errors import DeltaBroken
 from server.ops.blockdiag import BlockDiagOp
 from server.ops.kernels import Kernels, TorchKernels
@@ -83,6 +85,31 @@ def test_try_terms_of_a_wrong_kernel_names_the_parameter(
 ) -> None:
     with pytest.raises(TermsDiffer, match=f"^lm_head.weight: its {codec} terms give other values"):
         tried(codec, options, kernels, torch.float32)
+
+
+def test_variant_trial_of_experts_tries_each_projection_and_geometry_once() -> None:
+    base, kernels = torch.zeros(SHAPE), WrongBlocks()
+    home = ExpertsProjection("mlp.up", base, 2, kernels, Residency(n_slots=1))
+    one, two = (
+        ExpertParameter(f"mlp.up[{e}]", base, home, e, turned=False, counted=True) for e in range(2)
+    )
+    right, wrong = (
+        encode_all("lowrank", {"bits": 16}, SHAPE)[0],
+        encode_all("blockdiag", {}, SHAPE)[0],
+    )
+    trial = VariantTrial()
+
+    def tries(trial: VariantTrial, parameter: ExpertParameter, terms: tuple[Term, ...]) -> None:
+        delta = TensorDelta(parameter.name, SHAPE, SHAPE, False, terms, None)
+        trial(delta, parameter.stage(delta))
+
+    tries(trial, one, right)
+    with pytest.raises(TermsDiffer, match=r"^mlp.up\[1\]: its blockdiag terms"):
+        tries(trial, two, wrong)
+    one.kernels = Untidy()
+    tries(trial, one, right)
+    with pytest.raises(TermsDiffer, match=r"^mlp.up\[0\]: its lowrank terms"):
+        tries(VariantTrial(), one, right)
 
 
 def test_engine_with_a_wrong_kernel_fails_the_variant_and_serves_the_others(

@@ -16,6 +16,8 @@ from server.errors import ConfigError
 from server.model.attention import ATTENTION_NAME, register_attention
 from server.model.base import load_base_model, prepare_base_model
 from server.ops.kernels import TorchKernels
+from tests.models.builder import tiny_model
+from tests.models.cases import all_cases
 from tests.tiny import SMALL
 
 CPU = torch.device("cpu")
@@ -59,13 +61,6 @@ def test_base_without_one_of_its_tensors_is_refused_by_the_tensors_name(
 FIELDS = SMALL | {"pad_token_id": 0}
 
 
-EXTRA: dict[str, dict[str, object]] = {
-    "gpt_neo": {"attention_types": [[["global"], 2]]},
-    "gptj": {"rotary_dim": 8},
-    "falcon": {},
-}
-
-
 def definition(kind: str, **fields: object) -> PreTrainedModel:
     register_attention()
     config = AutoConfig.for_model(kind, **(FIELDS | fields))
@@ -80,13 +75,8 @@ def refusal(model: PreTrainedModel) -> str:
     return refused.value.message
 
 
-@pytest.mark.parametrize("kind", ["gpt_neo", "gptj", "falcon"])
-def test_definition_without_the_attention_interface_is_refused_by_name(
-    kind: str, tmp_path: Path
-) -> None:
-    fields = {name: value for name, value in FIELDS.items() if name != "head_dim"}
-    config = AutoConfig.for_model(kind, **fields, **EXTRA[kind])
-    model = AutoModelForCausalLM.from_config(config)
+def test_definition_without_the_attention_interface_is_refused_by_name(tmp_path: Path) -> None:
+    model = tiny_model(all_cases()["cpmant"])
     model.save_pretrained(tmp_path)
     with pytest.raises(ConfigError) as refused:
         load_base_model(tmp_path, CPU, None, "torch")

@@ -19,7 +19,7 @@ def test_unexpected_exception_becomes_a_sentence_and_is_logged_with_its_tracebac
         raise TypeError(text)
     message = raised.value.message
     assert message.startswith("OddModel cannot be served: a pass failed with TypeError: line one ")
-    assert message.endswith("(impart reconstruct) with another engine")
+    assert message.endswith("(impart reconstruct) and serve them with vLLM or transformers")
     assert "\n" not in message
     assert len(message) < MAX_ERROR_CHARS + 200
     assert isinstance(raised.value.__cause__, TypeError)
@@ -32,5 +32,5 @@ def test_refusal_that_says_what_is_wrong_stays_as_it_is() -> None:
 
 
 def test_exception_without_words_has_its_name() -> None:
-    with pytest.raises(ConfigError, match=r"failed with KeyError; serve"), refused("M", "a pass"):
+    with pytest.raises(ConfigError, match=r"failed with KeyError; make"), refused("M", "a pass"):
         raise KeyError
