@@ -30,8 +30,24 @@ def load_causal_lm(path: Path, dtype: torch.dtype | None = None, **options: Any)
     options  for ``from_pretrained``
 
     Raises what ``from_pretrained`` raises, and CheckpointError where weights are not all there, or
-    quantised ones more than the model has.
+    quantised ones more than the model has, or values are beyond what float16 can hold.
     """
+    model = _load(path, dtype, options)
+    if dtype == torch.float16:
+        _check_range(path, model)
+    return model
+
+
+def _check_range(path: Path, model: Any) -> None:
+    for name, value in model.state_dict().items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise CheckpointError(
+                f"{path}: tensor {name} has a value beyond what float16 can hold (65504); take "
+                "another dtype (--dtype bfloat16)"
+            )
+
+
+def _load(path: Path, dtype: torch.dtype | None, options: dict[str, Any]) -> Any:
     if quantisation_of(read_model_config(path)) is not None:
         return _load_dequantised(path, dtype, options)
     chosen = "auto" if dtype is None else dtype

@@ -11,6 +11,7 @@ import logging
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from compressor.errors import ArtifactError, Unreadable, UnsupportedTensor, WrongBase
 from server.errors import DeltaBroken, DeltaUnusable
@@ -42,6 +43,23 @@ class TermsDiffer(Exception):
     """The terms are whole, but this device computes something else with them; the message names the
     parameter.
     """
+
+
+class Overflow(UnsupportedTensor):
+    """A value of the variant is beyond what the served dtype can hold."""
+
+    def __init__(self, name: str, dtype: torch.dtype) -> None:
+        held = str(dtype).removeprefix("torch.")
+        most = torch.finfo(dtype).max
+        super().__init__(f"{name}: a value of it is beyond {most:.6g}, all that {held} can hold")
+
+
+def check_range(name: str, *values: Tensor) -> None:
+    """Raise `Overflow` for an infinity: an artifact has none, so a narrow dtype made it."""
+    for value in values:
+        is_narrow = value.is_floating_point() and value.dtype.itemsize <= 2
+        if is_narrow and not bool(value.isfinite().all()):
+            raise Overflow(name, value.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +101,8 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, WrongBase):  # its own message names the other base, maybe by its path
         reason = "WrongBase: it was made for another base model"
         return Failure(reason, "an operator must compress it against this one")
+    if isinstance(error, Overflow):
+        return Failure(str(error), "an operator must serve with --dtype bfloat16")
     if isinstance(error, UnsupportedTensor):
         reason, _, remedy = str(error).rpartition("; ")
         return Failure(reason or remedy, remedy if reason else _WHOLE)

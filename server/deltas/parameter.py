@@ -48,10 +48,14 @@ class StagedParameter:
     is_dense: bool = False
 
     @property
-    def n_bytes(self) -> int:
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
         parts = [part for _, staged in self.terms for part in staged]
-        parts += [t for t in (self.extra, self.vector) if t is not None]
-        return sum(part.numel() * part.element_size() for part in parts)
+        return parts + [t for t in (self.extra, self.vector) if t is not None]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(part.numel() * part.element_size() for part in self.tensors)
 
 
 class DeltaParameter:

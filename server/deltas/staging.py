@@ -11,6 +11,7 @@ from compressor.artifact.reader import Artifact
 from compressor.codecs.term import TensorDelta
 from compressor.errors import UnsupportedTensor
 from compressor.usable_cpus import usable_cpus
+from server.deltas.failures import check_range
 from server.deltas.parameter import DeltaParameter, StagedParameter
 
 DECODE_THREADS = 8
@@ -29,7 +30,8 @@ def stage_variant(
     check: Callable[[TensorDelta, StagedParameter], None] = lambda delta, staged: None,
 ) -> tuple[StagedParameter, ...]:
     """Decode every tensor of the artifact for this base. Raises ArtifactError or
-    UnsupportedTensor if any does not fit: a variant is served whole or not at all.
+    UnsupportedTensor if any does not fit, or has values that the base's dtype cannot hold: a
+    variant is served whole or not at all.
 
     replaces  whether the slot's reconstructed weights stand in for a parameter's terms
     check     is told of every tensor; what it raises ends the load
@@ -51,6 +53,7 @@ def stage_variant(
                 )
             parameter = parameter.untied[delta.name]
         staged = parameter.stage(delta, without_terms=replaces(parameter))
+        check_range(delta.name, *staged.tensors)
         check(delta, staged)
         return staged
 

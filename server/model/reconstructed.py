@@ -16,6 +16,7 @@ from torch import nn
 
 from compressor.artifact.reader import Artifact
 from compressor.codecs.term import TensorDelta
+from server.deltas.failures import check_range
 from server.deltas.parameter import DeltaParameter
 from server.model.embedding import DeltaEmbedding
 from server.model.linear import DeltaLinear, Product
@@ -143,7 +144,9 @@ def _reconstruct(
         delta = deltas.get(parameter)
         if delta is not None:
             own = delta.reconstruct(weight.cpu())[: len(weight)]
-            weight = own.to(parameter.dtype).to(parameter.device)
+            weight = own.to(parameter.dtype)
+            check_range(delta.name, weight)
+            weight = weight.to(parameter.device)
         weights.append(weight)
     whole = weights[0] if len(weights) == 1 else torch.cat(weights)
     return parameters[0].kernels.linear(whole.contiguous())

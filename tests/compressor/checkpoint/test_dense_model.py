@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -54,3 +55,15 @@ def test_tensors_beyond_or_short_of_the_model_are_refused(
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match=says):
         load_causal_lm(folder)
+
+
+def test_value_that_float16_cannot_hold_is_refused_with_the_remedy(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "large"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = 7e4
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight has a value.*--dtype bfloat16"):
+        load_causal_lm(folder, torch.float16)
+    assert load_causal_lm(folder, torch.bfloat16).dtype == torch.bfloat16

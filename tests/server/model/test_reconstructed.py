@@ -9,8 +9,12 @@ import pytest
 import torch
 
 from compressor.artifact.reader import Artifact, read_artifact
+from compressor.codecs import TensorDelta, lowrank_from_factors
+from server.deltas.failures import Overflow
+from server.deltas.parameter import DeltaParameter
 from server.errors import DeltaUnusable
-from server.model.reconstructed import ReconstructedOps, ReconstructStopped
+from server.model.reconstructed import ReconstructedOps, ReconstructStopped, _reconstruct
+from server.ops.kernels import TorchKernels
 from tests.server.conftest import ALL_CODECS, PAIR, Served
 from tests.server.engine.reconstruct.test_reconstructor import (
     hot,
@@ -139,3 +143,13 @@ def test_evicted_variant_of_mode_reconstruct_takes_its_weights_along(
     engine.run(other)
     assert not any(unit.reconstructed for unit in units(engine))
     assert_true_text(pair, other)
+
+
+def test_sum_that_float16_cannot_hold_is_refused() -> None:
+    """Neither the base nor the delta is too large by itself."""
+    base = torch.full((2, 3), 6e4)
+    parameter = DeltaParameter("x", base.half(), TorchKernels())
+    term = lowrank_from_factors(torch.ones(1, 3), torch.full((1, 2), 1e4), 32)
+    delta = TensorDelta("x", (2, 3), (2, 3), False, (term,), None)
+    with pytest.raises(Overflow, match="x: a value of it is beyond 65504"):
+        _reconstruct([parameter], {parameter: delta})
