@@ -36,6 +36,7 @@ from server.model.sinks import serve_sinks
 from server.model.state import keeps_state
 from server.model.text_only import noting_modules, take_out_unreached
 from server.model.varying_rope import VaryingRope, varying_rope
+from server.ops.alone import alone_if_small
 from server.ops.choose import KernelChoice, choose_kernels
 from server.ops.kernels import CompileKernels, Kernels
 from server.ops.precision import cpu_precision, gigabytes, host_cpu, name_of
@@ -120,7 +121,8 @@ def prepare_base_model(
         raise not_served(
             model, f"{stateful} keeps state outside attention, for which there are no slots"
         )
-    with refused(model, "making its layers ready for deltas"):
+    n_bytes = sum(weight.nbytes for weight in model.parameters())
+    with refused(model, "making its layers ready for deltas"), alone_if_small(n_bytes):
         return _prepared(model, kernels, base_quant)
 
 

@@ -32,9 +32,10 @@ from server.engine.check.compare import (
 from server.engine.check.steps import N_DECODED, CheckedSequence, Rows, rows_by_sequence, run_steps
 from server.engine.check.synthetic import resident, synthetic_deltas
 from server.engine.step.runner import Runner
-from server.model.base import BaseModel
+from server.model.base import BaseModel, weight_bytes
 from server.model.definition import Definition, Deltas, Watch
 from server.model.refusal import not_served, refused
+from server.ops.alone import alone_if_small
 
 log = logging.getLogger(__name__)
 N_TOKENS = 18  # of the longer sequence, at least
@@ -76,8 +77,9 @@ def check_engine(base: BaseModel, block_tokens: int, deltas: Deltas | None = Non
     """
     started = time.monotonic()
     assert base.definition is not None, "see `prepare_base_model`"
+    n_bytes = weight_bytes(base.parameters.values())
     # Not inference mode: later loads write into arrays of the pools that are made here.
-    with refused(base.model, "the self-check"), torch.no_grad():
+    with refused(base.model, "the self-check"), torch.no_grad(), alone_if_small(n_bytes):
         checked = _checked(base, base.definition, block_tokens, deltas)
     log.info(
         "the engine computes what the model's own definition does (%s); the check took %.2f s",
