@@ -29,6 +29,7 @@ ELSEWHERE = {
     "compressor.auto.texts": "tests/compressor/auto/test_search.py",
     "compressor.checkpoint.companions": "tests/compressor/compress/test_pipeline.py",
     "compressor.checkpoint.difference": "tests/compressor/checkpoint/test_pairing.py",
+    "compressor.checkpoint.folded": "tests/compressor/checkpoint/test_original.py",
     "compressor.checkpoint.folder": (
         "tests/compressor/checkpoint/test_files.py, tests/server/process/test_inputs.py"
     ),

@@ -155,7 +155,7 @@ class Bench:
         costs = {}
         for pair in counted(progress, "survey", pairs, _n_elements):
             name = pair.name
-            source = DeltaSource(self._original, self._tuned, pair, device)
+            source = DeltaSource(self._original, self._tuned, _unscaled(pair), device)
             found = head_costs(name, source, _oriented(weights.pop(name), pair), head_bits)
             costs[name] = replace(found, left_out=left_out.get(name, ()))
         return costs
@@ -170,7 +170,9 @@ class Bench:
         rests: dict[str, Rests] = {}
         of_words = [p for p in pairs if group_of(p) in VOCABULARY and not p.transposed]
         for pair in counted(progress, "vocabulary", of_words, _n_elements):
-            source = DeltaSource(self._original, self._tuned, pair, str(self._model.module.device))
+            source = DeltaSource(
+                self._original, self._tuned, _unscaled(pair), str(self._model.module.device)
+            )
             rest = rests_of(pair.name, source, head_bits)
             rests |= {} if rest is None else {pair.name: rest}
         total: dict[str, Tensor] = {}
@@ -182,7 +184,7 @@ class Bench:
             found = survey(self._model.module, names, samples, rests, share)
             cost = 0.0
             for pair in pairs:
-                source = DeltaSource(self._original, self._tuned, pair, device)
+                source = DeltaSource(self._original, self._tuned, _unscaled(pair), device)
                 name = pair.name
                 cost += weighted_energy(name, source, _oriented(found.fisher[name], pair))
             add_scaled(total, found.fisher, 1.0 / max(cost, 1e-30))
@@ -234,6 +236,11 @@ def open_bench(
 def rounded(value: float) -> float:
     """To a few significant digits: what is beyond depends on the number of threads."""
     return float(f"{value:.{_DIGITS}g}")
+
+
+def _unscaled(pair: TensorPair) -> TensorPair:
+    """As the fine-tune's model has it, whose gradients it is weighed with."""
+    return replace(pair, scales=None)
 
 
 def _n_elements(pair: TensorPair) -> int:

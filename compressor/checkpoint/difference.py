@@ -40,4 +40,8 @@ class DeltaSource:
             where = (col_start, col_end, row_start, row_end)
         delta = self._tuned.slice(self._pair.tuned_key, *where)
         delta -= self._base.slice(self._pair.base_key, *where)
-        return (delta.T.contiguous() if self._pair.transposed else delta).to(self._device)
+        if self._pair.transposed:
+            delta = delta.T.contiguous()
+        if self._pair.scales is not None:
+            delta = self._pair.scales.of_block(delta, row_start, row_end, col_start, col_end)
+        return delta.to(self._device)

@@ -8,12 +8,13 @@ must be one model: that they are not is found here, by samples, before any work.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from compressor.checkpoint.files import Checkpoint
+from compressor.checkpoint.folded import Scales, matrix_scales, vector_scales
 from compressor.checkpoint.headers import split_slice
 from compressor.checkpoint.layout import Layout, read_layout
 from compressor.checkpoint.pairing import Pairing, TensorPair, match_tensors
@@ -30,6 +31,7 @@ _PIECE_ELEMENTS = 1 << 14
 _LEAST_COSINE = 0.7  # between weights and what 2 bits keep of them it is above .8
 _MOST_SHARED = 0.25  # of the fine-tune's difference that lies in the base's own
 _CERTAIN = 6.0  # standard errors
+_AS_IS = "{}, which the base does not store quantised, has other values there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +50,25 @@ class _Trio:
         return isinstance(tensors, DenseIndex) and name not in tensors.forms
 
     def pieces(self, pair: TensorPair, n_pieces: int) -> Iterator[tuple[Tensor, ...]]:
-        """Yield rows of the base's, the original's and the fine-tune's, evenly spaced."""
+        """Yield rows of the base's, and of the original's and the fine-tune's as the base scales
+        them; evenly spaced.
+        """
         rows, *rest = self.original.tensors[pair.base_key].shape
         width = rest[0] if rest else 1
         step = min(rows, max(1, _PIECE_ELEMENTS // width))
         for start in {n * (rows - step) // max(1, n_pieces - 1) for n in range(n_pieces)}:
-            yield tuple(
-                checkpoint.read_rows(key, start, start + step).double()
+            ours = self.base.read_rows(self.base_keys[pair.name], start, start + step)
+            others = (
+                checkpoint.read_rows(key, start, start + step).float()
                 for checkpoint, key in (
-                    (self.base, self.base_keys[pair.name]),
                     (self.original, pair.base_key),
                     (self.tuned, pair.tuned_key),
                 )
             )
+            if pair.scales is not None and pair.is_matrix:
+                where = (start, start + step, 0, width)
+                others = (pair.scales.of_block(rows, *where) for rows in others)
+            yield (ours.double(), *(rows.double() for rows in others))
 
     def wrong(self, why: str) -> CheckpointError:
         return _wrong(self.base, self.original, why)
@@ -74,7 +82,8 @@ def pair_with_original(
 ) -> Pairing:
     """As `pair_tensors`, but what the fine-tune is compared with are the original's tensors.
 
-    Raises CheckpointError if `base` is not `original`, stored otherwise.
+    Where the base's quantiser has moved scales from weights into norms, each pair says by what its
+    difference is scaled. Raises CheckpointError if `base` is not `original`, stored otherwise.
     """
     changes = compare_configs(base, tuned, ignore_config)
     layout = read_layout(base.path)
@@ -82,7 +91,8 @@ def pair_with_original(
     pairing = match_tensors(original, tuned, changes)
     keys = layout.with_untied(pairing.untied).keys(base.tensors, base.name)
     trio = _Trio(base, original, tuned, keys)
-    _check_vectors(trio, pairing)
+    if differing := _differing_vectors(trio, pairing):
+        pairing = _with_scales(trio, pairing, differing)
     _check_matrices(trio, pairing)
     return pairing
 
@@ -99,26 +109,48 @@ def _check_layouts(base: Checkpoint, ours: Layout, original: Checkpoint, theirs:
         raise _wrong(base, original, f"only one of the two ties {min(differing)[0]}")
 
 
-def _check_vectors(trio: _Trio, pairing: Pairing) -> None:
-    """Norms and biases are not quantised."""
+def _differing_vectors(trio: _Trio, pairing: Pairing) -> list[TensorPair]:
+    """Norms and biases that the base has other values of, though it does not quantise them.
+
+    Raises CheckpointError if it has others of what no scales are moved into.
+    """
+    found = []
     for pair in pairing.pairs:
-        if len(pair.base_shape) != 1 or pair.integral or not _has_rows(trio, pair):
+        if pair.is_matrix or pair.integral or not trio.original.tensors[pair.base_key].shape:
             continue
         for ours, theirs, _ in trio.pieces(pair, 1):
-            _check_equal(trio, pair, ours, theirs)
+            if not _are_equal(ours, theirs):
+                found.append(pair)
+    return found
 
 
-def _has_rows(trio: _Trio, pair: TensorPair) -> bool:
-    return bool(trio.original.tensors[pair.base_key].shape)
+def _with_scales(trio: _Trio, pairing: Pairing, differing: list[TensorPair]) -> Pairing:
+    """Find what the base's weights were scaled by, if that is why some norms differ."""
+    scales: dict[str, Scales] = {}
+    for pair in pairing.pairs:
+        if pair.is_matrix and trio.base.quantisation is not None and not trio.stores_as_is(pair):
+            original = trio.original.read_rows(pair.base_key).float()
+            base = trio.base.read_rows(trio.base_keys[pair.name]).float()
+            scales[pair.name] = matrix_scales(original, base)
+    columns = [found.columns for found in scales.values() if found.columns is not None]
+    for pair in differing:
+        found = None
+        if pair.kind == "vector":
+            ours = trio.base.read_rows(trio.base_keys[pair.name])
+            found = vector_scales(trio.original.read_rows(pair.base_key), ours, columns)
+        if found is None:
+            raise trio.wrong(f"{_AS_IS.format(pair.name)}, which no scales of matrices explain")
+        scales[pair.name] = found
+    note = (
+        f"{trio.base.name} has scales of weights in {len(differing)} norms (AWQ, SmoothQuant); the "
+        "difference is scaled likewise"
+    )
+    pairs = tuple(replace(pair, scales=scales.get(pair.name)) for pair in pairing.pairs)
+    return replace(pairing, pairs=pairs, notes=(*pairing.notes, note))
 
 
-def _check_equal(trio: _Trio, pair: TensorPair, ours: Tensor, theirs: Tensor) -> None:
-    if torch.allclose(ours, theirs, rtol=_RELATIVE, atol=_ABSOLUTE):
-        return
-    what = f"{pair.name}, which the base does not store quantised, has other values there"
-    if len(pair.base_shape) == 1:
-        what += " (AWQ and SmoothQuant move scales from weights into norms, and no original fits)"
-    raise trio.wrong(what)
+def _are_equal(ours: Tensor, theirs: Tensor) -> bool:
+    return torch.allclose(ours, theirs, rtol=_RELATIVE, atol=_ABSOLUTE)
 
 
 def _check_matrices(trio: _Trio, pairing: Pairing) -> None:
@@ -126,8 +158,8 @@ def _check_matrices(trio: _Trio, pairing: Pairing) -> None:
     for pair in matrices[:: max(1, len(matrices) // _MATRICES)]:
         sums = _Sums()
         for ours, theirs, tuned in trio.pieces(pair, _PIECES):
-            if trio.stores_as_is(pair):
-                _check_equal(trio, pair, ours, theirs)
+            if trio.stores_as_is(pair) and not _are_equal(ours, theirs):
+                raise trio.wrong(_AS_IS.format(pair.name))
             cosine = torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0)
             if bool(theirs.any()) and float(cosine) < _LEAST_COSINE:
                 raise trio.wrong(f"{pair.name} has other values there")

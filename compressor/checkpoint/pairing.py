@@ -11,6 +11,7 @@ import torch
 
 from compressor.checkpoint.expert_rows import keys_in_form
 from compressor.checkpoint.files import Checkpoint
+from compressor.checkpoint.folded import Scales
 from compressor.checkpoint.layout import Layout, read_layout
 from compressor.checkpoint.parameter import Kind, Parameter, storable_shape
 from compressor.checkpoint.settings import ConfigChanges, compare_configs
@@ -30,6 +31,7 @@ class TensorPair:
     parameter    as the base declares it; shapes are in ``[out, in]`` orientation
     shape        in the fine-tune
     base_key, tuned_key  its names in the checkpoints
+    scales       that the base has in place of the base_key's checkpoint, see `folded`; or None
 
     What is stored of it (`to_store`):
 
@@ -44,6 +46,7 @@ class TensorPair:
     shape: tuple[int, ...]
     base_key: str
     tuned_key: str
+    scales: Scales | None = None
     is_encoded: bool = False
     exact_start: int | None = None
     exact_bytes: int = 0

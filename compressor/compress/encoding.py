@@ -16,7 +16,7 @@ from compressor.checkpoint.pairing import CHUNK_ELEMENTS, TensorPair, whole_valu
 from compressor.codecs import DenseRows, MatrixSource, TensorDelta, Term
 from compressor.encoders.codec import Codec
 from compressor.encoders.sources import WithInputs
-from compressor.errors import CheckpointError
+from compressor.errors import CheckpointError, UnsupportedTensor
 from compressor.measure.moments import LazyMoments
 
 
@@ -65,6 +65,9 @@ class Encoder:
     def _source(self, pair: TensorPair) -> MatrixSource:
         source = DeltaSource(self.base, self.tuned, pair, self.device)
         hessian = None if self.inputs is None else self.inputs.get(pair.name)
+        if hessian is not None and pair.scales is not None and pair.scales.columns is not None:
+            by = pair.scales.columns  # as much as the weights grow, the inputs shrink
+            hessian = hessian / (by.unsqueeze(1) * by)
         return source if hessian is None else WithInputs(source, hessian)
 
     def _exact_rows(self, pair: TensorPair) -> DenseRows | None:
@@ -72,8 +75,14 @@ class Encoder:
             return None
         if pair.is_matrix:
             values = self.tuned.read_rows(pair.tuned_key, pair.exact_start)
+            if pair.scales is not None and len(values):
+                raise UnsupportedTensor(
+                    f"{pair.name}: the base was quantised with scales of its own, which added rows "
+                    "have none of; compress without --difference-from"
+                )
         else:
             values = whole_value(self.tuned, pair.tuned_key, pair)
+            values = values if pair.scales is None else pair.scales.of_vector(values)
         rows = DenseRows(pair.exact_start, values)
         if not bool(torch.isfinite(rows.values).all()):
             raise CheckpointError(

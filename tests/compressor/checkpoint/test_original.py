@@ -11,13 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from compressor.checkpoint.difference import DeltaSource
 from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.original import pair_with_original
 from compressor.checkpoint.pairing import Pairing
 from compressor.errors import CheckpointError, ImpartError
 from tests.compressor.checkpoint.quantised.schemes import SCHEMES
 from tests.quantised import quantise
-from tests.tiny import make_tiny, perturb
+from tests.tiny import Kind, make_tiny, perturb
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,9 @@ def test_original_with_other_norms_or_embeddings_is_refused(
     norm, words = "model.norm.weight", "model.embed_tokens.weight"
     tensors = load_file(original / "model.safetensors")
     scaled = with_tensors(original, tmp_path / "scaled", **{norm: tensors[norm] * 1.5})
-    with pytest.raises(CheckpointError, match=rf"{re.escape(norm)}.*other values.*AWQ"):
+    with pytest.raises(
+        CheckpointError, match=rf"{re.escape(norm)}.*other values.*no scales of matrices explain"
+    ):
         pair(base, scaled, tuned)
     other = with_tensors(original, tmp_path / "other", **{words: tensors[words].flip(0)})
     with pytest.raises(CheckpointError, match=rf"{re.escape(words)}.*other values there; give"):
@@ -111,3 +114,60 @@ def test_original_of_another_size_or_other_ties_is_refused(
     tied = make_tiny("llama", tmp_path / "tied", num_hidden_layers=1, tied=True)
     with pytest.raises(ImpartError, match=r"was not made from tied"):
         pair(base, tied, tuned)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_scales_that_a_base_has_in_its_norms_are_those_of_its_differences(
+    tmp_path: Path, kind: Kind
+) -> None:
+    """A base that computes the same before it is rounded, as AWQ makes it."""
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "num_hidden_layers": 1}
+    original = make_tiny(kind, tmp_path / "original", **sizes)
+    tuned = perturb(original, tmp_path / "tuned", scale=0.05)
+    scaled = with_tensors(original, tmp_path / "scaled", **folded(original, kind))
+    base = quantise(scaled, tmp_path / "base", SCHEMES["awq"])
+    pairing = pair(base, original, tuned)
+    assert any("scales of weights in 2 norms" in note for note in pairing.notes)
+    before, after = (load_file(model / "model.safetensors") for model in (original, scaled))
+    theirs = load_file(tuned / "model.safetensors")
+    checked = 0
+    with Checkpoint(original) as o, Checkpoint(tuned) as t:
+        for one in pairing.pairs:
+            if "_proj" in one.name:
+                difference = DeltaSource(o, t, one).block(0, *one.shape[:1], 0, *one.shape[1:])
+                ratio = torch.where(before[one.name] != 0, after[one.name] / before[one.name], 1)
+                wanted = (theirs[one.name] - before[one.name]) * ratio
+                off = torch.linalg.vector_norm(difference - wanted)
+                assert off < 0.03 * torch.linalg.vector_norm(wanted), one.name
+                checked += 1
+            elif one.scales is not None:
+                plus = 1.0 if kind == "gemma" else 0.0
+                wanted = (theirs[one.name] + plus) * (after[one.name] + plus)
+                wanted = wanted / (before[one.name] + plus) - plus
+                found = one.scales.of_vector(theirs[one.name])
+                torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-3)
+                checked += 1
+    assert checked == 9
+
+
+def folded(model: Path, kind: Kind) -> dict[str, torch.Tensor]:
+    """Tensors of a model of one layer, with scales moved as AWQ moves them."""
+    tensors = load_file(model / "model.safetensors")
+    generator = torch.Generator().manual_seed(3)
+    made = {}
+    layer = "model.layers.0"
+    for norm, layers in (
+        ("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    ):
+        name = f"{layer}.{norm}.weight"
+        scale = torch.empty(len(tensors[name])).uniform_(-1, 1, generator=generator).exp()
+        plus = 1.0 if kind == "gemma" else 0.0
+        made[name] = (tensors[name] + plus) / scale - plus
+        for matrix in (f"{layer}.{part}.weight" for part in layers):
+            made[matrix] = tensors[matrix] * scale
+    down, up = f"{layer}.mlp.down_proj.weight", f"{layer}.mlp.up_proj.weight"
+    scale = torch.empty(len(tensors[up])).uniform_(-1, 1, generator=generator).exp()
+    made[up] = made[up] / scale.unsqueeze(1)
+    made[down] = tensors[down] * scale
+    return made

@@ -29,6 +29,7 @@ from compressor.export.reconstruct import reconstruct
 from compressor.measure.fidelity import compare, encode_texts, load_model
 from compressor.measure.samples import load_tokenizer
 from tests.compressor.checkpoint.quantised.schemes import SCHEMES
+from tests.compressor.checkpoint.test_original import folded, with_tensors
 from tests.quantised import dense_twin, quantise
 from tests.tiny import make_tiny, perturb
 
@@ -204,6 +205,25 @@ def test_auto_takes_the_difference_from_the_original_and_measures_on_the_quantis
         torch.cat([part.flatten() for part in parts]) for parts in zip(*pairs, strict=True)
     )
     assert abs(torch.cosine_similarity(coded, rounding, dim=0)) < 0.05
+
+
+def test_difference_for_a_base_with_scales_in_its_norms_makes_the_fine_tune(
+    tmp_path: Path,
+) -> None:
+    """Norms included, which the fine-tune moved and the base holds divided by its scales."""
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "num_hidden_layers": 1}
+    original = make_tiny("llama", tmp_path / "original", **sizes)
+    scaled = with_tensors(original, tmp_path / "scaled", **folded(original, "llama"))
+    base = quantise(scaled, tmp_path / "base", SCHEMES["gptq-v2-8"])
+    tuned = perturb(original, tmp_path / "tuned", scale=0.1, rank=2)
+    options = Options(codec="lowrank", ratio=4, difference_from=str(original))
+    summary = compress(base, tuned, tmp_path / "delta", options)
+    assert any("scales of weights in 2 norms" in note for note in summary.notes)
+    whole = reconstruct(base, summary.path, tmp_path / "whole", dtype="float32")
+    samples = encode_texts(load_tokenizer(tuned), ["the quick brown fox jumps over the lazy dog"])
+    reference = load_model(tuned)
+    found = compare(reference, load_model(whole), samples).kl_per_token
+    assert found < 0.01 * compare(reference, load_model(original), samples).kl_per_token
 
 
 def test_run_with_another_original_takes_nothing_over(base: Path, tmp_path: Path) -> None:
