@@ -21,6 +21,7 @@ from server.errors import ConfigError
 from server.model.attention import ATTENTION_NAME, attach_store, register_attention
 from server.model.context import StepContext
 from server.model.definition import Definition
+from server.model.embedding import count_positions
 from server.model.fused_attention import fuse_rotary
 from server.model.fused_layer import fuse_residuals
 from server.model.install import fuse_mlps, install_delta_layers
@@ -29,7 +30,7 @@ from server.model.mask import use_attention
 from server.model.observe import observe
 from server.model.own_attention import own_forwards
 from server.model.own_values import owners_in, serve_own_values
-from server.model.probe import learn_attention, probe
+from server.model.probe import learn_attention, probe, tables_counted
 from server.model.refusal import in_a_line, not_served, refused
 from server.model.row_positions import count_by_positions
 from server.model.sinks import serve_sinks
@@ -137,6 +138,7 @@ def _prepared(model: PreTrainedModel, kernels: Kernels, base_quant: BaseQuant | 
     attach_store(model, apart)
     with noting_modules(model) as ran:  # before anything else is asked of the definition
         own = learn_attention(model, apart)
+    counted = tables_counted(model, apart)
     unreached = take_out_unreached(model, ran, lambda: probe(model, apart))
     with own_forwards(own):
         definition = Definition(model)
@@ -148,10 +150,11 @@ def _prepared(model: PreTrainedModel, kernels: Kernels, base_quant: BaseQuant | 
         serve_sinks(model, apart.seen, store, parameters, context, kernels, residency)
         serve_own_values(owners, seen, parameters, context, store, kernels, residency)
     unreached.add_unread(model, owners, seen)
-    parameters |= unreached.parameters(kernels, residency)
+    unreached.add_to(parameters, kernels, residency)
     definition.bind(parameters)
     attach_store(model, store)
     fuse_mlps(model, kernels)
+    count_positions(model, counted)
     base = BaseModel(
         model=model,
         context=context,

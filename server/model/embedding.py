@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from server.deltas.parameter import DeltaParameter
 from server.model.context import StepContext
 from server.model.observe import Observation
+from server.model.positions import CountedPositions, StepPositions
 from server.ops.row_mapping import RowMapping
 
 
@@ -26,6 +28,7 @@ class DeltaEmbedding(nn.Embedding):
     _context: StepContext
     _kept: bool
     own: DeltaParameter | None = None  # of a tied weight: this module's alone
+    counted: CountedPositions | None = None  # of a table of positions: what it looks up instead
 
     def reads(self, parameter: DeltaParameter) -> bool:
         """Whether this is the parameter of this table (tied weights)."""
@@ -33,6 +36,8 @@ class DeltaEmbedding(nn.Embedding):
 
     def forward(self, input: Tensor) -> Tensor:
         """``input [...]`` int64, an id for every row of the step -> ``[..., n]``."""
+        if self.counted is not None:
+            input = self.counted(self, input)
         y = self._look_up(input.reshape(-1), self._context.rows_of(kept=self._kept))
         return y.view(*input.shape, y.shape[-1])
 
@@ -78,6 +83,14 @@ def make_delta_embedding(
     assert isinstance(module, DeltaEmbedding)
     weight.is_looked_up = True
     vars(module).update(_delta_weight=weight, _context=context, _kept=kept)
+
+
+def count_positions(model: PreTrainedModel, tables: Mapping[nn.Embedding, int]) -> None:
+    """Let these tables look up the step's positions, where they have become delta-aware."""
+    positions = StepPositions(model) if tables else None
+    for table, first in tables.items():
+        if positions is not None and isinstance(table, DeltaEmbedding):
+            table.counted = CountedPositions(positions, first)
 
 
 def _n_ids(shapes: tuple[torch.Size, ...]) -> tuple[int, ...]:

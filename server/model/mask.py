@@ -51,10 +51,19 @@ class MaskUsed(Exception):
     """A definition computes with its mask and does not just hand it to the attention hook."""
 
 
+class _AnySize:
+    """Of a mask that fits: some definitions compare it with what they expect."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, tuple)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True)
 class HandedMask:
-    """A mask function where definitions expect a mask. They may cut it to the keys' length and
-    want another dtype; for any other use it raises MaskUsed.
+    """A mask function where definitions expect a mask. They may cut it to the keys' length, want
+    another dtype, and compare its size; for any other use it raises MaskUsed.
     """
 
     function: MaskFunction
@@ -62,6 +71,9 @@ class HandedMask:
 
     def __getitem__(self, _: object) -> Self:
         return self
+
+    def size(self) -> _AnySize:
+        return _AnySize()
 
     def to(self, *_: object, **__: object) -> Self:
         return self

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,33 +20,14 @@ from transformers import PreTrainedModel
 
 from server.model.alibi import Alibi, alibi_of
 from server.model.attention import attention_forward
-from server.model.kv_store import KVStore
 from server.model.mask import HandedMask
+from server.model.positions import StepPositions
 from server.model.scores import Recipe, Scores, ScoresUsed
 
 _PRODUCTS = frozenset(
     {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
     | {torch.baddbmm, Tensor.baddbmm}
 )
-
-
-class StepPositions:
-    """The positions of the rows of whatever forward pass runs."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._of_rows = torch.zeros(0, dtype=torch.int64)
-        model.register_forward_pre_hook(self._note, with_kwargs=True)
-
-    def of(self, module: nn.Module, n_rows: int) -> Tensor:
-        """``[T]``; of the rows that the module is run on, where these are a part of the step's."""
-        store = cast(KVStore, module.impart_kv_store)
-        metadata = store.metadata
-        first = 0 if metadata is None else metadata.first_row
-        return self._of_rows[first : first + n_rows]
-
-    def _note(self, _: nn.Module, __: object, kwargs: dict[str, Any]) -> None:
-        if "position_ids" in kwargs:  # not in the pass of a copy of the model
-            self._of_rows = kwargs["position_ids"][0]
 
 
 @dataclass(frozen=True, slots=True)

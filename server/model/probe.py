@@ -12,6 +12,7 @@ from server.model.kv_store import KVStore
 from server.model.mask import MaskUsed, attention_named, use_attention
 from server.model.observe import unlike_numbers
 from server.model.own_attention import OwnAttention, own_attention
+from server.model.positions import counted_tables
 from server.model.refusal import not_served
 from server.model.scores import ScoresUsed
 
@@ -47,6 +48,16 @@ def learn_attention(model: PreTrainedModel, store: KVStore) -> list[OwnAttention
             attention.is_learning = False
         use_attention(model, PROBING_NAME)  # it expects masks, which are not looked at in steps
         return own
+
+
+def tables_counted(model: PreTrainedModel, store: KVStore) -> dict[nn.Embedding, int]:
+    """Tables of positions that count rows; see `counted_tables`. After the layers are known."""
+    table = model.get_input_embeddings()
+    n_tokens, _ = unlike_numbers(model)
+    some = torch.full((1, n_tokens), len(table.weight) // 2, device=table.weight.device)
+    with store.probing():
+        found = counted_tables(model, some)
+    return {module: first for module, first in found.items() if module is not table}
 
 
 class _Outside(ConfigError):

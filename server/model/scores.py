@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from server.model.mask import HandedMask
 
+LOWEST = -1e4  # of scores: what is below is masked
+
 
 class ScoresUsed(Exception):
     """A definition does something else with its scores; the message has subject and verb."""
@@ -107,6 +109,12 @@ class Scores:
             self.recipe.masks.append(mask if isinstance(mask, HandedMask) else ~mask)
         return self
 
+    def at_least(self, floor: Tensor) -> Self:
+        """Bounded from below by what masked scores are."""
+        if self.recipe is not None and not float(floor.max()) <= LOWEST:
+            raise ScoresUsed("its attention bounds its scores from below")
+        return self
+
     def where(self, seen: Any, _: Any) -> Self:
         """Kept where the mask is true."""
         if self.recipe is not None:
@@ -187,6 +195,8 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     Tensor.__mul__: _mul,
     Tensor.__rmul__: _mul,
     torch.div: Scores.div,
+    torch.max: Scores.at_least,
+    torch.maximum: Scores.at_least,
     torch.where: _where,
     torch.matmul: Scores.matmul,
     torch.bmm: Scores.matmul,

@@ -1,4 +1,5 @@
-"""Parts of a model that text does not reach: towers for images and sounds, and what joins them on.
+"""Parts of a model that text does not reach: towers for images and sounds, what joins them on, and
+attention to an encoder that is not there.
 
 The server takes text alone. Such a part is taken out of the model, and its memory is free; whatever
 a variant makes of its parameters, no answer is another, and nothing of them is kept.
@@ -6,7 +7,8 @@ a variant makes of its parameters, no answer is another, and nothing of them is 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import inspect
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -61,6 +63,7 @@ class Unreached:
 
     parts: list[str] = field(default_factory=list)
     values: dict[str, Tensor] = field(default_factory=dict)
+    shared: dict[str, str] = field(default_factory=dict)  # tied -> a name that stays
 
     def add(self, name: str, value: Tensor) -> None:
         """An artifact may know what has three axes as matrices, one by one."""
@@ -76,7 +79,7 @@ class Unreached:
             saved = revert_weight_conversion(model, values)
         except (ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError):
             return  # it cannot turn some conversion round: then they have no other names
-        some = next(iter(self.values.values()))
+        some = next(iter(self.values.values()), torch.zeros(()))
         for name in saved.keys() - self.values.keys():
             self.add(name, some.new_zeros(()).expand(saved[name].shape))
 
@@ -89,13 +92,20 @@ class Unreached:
             if any(owner.path == layer or owner.path.startswith(f"{layer}.") for layer in layers):
                 continue
             for name in owner.names:
-                if not seen.reads.get((module, name)):
-                    full = f"{owner.path}.{name}".removeprefix(".")
+                full = f"{owner.path}.{name}".removeprefix(".")
+                if not seen.reads.get((module, name)) and full not in self.shared:
                     self.add(full, dict(own_values(module))[name])
 
-    def parameters(self, kernels: Kernels, residency: Residency) -> dict[str, DeltaParameter]:
-        """For whoever asks what a variant may change."""
-        return {n: UnreachedParameter(n, v, kernels, residency) for n, v in self.values.items()}
+    def add_to(
+        self, parameters: dict[str, DeltaParameter], kernels: Kernels, residency: Residency
+    ) -> None:
+        """Let variants have deltas of them. What has a parameter already keeps it."""
+        for name, other in self.shared.items():
+            if other in parameters:
+                parameters.setdefault(name, parameters[other])
+        for name, value in self.values.items():
+            if name not in parameters:
+                parameters[name] = UnreachedParameter(name, value, kernels, residency)
 
 
 @contextmanager
@@ -116,10 +126,11 @@ def noting_modules(model: nn.Module) -> Iterator[set[nn.Module]]:
 def take_out_unreached(
     model: PreTrainedModel, ran: Collection[nn.Module], probe: Callable[[], object]
 ) -> Unreached:
-    """Take out what did not run when text was given, of a model that has a part for text.
+    """Take out what did not run when text was given, of a model that takes something else too.
 
-    Parts of decoder layers stay: experts that were not chosen are such. So does everything if text
-    cannot be given any more.
+    One of several in a list stays where another of them ran: an expert that was not chosen. So does
+    everything if text cannot be given any more. Should such a part be wanted later after all, that
+    is an error, not another answer.
 
     probe  gives the model text
     """
@@ -127,39 +138,60 @@ def take_out_unreached(
     if not _takes_more_than_text(model):
         return found
     taken: list[tuple[nn.Module, str, nn.Module]] = []
-    for path in list(_unreached_paths(model, ran)):
+    found.parts = list(_unreached_paths(model, ran))
+    found.shared = _shared_names(model, found.parts)
+    for path in found.parts:
         parent, _, name = path.rpartition(".")
         owner, part = model.get_submodule(parent), model.get_submodule(path)
         taken.append((owner, name, part))
-        found.parts.append(path)
         for inner, module in part.named_modules(prefix=path):
             for own_name, value in own_values(module):
-                found.add(f"{inner}.{own_name}", value)
-        found.add_saved(model)
+                if f"{inner}.{own_name}" not in found.shared:
+                    found.add(f"{inner}.{own_name}", value)
         setattr(owner, name, AbsentPart(model.device, model.dtype))
+    found.add_saved(model)
     try:
         probe()
     except Exception:  # of a definition's own code, which may read what it does not run
         for owner, name, part in taken:
             setattr(owner, name, part)
-        return Unreached()
+        return Unreached(shared=found.shared)
     return found
 
 
+def _shared_names(model: nn.Module, parts: Sequence[str]) -> dict[str, str]:
+    """Names of parameters that have several, each with one outside these parts, if there is any:
+    text reaches such a one by another way.
+    """
+    names: dict[int, list[str]] = {}
+    for name, value in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(value), []).append(name)
+    inside = tuple(f"{part}." for part in parts)
+    shared: dict[str, str] = {}
+    for several in names.values():
+        outside = [name for name in several if not name.startswith(inside)]
+        if len(several) > 1 and outside:
+            shared |= {name: next((n for n in outside if n != name), name) for name in several}
+    return shared
+
+
 def _takes_more_than_text(model: PreTrainedModel) -> bool:
-    return model.config.get_text_config() is not model.config
+    """It has a part for text, or attends to an encoder where there is one."""
+    is_part = model.config.get_text_config() is not model.config
+    return is_part or "encoder_hidden_states" in inspect.signature(model.forward).parameters
 
 
 def _unreached_paths(model: nn.Module, ran: Collection[nn.Module]) -> Iterator[str]:
-    """The outermost modules of which nothing ran, outside decoder layers that did."""
-    layers = {layer for layer in decoder_layers(model).values() if _runs(layer, ran)}
+    """The outermost modules of which nothing ran."""
     waiting = [("", model)]
     while waiting:
         path, module = waiting.pop()
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            ran_too = [child for child in module.named_children() if _runs(child[1], ran)]
+            waiting += [(f"{path}.{name}", child) for name, child in ran_too]
+            continue
         for name, child in module.named_children():
             inner = f"{path}.{name}".removeprefix(".")
-            if child in layers:
-                continue
             if _runs(child, ran):
                 waiting.append((inner, child))
             elif any(True for part in child.modules() for _ in own_values(part)):

@@ -44,6 +44,19 @@ def test_delta_of_a_tower_takes_no_memory() -> None:
     assert staged.n_bytes == parameter.n_base_bytes == 0
 
 
+def test_bias_that_a_module_shares_with_its_linear_is_reached() -> None:
+    base, _ = prepared("bert")
+    own = base.parameters["cls.predictions.decoder.bias"]
+    assert base.parameters["cls.predictions.bias"] is own
+    assert not isinstance(own, UnreachedParameter)
+
+
+def test_attention_to_an_encoder_is_left_out_and_a_tied_table_is_not() -> None:
+    base, shapes = prepared("bart")
+    unreached = {n for n, p in base.parameters.items() if isinstance(p, UnreachedParameter)}
+    assert unreached == {name for name in shapes if ".encoder_attn" in name}
+
+
 def test_experts_that_no_token_chose_are_served() -> None:
     base, _ = prepared("qwen3_vl_moe")
     unreached = [p for p in base.parameters.values() if isinstance(p, UnreachedParameter)]
