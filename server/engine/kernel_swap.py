@@ -40,7 +40,7 @@ from server.engine.check.selfcheck import Wanted
 from server.engine.check.steps import CheckedSequence, Rows, kv_blocks_for, one_by_one
 from server.engine.step.runner import Runner
 from server.model.linear import Product
-from server.model.reconstructed import products_of
+from server.model.reconstructed import ops_bytes, products_of
 from server.ops.kernels import Kernels
 from server.ops.linear import LinearOp
 from server.ops.selfcheck import BOUND
@@ -48,7 +48,8 @@ from server.ops.selfcheck import BOUND
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 N_ROWS = 3  # of a product that are compared
-N_TOGETHER = 8  # variants in one batch of the check
+FREED_BYTES = 64 << 20
+N_TOGETHER = 2  # variants in one batch of the check: more would make its steps longer
 WAIT_S = 0.5
 # On cores that steps keep busy the child gets a quarter of one: as long as torch serves, every
 # step takes longer than it will.
@@ -130,7 +131,11 @@ class KernelSwap:
 
     @torch.inference_mode()
     def _lay_out(self, kernels: Kernels, *, checked: bool = True) -> None:
+        freed = 0
         for product in products_of(self._runner.base.model):
+            if freed > FREED_BYTES:  # the allocator would keep them until the last
+                trim_heap()
+                freed = 0
             new = product.laid_out(kernels)
             if new is None or type(new) is type(product.linear):
                 continue
@@ -142,6 +147,7 @@ class KernelSwap:
                 self._between_steps(
                     lambda p=product, s=slot, old=own, new=new: p.exchange(s, old, new)  # type: ignore[misc]
                 )
+            freed += ops_bytes([product])
         trim_heap()
 
     def _compare(self, product: Product, new: LinearOp) -> None:
