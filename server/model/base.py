@@ -55,6 +55,7 @@ class BaseModel:
                 weight appears under both names with the same object)
     definition  what the self-check compares with; nobody needs it afterwards
     keeps_rows  whether it gives the logits of the wanted rows alone when asked to
+    is_intercepted  whether its definition multiplies queries and keys itself (`OwnAttention`)
     """
 
     model: PreTrainedModel
@@ -70,6 +71,7 @@ class BaseModel:
     varying_rope: VaryingRope | None = None
     definition: Definition | None = None
     keeps_rows: bool = True
+    is_intercepted: bool = False
 
 
 def weight_bytes(parameters: Iterable[DeltaParameter]) -> int:
@@ -169,6 +171,7 @@ def _prepared(model: PreTrainedModel, kernels: Kernels, base_quant: BaseQuant | 
         varying_rope=varying_rope(model),
         definition=definition,
         keeps_rows=seen.keeps,
+        is_intercepted=bool(own),
     )
     _limit_length(base)
     n_residual = fuse_residuals(model, lambda: probe(model, store))

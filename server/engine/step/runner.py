@@ -69,16 +69,13 @@ class Runner:
         """Run decode steps of up to `max_rows` sequences, of `max_len` tokens at most, over static
         buffers: as CUDA graphs, or without capture on a CPU. The KV cache must be allocated.
 
-        Not for a base whose rotary embedding looks at each step's lengths: that runs eagerly, with
-        a warning. Raises ConfigError where the kernels need to know the rows in Python.
+        Not for a base whose definition cannot be in a graph: that runs eagerly, with a warning.
+        Raises ConfigError where the kernels need to know the rows in Python.
         """
         base = self.base
-        if base.varying_rope is not None:
-            log.warning(
-                "decode steps run without CUDA graphs, slower: the base's %s rotary embedding "
-                "looks at the lengths of every step, which a graph cannot",
-                base.varying_rope.kind,
-            )
+        reason = _why_no_graphs(base)
+        if reason is not None:
+            log.warning("decode steps run without CUDA graphs, slower: %s", reason)
             return
         if not base.kernels.takes_data(base.device):
             raise ConfigError(
@@ -249,3 +246,18 @@ def _decode_row(item: Scheduled, block_tokens: int, at: int, source: int = 0) ->
 
 def _one_each(n_rows: int) -> tuple[LogitRows, ...]:
     return tuple(LogitRows(i, 1, True) for i in range(n_rows))
+
+
+def _why_no_graphs(base: BaseModel) -> str | None:
+    """What of the base no graph can hold."""
+    if base.varying_rope is not None:
+        return (
+            f"the base's {base.varying_rope.kind} rotary embedding looks at the lengths of every "
+            "step, which a graph cannot"
+        )
+    if base.is_intercepted:
+        return (
+            "the base's definition multiplies queries and keys itself, and makes tensors on the "
+            "host while it does, which a graph cannot"
+        )
+    return None

@@ -30,6 +30,8 @@ from tests.simulated_cuda import simulated_cuda
 
 BLOCK_TOKENS, DIM, VOCAB = 4, 8, 20
 SLOTS = (0, 2)  # slot 1 holds garbage and NaN
+from server.engine.step.runner import Runner
+from tests.server.model.test_own_attention import prepared
 
 
 class Toy:
@@ -256,3 +258,12 @@ def test_segments_are_runs_of_one_slot() -> None:
 def test_too_many_rows_names_the_setting() -> None:
     with pytest.raises(ConfigError, match="max-num-seqs"):
         new_step(1000)
+
+
+def test_definition_that_multiplies_queries_and_keys_itself_runs_eagerly(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    runner = Runner(prepared("bloom"))
+    runner.use_static(max_rows=2, max_len=32)
+    assert runner._static is None
+    assert "without CUDA graphs, slower: the base's definition multiplies" in caplog.text

@@ -88,7 +88,7 @@ def test_static_step_does_nothing_that_a_graph_cannot_hold(
     served: Any, harness: Any, kind: str, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # These kernels add nothing, which the trial of a variant's terms would notice.
-    monkeypatch.setattr(loader, "try_terms", lambda delta, staged: None)
+    monkeypatch.setattr(loader, "VariantTrial", lambda: lambda delta, staged: None)
     pair = served(kind, HELD, tied=True) if tied else served(kind, HELD)
     engine = harness(pair, static=True, kernels=NoKernels())
     step = engine.core._runner._static
