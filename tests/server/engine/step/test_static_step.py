@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 pytest.importorskip("triton")  # the reference of decoding lives beside its kernel
 
+from server.engine.step.runner import Runner
 from server.engine.step.static_buffers import DecodeRow, StaticBatch, StaticBuffers, segments_of
 from server.engine.step.static_step import BUCKETS, StaticStep
 from server.errors import ConfigError
@@ -25,13 +26,12 @@ from server.ops.norm import RmsForm, rms_norm
 from server.ops.row_mapping import Segment, SlotSegments
 from server.ops.triton.attention import paged_decode_reference
 from server.ops.triton.segments import DECODE_ROWS
+from tests.server.model.test_own_attention import prepared
 from tests.server.ops.triton.helpers import CPU, generator, pack, random_term
 from tests.simulated_cuda import simulated_cuda
 
 BLOCK_TOKENS, DIM, VOCAB = 4, 8, 20
 SLOTS = (0, 2)  # slot 1 holds garbage and NaN
-from server.engine.step.runner import Runner
-from tests.server.model.test_own_attention import prepared
 
 
 class Toy:
