@@ -9,6 +9,9 @@ lasts until its requests have been answered or their time is up. Told of each:
 
     gap      p99 and longest time between two tokens of the stream, quiet and attacked; where the
              server has died, how long the stream had lived
+    loop     processor time of the event loop's thread that the attack took: what it used in all,
+             less what the quiet seconds let expect. Other processes of the machine do not change
+             it, unlike the gaps
     chats    how many of the short chats were answered, and the longest that one of them took
     memory   how much the server and its children grew
     answers  what the attacker got
@@ -106,15 +109,19 @@ async def _prompts_left(target: Target) -> None:
 
 
 async def _unread_answers(target: Target) -> None:
-    """Answers of some ten megabytes that nobody reads."""
+    """Ten connections with a hundred whole answers each, some ten megabytes, that nobody reads."""
     host, _, port = target.url.removeprefix("http://").partition(":")
-    body = json.dumps({"model": "base", "tokens": [1000] * 600_000}).encode()
+    async with httpx.AsyncClient(base_url=target.url, timeout=target.patience_s) as client:
+        models = (await client.get("/v1/models")).json()["data"]
+    n_tokens = 2 * next(model["max_model_len"] for model in models if model["id"] == "base")
+    body = json.dumps({"model": "base", "tokens": [1000] * n_tokens}).encode()
     head = f"POST /detokenize HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+    request = head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
     writers = []
     for _ in range(10):
         _, writer = await asyncio.open_connection(host, int(port), limit=1024)
         writer.transport.pause_reading()  # type: ignore[attr-defined]
-        writer.write(head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        writer.write(request * 100)
         writers.append(writer)
     await asyncio.sleep(min(30.0, target.patience_s))
     for writer in writers:
@@ -159,7 +166,9 @@ def write_artifacts(source: Path, base: Path, folder: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Felt:
-    """What one attack did. Gaps in seconds; `lived_s` is set if the server died."""
+    """What one attack did. Gaps in seconds; `lived_s` is set if the server died, `loop_s` is None
+    where the system does not tell.
+    """
 
     quiet: list[float]
     attacked: list[float]
@@ -167,6 +176,7 @@ class Felt:
     chats_failed: int
     grown_bytes: int
     answers: Counter[str]
+    loop_s: float | None = None
     lived_s: float | None = None
 
 
@@ -212,14 +222,17 @@ async def measure(child: ServerChild, attack: Attack, quiet_s: float, patience_s
     target.answers.clear()
     stream = Stream(child.url, list(range(1000, 1016)))
     await asyncio.sleep(SETTLE_S)
-    began = time.perf_counter()
+    pid = child.process.pid
+    began, loop_began = time.perf_counter(), loop_cpu_s(pid)
+    quiet_probe = Probe(child.url)
     await asyncio.sleep(quiet_s)
+    await quiet_probe.leave()
+    attacked, loop_attacked = time.perf_counter(), loop_cpu_s(pid)
     probe, before = Probe(child.url), child.rss_bytes()
-    attacked = time.perf_counter()
     with PeakRss(child) as peak:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(attack(target), patience_s + 10)
-        ended = time.perf_counter()
+        ended, loop_ended = time.perf_counter(), loop_cpu_s(pid)
         await probe.leave()
     died = child.process.poll() is not None or stream.ended
     arrivals = list(stream.arrivals_s)
@@ -232,8 +245,26 @@ async def measure(child: ServerChild, attack: Attack, quiet_s: float, patience_s
         chats_failed=probe.failed,
         grown_bytes=max(0, peak.n_bytes - before),
         answers=target.answers,
+        loop_s=extra((began, attacked, ended), (loop_began, loop_attacked, loop_ended)),
         lived_s=arrivals[-1] - attacked if died and arrivals else None,
     )
+
+
+def loop_cpu_s(pid: int) -> float | None:
+    """Processor time of a process's first thread, which is the event loop's, so far."""
+    try:
+        return int(Path(f"/proc/{pid}/task/{pid}/schedstat").read_text().split()[0]) / 1e9
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def extra(times_s: Sequence[float], used_s: Sequence[float | None]) -> float | None:
+    """What was used between the second and the third time, beyond the pace of the time before."""
+    began, attacked, ended = used_s
+    if began is None or attacked is None or ended is None:
+        return None
+    pace = (attacked - began) / (times_s[1] - times_s[0])
+    return ended - attacked - pace * (times_s[2] - times_s[1])
 
 
 def run(checkout: Path, args: argparse.Namespace, deltas: Path, attack: Attack) -> Felt:
@@ -266,6 +297,7 @@ def row(attack: str, label: str, felt: Felt) -> str:
         label,
         ms(felt.quiet),
         attacked,
+        "" if felt.loop_s is None else f"{felt.loop_s:.2f}",
         f"{n_answered} of {len(felt.chats_s)}, {longest}",
     ]
     return f"| {' | '.join([*cells, f'{felt.grown_bytes / 1e6:,.0f}', answers])} |"
@@ -301,9 +333,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the method's table and the machine."""
     args = parse_args(argv)
-    print("| attack | server | quiet p99 / max ms | attacked p99 / max ms | other chats answered, "
-          "longest | grown MB | the attacker's answers |")  # fmt: skip
-    print("|---|---|---:|---:|---:|---:|---|")
+    print("| attack | server | quiet p99 / max ms | attacked p99 / max ms | loop CPU s | "
+          "other chats answered, longest | grown MB | the attacker's answers |")  # fmt: skip
+    print("|---|---|---:|---:|---:|---:|---:|---|")
     for line in rows(args):
         print(line, flush=True)
     print(f"\n{machine()}")

@@ -10,7 +10,8 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -20,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.disconnect import answer_while_connected
 from server.api.errors import http_error, internal_error_body, response_of
 from server.api.sse import Stalled
-from server.errors import BodyTooLarge, ServeError
+from server.errors import BodyTooLarge, QueueFull, ServeError
 from server.metrics.series import Metrics
 
 MAX_HEADERS = 128
@@ -29,6 +30,7 @@ BODY_TIMEOUT_S = 30.0  # from the first byte after the headers to the last
 QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping", "/metrics"})
 GENERATION_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 BODY_PATHS = GENERATION_PATHS | {"/tokenize", "/detokenize"}
+MAX_HELD_BYTES = 256 << 20  # of the bodies of all requests
 MAX_SMALL_BODY_BYTES = 64 << 10  # where no route reads a body
 METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"})
 
@@ -118,55 +120,105 @@ class EarlyRefusal:
         await self._app(scope, receive, send)
 
 
+class HeldBytes:
+    """Bytes of the bodies of all requests that are being answered. For one event loop."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._n_bytes = 0
+
+    @contextmanager
+    def counted(self) -> Iterator[Callable[[int], None]]:
+        """Yield what takes bytes for the duration, which raises QueueFull where it is too many."""
+        n_taken = 0
+
+        def take(n_bytes: int) -> None:
+            nonlocal n_taken
+            n_taken += n_bytes
+            self._n_bytes += n_bytes
+            if self._n_bytes > self._max_bytes:
+                raise QueueFull(
+                    "The bodies of running requests take too much memory; try again later.",
+                    retry_after_s=5,
+                )
+
+        try:
+            yield take
+        finally:
+            self._n_bytes -= n_taken
+
+
 class RequestCap:
-    """Bounds headers, and reads the body before the application runs: bounded in bytes and in time.
-    The application is cancelled when the client leaves.
+    """Bounds headers, and reads the body before the application runs: bounded in bytes and in time,
+    and all of them together. The application is cancelled when the client leaves.
 
     With a Content-Length beyond the cap nothing is read at all. The body is kept as one buffer,
     because a list of one-byte chunks would take a hundred times its size. Where no route reads a
     body (`BODY_PATHS`) the cap is a small one, whatever `max_bytes` is.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float = BODY_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        max_bytes: int,
+        timeout_s: float = BODY_TIMEOUT_S,
+        max_held_bytes: int = MAX_HELD_BYTES,
+    ) -> None:
         self._app = app
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
+        self._held = HeldBytes(max(max_bytes, max_held_bytes))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        refusal = _refusal_of_headers(scope)
+        if refusal is not None:
+            await refusal(scope, receive, send)
+            return
+        with self._held.counted() as take:
+            try:
+                body = await self._read_body(scope, receive, take)
+            except ServeError as error:
+                await response_of(error)(scope, receive, send)
+                return
+            except TimeoutError:
+                message = f"The body did not arrive within {self._timeout_s:g} seconds."
+                response = http_error(408, message, {"connection": "close"})
+                await response(scope, receive, send)
+                return
+            is_whole = body is not None and await answer_while_connected(
+                self._app, scope, body, receive, send
+            )
+        if not is_whole:
+            scope["impart.log"]["ended"] = "disconnected"
+
+    async def _read_body(
+        self, scope: Scope, receive: Receive, take: Callable[[int], None]
+    ) -> bytes | None:
+        """Return the body; None if the client left meanwhile.
+
+        Raises BodyTooLarge, QueueFull, TimeoutError.
+        """
         max_bytes = self._max_bytes
         if scope["path"] not in BODY_PATHS:
             max_bytes = min(max_bytes, MAX_SMALL_BODY_BYTES)
-        raw_headers = scope["headers"]
-        n_header_bytes = sum(len(name) + len(value) for name, value in raw_headers)
-        if len(raw_headers) > MAX_HEADERS or n_header_bytes > MAX_HEADER_BYTES:
-            response = http_error(431, "Too many or too long headers.", {"connection": "close"})
-            await response(scope, receive, send)
-            return
-        if _misses_its_host(scope):
-            message = "A request of HTTP/1.1 names its host once, in a Host header."
-            response = http_error(400, message, {"connection": "close"})
-            await response(scope, receive, send)
-            return
-        try:
-            _check_declared(Headers(scope=scope), max_bytes)
-            async with asyncio.timeout(self._timeout_s):
-                body = await _read(receive, max_bytes)
-        except BodyTooLarge as error:
-            await response_of(error)(scope, receive, send)
-            return
-        except TimeoutError:
-            message = f"The body did not arrive within {self._timeout_s:g} seconds."
-            response = http_error(408, message, {"connection": "close"})
-            await response(scope, receive, send)
-            return
-        is_whole = body is not None and await answer_while_connected(
-            self._app, scope, body, receive, send
-        )
-        if not is_whole:
-            scope["impart.log"]["ended"] = "disconnected"
+        _check_declared(Headers(scope=scope), max_bytes)
+        async with asyncio.timeout(self._timeout_s):
+            return await _read(receive, max_bytes, take)
+
+
+def _refusal_of_headers(scope: Scope) -> JSONResponse | None:
+    """The answer to headers that are too many or too long, or name no host or several."""
+    raw_headers = scope["headers"]
+    n_header_bytes = sum(len(name) + len(value) for name, value in raw_headers)
+    if len(raw_headers) > MAX_HEADERS or n_header_bytes > MAX_HEADER_BYTES:
+        return http_error(431, "Too many or too long headers.", {"connection": "close"})
+    if _misses_its_host(scope):
+        message = "A request of HTTP/1.1 names its host once, in a Host header."
+        return http_error(400, message, {"connection": "close"})
+    return None
 
 
 def _misses_its_host(scope: Scope) -> bool:
@@ -184,14 +236,16 @@ def _check_declared(headers: Headers, max_bytes: int) -> None:
         raise _too_large(max_bytes)
 
 
-async def _read(receive: Receive, max_bytes: int) -> bytes | None:
-    """Return the whole body, None if the client left meanwhile. Raises BodyTooLarge."""
+async def _read(receive: Receive, max_bytes: int, take: Callable[[int], None]) -> bytes | None:
+    """Return the whole body, None if the client left meanwhile. Raises BodyTooLarge, QueueFull."""
     body = bytearray()
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
             return None
-        body += message.get("body", b"")
+        part = message.get("body", b"")
+        take(len(part))
+        body += part
         if len(body) > max_bytes:
             raise _too_large(max_bytes)
         if not message.get("more_body", False):

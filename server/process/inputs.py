@@ -6,6 +6,7 @@ weights are whole. Only what needs the model itself is left to the engine.
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import sys
@@ -58,7 +59,7 @@ def located(settings: Settings) -> Settings:
 
     Raises ConfigError. Its message is for the operator and names paths.
     """
-    if settings.device == "cpu":
+    if settings.device == "cpu" or (settings.device == "auto" and not may_have_gpu()):
         check_kv_cache(settings, usable_memory_bytes())
     try:
         wanted = with_revision(str(settings.base), settings.base_revision, "--base-revision")
@@ -114,6 +115,17 @@ def _n_positions(config: Mapping[str, Any]) -> int | None:
             if type(part.get(key)) is int:
                 return int(part[key])
     return None
+
+
+def may_have_gpu() -> bool:
+    """False where torch cannot find one: the driver that it would ask is not there."""
+    if sys.platform != "linux":
+        return True
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return Path("/dev/kfd").exists()  # ROCm's, which torch calls cuda as well
+    return True
 
 
 def _check_folder(deltas: Path) -> None:

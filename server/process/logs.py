@@ -27,6 +27,8 @@ def configure(level: str, style: Literal["plain", "json"]) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if style == "json" else PlainFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    if level.lower() == "info":  # torch tells statistics of its caches at the end of the process
+        logging.getLogger("torch").setLevel(logging.WARNING)
 
 
 def extras(record: logging.LogRecord) -> dict[str, Any]:

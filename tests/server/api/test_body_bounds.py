@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import random
 import threading
@@ -9,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from fastapi.responses import JSONResponse
 
 from server.api import body as body_module
 from server.api.app import create_app
@@ -20,8 +22,11 @@ from server.api.body_bounds import (
     check_bounds,
 )
 from server.api.errors import MAX_ERRORS
+from server.api.middleware import RequestCap, RequestContext
 from server.api.schemas import MAX_FIELDS
 from server.errors import InvalidRequest
+from server.metrics.series import Metrics
+from tests.server.api.call import Call, until
 from tests.server.api.conftest import make_settings
 from tests.server.api.fake import BASE, FakeEngine
 
@@ -190,3 +195,29 @@ async def test_object_with_too_many_fields_is_refused(where: str) -> None:
 async def test_route_without_a_body_takes_a_small_one_only() -> None:
     for path, status in (("/v1/deltas/rescan", 413), ("/nowhere", 413), ("/tokenize", 400)):
         assert (await post(path, b"{" + b" " * (70 << 10))).status_code == status
+
+
+async def test_bodies_of_all_requests_together_have_a_bound_and_free_it() -> None:
+    go_on = asyncio.Event()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await go_on.wait()
+        await JSONResponse({})(scope, receive, send)
+
+    body = {"prompt": "x" * 500}
+    n_bytes = len(json.dumps(body))
+    cap = RequestContext(RequestCap(app, n_bytes, max_held_bytes=2 * n_bytes), Metrics())
+    waiting = [Call(cap, "/tokenize", body) for _ in range(2)]
+    await until(lambda: all(call.read for call in waiting))
+    one_more = Call(cap, "/tokenize", body)
+    await one_more.finish()
+    assert one_more.status == 503
+    assert dict(one_more.messages[0]["headers"])[b"retry-after"] == b"5"
+    waiting[0].gone.set()
+    await waiting[0].finish()
+    another = Call(cap, "/tokenize", body)
+    await until(lambda: another.read)
+    go_on.set()
+    for call in (waiting[1], another):
+        await call.finish()
+        assert call.status == 200
