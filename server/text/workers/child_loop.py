@@ -10,7 +10,7 @@ from server.errors import InvalidRequest
 from server.text.description import Undescribed
 from server.text.workers import limits
 from server.text.workers.frames import Frame, receive, send
-from server.text.workers.tasks import Tokenizers, do_task
+from server.text.workers.tasks import Tokenizers, do_task, share_added_tokens
 
 
 def serve_tasks(descriptor: int, memory_bytes: int, first_folder: str) -> None:
@@ -19,6 +19,7 @@ def serve_tasks(descriptor: int, memory_bytes: int, first_folder: str) -> None:
     first_folder  of a tokenizer that is loaded before the first task, "": none is
     """
     limits.confine(memory_bytes)
+    share_added_tokens()
     tokenizers = Tokenizers()
     if first_folder:
         tokenizers.load(first_folder)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import copyreg
 import os
 import signal
 import time
@@ -10,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken
 from transformers import AutoTokenizer
 
 from server.errors import InvalidRequest, QueueFull
 from server.text.workers import pool as module
 from server.text.workers.pool import TaskFailed
-from server.text.workers.tasks import ids_of
+from server.text.workers.tasks import ids_of, share_added_tokens
 from server.text.workers.worker import Reason, WorkerEnded
 from tests.server.text.workers.conftest import ARITHMETIC, HUNGRY, LIMITS, LOOPS, Pool
 
@@ -179,3 +182,14 @@ def test_worker_that_cannot_start_is_tried_again(
     monkeypatch.setattr(pool.workers, "_make_worker", flaky)
     monkeypatch.setattr(module, "RESTART_WAIT_S", 0.01)
     assert pool.chat().result(PATIENCE_S).blob
+
+
+def test_added_tokens_are_shared_by_copies_of_settings_and_equal() -> None:
+    token = AddedToken("<a>", special=True)
+    try:
+        share_added_tokens()
+        copied = copy.deepcopy({"tokens": [token], "name": ["x"]})
+        assert copied["tokens"][0] is token
+    finally:
+        del copyreg.dispatch_table[AddedToken]
+    assert copy.deepcopy(token) is not token
