@@ -145,7 +145,7 @@ def _prepared(model: PreTrainedModel, kernels: Kernels, base_quant: BaseQuant | 
     with own_forwards(own):
         definition = Definition(model)
     n_counting = count_by_positions(model)
-    owners = owners_in(model)
+    owners = owners_in(model, ran)
     with apart.probing():
         seen = observe(model, {module: owner.names for module, owner in owners.items()})
         parameters = install_delta_layers(model, context, kernels, residency, seen)

@@ -54,7 +54,7 @@ def install_delta_layers(
         if isinstance(module, nn.Embedding) and looks_up_rows(module, seen):
             weight = parameter(weight_name, module.weight)
             make_delta_embedding(module, weight, context, kept=kept)
-        elif is_plain_linear(module):
+        elif is_plain_linear(module) and not seen.is_only_read(module):
             turned = isinstance(module, Conv1D)
             weight = parameter(weight_name, module.get_parameter("weight"), turned)
             bias = parameter(bias_name, module.bias) if _has_bias(module) else None

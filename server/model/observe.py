@@ -71,6 +71,10 @@ class Observation:
         found = [i for i, n in enumerate(shape) if n in (self.n_tokens, self.n_kept)]
         return found[0] if len(found) == 1 else None
 
+    def is_only_read(self, module: nn.Module) -> bool:
+        """Whether another module reads what it has, and it does not run."""
+        return not self.of(module) and any(owner is module for owner, _ in self.reads)
+
     def sees_kept_rows(self, module: nn.Module) -> bool:
         """Whether it is given rows whose logits are wanted, and those alone."""
         sizes = {n for call in self.of(module) for shape in call.tensors for n in shape}

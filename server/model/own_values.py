@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -37,11 +37,14 @@ def is_plain_linear(module: nn.Module) -> bool:
     return any(isinstance(module, k) and type(module).forward is k.forward for k in kinds)
 
 
-def owners_in(model: nn.Module) -> Owners:
-    """Modules with parameters or buffers of their own, all but linears and embeddings."""
+def owners_in(model: nn.Module, ran: Collection[nn.Module]) -> Owners:
+    """Modules with parameters or buffers of their own, all but embeddings and linears that run: the
+    weight of one that does not may be read by the module around it (LongCat's router).
+    """
     found = {}
     for path, module in model.named_modules():
-        if not is_plain_linear(module) and not isinstance(module, nn.Embedding):
+        runs = is_plain_linear(module) and module in ran
+        if not runs and not isinstance(module, nn.Embedding):
             names = tuple(name for name, value in own_values(module) if _is_small(value))
             if names:
                 found[module] = Owner(path, names)

@@ -77,3 +77,23 @@ def test_observe_copies_what_a_module_changes_in_place() -> None:
     model.model.layers[0].mlp.act_fn = doubling = Doubling()
     (call,) = observed(model).of(doubling)
     assert torch.equal(call.args[0] * 2, call.output)
+
+
+class Reader(nn.Module):
+    """Multiplies with the weight of a linear that it never calls, as LongCat's router does."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear, self.called = linear, nn.Linear(*linear.weight.shape)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.called(nn.functional.linear(x, self.linear.weight))
+
+
+def test_observe_linear_whose_weight_another_module_reads_is_only_read() -> None:
+    model = random_model("llama")
+    width = model.config.hidden_size
+    model.model.layers[0].mlp = reader = Reader(nn.Linear(width, width, bias=False))
+    seen = observed(model, {reader.linear: ("weight",)})
+    assert seen.is_only_read(reader.linear)
+    assert not seen.is_only_read(reader.called)
