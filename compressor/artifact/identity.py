@@ -84,6 +84,8 @@ def _sample(stored: StoredTensor) -> str:
         for start, length in ranges:
             chunk = os.pread(stream.fileno(), length, stored.offset + start)
             if len(chunk) != length:
-                raise CheckpointError(f"{stored.file} became shorter while it was read")
+                raise CheckpointError(
+                    f"{stored.file} became shorter while it was read; run again once it is whole"
+                )
             digest.update(chunk)
     return digest.hexdigest()

@@ -81,7 +81,9 @@ def _load_dequantised(path: Path, dtype: torch.dtype | None, options: dict[str, 
     for what, names in (("is missing from", "missing_keys"), ("is no part of", "unexpected_keys")):
         if found[names]:
             first = min(found[names])
-            raise CheckpointError(f"{checkpoint.name}: tensor {first} {what} the model")
+            raise CheckpointError(
+                f"{checkpoint.name}: tensor {first} {what} the model; download it again"
+            )
     return model
 
 

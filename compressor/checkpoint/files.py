@@ -60,7 +60,10 @@ class TensorFiles:
         for file in files:
             for key, tensor in read_header(file).items():
                 if key in self.tensors:
-                    raise CheckpointError(f"{name}: tensor {key} is in two shards")
+                    raise CheckpointError(
+                        f"{name}: tensor {key} is in two shards; save the model again with "
+                        "save_pretrained"
+                    )
                 self.tensors[key] = tensor
         self.n_bytes = sum(file.stat().st_size for file in files)
         self._fds: dict[Path, int] = {}
@@ -150,7 +153,9 @@ class TensorFiles:
         while view:
             n_read = _read_at(self._fd(stored.file), view[:_CHUNK_BYTES], position)
             if n_read == 0:
-                raise CheckpointError(f"{stored.file} became shorter while it was read")
+                raise CheckpointError(
+                    f"{stored.file} became shorter while it was read; run again once it is whole"
+                )
             view = view[n_read:]
             position += n_read
         return torch.frombuffer(buffer, dtype=dtype)
@@ -213,7 +218,8 @@ class Checkpoint(TensorFiles):
             if not fits or piece.dtype != first.dtype or not 0 <= start < end <= piece.shape[0]:
                 raise CheckpointError(
                     f"{self.name}: tensor {key} of shape {list(piece.shape)} does not fit beside "
-                    f"{pieces[0][0]}, of shape {list(first.shape)}, in {name}"
+                    f"{pieces[0][0]}, of shape {list(first.shape)}, in {name}; save the model "
+                    "again with save_pretrained"
                 )
         n_bytes = n_rows * (first.n_bytes // first.shape[0])
         self._pieces[name] = list(pieces)

@@ -90,15 +90,20 @@ def read_model_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_bytes())
     except FileNotFoundError:
-        raise CheckpointError(f"{path}: no config.json; not a Hugging Face model") from None
+        raise CheckpointError(
+            f"{path}: no config.json; not a Hugging Face model: give the directory of one"
+        ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from error
+        raise CheckpointError(
+            f"{file} cannot be read ({error}); download the model again"
+        ) from error
     if not isinstance(config, dict):
-        raise CheckpointError(f"{file} does not hold a JSON object")
+        raise CheckpointError(f"{file} does not hold a JSON object; download the model again")
     if "auto_map" in config:
         raise CheckpointError(
             f"{file} has auto_map, which asks for code from the model's repository to be run; "
-            "only architectures that transformers itself ships are supported"
+            "only architectures that transformers itself ships are supported. If this one is among "
+            "them, take auto_map out of the file"
         )
     quantisation_of(config)
     return config
@@ -119,7 +124,9 @@ def weight_files(path: Path) -> list[Path]:
             f"M.from_pretrained(d, dtype='auto').save_pretrained(o); "
             f'T.from_pretrained(d).save_pretrained(o)"'
         )
-    raise CheckpointError(f"{path}: neither {_SINGLE} nor {_INDEX} is there")
+    raise CheckpointError(
+        f"{path}: neither {_SINGLE} nor {_INDEX} is there; download or save the weights"
+    )
 
 
 def _sharded_files(path: Path) -> list[Path]:
@@ -135,8 +142,12 @@ def _shard_names(path: Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} cannot be read: {error!r}") from error
+        raise CheckpointError(
+            f"{index} cannot be read ({error!r}); download the model again"
+        ) from error
     for name in names:
         if not isinstance(name, str) or name != os.path.basename(name):
-            raise CheckpointError(f"{index} names a shard outside its own directory: {name!r}")
+            raise CheckpointError(
+                f"{index} names a shard outside its own directory, {name!r}; save the model again"
+            )
     return names

@@ -44,7 +44,9 @@ def is_gguf(file: Path) -> bool:
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     if file.suffix == SUFFIX and not found:
-        raise CheckpointError(f"{file} is not a GGUF file, whatever its name says")
+        raise CheckpointError(
+            f"{file} is not a GGUF file, whatever its name says; download it again"
+        )
     return found
 
 

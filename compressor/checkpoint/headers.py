@@ -55,7 +55,7 @@ class TensorIndex(dict[str, StoredTensor]):
         if len(whole.shape) != 3 or index >= whole.shape[0]:
             raise CheckpointError(
                 f"{whole.file}: tensor {match['name']} has shape {list(whole.shape)}; "
-                f"config.json asks for a matrix number {index} in it"
+                f"config.json asks for a matrix number {index} in it; correct config.json"
             )
         n_bytes = whole.n_bytes // whole.shape[0]
         offset = whole.offset + index * n_bytes
@@ -80,12 +80,16 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             size = os.fstat(stream.fileno()).st_size
             length = parse_length(stream.read(LENGTH_BYTES))
             if not 2 <= length <= min(_MAX_HEADER_BYTES, size - LENGTH_BYTES):
-                raise CheckpointError(f"{file} is not a complete safetensors file")
+                raise CheckpointError(
+                    f"{file} is not a complete safetensors file; download it again"
+                )
             header = parse_header(stream.read(length))
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     except BadHeader as error:
-        raise CheckpointError(f"{file} is not a safetensors file: {error}") from error
+        raise CheckpointError(
+            f"{file} is not a safetensors file ({error}); download it again"
+        ) from error
     data = LENGTH_BYTES + length
     tensors = {name: _stored(file, name, entry, data) for name, entry in header.tensors.items()}
     for name, tensor in tensors.items():
@@ -101,7 +105,8 @@ def _stored(file: Path, name: str, entry: HeaderEntry, data_start: int) -> Store
     known = _ITEM_BYTES.get(entry.dtype)
     if known is not None and math.prod(entry.shape) * known != n_bytes:
         raise CheckpointError(
-            f"{file} is not a safetensors file: size and shape of {name} disagree"
+            f"{file} is not a safetensors file: size and shape of {name} disagree; "
+            "download it again"
         )
     return StoredTensor(file, entry.dtype, entry.shape, data_start + entry.start, n_bytes)
 

@@ -90,7 +90,8 @@ class Layout:
             for part, place in parts.items():
                 if part in found:
                     raise UnsupportedTensor(
-                        f"{owner}: {place} and {found[part]} are the same parameter"
+                        f"{owner}: {place} and {found[part]} are the same parameter; save the "
+                        "model again with save_pretrained, which writes it once"
                     )
                 found[part] = place
         for name in self.parameters:
@@ -101,7 +102,10 @@ class Layout:
             pairs = (*self.tied, *self.borrowed.items())
             alias = next((a for a, target in pairs if target == name and a in found), None)
             if alias is None:
-                raise CheckpointError(f"{owner}: tensor {name} is missing from the checkpoint")
+                raise CheckpointError(
+                    f"{owner}: tensor {name} is missing from the checkpoint; give the whole one, "
+                    "as save_pretrained writes it"
+                )
             found[name] = found[alias]  # only the tied twin was saved
         return found | {name: found[target] for name, target in self.borrowed.items()}
 

@@ -197,7 +197,8 @@ def whole_value(checkpoint: Checkpoint, key: str, pair: TensorPair) -> torch.Ten
         return found
     if found.dtype == torch.int64 and bool((found.abs() > _MAX_WHOLE).any()):
         raise UnsupportedTensor(
-            f"{pair.name}: whole numbers above 2^53 cannot be stored in a delta"
+            f"{pair.name}: whole numbers above 2^53 cannot be stored in a delta; serve the "
+            "fine-tune by itself"
         )
     return found.to(torch.float64)
 
@@ -240,7 +241,7 @@ def _pair(
     if base_shape != parameter.shape:
         raise CheckpointError(
             f"{base.name}: tensor {name} has shape {list(base_shape)}, config.json says "
-            f"{list(parameter.shape)}"
+            f"{list(parameter.shape)}; correct config.json"
         )
     _check_shapes(parameter, base_shape, shape)
     return TensorPair(parameter, shape, base_keys[name], tuned_keys[name])
@@ -264,7 +265,7 @@ def _check_shapes(parameter: Parameter, base: tuple[int, ...], tuned: tuple[int,
         )
     raise UnsupportedTensor(
         f"{parameter.name}: the fine-tune's shape {list(tuned)} does not fit the base's "
-        f"{list(base)}"
+        f"{list(base)}; give the base that it was made from"
     )
 
 
@@ -328,5 +329,6 @@ def _check_stored_ties(checkpoint: Checkpoint, layout: Layout, keys: Mapping[str
         if not _hold_the_same(checkpoint, keys[alias], keys[target]):
             raise UnsupportedTensor(
                 f"{alias}: config.json of {checkpoint.name} ties it to {target}, but the "
-                "checkpoint stores two different tensors"
+                "checkpoint stores two different tensors; if both are meant, set "
+                "tie_word_embeddings to false there"
             )

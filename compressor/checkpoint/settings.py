@@ -128,7 +128,8 @@ def compare_configs(
     if ours.get("model_type") != theirs.get("model_type"):
         raise CheckpointError(
             f"{base.name} is a {ours.get('model_type')} model, {tuned.name} a "
-            f"{theirs.get('model_type')}: not a base and its fine-tune"
+            f"{theirs.get('model_type')}: not a base and its fine-tune; give the base that it "
+            "was made from"
         )
     kept: dict[str, Any] = {}
     ignored: dict[str, Any] = {}
@@ -172,7 +173,7 @@ def resolved_config(checkpoint: Checkpoint) -> dict[str, Any]:
         first = (str(error).splitlines() or [""])[0]
         raise CheckpointError(
             f"{checkpoint.path / 'config.json'}: not an architecture this transformers knows "
-            f"({first[:200]})"
+            f"({first[:200]}); install the release of transformers that wrote it"
         ) from error
     return config
 

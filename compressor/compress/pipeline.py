@@ -233,7 +233,9 @@ def _compare(
         else:
             pairs.append(stored)
     if not pairs:
-        raise InputError(f"{tuned.name} equals {base.name} bit by bit: there is no delta")
+        raise InputError(
+            f"{tuned.name} equals {base.name} bit by bit, so there is no delta; give its fine-tune"
+        )
     return pairs, unchanged
 
 

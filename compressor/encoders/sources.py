@@ -77,6 +77,6 @@ def finite_block(
     if not bool((block.abs() <= _LARGEST).all()):  # also false for NaN
         raise UnsupportedTensor(
             f"{name}: the difference between fine-tune and base holds NaN, infinity or values "
-            f"beyond {_LARGEST:.0e}; one of the two checkpoints is damaged"
+            f"beyond {_LARGEST:.0e}; one of the two checkpoints is damaged: get it again"
         )
     return block

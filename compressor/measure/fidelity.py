@@ -61,7 +61,8 @@ def measure(
         tokenizer = transformers.AutoTokenizer.from_pretrained(tuned, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{tuned}: --calibration needs the fine-tune's tokenizer, which cannot be loaded"
+            f"{tuned}: --calibration needs the fine-tune's tokenizer, which cannot be loaded; put "
+            "its files beside the weights"
         ) from error
     reference, candidate = load_model(tuned), load_model(tuned)
     merge_into(candidate, base, deltas, unchanged)

@@ -63,7 +63,8 @@ class InputMoments:
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"{directory}: calibration needs the fine-tune's tokenizer, which cannot be loaded"
+                f"{directory}: calibration needs the fine-tune's tokenizer, which cannot be loaded; "
+                "put its files beside the weights"
             ) from error
         samples = encode_texts(tokenizer, texts)
         return cls(load_model(directory), samples, names, memory_bytes)
@@ -163,7 +164,10 @@ class _Sum:
                 f"no calibration text reaches {site[0]}; give more texts with --calibration"
             )
         if not bool(torch.isfinite(self._total).all()):
-            raise InputError(f"{site[0]}: its inputs overflow on the calibration texts")
+            raise InputError(
+                f"{site[0]}: its inputs overflow on the calibration texts; give others with "
+                "--calibration"
+            )
         return (self._total / self._n_tokens).cpu()
 
 

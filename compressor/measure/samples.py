@@ -57,7 +57,8 @@ def load_tokenizer(path: Path) -> Any:
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: evaluating needs the fine-tune's tokenizer, which cannot be loaded"
+            f"{path}: evaluating needs the fine-tune's tokenizer, which cannot be loaded; put its "
+            "files beside the weights"
         ) from error
 
 

@@ -55,12 +55,16 @@ def dense_index(stored: TensorIndex, quantisation: Quantisation, owner: str) -> 
     dense = DenseIndex()
     for name, form in _FINDERS[quantisation.method](parts, quantisation):
         if name in dense.forms:
-            raise CheckpointError(f"{owner}: tensor {name} is quantised twice")
+            raise CheckpointError(
+                f"{owner}: tensor {name} is quantised twice; save the model again"
+            )
         dense.forms[name] = form
     left = {name: tensor for name, tensor in stored.items() if name not in parts.taken}
     for name, tensor in left.items():
         if name in dense.forms:
-            raise CheckpointError(f"{owner}: tensor {name} is stored quantised and as it is")
+            raise CheckpointError(
+                f"{owner}: tensor {name} is stored quantised and as it is; save the model again"
+            )
         if tensor.dtype in _CODES and len(tensor.shape) > 1:
             raise parts.wrong(name, f"is stored as {tensor.dtype} without what belongs to it")
     dense |= left

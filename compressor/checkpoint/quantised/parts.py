@@ -73,7 +73,8 @@ class Parts:
     def wrong(self, name: str, what: str) -> CheckpointError:
         """The error of a tensor that does not fit."""
         return CheckpointError(
-            f"{self._owner}: tensor {name} {what}, which its quantised weights do not allow"
+            f"{self._owner}: tensor {name} {what}, which its quantised weights do not allow; "
+            "download the model again, or give the 16- or 32-bit weights"
         )
 
     def matrix(self, name: str, dtypes: Iterable[str]) -> tuple[int, int]:
