@@ -63,8 +63,8 @@ class InputMoments:
             tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"{directory}: calibration needs the fine-tune's tokenizer, which cannot be loaded; "
-                "put its files beside the weights"
+                f"{directory}: calibration needs the fine-tune's tokenizer, which cannot be "
+                "loaded; put its files beside the weights"
             ) from error
         samples = encode_texts(tokenizer, texts)
         return cls(load_model(directory), samples, names, memory_bytes)
