@@ -113,7 +113,28 @@ async def converse(url: str, console: Console) -> None:
             console.print(f"[bold]{model}[/]: first token after {await warm(http, model):.2f} s")
         answers = await asyncio.gather(*(send(http, ask) for ask in todo))
         show_answers(console, todo, answers)
+        if await is_compiling(http):
+            console.print(
+                "torch computed these: kernels for this CPU are compiled at a first start, beside "
+                "what is served; then the requests are sent again to see how fast they are"
+            )
+            await until_compiled(http)
+            answers = await asyncio.gather(*(send(http, ask) for ask in todo))
         await show_memory(console, http, base, todo, answers)
+
+
+async def is_compiling(http: httpx.AsyncClient) -> bool:
+    """Whether the server still waits for its compiled kernels."""
+    return COMPILING in (await http.get("/metrics")).text
+
+
+async def until_compiled(http: httpx.AsyncClient) -> None:
+    """Wait until the compiled kernels have taken over, or the server has given them up."""
+    end = time.monotonic() + READY_S
+    while await is_compiling(http):
+        if time.monotonic() > end:
+            raise ChildError(f"the kernels were not compiled within {READY_S} s")
+        await asyncio.sleep(1)
 
 
 def show_answers(console: Console, todo: list[Ask], answers: list[Answer]) -> None:
@@ -136,8 +157,7 @@ async def show_memory(
     """Print speed and bytes per model, and what the deltas save."""
     listed = (await http.get("/v1/deltas")).json()["data"]
     deltas = {delta["id"]: delta for delta in listed}
-    compiling = COMPILING in (await http.get("/metrics")).text
-    table = Table(title=f"per model{' (kernels are being compiled: slower)' if compiling else ''}")
+    table = Table(title="per model")
     for heading in ("model", "delta", "codec", "on disk", "in memory", "tokens", "tokens/s"):
         left = heading in ("model", "delta", "codec")
         table.add_column(heading, justify="left" if left else "right", no_wrap=True)

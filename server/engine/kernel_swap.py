@@ -123,9 +123,13 @@ class KernelSwap:
             raise
         except Exception:
             self._lay_out(self._kernels, checked=False)
-            self._between_steps(self._kernels.give_up)
+            self._between_steps(self._kernels.settle)
             raise
-        self._between_steps(lambda: self._kernels.adopt(compiled))
+        self._between_steps(lambda: self._exchange(compiled))
+
+    def _exchange(self, compiled: Kernels) -> None:
+        self._kernels.adopt(compiled)
+        self._kernels.settle()
 
     # -- weights -------------------------------------------------------------------------------
 

@@ -53,8 +53,8 @@ class Kernels(AttentionKernels, Protocol):
         """
         ...
 
-    def give_up(self) -> None:
-        """Wait for no other kernels any more: those that there are go on."""
+    def settle(self) -> None:
+        """Wait for no other kernels any more: these it is."""
         ...
 
     def takes_data(self, device: torch.device) -> bool:
@@ -123,7 +123,7 @@ class TorchKernels:
         assert other is self, "torch has no other form"
         return self
 
-    def give_up(self) -> None: ...
+    def settle(self) -> None: ...
 
     def takes_data(self, device: torch.device) -> bool:
         return device.type == "cpu"  # on a GPU it would have to wait for the segments

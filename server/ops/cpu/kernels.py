@@ -112,10 +112,10 @@ class NumbaKernels:
         """See `Kernels`."""
         assert isinstance(other, NumbaKernels)
         former = copy.copy(self)
-        vars(self).update(vars(other), _late=self._late)
+        vars(self).update(vars(other), _late=self._late, _awaited=self._awaited)
         return former
 
-    def give_up(self) -> None:
+    def settle(self) -> None:
         """See `Kernels`."""
         self._awaited = False
 
