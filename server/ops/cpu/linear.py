@@ -187,7 +187,7 @@ def panels_of(weight: Tensor, width: int) -> Tensor:
     return padded.view(n_panels, width, n // 2, 2).transpose(1, 2).contiguous()
 
 
-def rows_of(panels: Tensor, start: int, end: int) -> Tensor:
+def panel_rows(panels: Tensor, start: int, end: int) -> Tensor:
     """Rows ``[start, end)`` of what `panels_of` was given, read from their panels alone."""
     _, n_words, width, _ = panels.shape
     first = start // width
@@ -314,4 +314,4 @@ class PanelLinear(LinearOp):
         return self.dense_rows(0, self._shape[0])
 
     def dense_rows(self, start: int, end: int) -> Tensor:
-        return rows_of(self._panels, start, end)
+        return panel_rows(self._panels, start, end)

@@ -25,7 +25,7 @@ from server.ops.cpu.codegen.widened_product import (
 )
 from server.ops.cpu.compile import compile_kernel
 from server.ops.cpu.features import Target
-from server.ops.cpu.linear import panels_of, rows_of
+from server.ops.cpu.linear import panel_rows, panels_of
 from server.ops.cpu.parallel import Parallel
 from server.ops.linear import LinearOp
 
@@ -144,4 +144,4 @@ class WidenedLinear(LinearOp):
         return self.dense_rows(0, self._shape[0])
 
     def dense_rows(self, start: int, end: int) -> Tensor:
-        return rows_of(self._panels, start, end).float()
+        return panel_rows(self._panels, start, end).float()
