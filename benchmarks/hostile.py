@@ -24,6 +24,7 @@ import asyncio
 import contextlib
 import json
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -109,7 +110,7 @@ async def _prompts_left(target: Target) -> None:
 
 
 async def _unread_answers(target: Target) -> None:
-    """Ten connections with a hundred whole answers each, some ten megabytes, that nobody reads."""
+    """Ten connections that ask for ten whole answers each, about a megabyte, and read nothing."""
     host, _, port = target.url.removeprefix("http://").partition(":")
     async with httpx.AsyncClient(base_url=target.url, timeout=target.patience_s) as client:
         models = (await client.get("/v1/models")).json()["data"]
@@ -119,9 +120,13 @@ async def _unread_answers(target: Target) -> None:
     request = head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
     writers = []
     for _ in range(10):
-        _, writer = await asyncio.open_connection(host, int(port), limit=1024)
+        narrow = socket.socket()  # else the system takes the answers
+        narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        narrow.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(narrow, (host, int(port)))
+        _, writer = await asyncio.open_connection(sock=narrow, limit=1024)
         writer.transport.pause_reading()  # type: ignore[attr-defined]
-        writer.write(request * 100)
+        writer.write(request * 10)
         writers.append(writer)
     await asyncio.sleep(min(30.0, target.patience_s))
     for writer in writers:

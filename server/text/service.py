@@ -25,9 +25,10 @@ from server.text.workers.pool import Limits, PoolStats, TaskFailed, TextTask, Te
 from server.text.workers.tasks import ids_of
 from server.text.workers.worker import WorkerEnded
 
-# Encoding holds the interpreter: for 1.4 ms at this length (SmolLM2's tokenizer, a busy Xeon),
-# which streams do not feel. The way to a text worker and back costs .1 to .2 ms (and a wait if all
-# of them are busy): half of the time of a short prompt, a tenth at this length.
+# Encoding takes 1.4 ms at this length (SmolLM2's tokenizer, a busy Xeon; 2.3 ms on a busy Zen 4),
+# which streams do not feel; tokenizers 0.23 lets others have the interpreter meanwhile. The way to
+# a text worker and back costs .1 to .2 ms (and a wait if all of them are busy): half of the time of
+# a short prompt, a tenth at this length.
 MAX_CHARS_HERE = 4096
 LONG_CHARS = 1 << 16
 LONG = "long"  # the share of long texts
