@@ -10,14 +10,14 @@ rows and columns scaled, and rounded.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 _SAMPLE = 1024  # rows that columns' scales are taken from, and the reverse
 _ROUNDS = 4
-_LEAST_LIKENESS = 0.9  # between the logarithms of a norm's scales and of its layers' columns'
+_LEAST_LIKENESS = 0.9  # rank correlation of scales with what they were divided out of
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,8 @@ class Scales:
 def matrix_scales(original: Tensor, base: Tensor) -> Scales:
     """Fit ``base ~ rows[:, None] * original * columns`` by least squares: float32 ``[m, n]`` each.
 
-    Errors of rounding average out over a row or column; of a factor of all only the product counts.
+    Errors of rounding average out over a row or column, but a column that is small among its group
+    may be rounded away: see `explained`. Of a factor of all only the product counts.
     """
     m, n = original.shape
     some_rows = torch.arange(0, m, max(1, m // _SAMPLE))
@@ -77,15 +78,35 @@ def vector_scales(original: Tensor, base: Tensor, columns: Iterable[Tensor]) -> 
 
     None if no matrix tells of such scales: the values differ for another reason.
     """
-    logs = [column.clamp(min=1e-6).log() for column in columns if len(column) == len(original)]
+    others = [column for column in columns if len(column) == len(original)]
+    tried: list[tuple[float, Scales]] = []
     for offset in (0.0, 1.0):
         before, now = original.float() + offset, base.float() + offset
         ratio = torch.where(before != 0, now / before, 1.0)
-        if bool((ratio > 0).all()) and any(_are_alike(-ratio.log(), log) for log in logs):
-            return Scales(ratio, None, offset)
-    return None
+        if bool((ratio > 0).all()):
+            likeness = max((_likeness(1 / ratio, other) for other in others), default=0.0)
+            tried.append((likeness, Scales(ratio, None, offset)))
+    likeness, best = max(tried, key=lambda pair: pair[0], default=(0.0, None))
+    return best if likeness > _LEAST_LIKENESS else None
 
 
-def _are_alike(one: Tensor, two: Tensor) -> bool:
-    one, two = one - one.mean(), two - two.mean()
-    return float(torch.cosine_similarity(one, two, dim=0)) > _LEAST_LIKENESS
+def explained(scales: Scales, found: Iterable[Tensor]) -> Scales:
+    """Take what a matrix's columns were multiplied by from where it was divided out, if that is
+    among what was `found`: it was not rounded there.
+    """
+    assert scales.columns is not None
+    columns = scales.columns
+    known = [(_likeness(one, columns), one) for one in found if len(one) == len(columns)]
+    likeness, best = max(known, key=lambda pair: pair[0], default=(0.0, columns))
+    if likeness <= _LEAST_LIKENESS:
+        return scales
+    return replace(scales, columns=best * (columns / best).median())
+
+
+def _likeness(one: Tensor, two: Tensor) -> float:
+    """Rank correlation; 0 if one of the two is the same everywhere."""
+    if bool((one == one[0]).all()) or bool((two == two[0]).all()):
+        return 0.0
+    first, second = (x.argsort().argsort().double() for x in (one, two))
+    first, second = first - first.mean(), second - second.mean()
+    return float(torch.cosine_similarity(first, second, dim=0))

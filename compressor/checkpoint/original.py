@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compressor.checkpoint.files import Checkpoint
-from compressor.checkpoint.folded import Scales, matrix_scales, vector_scales
+from compressor.checkpoint.folded import Scales, explained, matrix_scales, vector_scales
 from compressor.checkpoint.headers import split_slice
 from compressor.checkpoint.layout import Layout, read_layout
 from compressor.checkpoint.pairing import Pairing, TensorPair, match_tensors
@@ -132,6 +132,7 @@ def _with_scales(trio: _Trio, pairing: Pairing, differing: list[TensorPair]) -> 
             original = trio.original.read_rows(pair.base_key).float()
             base = trio.base.read_rows(trio.base_keys[pair.name]).float()
             scales[pair.name] = matrix_scales(original, base)
+    matrices = list(scales)
     columns = [found.columns for found in scales.values() if found.columns is not None]
     for pair in differing:
         found = None
@@ -141,6 +142,11 @@ def _with_scales(trio: _Trio, pairing: Pairing, differing: list[TensorPair]) -> 
         if found is None:
             raise trio.wrong(f"{_AS_IS.format(pair.name)}, which no scales of matrices explain")
         scales[pair.name] = found
+    divided = [1 / scales[pair.name].rows for pair in differing]
+    rows = [1 / scales[name].rows for name in matrices if bool((scales[name].rows > 0).all())]
+    for name in matrices:
+        by_norm = explained(scales[name], divided)
+        scales[name] = explained(scales[name], rows) if by_norm is scales[name] else by_norm
     note = (
         f"{trio.base.name} has scales of weights in {len(differing)} norms (AWQ, SmoothQuant); the "
         "difference is scaled likewise"

@@ -162,12 +162,14 @@ def folded(model: Path, kind: Kind) -> dict[str, torch.Tensor]:
     ):
         name = f"{layer}.{norm}.weight"
         scale = torch.empty(len(tensors[name])).uniform_(-1, 1, generator=generator).exp()
+        scale[3] = 0.02  # rounded away: the base's own column tells nothing
         plus = 1.0 if kind == "gemma" else 0.0
         made[name] = (tensors[name] + plus) / scale - plus
         for matrix in (f"{layer}.{part}.weight" for part in layers):
             made[matrix] = tensors[matrix] * scale
     down, up = f"{layer}.mlp.down_proj.weight", f"{layer}.mlp.up_proj.weight"
     scale = torch.empty(len(tensors[up])).uniform_(-1, 1, generator=generator).exp()
+    scale[3] = 0.02
     made[up] = made[up] / scale.unsqueeze(1)
     made[down] = tensors[down] * scale
     return made

@@ -223,7 +223,7 @@ def test_difference_for_a_base_with_scales_in_its_norms_makes_the_fine_tune(
     samples = encode_texts(load_tokenizer(tuned), ["the quick brown fox jumps over the lazy dog"])
     reference = load_model(tuned)
     found = compare(reference, load_model(whole), samples).kl_per_token
-    assert found < 0.01 * compare(reference, load_model(original), samples).kl_per_token
+    assert found < 0.1 * compare(reference, load_model(original), samples).kl_per_token
 
 
 def test_run_with_another_original_takes_nothing_over(base: Path, tmp_path: Path) -> None:
