@@ -1,5 +1,6 @@
 # make demo    compress-and-serve demonstration: base and two fine-tunes in one batch
-# make test    the test suite
+# make test    the test suite, but for the slow tests
+# make test-slow  the slow tests: every model, every kind of CPU, whole products of parameters
 # make test-avx2  the CPU kernels' tests, on any x86 machine as on one without AVX-512
 # make check   format, lint, types
 # make coverage   the test suite with branch coverage, htmlcov/ for a browser
@@ -28,24 +29,30 @@ DEMO_DELTAS := deploy/demo/deltas
 AVX2 := NUMBA_CPU_NAME=haswell \
     NUMBA_CPU_FEATURES=+sse4.2,+popcnt,+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe
 
-.PHONY: demo test test-avx2 coverage check bench settings-table models-table clean
+.PHONY: demo test test-slow test-avx2 coverage check bench settings-table models-table clean
 .DELETE_ON_ERROR:
 
 # Tests and tools read and print UTF-8 in any locale.
 export PYTHONUTF8 := 1
 
-# Threads that wait for each other must not keep the other workers' cores busy.
+# A worker takes one core: more threads of torch would only wait for each other, and those that a
+# test asks for must not keep the other workers' cores busy while they wait.
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 \
+    --dist loadfile
+
 test: $(INSTALLED)
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile
+	$(PYTEST)
+
+test-slow: $(INSTALLED)
+	$(PYTEST) -m slow
 
 test-avx2: $(INSTALLED)
-	OMP_WAIT_POLICY=passive $(AVX2) $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile \
+	$(AVX2) $(PYTEST) \
 	    tests/server/ops --ignore tests/server/ops/triton --ignore tests/server/ops/cpu/test_kinds.py \
 	    --ignore tests/server/ops/cpu/test_check.py
 
 coverage: $(INSTALLED)
-	OMP_WAIT_POLICY=passive $(PY) -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile \
-	    --cov --cov-report=term:skip-covered --cov-report=html
+	$(PYTEST) --cov --cov-report=term:skip-covered --cov-report=html
 
 check: $(INSTALLED)
 	$(PY) -m ruff format --check .

@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
 # The format, and what tells how much of the machine may be used.
 COMPRESSOR = (
@@ -77,14 +75,13 @@ def test_what_looks_at_mistakes_imports_nothing_heavy() -> None:
     assert not heavy & loaded
 
 
-@pytest.mark.parametrize("folder", ["api", "process", "metrics", "engine", "model", "deltas"])
-def test_server_loads_nothing_else_of_the_compressor(folder: str) -> None:
+def test_server_loads_the_format_and_nothing_else_of_the_compressor() -> None:
     """No encoder, no plan, nothing that only compressing needs."""
-    assert strangers(loaded_by("server.__main__", *modules_of(f"server/{folder}"))) == []
-
-
-def test_engine_loads_the_format() -> None:
-    assert "compressor.artifact.reader" in loaded_by("server.engine.llm_engine")
+    folders = ("api", "process", "metrics", "engine", "model", "deltas")
+    modules = (name for folder in folders for name in modules_of(f"server/{folder}"))
+    loaded = loaded_by("server.__main__", *modules)
+    assert "compressor.artifact.reader" in loaded
+    assert strangers(loaded) == []
 
 
 def test_encoder_would_be_seen() -> None:

@@ -28,6 +28,7 @@ FIELDS = {
     "dtype": "float32",
     "device": "cpu",
     "kv_cache_bytes": 8 << 20,
+    "compile_kernels": "wait",  # else a run with a cold cache would test torch's alone
     "self_check": False,  # `tests/server/engine/check` has its own; here it would cost each test
 }
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,15 +34,31 @@ from compressor.measure.samples import Sample
 Pair = tuple[Path, Path]
 
 
-@pytest.fixture(autouse=True)
-def few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auto_texts, "_MEASURED_TOKENS", 250)
-    monkeypatch.setattr(auto_bench, "_FISHER_TOKENS", 120)
+@pytest.fixture(autouse=True, scope="module")
+def few_tokens() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(auto_texts, "_MEASURED_TOKENS", 250)
+        patch.setattr(auto_bench, "_FISHER_TOKENS", 120)
+        yield
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pair(tiny_llama: Path, tiny_llama_ft: Path) -> Pair:
     return tiny_llama, tiny_llama_ft
+
+
+@pytest.fixture(scope="module")
+def at_8(pair: Pair, few_tokens: None, tmp_path_factory: pytest.TempPathFactory) -> Summary:
+    """What ratio 8 gives without texts of the user's."""
+    return run(pair, tmp_path_factory.mktemp("at-8") / "out", ratio=8.0)[0]
+
+
+@pytest.fixture(scope="module")
+def at_12(
+    pair: Pair, few_tokens: None, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Summary, DeltaConfig]:
+    """What ratio 12 gives without texts of the user's."""
+    return run(pair, tmp_path_factory.mktemp("at-12") / "out", ratio=12.0)
 
 
 @pytest.fixture
@@ -130,16 +147,15 @@ def test_auto_tuning_is_told_and_so_is_a_search(
     assert all(told.values())
 
 
-def test_auto_same_inputs_give_identical_bytes(pair: Pair, tmp_path: Path) -> None:
-    one, _ = run(pair, tmp_path / "one", ratio=8.0)
-    two, _ = run(pair, tmp_path / "two", ratio=8.0)
-    assert one.digest == two.digest
+def test_auto_same_inputs_give_identical_bytes(pair: Pair, at_8: Summary, tmp_path: Path) -> None:
+    again, _ = run(pair, tmp_path / "again", ratio=8.0)
+    assert again.digest == at_8.digest
 
 
 def test_auto_without_texts_also_measures_on_what_the_finetune_writes(
-    pair: Pair, tmp_path: Path
+    at_12: tuple[Summary, DeltaConfig],
 ) -> None:
-    _, config = run(pair, tmp_path / "out", ratio=12.0)
+    _, config = at_12
     record = config.options["auto"]
     assert record["tokens"].keys() == {BUILT_IN, SELF}
     assert config.fidelity["texts"] == BUILT_IN
@@ -206,8 +222,8 @@ def test_auto_max_kl_out_of_reach_says_what_was_reached(pair: Pair, tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_auto_too_heavy_for_the_bytes_warns(pair: Pair, tmp_path: Path) -> None:
-    summary, _ = run(pair, tmp_path / "out", ratio=12.0)
+def test_auto_too_heavy_for_the_bytes_warns(at_12: tuple[Summary, DeltaConfig]) -> None:
+    summary, _ = at_12
     assert any(note.startswith("warning: the KL is") for note in summary.notes)
 
 
@@ -293,9 +309,8 @@ def test_auto_never_holds_more_than_a_few_tensors_of_its_trials(
 
 
 def test_auto_interrupted_takes_up_what_its_trials_encoded(
-    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, at_8: Summary, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole, _ = run(pair, tmp_path / "whole", ratio=8.0)
     add, calls = staging.Staging.add, []
 
     def failing(self: staging.Staging, key: str, *arguments: Any) -> staging.StagedTensor:
@@ -308,5 +323,5 @@ def test_auto_interrupted_takes_up_what_its_trials_encoded(
     with pytest.raises(KeyboardInterrupt):
         run(pair, tmp_path / "out", ratio=8.0)
     resumed, _ = run(pair, tmp_path / "out", ratio=8.0)
-    assert resumed.digest == whole.digest
+    assert resumed.digest == at_8.digest
     assert not set(calls[:39]) & set(calls[40:])

@@ -27,6 +27,12 @@ atexit.register(lambda: print("imported:", *(name for name in heavy if name in s
 from compressor.cli import main
 main()
 """
+FEW_TOKENS = """
+import compressor.auto.bench as bench, compressor.auto.texts as texts
+texts._MEASURED_TOKENS, bench._FISHER_TOKENS = 250, 120
+from compressor.cli import main
+main()
+"""
 OPEN = """
 reporting(lambda: Checkpoint(sys.argv[1]))()
 """
@@ -35,7 +41,7 @@ reporting(lambda: Checkpoint(sys.argv[1]))()
 def on_terminal(*arguments: object) -> str:
     """What a command writes to a terminal of 50 lines."""
     screen, terminal = pty.openpty()
-    command = [sys.executable, "-m", "compressor", *map(str, arguments)]
+    command = [sys.executable, "-c", FEW_TOKENS, *map(str, arguments)]
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "100", "LINES": "50", "NO_COLOR": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=terminal, env=environment

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from compressor.artifact import entropy
 from compressor.artifact.staging import Staging
 from compressor.atomic import RunLock
+from compressor.checkpoint.layout import read_layout
 from compressor.cli.app import app
 from compressor.compress.options import Options
 from compressor.compress.pipeline import compress
@@ -85,6 +86,7 @@ def in_fork(work: Callable[[], object]) -> int:
 
 def helper(base: str, tuned: str, folder: str) -> None:
     """Make every scenario's wreck in `folder`; print the exit codes as JSON."""
+    read_layout(Path(base))  # the definition's modules are then imported once, not in every fork
     codes: dict[str, int] = {}
     for what, (owner, name, nth) in KILLS.items():
 

@@ -15,6 +15,7 @@ from compressor.compress.options import Options
 from compressor.compress.pipeline import compress
 from compressor.errors import InputError, OutputError, WrongBase
 from compressor.export.reconstruct import reconstruct
+from tests.corners import corners
 from tests.tiny import Kind, make_tiny, perturb
 
 
@@ -36,10 +37,12 @@ def merged(base: Path, artifact_dir: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("codec", ["blockdiag", "impart", "impart-qt", "lowrank"])
 @pytest.mark.parametrize(
-    ("kind", "tied"),
-    [("llama", False), ("llama", True), ("qwen2", False), ("gemma", True), ("gpt2", True)],
+    ("kind", "tied", "codec"),
+    corners(
+        [("llama", False), ("llama", True), ("qwen2", False), ("gemma", True), ("gpt2", True)],
+        ["blockdiag", "impart", "impart-qt", "lowrank"],
+    ),
 )
 def test_reconstruct_equals_base_plus_dense_and_loads(
     kind: Kind, tied: bool, codec: str, tmp_path: Path

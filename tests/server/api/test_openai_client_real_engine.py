@@ -31,6 +31,7 @@ def live(tiny_llama: Path, tiny_llama_ft: Path, tmp_path_factory) -> Iterator[Li
         device="cpu",
         dtype="float32",
         kv_cache_bytes=16 << 20,
+        compile_kernels="wait",
     )
     metrics = Metrics()
     engine = LLMEngine.from_settings(settings, metrics)

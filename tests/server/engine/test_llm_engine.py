@@ -47,8 +47,8 @@ def pair(served: Callable[..., Served]) -> Served:
 
 @asynccontextmanager
 async def running(pair: Served, **settings: Any) -> AsyncIterator[LLMEngine]:
-    fields = {"served_base_name": "base", "dtype": "float32", "device": "cpu"} | settings
-    fields.setdefault("kv_cache_bytes", 8 << 20)
+    usual = {"served_base_name": "base", "dtype": "float32", "device": "cpu"}
+    fields = usual | {"kv_cache_bytes": 8 << 20, "compile_kernels": "wait"} | settings
     engine = LLMEngine.from_settings(Settings(base=pair.base, deltas=pair.deltas, **fields))
     engine.start()
     try:

@@ -89,7 +89,7 @@ def made(
 
 
 def test_engine_on_a_gpu_equals_generate(served) -> None:
-    pair = made(served, "llama", "blockdiag", "rows")
+    pair = made(served, "llama", "blockdiag")
     with on_gpu() as gpu:
         answers, stats = ask_all(pair, greedy(3), max_num_seqs=2)
     assert_truth(pair, answers, PROMPT, 3)

@@ -57,22 +57,25 @@ def server(tiny_llama: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     process = subprocess.Popen([sys.executable, "-m", "server", *flags], stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
 
-    def is_ready() -> bool:
+    def is_ready(http: httpx.Client) -> bool:
         assert process.poll() is None, "the server did not start"
         try:
-            return httpx.get(f"{url}/health/ready", timeout=5).status_code == 200
+            return http.get(f"{url}/health/ready").status_code == 200
         except httpx.HTTPError:
             return False
 
     try:
-        until(is_ready)
+        with httpx.Client(timeout=5) as http:
+            until(lambda: is_ready(http))
         yield process, url
     finally:
         process.kill()
         process.wait()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL]
+)
 def test_text_workers_end_with_the_server(
     server: tuple[subprocess.Popen[bytes], str], number: int
 ) -> None:

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from compressor.compress.options import Options
 from server.deltas import loader
 from server.ops.attention import AttentionCall
 from server.ops.kernels import TorchKernels
 from server.ops.packed import PackedBlocks
 from server.ops.row_mapping import RowMapping, SlotSegments
+from tests.server.conftest import PAIR
 from tests.server.engine.step.test_static_step_parity import HELD
 from tests.server.model.test_base import PROMPTS
 from tests.simulated_cuda.graphs import check_capturable
@@ -83,13 +85,21 @@ class NoKernels(TorchKernels):
         out.copy_(call.q)
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("llama", True), ("llama", False), ("qwen3", False)])
+@pytest.mark.parametrize(
+    ("kind", "codecs", "options"),
+    [("llama", HELD, {"tied": True}), ("llama", HELD, {}), ("qwen3", PAIR, {})],
+)
 def test_static_step_does_nothing_that_a_graph_cannot_hold(
-    served: Any, harness: Any, kind: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+    served: Any,
+    harness: Any,
+    kind: str,
+    codecs: dict[str, Options],
+    options: dict[str, bool],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # These kernels add nothing, which the trial of a variant's terms would notice.
     monkeypatch.setattr(loader, "VariantTrial", lambda: lambda delta, staged: None)
-    pair = served(kind, HELD, tied=True) if tied else served(kind, HELD)
+    pair = served(kind, codecs, **options)
     engine = harness(pair, static=True, kernels=NoKernels())
     step = engine.core._runner._static
     forward, seen = step._forward, []

@@ -30,9 +30,13 @@ def static(harness, served: Served, **settings: object) -> CoreHarness:
     return made
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "gemma"])
-def test_static_mixed_batch_equals_generate(served, harness, kind: str) -> None:
-    pair = served(kind, HELD)
+@pytest.mark.parametrize(
+    ("kind", "codecs"), [("llama", HELD), ("gpt2", PAIR), ("qwen3", PAIR), ("gemma", PAIR)]
+)
+def test_static_mixed_batch_equals_generate(
+    served, harness, kind: str, codecs: dict[str, Options]
+) -> None:
+    pair = served(kind, codecs)
     engine = static(harness, pair)
     assert_parity(engine, pair)
     counts = engine.core._runner.counts
@@ -51,7 +55,7 @@ def test_static_tied_embeddings_equals_generate(served, harness) -> None:
 def test_static_batches_across_buckets_and_chunked_prefill_equal_generate(
     served, harness, max_num_seqs: int
 ) -> None:
-    pair = served("llama", HELD)
+    pair = served("llama", PAIR)
     assert_parity(static(harness, pair, max_num_seqs=max_num_seqs, max_batch_tokens=9), pair)
 
 

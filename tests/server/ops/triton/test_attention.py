@@ -22,6 +22,7 @@ from server.ops.attention import (
 from server.ops.norm import RmsForm, rms_norm
 from server.ops.triton.attention import NewTokens, paged_decode, paged_decode_reference
 from server.ops.triton.prefill import paged_prefill_, prefill_tiles
+from tests.corners import corners
 from tests.server.ops.triton.helpers import CPU, generator
 
 BLOCK_TOKENS = 8
@@ -89,16 +90,18 @@ def test_decode_equals_softmax_over_own_tokens(
     assert bool((got[-1] == 0).all())
 
 
-@pytest.mark.parametrize("offset", [None, 0.0, 1.0])
-@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "rotated", "window", "softcap"),
-    [
-        (4, 2, 16, 16, None, None),
-        (6, 1, 20, 8, 70, None),  # the first dimensions turn only
-        (2, 2, 32, 32, None, 2.5),
-        (3, 3, 16, 16, 1, 4.0),  # each token sees itself only
-    ],
+    ("heads", "kv_heads", "dim", "rotated", "window", "softcap", "offset", "splits"),
+    corners(
+        [
+            (4, 2, 16, 16, None, None),
+            (6, 1, 20, 8, 70, None),  # the first dimensions turn only
+            (2, 2, 32, 32, None, 2.5),
+            (3, 3, 16, 16, 1, 4.0),  # each token sees itself only
+        ],
+        [None, 0.0, 1.0],
+        [3, 1],
+    ),
 )
 def test_decode_of_new_tokens_norms_turns_writes_and_attends(
     offset: float | None,

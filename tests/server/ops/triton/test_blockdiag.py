@@ -14,6 +14,7 @@ from server.ops.triton.blockdiag import (
     blockdiag_add_,
 )
 from server.ops.triton.segments import from_table, gathers, segment_arrays
+from tests.corners import corners
 from tests.server.ops.triton.helpers import (
     CPU,
     assert_guard_intact,
@@ -37,9 +38,9 @@ def test_interpreter_is_on_and_dots_are_upcast() -> None:
     assert compat.UPCAST
 
 
-@pytest.mark.parametrize("counts", BATCHES)
-@pytest.mark.parametrize(("sizes", "n", "s"), SHAPES)
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    ("sizes", "n", "s", "bits", "counts"), corners(SHAPES, BITS, BATCHES, rounds=2)
+)
 def test_kernel_mixed_batch_equals_dense_products(
     bits: int, sizes: tuple[int, ...], n: int, s: int, counts: list[tuple[int, int]]
 ) -> None:
