@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from compressor.checkpoint.difference import DeltaSource
@@ -17,6 +18,7 @@ from compressor.checkpoint.original import pair_with_original
 from compressor.checkpoint.pairing import Pairing
 from compressor.errors import CheckpointError, ImpartError
 from tests.compressor.checkpoint.quantised.schemes import SCHEMES
+from tests.gguf_files import write_gguf
 from tests.quantised import quantise
 from tests.tiny import Kind, make_tiny, perturb
 
@@ -65,6 +67,19 @@ def test_every_way_to_quantise_an_original_is_taken(
     original: Path, tuned: Path, tmp_path: Path, scheme: str
 ) -> None:
     pair(quantise(original, tmp_path / "q", SCHEMES[scheme], "bfloat16"), original, tuned)
+
+
+def test_gguf_file_and_the_model_it_was_made_from_are_a_pair(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its embeddings are stored as, transformers' conversion has rounded them too."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    original = make_tiny("llama", tmp_path / "o", intermediate_size=96, num_hidden_layers=1)
+    tuned = perturb(original, tmp_path / "tuned", scale=0.05)
+    file = write_gguf(original, tmp_path / "tiny.gguf")
+    pair(file, original, tuned)
+    with pytest.raises(CheckpointError, match="was not made from tuned"):
+        pair(file, tuned, original)
 
 
 def test_original_with_other_norms_or_embeddings_is_refused(
