@@ -38,6 +38,7 @@ NAMES = ("attention", "prefill", "rotary", "rows", "embedding", "blockdiag", "li
 # -P: the folder that the server was started in may hold a `server` package of its own.
 CHILD = ("-P", "-m", "server.ops.cpu.check_child", "--end-with-stdin")
 TIMEOUT_S = 300.0  # for one kernel, compilation included: minutes on a busy, slow machine
+FROM_OUTSIDE = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP")  # no kernel does that to its process
 USUAL_S = 45  # for all of them, on two idle cores
 PACKAGES = Path(__file__).resolve().parents[3]
 Verdicts = dict[str, str | None]  # kernel -> what is wrong with it
@@ -172,6 +173,7 @@ def _run_child(
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
+                start_new_session=True,  # Ctrl-C is for this process: no verdict on a kernel
             )
         except OSError as error:
             problem = f"could not be tried ({error})"
@@ -270,10 +272,14 @@ def _read(path: Path | None) -> Verdicts:
 
 
 def _write(path: Path | None, verdicts: Verdicts) -> None:
-    """Keep the verdicts, but for those of a process that was killed from outside."""
+    """Keep the verdicts, but for those of a process that was ended from outside."""
     if path is None:
         return
-    kept = {name: it for name, it in verdicts.items() if it is None or "SIGKILL" not in it}
+    kept = {
+        name: problem
+        for name, problem in verdicts.items()
+        if problem is None or not any(signal_name in problem for signal_name in FROM_OUTSIDE)
+    }
     part = path.with_name(f"{path.name}.{os.getpid()}.{time.monotonic_ns()}")
     try:
         part.write_text(json.dumps(kept, indent=1, sort_keys=True))

@@ -49,8 +49,8 @@ for name in sys.argv[1:]:
         time.sleep(600)
     if fate == "exit":
         sys.exit(3)
-    if fate == "killed":
-        os.kill(os.getpid(), 9)
+    if fate.startswith("signal "):
+        os.kill(os.getpid(), int(fate.split()[1]))
     print(json.dumps([name, None if fate == "fine" else fate]), flush=True)
 """
 
@@ -164,8 +164,10 @@ def test_usable_kernels_leaves_out_what_failed_and_warns_at_every_start(
     assert fates.n_started == 2  # the second start asks nobody
 
 
-def test_usable_kernels_killed_from_outside_is_tried_again(fates: Fates) -> None:
-    assert "attention" not in usable_kernels(child=SCRIPT, environment=fates(attention="killed"))
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+def test_usable_kernels_ended_from_outside_is_tried_again(fates: Fates, name: str) -> None:
+    fate = f"signal {int(signal.Signals[name])}"
+    assert "attention" not in usable_kernels(child=SCRIPT, environment=fates(attention=fate))
     assert "attention" in usable_kernels(child=SCRIPT, environment=fates())
 
 
@@ -244,6 +246,12 @@ def test_usable_kernels_that_were_stopped_go_on_where_they_were(
     assert passed_kernels() == {wanted[1]}
     assert usable_kernels(child=SCRIPT, environment=fates()) == set(wanted[1:])
     assert untried_kernels() == ()
+
+
+def test_try_kernels_keeps_signals_of_a_terminal_from_the_child() -> None:
+    code = "import json, os, sys; print(json.dumps([sys.argv[1], str(os.getsid(0))]))"
+    session = try_kernels(["a"], child=("-c", code))["a"]
+    assert session != str(os.getsid(0))
 
 
 def test_child_ends_when_the_process_that_waits_for_it_has(tmp_path: Path) -> None:
