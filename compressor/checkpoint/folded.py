@@ -82,7 +82,7 @@ def vector_scales(original: Tensor, base: Tensor, columns: Iterable[Tensor]) -> 
     tried: list[tuple[float, Scales]] = []
     for offset in (0.0, 1.0):
         before, now = original.float() + offset, base.float() + offset
-        ratio = torch.where(before != 0, now / before, 1.0)
+        ratio = torch.where((before != 0) & (now != 0), now / before, 1.0)
         if bool((ratio > 0).all()):
             likeness = max((_likeness(1 / ratio, other) for other in others), default=0.0)
             tried.append((likeness, Scales(ratio, None, offset)))
