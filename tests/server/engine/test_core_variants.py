@@ -27,13 +27,9 @@ Make = Callable[..., CoreHarness]
 FIVE = list(ALL_CODECS)
 
 
-@pytest.fixture(
-    params=[pytest.param("every step read", marks=pytest.mark.slow), "one ahead"],
-)
+@pytest.fixture(params=[pytest.param("every step read", marks=pytest.mark.slow), "one ahead"])
 def harness(request: pytest.FixtureRequest, harness: Make) -> Make:
-    """Both ways of stepping, of which the one has more to go wrong; `test_core_canary` mixes
-    variants that come and go in the other. See `server.engine.step.lookahead`.
-    """
+    """Both ways of stepping (`server.engine.step.lookahead`); `test_core_canary` has the first."""
     if request.param == "every step read":
         return harness
     return partial(harness, static=True, kernels="torch")
