@@ -34,14 +34,15 @@ from server.engine.request import Request
 from server.engine.types import SamplingParams
 from server.ops.blockdiag import BlockDiagOp
 from server.ops.choose import choose_kernels
+from server.ops.joined import JoinedTerms
 from server.ops.kernels import Kernels
-from server.ops.linear import BlockShare, LinearOp
+from server.ops.linear import LinearOp
 from server.ops.packed import PackedBlocks
 from server.settings import Settings
 
 ID_RANGE = (1000, 10000)
 LINEARS, DELTAS = "base linears", "delta products"
-JOINED = "base linears with deltas joined"
+JOINED = "linears with terms"
 # Kernels' operations by the part they belong to.
 OPERATIONS = {
     "decode_": "decode attention",
@@ -100,26 +101,16 @@ class TimedLinear(LinearOp):
 
     def __init__(self, op: LinearOp, clock: Clock) -> None:
         self._product = clock.wrap(LINEARS, op.__call__)
-        self._op = op
-        joins = type(op).with_blocks is not LinearOp.with_blocks
-        self._joined = clock.wrap(JOINED, op.with_blocks) if joins else None
+        self.inner = op
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `LinearOp`."""
         y: Tensor = self._product(x, bias)
         return y
 
-    def with_blocks(self, x: Tensor, shares: Sequence[BlockShare]) -> Tensor:
-        """See `LinearOp`. The op itself must see its own kind of deltas."""
-        if self._joined is None:
-            return super().with_blocks(x, shares)
-        bare = [share._replace(op=getattr(share.op, "inner", share.op)) for share in shares]
-        y: Tensor = self._joined(x, bare)
-        return y
-
     def dense(self) -> Tensor:
         """See `LinearOp`."""
-        return self._op.dense()
+        return self.inner.dense()
 
 
 class TimedBlockDiag:
@@ -128,6 +119,17 @@ class TimedBlockDiag:
     def __init__(self, op: BlockDiagOp, clock: Clock) -> None:
         self.inner = op
         self.add_ = clock.wrap(DELTAS, op.add_)
+
+
+class TimedTerms:
+    """`JoinedTerms` on the clock."""
+
+    def __init__(self, terms: JoinedTerms, clock: Clock) -> None:
+        self._terms = terms
+        self.product = clock.wrap(JOINED, terms.product)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._terms, name)
 
 
 class TimedKernels:
@@ -143,6 +145,14 @@ class TimedKernels:
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp:
         """See `Kernels`."""
         return TimedBlockDiag(self._inner.blockdiag(blocks), self._clock)
+
+    def joined_terms(
+        self, linear: LinearOp, n_outputs: int, dtype: torch.dtype
+    ) -> JoinedTerms | None:
+        """See `Kernels`. The terms' product must see its own kind of linear."""
+        bare = getattr(linear, "inner", linear)
+        terms = self._inner.joined_terms(bare, n_outputs, dtype)
+        return None if terms is None else TimedTerms(terms, self._clock)
 
     def linear(self, weight: Tensor) -> LinearOp:
         """See `Kernels`."""

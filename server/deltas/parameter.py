@@ -22,6 +22,7 @@ from server.deltas.pools.blockdiag import BlockDiagPool, SharedBlocks
 from server.deltas.pools.geometry import TermGeometry, geometry_of, make_pool
 from server.deltas.residency import Residency
 from server.deltas.upload import Transfer
+from server.ops.joined import Joined
 from server.ops.kernels import Kernels
 from server.ops.linear import LinearOp
 from server.ops.quantize import BaseQuant, quantize
@@ -74,6 +75,7 @@ class DeltaParameter:
         self.shape, self.dtype, self.device = tuple(base.shape), base.dtype, base.device
         # Parameters of linears that read the same input, this one included (see `Product`).
         self.siblings: tuple[DeltaParameter, ...] = (self,)
+        self.joins: tuple[Joined, ...] = ()  # products that add its terms as part of theirs
         # Of a tied weight, by each of its names: what holds the deltas that are of that name only.
         self.untied: dict[str, DeltaParameter] = {}
         self.pools: dict[PoolKey, TermPool] = {}
@@ -180,9 +182,10 @@ class DeltaParameter:
         """Make a pool, together with the siblings' if they can share one product. Nobody knows of
         them yet.
         """
-        if len(self.siblings) < 2 or key[1][0] != "blockdiag":
+        if len(self.siblings) < 2 or key[1][0] != "blockdiag" or self.joins:
             pool = self.new_pool(key)
             pool.map_slots(self._slot_map())
+            pool.join(self.joins)
             return {self: pool}
         together: dict[DeltaParameter, TermPool] = {}
         blocks: list[BlockDiagPool] = []
@@ -255,7 +258,7 @@ class DeltaParameter:
         """Give the memory of an idle pool back, and of those that share it."""
         shared = pool.shared if isinstance(pool, BlockDiagPool) else None
         for parameter in (self,) if shared is None else self.siblings:
-            del parameter.pools[key]
+            parameter.pools.pop(key).leave()
 
     def touches(self, rows: RowMapping) -> bool:
         """1-D parameter: whether any row of the batch has a value of its own."""

@@ -14,6 +14,7 @@ from server.deltas.parameter import DeltaParameter
 from server.deltas.pools.base import FactorPool, TermPool
 from server.deltas.pools.blockdiag import BlockDiagPool, SharedBlocks
 from server.model.context import StepContext
+from server.ops.joined import Joined, JoinedTerms
 from server.ops.kernels import Kernels
 from server.ops.linear import LinearOp, TorchLinear
 from server.ops.row_mapping import RowMapping, Segment
@@ -21,13 +22,14 @@ from server.ops.row_mapping import RowMapping, Segment
 
 @dataclass(frozen=True, slots=True)
 class _Work:
-    """The members' pools by how they are applied, each with its member's index.
+    """The members' pools that the product itself does not add, by how they are applied, each with
+    its member's index.
 
-    blocks   with the first of the product's outputs they are of
+    shared   those of all members in one set of arrays
     factors  those of one kind together: one call serves them
     """
 
-    blocks: tuple[tuple[SharedBlocks | BlockDiagPool, int], ...]
+    shared: tuple[SharedBlocks, ...]
     factors: tuple[tuple[tuple[FactorPool, int], ...], ...]
     others: tuple[tuple[TermPool, int], ...]
 
@@ -48,6 +50,7 @@ class Product:
         self._sizes = [weight.shape[0] for weight in weights]
         self._linear: LinearOp = TorchLinear(weights[0].base)
         self._is_laid_out = False
+        self._terms: JoinedTerms | None = None
         self._bias: Tensor | None = None
         self._work: _Work | None = None
         self._version = -1
@@ -64,13 +67,19 @@ class Product:
             weight.base_quant = weight.residency.base_quant
         whole = weights[0].base if len(weights) == 1 else torch.cat([w.base for w in weights])
         self._is_laid_out = weights[0].base_quant is None
-        self.use(weights[0].make_linear(whole))
+        linear = weights[0].make_linear(whole)
+        self._terms = weights[0].kernels.joined_terms(linear, len(whole), weights[0].dtype)
+        self.use(linear)
         biases = [member.bias for member in self.members]
         present = [bias for bias in biases if bias is not None]
         self._bias = torch.cat(present) if present else None
         for index, member in enumerate(self.members):
             member.product = self
             member.delta_weight.siblings = weights
+            if self._terms is not None:
+                joined = Joined(self._terms, sum(self._sizes[:index]))
+                for weight in filter(None, (member.delta_weight, member.own)):
+                    weight.joins = (*weight.joins, joined)
             if not keep:
                 member.delta_weight.hand_over(_Rows(self, self._sizes, index))
 
@@ -88,6 +97,8 @@ class Product:
     def use(self, linear: LinearOp) -> None:
         """Multiply by it from the next step on; it holds the same weights."""
         self._linear = linear
+        if self._terms is not None:
+            self._terms.use(linear)
         for weight in self.parameters_in_order:
             weight.held_itemsize = linear.held_itemsize
 
@@ -132,10 +143,10 @@ class Product:
 
     def _with_deltas(self, x: Tensor, rows: RowMapping) -> Sequence[Tensor]:
         work = self._current_work()
-        shares = [blocks.share(first, rows) for blocks, first in work.blocks]
-        present = [share for share in shares if share is not None]
-        y = self._linear.with_blocks(x, present) if present else self._linear(x)
+        y = self._linear(x) if self._terms is None else self._terms.product(x, rows)
         parts = self._split(y)
+        for shared in work.shared:
+            shared.add_(parts, x, rows)
         for pool, index in work.others:
             if pool.as_data or not rows.as_data:  # else `Residency.eager` says so of its slots
                 pool.add_(parts[index], x, rows)
@@ -181,22 +192,21 @@ class Product:
         return self._work
 
     def _find_work(self) -> _Work:
-        blocks: dict[SharedBlocks | BlockDiagPool, int] = {}
+        shared: dict[SharedBlocks, None] = {}
         factors: list[list[tuple[FactorPool, int]]] = []  # by member
         others: list[tuple[TermPool, int]] = []
-        first = 0
         for index, member in enumerate(self.members):
             factors.append([])
             for pool in member.pools():
-                if isinstance(pool, BlockDiagPool):
-                    # A shared one is met first at the group's first member.
-                    blocks.setdefault(pool.shared or pool, first)
+                if any(terms is self._terms for terms, _ in pool.joins):
+                    continue
+                if isinstance(pool, BlockDiagPool) and pool.shared is not None:
+                    shared[pool.shared] = None
                 elif isinstance(pool, FactorPool):
                     factors[-1].append((pool, index))
                 else:
                     others.append((pool, index))
-            first += self._sizes[index]
-        return _Work(tuple(blocks.items()), tuple(_of_one_kind(factors)), tuple(others))
+        return _Work(tuple(shared), tuple(_of_one_kind(factors)), tuple(others))
 
 
 def _of_one_kind(

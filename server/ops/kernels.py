@@ -19,6 +19,7 @@ from server.ops import attend, attention, factors
 from server.ops.attention import AttentionCall, AttentionKernels
 from server.ops.blockdiag import BlockDiagOp, TorchBlockDiag, blockdiag_rows_add_
 from server.ops.factors import ImpartFactors, LowRankFactors
+from server.ops.joined import JoinedTerms
 from server.ops.linear import LinearOp, TorchLinear
 from server.ops.lowrank import HeldLowRank, packed_lowrank_add_
 from server.ops.norm import RmsForm, add_rms_norm, rms_norm
@@ -95,6 +96,14 @@ class Kernels(AttentionKernels, Protocol):
 
     def linear(self, weight: Tensor) -> LinearOp: ...
 
+    def joined_terms(
+        self, linear: LinearOp, n_outputs: int, dtype: torch.dtype
+    ) -> JoinedTerms | None:
+        """What adds every variant's terms within this product of x in `dtype`; None if each set of
+        arrays is a call of its own.
+        """
+        ...
+
     def quantized_linear(self, weight: QuantizedWeight, dtype: torch.dtype) -> LinearOp:
         """Of an 8-bit base weight; `dtype` is the compute dtype."""
         ...
@@ -162,6 +171,11 @@ class TorchKernels:
 
     def linear(self, weight: Tensor) -> LinearOp:
         return TorchLinear(weight)
+
+    def joined_terms(
+        self, linear: LinearOp, n_outputs: int, dtype: torch.dtype
+    ) -> JoinedTerms | None:
+        return None
 
     def quantized_linear(self, weight: QuantizedWeight, dtype: torch.dtype) -> LinearOp:
         return TorchQuantizedLinear(weight, dtype)

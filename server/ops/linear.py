@@ -2,41 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-from server.ops.blockdiag import BlockDiagOp
-from server.ops.row_mapping import Places, RowMapping, SlotSegments
-
-
-class BlockShare(NamedTuple):
-    """Block-diagonal deltas of neighbouring outputs of a product.
-
-    sizes    outputs of each of the op's matrices
-    first    output of the product that is the first one's first
-    rows     whose deltas are wanted
-    present  slots that have some, and their places in the op's arrays
-    """
-
-    op: BlockDiagOp
-    sizes: tuple[int, ...]
-    first: int
-    rows: RowMapping
-    present: Places
-
-    @property
-    def segments(self) -> SlotSegments:
-        """The rows by slot."""
-        return self.rows.table(self.present)
-
-    def add_(self, y: Tensor, x: Tensor) -> None:
-        """Add them to the finished product ``y [T, m]`` of ``x [T, n]``."""
-        own = y[:, self.first : self.first + sum(self.sizes)]
-        self.op.add_(own.split_with_sizes(list(self.sizes), dim=1), x, self.segments)
 
 
 class LinearOp(Protocol):
@@ -50,13 +20,6 @@ class LinearOp(Protocol):
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x [T, n]`` -> ``[T, m]`` in x's dtype; accumulates in float32."""
         ...
-
-    def with_blocks(self, x: Tensor, shares: Sequence[BlockShare]) -> Tensor:
-        """The product without a bias, plus deltas."""
-        y = self(x)
-        for share in shares:
-            share.add_(y, x)
-        return y
 
     def dense(self) -> Tensor:
         """The weight itself, ``[m, n]``; bit for bit what it was made of."""

@@ -82,6 +82,20 @@ class PackedBlocks:
         return list(enumerate(self.block_rows()))
 
 
+@dataclass(frozen=True, slots=True)
+class PackedRows:
+    """Some rows of a matrix ``[m, n]``, stored whole, for all slots of one geometry.
+
+    blocks  one block: the outputs are the K stored rows
+    index   int64 [C, K], increasing: which rows of the matrix they are. Rows that only fill up to K
+            have scale 0
+    """
+
+    blocks: PackedBlocks
+    index: Tensor
+    m: int
+
+
 def octaves() -> Tensor:
     """[256] float32: what one-byte scales stand for."""
     return scale_values(torch.arange(256, dtype=torch.uint8))

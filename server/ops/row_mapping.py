@@ -65,7 +65,7 @@ class SlotRun:
     counts: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class SlotSegments:
     """The segments of some slots as data for a kernel.
 
@@ -86,6 +86,16 @@ class SlotSegments:
         rows: list[list[int]] = self.table[:n].tolist()
         return rows
 
+    @cached_property
+    def address(self) -> int:
+        """Of the table: every layer asks."""
+        return self.table.data_ptr()
+
+    @cached_property
+    def end(self) -> int:
+        """End of the last segment's rows; of tables on the host."""
+        return int(self.table[-1, 2])
+
 
 class RowMapping:
     """The segments of one batch, and the runs derived from them (cached: every layer asks)."""
@@ -101,6 +111,7 @@ class RowMapping:
         self._place_of_row: dict[Places, Tensor] = {}
         self._held_rows: dict[Places, Tensor] = {}
         self._parts: dict[tuple[int, int], RowMapping] = {}
+        self._split: dict[int, SlotSegments] = {}
 
     @cached_property
     def slot_of_row(self) -> Tensor:
@@ -176,9 +187,26 @@ class RowMapping:
             self._parts[start, end] = RowMapping(moved, self.device)
         return self._parts[start, end]
 
+    def split(self, most_rows: int) -> SlotSegments:
+        """`by_slot` in pieces of at most so many rows, which threads can share."""
+        if most_rows not in self._split:
+            pieces = [
+                (s.slot, start, min(start + most_rows, s.end))
+                for s in self.segments
+                if s.slot != BASE_SLOT
+                for start in range(s.start, s.end, most_rows)
+            ]
+            table = torch.tensor(pieces, dtype=torch.int64).view(-1, 3)
+            self._split[most_rows] = SlotSegments(table.to(self.device), len(pieces), most_rows)
+        return self._split[most_rows]
+
+    @cached_property
+    def _all_slots(self) -> SlotSegments:
+        return self.table(frozenset((slot, slot) for slot in self.slots))
+
     def by_slot(self) -> SlotSegments:
         """All segments but the base's, by slot instead of place: `place_of` maps say the rest."""
-        return self.table(frozenset((slot, slot) for slot in self.slots))
+        return self._all_slots
 
     def _at(self, present: Places) -> list[Segment]:
         """The segments of `present`, each named by its place, by rows."""

@@ -31,19 +31,16 @@ OLDER = "A star: found by an older state of the code than other rows, and not tr
 
 INTRODUCTION = """# Models
 
-Every class that continues text in transformers {version}, alone or beside images and sounds, in a
-tiny random form, and some of the ways through each definition (`tests/models/`). The table is
-written by `make models-table`, from a run in which each model and two fine-tunes of it are
-compressed, verified, reconstructed, and served in float32, alone and mixed in one batch, with
-prompts longer than every window and chunk.
+Every causal language model class of transformers {version}, in a tiny random form, and some of the
+ways through each definition (`tests/models/`). The table is written by `make models-table`, from a
+run in which each model and two fine-tunes of it are compressed, verified, reconstructed, and served
+in float32, alone and mixed in one batch, with prompts longer than every window and chunk.
 
 - **=** is exact. A reconstructed checkpoint is base plus decoded terms, has the fine-tune's own
   vectors, and transformers loads it without a missing weight. A served model gives the tokens of
   transformers' `generate` on that checkpoint, with log probabilities within {tolerance:g}.
 - **A number** is a refusal, in the sentence with that number below: when compressing, when the
-  server starts, or when it registers a variant. Nothing is answered then.
-- Of a model that sees or hears, what is served is text: its towers are compressed and reconstructed
-  like the rest, and left out of the server.
+  server starts, or when a variant is first asked for. Nothing is answered then.
 - **An empty cell** was not reached: what comes before it is refused.
 {faults}
 The promise is: exact, or refused. It is made for these classes as they are, not for each checkpoint

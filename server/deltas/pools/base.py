@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Protocol, Self
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compressor.codecs.term import Shape, Term
 from server.deltas.pools.places import SlotPlaces, grown
+from server.ops.joined import Joined, TermArrays
 from server.ops.row_mapping import Places, RowMapping
 from server.ops.static_row_mapping import StaticRowMapping
 
@@ -34,6 +35,9 @@ class TermPool(ABC):
     steps read what there is; `adopt`, `show` and `hide` belong to the engine thread.
     """
 
+    bits: int = 16  # of its codes; of what is not packed: of its values
+    joins: tuple[Joined, ...] = ()  # products that add its terms as part of theirs
+
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = shape
         self.dtype = dtype
@@ -50,6 +54,14 @@ class TermPool(ABC):
     def map_slots(self, place_of: Tensor) -> None:
         """Keep ``place_of int32 [slots]`` (zeros) up to date. Before anything is reserved."""
         self.places.place_of = place_of
+
+    def join(self, products: Iterable[Joined]) -> None:
+        """Let these products add its terms, those that can. Before there are any arrays."""
+        self.joins = tuple(product for product in products if product.terms.takes(self.bits))
+
+    def joined_arrays(self, arrays: PoolParts) -> TermArrays:
+        """What a product gets; asked of pools with packed codes only."""
+        raise NotImplementedError
 
     @property
     def idle(self) -> bool:
@@ -77,6 +89,8 @@ class TermPool(ABC):
         """From now on these are the arrays; if that fails, what there was stays."""
         self._take(arrays)
         self.arrays, self.capacity = arrays, len(arrays[0])
+        for terms, first in self.joins:
+            terms.put(self, self.joined_arrays(arrays), first)
 
     def _take(self, arrays: PoolParts) -> None:  # noqa: B027  most have nothing to make
         """Make what reads these arrays from now on; if that fails, what there was stays."""
@@ -88,10 +102,19 @@ class TermPool(ABC):
     def show(self, slot: int) -> None:
         """From the next step on, rows of `slot` get this pool's terms."""
         self.places.show(slot)
+        for terms, _ in self.joins:
+            terms.show(self, slot, self.places[slot])
 
     def hide(self, slot: int) -> None:
         """The slot's terms are no longer applied; its place may be given away."""
+        for terms, _ in self.joins:
+            terms.hide(self, slot)
         self.places.release(slot)
+
+    def leave(self) -> None:
+        """Nobody has a place here any more, and the arrays go."""
+        for terms, _ in self.joins:
+            terms.drop(self)
 
     @property
     def slot_map(self) -> Tensor:

@@ -15,8 +15,8 @@ from compressor.codecs.term import Shape, Term
 from server.deltas.pools.base import ArrayStore, PoolParts, TermPool, copy_into
 from server.deltas.pools.places import SlotPlaces, grown
 from server.ops.blockdiag import BlockDiagOp
+from server.ops.joined import TermArrays
 from server.ops.kernels import Kernels
-from server.ops.linear import BlockShare
 from server.ops.packed import PackedBlocks
 from server.ops.row_mapping import RowMapping
 
@@ -58,6 +58,9 @@ class BlockDiagPool(TermPool):
     def _take(self, arrays: PoolParts) -> None:
         self._op = self.kernels.blockdiag(self._blocks_in(arrays))
 
+    def joined_arrays(self, arrays: PoolParts) -> TermArrays:
+        return self._blocks_in(arrays)
+
     def stage(self, term: Term) -> PoolParts:
         assert isinstance(term, BlockDiagTerm)
         unit = torch.tensor([term.unit], dtype=torch.float32)
@@ -84,14 +87,6 @@ class BlockDiagPool(TermPool):
         segments = rows.table(self.places.shown)
         if segments.n and self._op is not None:
             self._op.add_([y], x, segments)
-
-    def share(self, first: int, rows: RowMapping) -> BlockShare | None:
-        """What these rows need of it, in a product whose outputs from `first` on are this
-        matrix's; None if nothing.
-        """
-        if self._op is None or not _meet(rows, self.places.slots):
-            return None
-        return BlockShare(self._op, (self.shape[0],), first, rows, self.places.shown)
 
     def add_rows_(self, y: Tensor, ids: Tensor, rows: RowMapping) -> None:
         if _meet(rows, self.places.slots):
@@ -169,12 +164,6 @@ class SharedBlocks:
         segments = rows.table(self.places.shown)
         if segments.n and self._op is not None:
             self._op.add_(outputs, x, segments)
-
-    def share(self, first: int, rows: RowMapping) -> BlockShare | None:
-        """As `BlockDiagPool.share`, of the matrices of all members."""
-        if self._op is None or not _meet(rows, self.places.slots):
-            return None
-        return BlockShare(self._op, self._sizes, first, rows, self.places.shown)
 
 
 def _meet(rows: RowMapping, slots: frozenset[int]) -> bool:

@@ -42,7 +42,10 @@ class PackedLowRankPool(FactorPool):
         self._op: PackedLowRank | None = None
 
     def _take(self, arrays: PoolParts) -> None:
-        self._op = PackedLowRank(
+        self._op = self.joined_arrays(arrays)
+
+    def joined_arrays(self, arrays: PoolParts) -> PackedLowRank:
+        return PackedLowRank(
             *arrays,
             n=self.shape[1],
             bits=self.bits,

@@ -12,8 +12,9 @@ from compressor.codecs.rows import RowsTerm
 from compressor.codecs.term import Shape, Term
 from server.deltas.pools.base import PoolParts, TermPool, segments_at
 from server.ops.blockdiag import BlockDiagOp
+from server.ops.joined import TermArrays
 from server.ops.kernels import Kernels
-from server.ops.packed import PackedBlocks
+from server.ops.packed import PackedBlocks, PackedRows
 from server.ops.row_mapping import RowMapping
 from server.ops.static_row_mapping import StaticRowMapping
 
@@ -52,6 +53,9 @@ class RowsPool(TermPool):
 
     def _take(self, arrays: PoolParts) -> None:
         self._op = self.kernels.blockdiag(self._blocks_in(arrays))
+
+    def joined_arrays(self, arrays: PoolParts) -> TermArrays:
+        return PackedRows(self._blocks_in(arrays), arrays[3], self.shape[0])
 
     def _blocks_in(self, arrays: PoolParts) -> PackedBlocks:
         codes, scales, units, _ = arrays

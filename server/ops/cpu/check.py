@@ -27,14 +27,12 @@ from typing import IO
 from filelock import FileLock, Timeout
 
 from server.ops.cpu.compile import VERDICTS, cache_folder, cache_root_of
-from server.ops.cpu.features import Target, host_target
-from server.ops.cpu.linear import LinearKernel
-from server.ops.cpu.widened import WidenedKernel
+from server.ops.cpu.features import host_target
 
 log = logging.getLogger(__name__)
 
 # Each is a class of this package that `server.ops.cpu.kernels` makes.
-NAMES = ("attention", "prefill", "rotary", "rows", "embedding", "blockdiag", "linear", "widened")
+NAMES = ("attention", "prefill", "rotary", "rows", "embedding", "linear", "widened")
 # -P: the folder that the server was started in may hold a `server` package of its own.
 CHILD = ("-P", "-m", "server.ops.cpu.check_child", "--end-with-stdin")
 TIMEOUT_S = 300.0  # for one kernel, compilation included: minutes on a busy, slow machine
@@ -44,23 +42,16 @@ PACKAGES = Path(__file__).resolve().parents[3]
 Verdicts = dict[str, str | None]  # kernel -> what is wrong with it
 
 
-def wanted_kernels(target: Target) -> tuple[str, ...]:
-    """Those that are of use on this CPU."""
-    useful = {"linear": LinearKernel.pays_on(target), "widened": WidenedKernel.pays_on(target)}
-    return tuple(name for name in NAMES if useful.get(name, True))
-
-
 def untried_kernels() -> tuple[str, ...]:
-    """Wanted kernels without a verdict: nobody has compiled them here, see `usable_kernels`."""
+    """Kernels without a verdict: nobody has compiled them here, see `usable_kernels`."""
     known = _read(_path(cache_folder()))
-    return tuple(name for name in wanted_kernels(host_target()) if name not in known)
+    return tuple(name for name in NAMES if name not in known)
 
 
 def passed_kernels() -> frozenset[str]:
     """The kernels that passed their trial before; nothing is compiled."""
     known = _read(_path(cache_folder()))
-    wanted = wanted_kernels(host_target())
-    return frozenset(name for name in wanted if name in known and known[name] is None)
+    return frozenset(name for name in NAMES if name in known and known[name] is None)
 
 
 def usable_kernels(
@@ -73,7 +64,7 @@ def usable_kernels(
     child, environment: see `try_kernels`.
     """
     target, folder = host_target(), cache_folder()
-    names = wanted_kernels(target)
+    names = NAMES
     path = _path(folder)
     verdicts = _read(path)
     if not verdicts.keys() >= set(names):

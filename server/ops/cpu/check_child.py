@@ -12,17 +12,18 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from compressor.codecs.columns import packed_rows
 from server.ops.cpu.kernels import NumbaKernels
+from server.ops.joined import TermArrays
 from server.ops.kernels import Kernels, TorchKernels
-from server.ops.linear import BlockShare
-from server.ops.packed import PackedBlocks
-from server.ops.row_mapping import RowMapping, Segment
+from server.ops.lowrank import PackedLowRank
+from server.ops.packed import PackedBlocks, PackedRows
+from server.ops.row_mapping import Places, RowMapping, Segment
 from server.ops.selfcheck import Case, cases, deviation, randoms
 
 END_WITH_STDIN = "--end-with-stdin"
@@ -35,9 +36,8 @@ OF_KERNEL = {
     "rotary": ("rotate_and_write",),
     "rows": ("rms_norm", "add_rms_norm", "silu_mul"),
     "embedding": ("embedding",),
-    "blockdiag": ("blockdiag",),
-    "linear": ("linear",),
-    "widened": ("widened",),
+    "linear": ("linear", "blockdiag", "joined"),
+    "widened": ("widened", "blockdiag", "joined"),
 }
 
 
@@ -95,15 +95,18 @@ def _cases(dtype: torch.dtype, values_of: torch.dtype) -> Iterator[Case]:
     for bits in (2, 3, 4, 8, 16):
         for octaves in (False, True):
             yield f"embedding {bits} bit", _look_up(_blocks(37, bits, octaves, generator), random)
-            if bits in (2, 3, 4):
-                blocks = _blocks(38, bits, octaves, generator)
+            if bits != 16:
+                terms = _terms(38, bits, octaves, generator)
                 for rows in (1, 11):
-                    yield f"linear {bits} bit, {rows} rows", _product(blocks, rows, random)
+                    yield f"joined {bits} bit, {rows} rows", _product(terms, rows, random)
+    weight, x, bias = random(70, 38), random(11, 38), random(70)
+    yield "linear", lambda kernels: kernels.linear(weight)(x, bias)
 
 
-def _blocks(n: int, bits: int, octaves: bool, generator: torch.Generator) -> PackedBlocks:
-    """Two slots' blocks of a matrix [70, n], of uneven parts."""
-    s, m = 3, 70
+def _blocks(
+    n: int, bits: int, octaves: bool, generator: torch.Generator, m: int = 70, s: int = 3
+) -> PackedBlocks:
+    """Two slots' blocks of a matrix [m, n], of uneven parts."""
     nb, mb = -(-n // s), -(-m // s)
     if bits == 16:
         codes = torch.randn((2, s, nb, mb), generator=generator).half()
@@ -116,6 +119,26 @@ def _blocks(n: int, bits: int, octaves: bool, generator: torch.Generator) -> Pac
         scales = torch.rand((2, s, mb), generator=generator).half()
     places = torch.tensor([2, 1], dtype=torch.int32)
     return PackedBlocks(codes, scales, torch.full((2, 1), 0.5), (m,), n, bits, places)
+
+
+def _terms(n: int, bits: int, octaves: bool, generator: torch.Generator) -> list[TermArrays]:
+    """Blocks, rows and a head of a matrix [70, n], each of two slots."""
+    stored = _blocks(n, bits, octaves, generator, m=9, s=1)
+    index = torch.tensor([[0, 1, 5, 17, 40, 47, 48, 60, 69], [2, 3, 4, 8, 15, 16, 31, 32, 68]])
+    down = _blocks(n, bits, False, generator, m=6, s=1)
+    up = _blocks(6, bits, False, generator, s=1)
+    head = PackedLowRank(
+        down.codes[:, 0],
+        down.scales[:, 0],
+        down.units,
+        up.codes[:, 0],
+        torch.rand((2, 6), generator=generator),
+        n=n,
+        bits=bits,
+        make_op=TorchKernels().blockdiag,
+        place_of=up.place_of,
+    )
+    return [_blocks(n, bits, octaves, generator), PackedRows(stored, index, 70), head]
 
 
 def _look_up(blocks: PackedBlocks, random: Callable[..., Tensor]) -> Callable[[Kernels], Tensor]:
@@ -138,20 +161,41 @@ def _widened(n_rows: int, random: Callable[..., Tensor]) -> Callable[[Kernels], 
 
 
 def _product(
-    blocks: PackedBlocks, n_rows: int, random: Callable[..., Tensor]
+    terms: Sequence[TermArrays], n_rows: int, random: Callable[..., Tensor]
 ) -> Callable[[Kernels], Tensor]:
-    """A base's product with two slots' blocks in it, and one with a bias."""
-    m = blocks.sizes[0]
-    weight, x, bias = random(m, blocks.n), random(n_rows, blocks.n), random(m)
+    """A base's product with two slots' terms in it."""
+    weight, x = random(70, 38), random(n_rows, 38)
     rows = RowMapping([Segment(1, 0, 1), Segment(0, 1, n_rows)][: min(n_rows, 2)], CPU)
     present = frozenset({(0, 1), (1, 0)})
 
     def run(kernels: Kernels) -> Tensor:
-        share = BlockShare(kernels.blockdiag(blocks), blocks.sizes, 0, rows, present)
-        op = kernels.linear(weight)
-        return torch.cat([op.with_blocks(x, [share]), op(x, bias)])
+        linear = kernels.linear(weight)
+        joined = kernels.joined_terms(linear, len(weight), x.dtype)
+        if joined is None:
+            y = linear(x)
+            for arrays in terms:
+                _add_alone(kernels, arrays, y, x, rows, present)
+            return y
+        for arrays in terms:
+            joined.put(arrays, arrays, 0)
+            for slot, place in present:
+                joined.show(arrays, slot, place)
+        return joined.product(x, rows)
 
     return run
+
+
+def _add_alone(
+    kernels: Kernels, arrays: TermArrays, y: Tensor, x: Tensor, rows: RowMapping, present: Places
+) -> None:
+    if isinstance(arrays, PackedLowRank):
+        arrays.add_(y, x, rows, present)
+    elif isinstance(arrays, PackedBlocks):
+        kernels.blockdiag(arrays).add_([y], x, rows.table(present))
+    else:
+        added = x.new_zeros((len(x), arrays.index.shape[1]))
+        kernels.blockdiag(arrays.blocks).add_([added], x, rows.table(present))
+        y.scatter_add_(1, arrays.index[rows.place_of_row(present)], added)
 
 
 if __name__ == "__main__":

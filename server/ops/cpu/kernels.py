@@ -14,11 +14,12 @@ from torch import Tensor
 from server.ops.attention import AttentionCall
 from server.ops.blockdiag import BlockDiagOp
 from server.ops.cpu.attention import AttentionKernel
-from server.ops.cpu.blockdiag import BlockDiagKernel, NumbaBlockDiag
+from server.ops.cpu.blockdiag import NumbaBlockDiag, TermKernel
 from server.ops.cpu.blockdiag_rows import EmbeddingKernel
 from server.ops.cpu.check import passed_kernels, untried_kernels, usable_kernels
 from server.ops.cpu.features import host_target
-from server.ops.cpu.late import LateBlockDiag
+from server.ops.cpu.joined import NumbaTerms
+from server.ops.cpu.late import LateBlockDiag, LateTerms
 from server.ops.cpu.linear import LinearKernel, PanelLinear
 from server.ops.cpu.norm import RowKernels
 from server.ops.cpu.parallel import Parallel
@@ -26,6 +27,7 @@ from server.ops.cpu.prefill import PrefillKernel
 from server.ops.cpu.rope import RotaryKernel
 from server.ops.cpu.widened import WidenedKernel, WidenedLinear
 from server.ops.factors import ImpartFactors, LowRankFactors
+from server.ops.joined import JoinedTerms
 from server.ops.kernels import CompileKernels, Kernels, KernelState, TorchKernels
 from server.ops.linear import LinearOp, OneDnnLinear, onednn_linear_works
 from server.ops.lowrank import HeldLowRank
@@ -88,15 +90,28 @@ class NumbaKernels:
         self.in_use = frozenset(names)
         self.parallel = parallel or Parallel()
         self._torch = TorchKernels()
-        self._blockdiag = made("blockdiag", BlockDiagKernel)
         self._embedding = made("embedding", EmbeddingKernel)
         self._attention = made("attention", AttentionKernel)
         self._prefill = made("prefill", PrefillKernel)
         self._rotary = made("rotary", RotaryKernel)
         self._rows = made("rows", RowKernels)
-        self._linear = made("linear", LinearKernel)
-        self._widened = made("widened", WidenedKernel)
+        linear, widened = made("linear", LinearKernel), made("widened", WidenedKernel)
         self._packs_bf16 = onednn_linear_works()
+        # Deltas are added by these on any CPU, the base's products are theirs where it pays.
+        of_terms: dict[torch.dtype, TermKernel | None]
+        of_terms = {torch.bfloat16: linear, torch.float32: widened}
+        self._terms = {dtype: kernel for dtype, kernel in of_terms.items() if kernel is not None}
+        target = host_target()
+        self._panels = linear if LinearKernel.pays_on(target) else None
+        self._widening = widened if WidenedKernel.pays_on(target) else None
+
+    def joined_terms(
+        self, linear: LinearOp, n_outputs: int, dtype: torch.dtype
+    ) -> JoinedTerms | None:
+        if self._late:
+            return LateTerms(lambda: self._terms.get(dtype), linear, n_outputs)
+        kernel = self._terms.get(dtype)
+        return None if kernel is None else NumbaTerms(kernel, linear, n_outputs)
 
     @property
     def state(self) -> KernelState:
@@ -121,9 +136,10 @@ class NumbaKernels:
 
     def blockdiag(self, blocks: PackedBlocks) -> BlockDiagOp:
         if self._late:
-            return LateBlockDiag(blocks, lambda: self._blockdiag)
-        kernel = self._blockdiag
-        return self._torch.blockdiag(blocks) if kernel is None else NumbaBlockDiag(kernel, blocks)
+            return LateBlockDiag(blocks, lambda: self._terms)
+        reference = self._torch.blockdiag(blocks)
+        takes = self._terms and NumbaBlockDiag.takes(blocks)
+        return NumbaBlockDiag(self._terms, blocks, reference) if takes else reference
 
     def blockdiag_rows_add_(
         self, y: Tensor, ids: Tensor, places: Tensor, blocks: PackedBlocks
@@ -153,10 +169,10 @@ class NumbaKernels:
         self._torch.impart_add_(outputs, x, rows, terms)
 
     def linear(self, weight: Tensor) -> LinearOp:
-        if self._linear is not None and self._linear.takes(weight):
-            return PanelLinear(self._linear, weight)
-        if self._widened is not None and self._widened.takes(weight):
-            return WidenedLinear(self._widened, weight)
+        if self._panels is not None and self._panels.takes(weight):
+            return PanelLinear(self._panels, weight)
+        if self._widening is not None and self._widening.takes(weight):
+            return WidenedLinear(self._widening, weight)
         packs = self._packs_bf16 and weight.dtype is torch.bfloat16
         return OneDnnLinear(weight) if packs else self._torch.linear(weight)
 

@@ -4,12 +4,12 @@
 The weight lies in panels of WIDTH outputs, in the order in which it is read: ``[panel, n / 2,
 WIDTH]`` words of two neighbouring inputs. A task is one panel and a chunk of rows, ROWS of which
 share what is loaded; meanwhile the thread's next panel comes into the cache. Products are exact,
-sums float32, rounded once when bias and residual are added.
+sums float32, rounded once when the bias is added. The terms of all variants in the batch are added
+to the same sums (`server.ops.cpu.panel_terms`); without a weight they are added to what is there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ from numba.extending import intrinsic
 from torch import Tensor
 from torch.nn import functional as F
 
-from server.ops.cpu.blockdiag import NumbaBlockDiag
 from server.ops.cpu.codegen.bf16_pairs import (
     add_pair_products,
     floats,
@@ -30,21 +29,22 @@ from server.ops.cpu.codegen.bf16_pairs import (
     store_floats,
 )
 from server.ops.cpu.codegen.intrinsics import FAST, from_bf16, i64_at, next_task, to_bf16, u16_at
+from server.ops.cpu.codegen.piece_product import PAIR_BYTES
 from server.ops.cpu.codegen.vectors import I64, LANES, prefetch
 from server.ops.cpu.compile import compile_kernel
 from server.ops.cpu.features import Target
-from server.ops.cpu.late import LateBlockDiag
-from server.ops.cpu.panel_blocks import (
-    BITS,
-    PADDED_ROWS,
-    PanelBlocks,
-    Pieces,
-    add_blocks,
-    find_pieces,
+from server.ops.cpu.panel_terms import (
+    ROOM_BYTES,
+    T_N_TASKS,
+    T_PADDED,
+    add_terms_to_pairs,
+    shrink_pairs,
+    wait_for_heads,
 )
+from server.ops.cpu.panel_terms import ROWS as ROOM_ROWS
 from server.ops.cpu.parallel import Parallel
-from server.ops.linear import BlockShare, LinearOp
-from server.ops.packed import PackedBlocks
+from server.ops.cpu.pieces import KnownPieces
+from server.ops.cpu.term_table import JoinedLinear, Scratch, TermCall, TermTable
 
 U = np.uint64
 VECTORS = 3
@@ -60,7 +60,7 @@ AHEAD = 3  # first groups of rows that fetch a share of the next panel
 
 # Places in the argument array. Strides are in elements.
 (_X, _X_ROW, _N_ROWS, _WEIGHT, _N, _M, _OUT, _OUT_ROW) = range(1, 9)
-(_BIAS, _CHUNK, _N_RANGES, _N_BLOCKS, _BLOCKS, _PADDED, _SLOTS, _N_ARGUMENTS) = range(9, 17)
+(_BIAS, _CHUNK, _N_RANGES, _TERMS, _N_ARGUMENTS) = range(9, 14)
 
 
 def _panel_code(context: Any, builder: Any, signature: Any, args: Any) -> Any:
@@ -101,16 +101,22 @@ def _linear(address):
     n_ranges = a[_N_RANGES]
     per_range = (n_panels + n_ranges - 1) // n_ranges
     per_chunk = n_ranges * per_range
-    n_blocks, sources = a[_N_BLOCKS], i64_at(a[_BLOCKS])
+    terms, step = a[_TERMS], 2 * a[_X_ROW]
+    n_heads = i64_at(terms)[T_N_TASKS] if terms != 0 else np.int64(0)
+    n_padded = ROOM_ROWS * i64_at(terms)[T_PADDED] if terms != 0 else np.int64(0)
     # With deltas all rows' sums are kept until those are added: one loop over them runs better
     # than a short one after every group of rows.
-    sums_rows = a[_CHUNK] if n_blocks > 0 else np.int64(ROWS)
+    sums_rows = a[_CHUNK] if terms != 0 else np.int64(ROWS)
     space = np.empty(sums_rows * WIDTH + 2 * LANES, np.float32)
     sums = (space.ctypes.data + 63) // 64 * 64
     first_sum = U((sums - space.ctypes.data) // 4)
-    padded = np.empty(PADDED_ROWS * a[_PADDED], np.uint16)
+    padded, more = np.empty(n_padded, np.uint16), np.empty(ROOM_BYTES, np.uint8)
+    room, spare = padded.ctypes.data, more.ctypes.data
     while True:
-        task = next_task(address)
+        task = next_task(address) - n_heads
+        if task < 0:
+            shrink_pairs(terms, task + n_heads, a[_X], step, room, spare)
+            continue
         if task >= per_chunk * n_chunks:
             break
         place, chunk = task % per_chunk, task // per_chunk
@@ -122,49 +128,60 @@ def _linear(address):
         ahead = a[_WEIGHT] + following * panel_bytes
         first, end = chunk * a[_CHUNK], min(a[_N_ROWS], (chunk + 1) * a[_CHUNK])
         width = min(np.int64(WIDTH), m - panel * WIDTH)
-        step = 2 * a[_X_ROW]
-        for row in range(first, end, ROWS):
-            part = (row - first) // ROWS
-            last = end - 1 - row
-            x = a[_X] + row * step
-            kept = row - first if n_blocks > 0 else np.int64(0)
-            _panel(
-                x,
-                x + step * min(np.int64(1), last),
-                x + step * min(np.int64(2), last),
-                x + step * min(np.int64(3), last),
-                x + step * min(np.int64(4), last),
-                x + step * min(np.int64(5), last),
-                x + step * min(np.int64(6), last),
-                x + step * min(np.int64(7), last),
-                weight,
-                n // 2,
-                ahead + min(part, np.int64(AHEAD - 1)) * (n // 2) * LINE,
-                sums + 4 * WIDTH * kept,
-            )
-            if n_blocks == 0:
-                for r in range(min(np.int64(ROWS), end - row)):
-                    place = first_sum + U(r * WIDTH)
-                    _store(address, space, place, row + r, panel * WIDTH, width)
-        if n_blocks > 0:
-            for i in range(n_blocks):
-                source, room = sources[U(i)], padded.ctypes.data
-                add_blocks(
-                    source,
-                    panel,
-                    following,
-                    a[_SLOTS],
-                    a[_X],
-                    step,
-                    first,
-                    end,
-                    sums,
-                    4 * WIDTH,
-                    room,
+        if a[_WEIGHT] == 0:
+            for row in range(first, end):
+                place = first_sum + U((row - first) * WIDTH)
+                _load(address, space, place, row, panel * WIDTH, width)
+        else:
+            for row in range(first, end, ROWS):
+                part = (row - first) // ROWS
+                last = end - 1 - row
+                x = a[_X] + row * step
+                kept = row - first if terms != 0 else np.int64(0)
+                _panel(
+                    x,
+                    x + step * min(np.int64(1), last),
+                    x + step * min(np.int64(2), last),
+                    x + step * min(np.int64(3), last),
+                    x + step * min(np.int64(4), last),
+                    x + step * min(np.int64(5), last),
+                    x + step * min(np.int64(6), last),
+                    x + step * min(np.int64(7), last),
+                    weight,
+                    n // 2,
+                    ahead + min(part, np.int64(AHEAD - 1)) * (n // 2) * LINE,
+                    sums + 4 * WIDTH * kept,
                 )
+                if terms == 0:
+                    for r in range(min(np.int64(ROWS), end - row)):
+                        place = first_sum + U(r * WIDTH)
+                        _store(address, space, place, row + r, panel * WIDTH, width)
+        if terms != 0:
+            wait_for_heads(terms)
+            add_terms_to_pairs(
+                terms,
+                panel,
+                following,
+                np.int64(WIDTH),
+                a[_X],
+                step,
+                first,
+                end,
+                sums,
+                np.int64(4 * WIDTH),
+                room,
+            )
             for row in range(first, end):
                 place = first_sum + U((row - first) * WIDTH)
                 _store(address, space, place, row, panel * WIDTH, width)
+
+
+@njit(inline="always", fastmath=FAST, error_model="numpy")
+def _load(address, space, place, row, column, width):
+    a = i64_at(address)
+    found = u16_at(a[_OUT] + 2 * (row * a[_OUT_ROW] + column))
+    for i in range(U(width)):
+        space[place + i] = from_bf16(found[i])
 
 
 @njit(inline="always", fastmath=FAST, error_model="numpy")
@@ -204,18 +221,11 @@ class LinearKernel:
     def __init__(self, parallel: Parallel) -> None:
         self.parallel = parallel
         self.compiled = compile_kernel(_linear)
-        self._pieces: dict[tuple[Any, ...], Pieces] = {}
-
-    def pieces_of(self, blocks: PackedBlocks, first: int, n_panels: int) -> Pieces:
-        """`find_pieces`, once for all layers of one shape."""
-        key = (blocks.codes.shape[1:], blocks.sizes, blocks.n, first, n_panels)
-        if key not in self._pieces:
-            self._pieces[key] = find_pieces(blocks, first, n_panels, WIDTH)
-        return self._pieces[key]
+        self._pieces, self._scratch = KnownPieces(WIDTH), Scratch()
 
     @staticmethod
     def pays_on(target: Target) -> bool:
-        """Whether products are faster here than oneDNN's on such a CPU."""
+        """Whether the base's products are faster here than oneDNN's on such a CPU."""
         return target.has(NEEDS) and not target.has(OUTDONE_BY)
 
     @staticmethod
@@ -223,8 +233,36 @@ class LinearKernel:
         """Whether a product with this weight can be computed here."""
         return weight.dtype is torch.bfloat16 and weight.shape[1] % 2 == 0
 
+    def new_table(self, n_outputs: int) -> TermTable:
+        """An empty table of a product with so many outputs."""
+        return TermTable(n_outputs, WIDTH, PAIR_BYTES, self._pieces, self._scratch)
 
-class PanelLinear(LinearOp):
+    def add_(self, y: Tensor, x: Tensor, terms: TermCall) -> None:
+        """Add deltas alone to ``y [T, m]``, rows contiguous, of ``x [T, n]``; all bfloat16."""
+        if len(x) == 0:
+            return
+        n_panels = -(-y.shape[1] // WIDTH)
+        chunk = rows_of_a_task(len(x), n_panels, self.parallel.n_threads)
+        a = np.zeros(_N_ARGUMENTS, np.int64)
+        a[_X : _N_ROWS + 1] = x.data_ptr(), x.stride(0), len(x)
+        a[_N : _OUT_ROW + 1] = x.shape[1], y.shape[1], y.data_ptr(), y.stride(0)
+        a[_CHUNK], a[_N_RANGES], a[_TERMS] = chunk, self.parallel.n_threads, terms.address
+        self.parallel.run(self.compiled, a, _n_tasks(a, n_panels) + terms.n_tasks, unlocked=True)
+
+
+def rows_of_a_task(n_rows: int, n_panels: int, n_threads: int) -> int:
+    """How many rows of one panel a thread takes at a time."""
+    wanted = -(-TASKS_PER_THREAD * n_threads // n_panels)
+    n_chunks = max(-(-n_rows // MOST_ROWS), min(wanted, n_rows // FEWEST_ROWS), 1)
+    return -(-n_rows // (n_chunks * ROWS)) * ROWS
+
+
+def _n_tasks(a: np.ndarray, n_panels: int) -> int:
+    n_ranges, n_rows, chunk = int(a[_N_RANGES]), int(a[_N_ROWS]), int(a[_CHUNK])
+    return -(-n_panels // n_ranges) * n_ranges * -(-n_rows // chunk)
+
+
+class PanelLinear(JoinedLinear):
     """One bfloat16 weight ``[m, n]``, n even.
 
     The arguments that stay the same are laid out once: a call writes a handful of numbers. One
@@ -241,74 +279,30 @@ class PanelLinear(LinearOp):
         self._arguments[_WEIGHT : _M + 1] = self._panels.data_ptr(), n, m
         self._arguments[_OUT_ROW] = m
         self._arguments[_N_RANGES] = self._parallel.n_threads
-        self._sources = np.zeros(0, np.int64)  # addresses of the sets of blocks of a call
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """See `LinearOp`; x bfloat16."""
-        return self._run(x, bias, ())
+        return self._run(x, bias, None)
 
-    def with_blocks(self, x: Tensor, shares: Sequence[BlockShare]) -> Tensor:
-        """See `LinearOp`. Blocks of 2 to 4 bits are added to the sums before their one rounding."""
-        joined, others = [], []
-        for share in shares:
-            blocks = self._in_panels(share)
-            if blocks is None:
-                others.append(share)
-            else:
-                joined.append(blocks)
-        slots = shares[0].rows.slot_of_row
-        y = self._run(x, None, joined, slots)
-        for share in others:
-            share.add_(y, x)
-        return y
+    def with_terms(self, x: Tensor, terms: TermCall) -> Tensor:
+        """See `JoinedLinear`."""
+        return self._run(x, None, terms)
 
-    def _in_panels(self, share: BlockShare) -> PanelBlocks | None:
-        op = share.op.current if isinstance(share.op, LateBlockDiag) else share.op
-        if not isinstance(op, NumbaBlockDiag) or op.blocks.bits not in BITS:
-            return None
-        found = op.in_panels.get(share.first)
-        if found is None:
-            pieces = self._kernel.pieces_of(op.blocks, share.first, self._n_panels)
-            found = op.in_panels[share.first] = PanelBlocks(op.blocks, pieces)
-        return found
-
-    def _run(
-        self,
-        x: Tensor,
-        bias: Tensor | None,
-        blocks: Sequence[PanelBlocks],
-        slots: Tensor | None = None,
-    ) -> Tensor:
+    def _run(self, x: Tensor, bias: Tensor | None, terms: TermCall | None) -> Tensor:
         x = x if x.stride(1) == 1 else x.contiguous()
         n_rows = len(x)
         out = x.new_empty((n_rows, self._shape[0]))
         if n_rows == 0:  # lm_head in a step of prompt chunks that samples nothing
             return out
-        chunk = self._rows_of_a_task(n_rows)
         a = self._arguments
         a[_X : _N_ROWS + 1] = x.data_ptr(), x.stride(0), n_rows
-        a[_OUT], a[_CHUNK] = out.data_ptr(), chunk
+        a[_OUT] = out.data_ptr()
+        a[_CHUNK] = rows_of_a_task(n_rows, self._n_panels, self._parallel.n_threads)
         a[_BIAS] = 0 if bias is None else bias.data_ptr()
-        a[_N_BLOCKS] = len(blocks)
-        if slots is not None:
-            self._name_sources(blocks)
-            a[_SLOTS] = slots.data_ptr()
-        n_ranges = self._parallel.n_threads
-        n_tasks = -(-self._n_panels // n_ranges) * n_ranges * -(-n_rows // chunk)
+        a[_TERMS] = 0 if terms is None else terms.address
+        n_tasks = _n_tasks(a, self._n_panels) + (0 if terms is None else terms.n_tasks)
         self._parallel.run(self._compiled, a, n_tasks, unlocked=True)
         return out
-
-    def _name_sources(self, blocks: Sequence[PanelBlocks]) -> None:
-        if len(blocks) > len(self._sources):
-            self._sources = np.zeros(2 * len(blocks), np.int64)
-            self._arguments[_BLOCKS] = self._sources.ctypes.data
-        self._sources[: len(blocks)] = [one.address for one in blocks]
-        self._arguments[_PADDED] = max((one.padded for one in blocks), default=0)
-
-    def _rows_of_a_task(self, n_rows: int) -> int:
-        wanted = -(-TASKS_PER_THREAD * self._parallel.n_threads // self._n_panels)
-        n_chunks = max(-(-n_rows // MOST_ROWS), min(wanted, n_rows // FEWEST_ROWS), 1)
-        return -(-n_rows // (n_chunks * ROWS)) * ROWS
 
     def dense(self) -> Tensor:
         return self.dense_rows(0, self._shape[0])

@@ -29,7 +29,9 @@ FIVE = list(ALL_CODECS)
 
 @pytest.fixture(params=[pytest.param("every step read", marks=pytest.mark.slow), "one ahead"])
 def harness(request: pytest.FixtureRequest, harness: Make) -> Make:
-    """Both ways of stepping (`server.engine.step.lookahead`); `test_core_canary` has the first."""
+    """Both ways of stepping, of which the one has more to go wrong; `test_core_canary` mixes
+    variants that come and go in the other. See `server.engine.step.lookahead`.
+    """
     if request.param == "every step read":
         return harness
     return partial(harness, static=True, kernels="torch")
@@ -375,8 +377,7 @@ def test_out_of_memory_in_a_load_fails_that_load_only(
 def test_out_of_memory_in_the_arrays_of_a_new_geometry_fails_that_load_only(
     many: Served, harness: Make, monkeypatch: pytest.MonkeyPatch, name: str, where: str
 ) -> None:
-    """Made beside the steps, or when steps are to have them."""
-    engine = harness(many)
+    engine = harness(many)  # they are made beside the steps, or when steps are to have them
     running = engine.submit("blockdiag", PROMPT, ignore_eos=True)
     engine.until(lambda: running.request.n_output > 0)
     inner, calls = getattr(TermPool, where), [0]

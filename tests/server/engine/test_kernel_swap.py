@@ -14,6 +14,7 @@ from torch import Tensor
 from server.engine.kernel_swap import SwapRefused
 from server.model.reconstructed import products_of
 from server.ops.cpu.kernels import NumbaKernels
+from server.ops.cpu.term_table import TermCall
 from server.ops.linear import LinearOp, TorchLinear
 from server.ops.norm import rms_norm
 from tests.server.conftest import PAIR, Served
@@ -127,10 +128,15 @@ def wrong_rows(swapping: Swapping) -> None:
     )
 
 
-def wrong_blocks(swapping: Swapping) -> None:
-    kernel = swapping.compiled._blockdiag
-    assert kernel is not None
-    kernel.octaves = kernel.octaves * 1.5
+def wrong_terms(swapping: Swapping) -> None:
+    kernel = swapping.compiled._terms[torch.float32]
+    inner = kernel.add_
+
+    def off(y: Tensor, x: Tensor, terms: TermCall) -> None:
+        inner(y, x, terms)
+        y.mul_(1.5)
+
+    kernel.add_ = off  # type: ignore[method-assign]
     swapping.resident("blockdiag")
 
 
@@ -149,7 +155,7 @@ def broken_compilation(swapping: Swapping) -> None:
     ("spoil", "error", "says"),
     [
         (wrong_rows, SwapRefused, "with the base alone and the compiled kernels"),
-        (wrong_blocks, SwapRefused, "with resident variants and the compiled kernels"),
+        (wrong_terms, SwapRefused, "with resident variants and the compiled kernels"),
         (wrong_product, SwapRefused, "the compiled product of"),
         (broken_compilation, OSError, "no child"),
     ],

@@ -58,6 +58,30 @@ def next_task(typingctx: Any, counter: Any) -> Codegen:
 
 
 @intrinsic
+def add_and_publish(typingctx: Any, counter: Any) -> Codegen:
+    """Count the int64 at this address up: who reads that sees all that was written before."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        i64 = ir.IntType(64)
+        pointer = builder.inttoptr(args[0], i64.as_pointer())
+        builder.atomic_rmw("add", pointer, ir.Constant(i64, 1), "acq_rel")
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def read_published(typingctx: Any, counter: Any) -> Codegen:
+    """Read an int64 that `add_and_publish` counts up."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], ir.IntType(64).as_pointer())
+        return builder.load_atomic(pointer, "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
 def fetch(typingctx: Any, address: Any) -> Codegen:
     """Let the cache line at this address come into the second level cache."""
 

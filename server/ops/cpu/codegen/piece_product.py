@@ -1,8 +1,9 @@
-"""The product of a few rows with packed codes of up to 48 outputs, as pairs of bfloat16.
+"""The product of a few rows with packed codes of up to 48 outputs.
 
 Two byte rows make 16 words, in whose halves one field after the other is looked up in a table: it
-becomes its code less the centre, as bfloat16. Sums are float32, scaled once and added to what is
-there.
+becomes its code less the centre, as bfloat16 (exact: a centred code of 8 bits has 8 significant
+ones). Rows of bfloat16 are multiplied with such pairs, rows of float32 with what they widen to.
+Sums are float32, scaled once and added to what is there.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ from server.ops.cpu.codegen.vectors import (
 from server.ops.cpu.features import Form, chosen
 
 MOST_SUMS = 16  # vectors of them that stay in registers beside codes and inputs
+PAIR_BYTES, FLOAT_BYTES = 2, 4  # of an input: bfloat16, float32
+OCTAVES, HALF_SCALES, NO_SCALES = range(3)  # kinds of scales
 I8 = ir.IntType(8)
 HALVES = ir.VectorType(I16, 2 * LANES)
 
@@ -53,24 +56,26 @@ def _planes(bits: int) -> list[tuple[int, list[float]]]:
     return [(bits, [code - ((1 << bits) - 1) / 2 for code in range(1 << bits)])]
 
 
-def _make(bits: int, vectors: int, rows: int) -> Any:
+def make_piece_product(bits: int, vectors: int, rows: int, item: int) -> Any:
+    """An intrinsic for up to ``16 * vectors`` outputs and so many rows; see `add_piece`."""
+
     @intrinsic
     def product(
-        typingctx, codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, ahead
+        typingctx, codes, mb, nb, x, x_step, sums, sums_step, count, scales, kind, unit, ahead
     ):
         signature = types.void(*[types.int64] * 10, types.float32, types.int64)
-        return signature, _codegen(bits, vectors, rows)
+        return signature, _codegen(bits, vectors, rows, item)
 
     @njit(inline="always")
-    def call(codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, ahead):
-        product(codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, ahead)
+    def call(codes, mb, nb, x, x_step, sums, sums_step, count, scales, kind, unit, ahead):
+        product(codes, mb, nb, x, x_step, sums, sums_step, count, scales, kind, unit, ahead)
 
     return call
 
 
-def _codegen(bits: int, vectors: int, rows: int) -> Callable[..., Any]:
+def _codegen(bits: int, vectors: int, rows: int, item: int) -> Callable[..., Any]:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, ahead = args
+        codes, mb, nb, x, x_step, sums, sums_step, count, scales, kind, unit, ahead = args
         # Only the last vector may be in part outside.
         masks = [None] * (vectors - 1)
         masks += [first_lanes(builder, builder.sub(count, I64(LANES * (vectors - 1))))]
@@ -82,11 +87,11 @@ def _codegen(bits: int, vectors: int, rows: int) -> Callable[..., Any]:
         for plane in _planes(bits):
             code_rows = builder.lshr(builder.add(builder.mul(nb, I64(plane[0])), I64(7)), I64(3))
             geometry = (codes, mb, code_rows, ahead)
-            _add_plane(context, builder, geometry, masks, x_rows, totals, plane)
+            _add_plane(context, builder, geometry, masks, x_rows, totals, plane, item)
             codes = builder.add(codes, builder.mul(code_rows, mb))
         units = splat(builder, unit, LANES)
         for v, mask in enumerate(masks):
-            factors = builder.fmul(_scales(context, builder, scales, v, mask, halves), units)
+            factors = builder.fmul(_scales(context, builder, scales, v, mask, kind), units)
             for r in range(rows):
                 row = builder.add(sums, builder.mul(sums_step, I64(r)))
                 place = at(builder, plus(builder, row, 4 * LANES * v), F32, I64(0), LANES)
@@ -115,10 +120,12 @@ def _add_plane(
     x_rows: list[Any],
     totals: dict[tuple[int, int], Any],
     plane: tuple[int, list[float]],
+    item: int,
 ) -> None:
     codes, mb, code_rows, ahead = geometry
     field_bits, values = plane
-    look_up = chosen(context, LOOK_UPS)
+    # A code of 8 bits has more values than a table of 32.
+    look_up = chosen(context, LOOK_UPS) if field_bits < 8 else _look_up_by_arithmetic
 
     def bytes_of(row: Any) -> list[Any]:
         first = builder.add(codes, builder.mul(row, mb))
@@ -137,13 +144,11 @@ def _add_plane(
                 moved = builder.lshr(word, words(field * field_bits)) if field else word
                 pair = look_up(builder, moved, field_bits, values)
                 weights.append(pair if present == -1 else builder.and_(pair, words(present)))
-            step = builder.shl(builder.add(row, builder.mul(code_rows, I64(field))), I64(1))
-            for r, x in enumerate(x_rows):
-                word = splat_word(builder, builder.add(x, step))
-                for v, pair in enumerate(weights):
-                    total = totals[r, v]
-                    added = add_pair_products(context, builder, builder.load(total), pair, word)
-                    builder.store(added, total)
+            step = builder.mul(builder.add(row, builder.mul(code_rows, I64(field))), I64(item))
+            if item == PAIR_BYTES:
+                _multiply_pairs(context, builder, weights, x_rows, step, totals)
+            else:
+                _multiply_floats(context, builder, weights, x_rows, step, totals, present)
 
     with cgutils.for_range(builder, builder.lshr(code_rows, I64(1))) as loop:
         row = builder.shl(loop.index, I64(1))
@@ -156,6 +161,47 @@ def _add_plane(
     with builder.if_then(builder.trunc(code_rows, ir.IntType(1))):
         last = builder.sub(code_rows, I64(1))
         multiply(last, bytes_of(last), 0xFFFF)
+
+
+def _multiply_pairs(
+    context: Any,
+    builder: Any,
+    weights: list[Any],
+    x_rows: list[Any],
+    step: Any,
+    totals: dict[tuple[int, int], Any],
+) -> None:
+    for r, x in enumerate(x_rows):
+        word = splat_word(builder, builder.add(x, step))
+        for v, pair in enumerate(weights):
+            total = totals[r, v]
+            added = add_pair_products(context, builder, builder.load(total), pair, word)
+            builder.store(added, total)
+
+
+def _multiply_floats(
+    context: Any,
+    builder: Any,
+    weights: list[Any],
+    x_rows: list[Any],
+    step: Any,
+    totals: dict[tuple[int, int], Any],
+    present: int,
+) -> None:
+    """The lower halves with one input, the upper ones with the next if they are `present`."""
+    parts = [[builder.bitcast(builder.shl(pair, words(16)), VECTOR) for pair in weights]]
+    if present == -1:
+        high = [builder.and_(pair, words(HIGH_HALF)) for pair in weights]
+        parts.append([builder.bitcast(pair, VECTOR) for pair in high])
+    for r, x in enumerate(x_rows):
+        first = builder.inttoptr(builder.add(x, step), F32.as_pointer())
+        for index, factors in enumerate(parts):
+            value = builder.load(builder.gep(first, [I64(index)]), align=4)
+            one = splat(builder, value, LANES)
+            for v, factor in enumerate(factors):
+                total = totals[r, v]
+                added = multiply_add(context, builder, factor, one, builder.load(total))
+                builder.store(added, total)
 
 
 def _look_up_by_permutation(builder: Any, words_: Any, bits: int, values: list[float]) -> Any:
@@ -194,17 +240,17 @@ def _bf16_bits(value: float) -> int:
     return int(bits) >> 16
 
 
-def _scales(context: Any, builder: Any, scales: Any, vector: int, mask: Any, halves: Any) -> Any:
-    """What the 16 scales of a vector stand for, one byte each or float16 (`halves` not 0)."""
-    found = cgutils.alloca_once_value(builder, floats(0.0))
+def _scales(context: Any, builder: Any, scales: Any, vector: int, mask: Any, kind: Any) -> Any:
+    """What the 16 scales of a vector stand for."""
+    found = cgutils.alloca_once_value(builder, floats(1.0))
+    builder.store(floats(1.0), found)
     first = I64(LANES * vector)
-    with builder.if_else(builder.icmp_unsigned("==", halves, I64(0))) as (is_octave, is_half):
-        with is_octave:
-            raw = _load(builder, at(builder, scales, I8, first, LANES), mask, I8)
-            builder.store(_octaves(context, builder, builder.zext(raw, WORDS)), found)
-        with is_half:
-            raw = _load(builder, at(builder, scales, I16, first, LANES), mask, I16)
-            builder.store(widen_halves(context, builder, raw), found)
+    with builder.if_then(builder.icmp_unsigned("==", kind, I64(OCTAVES))):
+        raw = _load(builder, at(builder, scales, I8, first, LANES), mask, I8)
+        builder.store(_octaves(context, builder, builder.zext(raw, WORDS)), found)
+    with builder.if_then(builder.icmp_unsigned("==", kind, I64(HALF_SCALES))):
+        raw = _load(builder, at(builder, scales, I16, first, LANES), mask, I16)
+        builder.store(widen_halves(context, builder, raw), found)
     return builder.load(found)
 
 
@@ -239,94 +285,3 @@ def _sixteen_by_selection(builder: Any, values: list[float], index: Any) -> Any:
 
 # (builder, 16 values, words) -> floats: the value that each word below 16 stands for.
 SIXTEEN = (Form(_sixteen_by_permutation, ("avx512f",)), Form(_sixteen_by_selection))
-
-
-def _any_rows(bits: int, vectors: int) -> Any:
-    four, two, one = (_make(bits, vectors, rows) for rows in (4, 2, 1))
-    # More sums than fit the registers would cost more than unpacking the codes twice.
-    eight = _make(bits, vectors, 8) if 8 * vectors <= MOST_SUMS else None
-
-    @njit(inline="always")
-    def product(
-        codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, ahead, n_rows
-    ):
-        t = np.int64(0)
-        while t < n_rows:
-            left, to, own = n_rows - t, sums + t * sums_step, x + t * x_step
-            if eight is not None and left >= 8:
-                eight(codes, mb, nb, own, x_step, to, sums_step, count, scales, halves, unit, ahead)
-                t += 8
-            elif left >= 4:
-                four(codes, mb, nb, own, x_step, to, sums_step, count, scales, halves, unit, ahead)
-                t += 4
-            elif left >= 2:
-                two(codes, mb, nb, own, x_step, to, sums_step, count, scales, halves, unit, ahead)
-                t += 2
-            else:
-                one(codes, mb, nb, own, x_step, to, sums_step, count, scales, halves, unit, ahead)
-                t += 1
-
-    return product
-
-
-def _any_count(bits: int) -> Any:
-    one, two, three = (_any_rows(bits, vectors) for vectors in (1, 2, 3))
-
-    @njit(inline="always")
-    def add_piece(
-        codes, mb, nb, x, x_step, sums, sums_step, count, scales, halves, unit, ahead, n_rows
-    ):
-        """``sums[r, i] += scale[i] * unit * sum_j value(code[j, i]) x[r, j]``.
-
-        codes   address of the first output's; byte rows are `mb` apart; nb inputs
-        x       address of the first row's inputs, bfloat16, rows `x_step` bytes apart; zero, or
-                never read, where a byte row's fields go past the inputs
-        sums    address of the first, float32, rows `sums_step` bytes apart; up to 15 behind the
-                last are read, and written as they were
-        count   outputs, at most 48
-        ahead   bytes from these codes to what is wanted next: it comes into the cache meanwhile
-        scales  address of the first, one byte each (`_octaves`), float16 where `halves` is not 0
-        """
-        if count > 32 and n_rows < 8:
-            three(
-                codes,
-                mb,
-                nb,
-                x,
-                x_step,
-                sums,
-                sums_step,
-                count,
-                scales,
-                halves,
-                unit,
-                ahead,
-                n_rows,
-            )
-            return
-        if count > 16:
-            n = min(count, 32)
-            two(codes, mb, nb, x, x_step, sums, sums_step, n, scales, halves, unit, ahead, n_rows)
-            codes, sums, scales = codes + n, sums + 4 * n, scales + (1 + halves) * n
-            count -= n
-        if count > 0:
-            one(
-                codes,
-                mb,
-                nb,
-                x,
-                x_step,
-                sums,
-                sums_step,
-                count,
-                scales,
-                halves,
-                unit,
-                ahead,
-                n_rows,
-            )
-
-    return add_piece
-
-
-add_piece_two, add_piece_three, add_piece_four = (_any_count(bits) for bits in (2, 3, 4))

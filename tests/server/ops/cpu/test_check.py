@@ -25,7 +25,6 @@ from server.ops.cpu.check import (
     try_kernels,
     untried_kernels,
     usable_kernels,
-    wanted_kernels,
 )
 from server.ops.cpu.check_child import END_WITH_STDIN, deviations, find_problem
 from server.ops.cpu.compile import cache_folder, cache_key
@@ -150,7 +149,7 @@ def test_usable_kernels_leaves_out_what_failed_and_warns_at_every_start(
     fates: Fates, caplog: pytest.LogCaptureFixture
 ) -> None:
     environment = fates(attention="crash", rows="is wrong in float32")
-    expected = set(wanted_kernels(host_target())) - {"attention", "rows"}
+    expected = set(NAMES) - {"attention", "rows"}
     for _ in range(2):
         caplog.clear()
         assert usable_kernels(child=SCRIPT, environment=environment) == expected
@@ -176,7 +175,7 @@ def test_usable_kernels_verdicts_that_cannot_be_read_are_made_anew(fates: Fates,
     folder = cache_folder()
     assert folder is not None
     (folder / VERDICTS).write_text(text)
-    assert usable_kernels(child=SCRIPT, environment=fates()) == set(wanted_kernels(host_target()))
+    assert usable_kernels(child=SCRIPT, environment=fates()) == set(NAMES)
 
 
 def test_usable_kernels_in_two_processes_at_once_are_tried_once(fates: Fates) -> None:
@@ -191,7 +190,7 @@ def test_usable_kernels_in_two_processes_at_once_are_tried_once(fates: Fates) ->
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [set(wanted_kernels(host_target()))] * 4
+    assert found == [set(NAMES)] * 4
     assert fates.n_started == 1
 
 
@@ -199,7 +198,7 @@ def test_usable_kernels_without_any_folder_to_write_to_still_tries(
     fates: Fates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(check, "cache_folder", lambda: None)
-    assert usable_kernels(child=SCRIPT, environment=fates()) == set(wanted_kernels(host_target()))
+    assert usable_kernels(child=SCRIPT, environment=fates()) == set(NAMES)
     usable_kernels(child=SCRIPT, environment=fates())
     assert fates.n_started == 2  # nothing can be kept
 
@@ -230,7 +229,7 @@ def test_every_kernel_has_cases() -> None:
 def test_usable_kernels_that_were_stopped_go_on_where_they_were(
     fates: Fates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = wanted_kernels(host_target())
+    wanted = NAMES
     assert untried_kernels() == wanted
     run_child = check._run_child
 

@@ -14,23 +14,21 @@ import pytest
 import torch
 
 from server.ops.cpu import features
-from server.ops.cpu.check import NAMES, try_kernels, wanted_kernels
+from server.ops.cpu.check import NAMES, try_kernels
 from server.ops.cpu.features import Form, Target
+from server.ops.cpu.linear import LinearKernel
+from server.ops.cpu.widened import WidenedKernel
 from tests.server.ops.cpu import forms
 from tests.server.ops.cpu.kinds import KINDS, Kind, kind
 
 pytestmark = pytest.mark.skipif(
     platform.machine() not in ("x86_64", "AMD64"), reason="code for x86 cannot be made here"
 )
-FEW = ("rows", "prefill", "widened")  # compiled in seconds; the others take half a minute
+FEW = ("rows", "prefill", "rotary")  # compiled in seconds; the others take half a minute
 MAKE = (
     "import sys; from server.ops.cpu.kernels import NumbaKernels; "
     "print(sorted(NumbaKernels(usable=set(sys.argv[1:])).in_use))"
 )
-
-
-def wanted(one: Kind) -> tuple[str, ...]:
-    return wanted_kernels(Target("x86_64", one.name, frozenset(one.features)))
 
 
 def check(one: Kind, names: tuple[str, ...]) -> None:
@@ -109,29 +107,23 @@ def test_every_table_of_forms_is_tried() -> None:
     ("one", "names"),
     [
         pytest.param(kind("x86-64"), FEW, id="x86-64-few"),
-        *(pytest.param(one, wanted(one), id=one.name, marks=pytest.mark.slow) for one in KINDS),
+        *(pytest.param(one, NAMES, id=one.name, marks=pytest.mark.slow) for one in KINDS),
     ],
 )
 def test_kernels_for_any_kind_are_made_and_equal_float64(one: Kind, names: tuple[str, ...]) -> None:
     check(one, names)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("one", KINDS, ids=lambda one: one.name)
-def test_linear_for_any_kind_is_made_and_equals_float64(one: Kind) -> None:
-    """Also where the server does not use it: its tests make it on every machine."""
-    check(one, ("linear",))
+def test_base_products_in_panels_pay_only_where_pairs_are_multiplied_and_no_matrices() -> None:
+    targets = [Target("x86_64", one.name, frozenset(one.features)) for one in KINDS]
+    assert [one.name for one in targets if LinearKernel.pays_on(one)] == ["znver4"]
 
 
-def test_linear_is_wanted_only_where_bfloat16_pairs_are_multiplied_and_no_matrices() -> None:
-    assert [one.name for one in KINDS if "linear" in wanted(one)] == ["znver4"]
-    assert all(set(wanted(one)) >= set(NAMES) - {"linear", "widened"} for one in KINDS)
-
-
-def test_widened_is_wanted_only_where_no_unit_multiplies_bfloat16() -> None:
+def test_base_products_in_float32_pay_only_where_no_unit_multiplies_bfloat16() -> None:
+    targets = [Target("x86_64", one.name, frozenset(one.features)) for one in KINDS]
     without = [one.name for one in KINDS if not set(one.features) & {"avx512bf16", "amx-bf16"}]
     assert without
-    assert [one.name for one in KINDS if "widened" in wanted(one)] == without
+    assert [one.name for one in targets if WidenedKernel.pays_on(one)] == without
 
 
 def test_kind_without_the_kernel_fails() -> None:

@@ -92,7 +92,10 @@ def test_only_float32_of_bfloat16_numbers_and_an_even_width_is_taken(
     assert not kernel.takes(weight)
 
 
-def test_kernels_hold_a_weight_in_bfloat16_only_if_nothing_is_lost() -> None:
+def test_kernels_hold_a_weight_in_bfloat16_only_if_nothing_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(WidenedKernel, "pays_on", lambda target: True)
     kernels = NumbaKernels(usable={"widened"})
     weight = weight_of(32, 16)
     assert kernels.linear(weight).held_itemsize == 2
