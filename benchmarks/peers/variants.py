@@ -2,9 +2,9 @@
 
     python -m benchmarks.peers.variants --base BASE --finetuned A --finetuned B --count 128
 
-deltas       each fine-tune compressed once; every further one has the codes of all its matrices
-             shuffled (same sizes, same codec, other contents everywhere), written and hashed by the
-             compressor's own writer
+deltas       each fine-tune compressed once by the default codec; every further one has the codes
+             of all its terms shuffled (same sizes, same settings, other contents everywhere),
+             written and hashed by the compressor's own writer
 adapters     PEFT LoRAs of random factors over every linear layer
 checkpoints  links to the fine-tunes in turn: a swap reads as many bytes whatever they are, but the
              page cache holds two checkpoints, not N, which favours the system that swaps
@@ -19,7 +19,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,20 +33,31 @@ from compressor.artifact.reader import Artifact, read_artifact
 from compressor.artifact.writer import ArtifactWriter
 from compressor.codecs import Term
 from compressor.codecs.blockdiag import BlockDiagTerm, blockdiag_from_codes
+from compressor.codecs.lowrank import Factor, LowRankTerm
+from compressor.codecs.packing import pack_bits
+from compressor.codecs.quantize import QUANT_BITS
+from compressor.codecs.rows import RowsTerm, rows_from_codes
 from compressor.compress.options import NO_CODER, Options
 from compressor.compress.pipeline import compress
 
+CODEC = "auto"
 RATIO = 64.0
 RANK = 32
+FACTORS: tuple[Factor, ...] = ("a", "b")
 FORMS = ("deltas", "adapters", "checkpoints")
 
 
 def make_deltas(
-    base: Path, finetuned: Sequence[Path], out: Path, count: int, ratio: float = RATIO
+    base: Path,
+    finetuned: Sequence[Path],
+    out: Path,
+    count: int,
+    ratio: float = RATIO,
+    codec: str = CODEC,
 ) -> None:
     """Write `count` artifacts of distinct contents to `out`."""
     # Codes in any order are no longer what a coder expects; without one all sizes are equal.
-    options = Options(codec="blockdiag", ratio=ratio, entropy=NO_CODER)
+    options = Options(codec=codec, ratio=ratio, entropy=NO_CODER)
     real: list[Artifact] = []
     for index, name in enumerate(variant_names(count)):
         path = out / name
@@ -71,12 +82,28 @@ def _write_shuffled(artifact: Artifact, path: Path, seed: int) -> None:
 
 
 def _shuffled(term: Term, generator: torch.Generator) -> Term:
-    if not isinstance(term, BlockDiagTerm):
-        raise PeersError(f"cannot shuffle codec {term.codec}; compress with blockdiag")
-    order = torch.randperm(len(term.codes), generator=generator)
-    codes = term.codes[order]
-    form = term.n_blocks, term.bits, codes, term.scales, term.unit, term.scale_bits
-    return blockdiag_from_codes(term.shape, *form)
+    def shuffled(codes: torch.Tensor) -> torch.Tensor:
+        order = torch.randperm(codes.numel(), generator=generator)
+        return codes.flatten()[order].view(codes.shape)
+
+    if isinstance(term, BlockDiagTerm):
+        form = term.n_blocks, term.bits, shuffled(term.codes), term.scales, term.unit
+        return blockdiag_from_codes(term.shape, *form, term.scale_bits)
+    if isinstance(term, RowsTerm):
+        codes = shuffled(term.codes)
+        return rows_from_codes(term.shape, term.bits, term.index, codes, term.scales, term.unit)
+    if isinstance(term, LowRankTerm) and term.bits in QUANT_BITS:
+        parts = {name: _shuffled_factor(term, name, shuffled) for name in FACTORS}
+        return replace(term, stored=term.stored | parts)
+    raise PeersError(f"cannot shuffle codec {term.codec}; compress with auto or blockdiag")
+
+
+def _shuffled_factor(
+    term: LowRankTerm, name: Factor, shuffled: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    if term.in_columns(name):  # whole bytes of codes
+        return shuffled(term.stored[name])
+    return pack_bits(shuffled(term.codes(name)).flatten(), term.bits)
 
 
 def make_adapters(base: Path, out: Path, count: int, rank: int = RANK) -> None:
@@ -182,10 +209,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=128)
     parser.add_argument("--dir", type=Path, default=DEFAULT_DIR)
     parser.add_argument("--ratio", type=float, default=RATIO)
+    parser.add_argument("--codec", choices=("auto", "blockdiag"), default=CODEC)
     parser.add_argument("--rank", type=int, default=RANK)
     args = parser.parse_args(argv)
     out = args.dir / "variants"
-    make_deltas(args.base, args.finetuned, out / "deltas", args.count, args.ratio)
+    make_deltas(args.base, args.finetuned, out / "deltas", args.count, args.ratio, args.codec)
     make_adapters(args.base, out / "adapters", args.count, args.rank)
     link_checkpoints(args.finetuned, out / "checkpoints", args.count)
     for form in FORMS:
