@@ -128,6 +128,10 @@ class TimedTerms:
         self._terms = terms
         self.product = clock.wrap(JOINED, terms.product)
 
+    def use(self, linear: LinearOp) -> None:
+        """See `JoinedTerms`. They must see their own kind of linear."""
+        self._terms.use(getattr(linear, "inner", linear))
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._terms, name)
 
@@ -149,9 +153,8 @@ class TimedKernels:
     def joined_terms(
         self, linear: LinearOp, n_outputs: int, dtype: torch.dtype
     ) -> JoinedTerms | None:
-        """See `Kernels`. The terms' product must see its own kind of linear."""
-        bare = getattr(linear, "inner", linear)
-        terms = self._inner.joined_terms(bare, n_outputs, dtype)
+        """See `Kernels`."""
+        terms = self._inner.joined_terms(linear, n_outputs, dtype)
         return None if terms is None else TimedTerms(terms, self._clock)
 
     def linear(self, weight: Tensor) -> LinearOp:
