@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from compressor.codecs.columns import unpack_columns
 from server.ops.blockdiag import BlockDiagOp, blockdiag_rows_add_
 from server.ops.packed import PackedBlocks
 from server.ops.row_mapping import Places, RowMapping
@@ -55,6 +56,7 @@ class PackedLowRank:
         m = up_codes.shape[2]
         unit = torch.ones((n_slots, 1), dtype=torch.float32, device=gains.device)
         self.gains, self.bits, self._make_op = gains, bits, make_op
+        self._downs: dict[int, Tensor] = {}  # float32 [k, n], by place, see `look_up_at`
         self.down = PackedBlocks(
             down_codes[:, None], down_scales[:, None], down_units, (self.rank,), n, bits, place_of
         )
@@ -88,6 +90,20 @@ class PackedLowRank:
         shrink.add_([hidden], x, segments)
         hidden.mul_(self.gains[places])
         expand.add_([y], hidden, segments)
+
+    def look_up_at(self, ids: Tensor, place: int) -> Tensor:
+        """`look_up` of rows of one place that the host knows. What `down` dequantises to is kept:
+        it is small, and a step of a few rows would spend its time on that.
+        """
+        codes = unpack_columns(self.up.codes[place, 0][:, ids], self.bits, self.rank).T.float()
+        hidden = (codes - ((1 << self.bits) - 1) / 2).mul_(self.gains[place])
+        if place not in self._downs:
+            self._downs[place] = self.down.values(place)[0].T.contiguous()
+        return hidden @ self._downs[place]
+
+    def forget(self, place: int) -> None:
+        """There are other factors at this place now."""
+        self._downs.pop(place, None)
 
     def look_up(self, ids: Tensor, places: Tensor) -> Tensor:
         """``dW[place][id]``, the embedding's side: ids int64 [t], places int64 [t] or [1] ->

@@ -97,7 +97,14 @@ class PackedLowRankPool(FactorPool):
         return HeldLowRank(self._op, self.places.shown)
 
     def look_up(self, ids: Tensor, places: Tensor) -> Tensor:
-        return self.held.factors.look_up(ids, places)
+        factors = self.held.factors
+        if len(places) == 1 and places.device.type == "cpu":
+            return factors.look_up_at(ids, int(places))
+        return factors.look_up(ids, places)
+
+    def show(self, slot: int) -> None:
+        self.held.factors.forget(self.places[slot])
+        super().show(slot)
 
 
 class LowRankPool(FactorPool):
