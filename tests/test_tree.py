@@ -105,7 +105,6 @@ ELSEWHERE = {
     "server.deltas.pools.blockdiag": "tests/server/deltas/pools/test_geometry.py",
     "server.deltas.pools.dense": "tests/server/deltas/pools/test_geometry.py",
     "server.deltas.pools.impart": "tests/server/deltas/pools/test_geometry.py",
-    "server.deltas.pools.lowrank": "tests/server/deltas/pools/test_geometry.py",
     "server.deltas.pools.rows": "tests/server/deltas/pools/test_geometry.py",
     "server.deltas.residency": "tests/server/engine/step/test_static_step_parity.py",
     "server.engine.accounting": "tests/server/engine/test_core.py",

@@ -1,8 +1,9 @@
 """Terms that have been decoded, tried once before their variant is first served.
 
-For every parameter a few random rows go through the pool and kernel that will serve them, against
-the codec's own reference in float32. The pool is one that nobody else knows of, with one place and
-a row mapping of its own, so that steps may run meanwhile; on a GPU on a stream of its own.
+A few random rows go through the pool, the product and the kernel that will serve them, against the
+codec's own reference in float32: for every form of terms that the variant has, of one parameter.
+The pool is one that nobody else knows of, with one place and a row mapping of its own, so that
+steps may run meanwhile; on a GPU on a stream of its own.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from compressor.codecs.term import TensorDelta, Term
 from server.deltas.failures import TermsDiffer
 from server.deltas.parameter import DeltaParameter, PoolKey, StagedParameter
 from server.deltas.pools.base import PoolParts, TermPool
+from server.ops.joined import Joined
+from server.ops.linear import TorchLinear
 from server.ops.row_mapping import BASE_SLOT, RowMapping, Segment
 
 SLOT = 0
@@ -25,20 +28,28 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.04, torch.float16: 0.01}
 
 
 class VariantTrial:
-    """All terms of one variant; of experts those of one expert for every projection and geometry:
-    the others' lie in the same arrays and go through the same kernel, and there may be thousands.
+    """The terms of one variant. Of those of one form, which the same kernel reads in the same way
+    (there are dozens of layers, and thousands of experts), the first are tried.
     """
 
     def __init__(self) -> None:
-        self._tried: set[tuple[DeltaParameter, PoolKey]] = set()
+        self._tried: set[object] = set()
 
     def __call__(self, delta: TensorDelta, staged: StagedParameter) -> None:
         """Raises TermsDiffer; see `try_terms`."""
         parameter = staged.parameter
-        kinds = {(parameter.home, key) for key, _ in staged.terms}
-        if parameter.home is parameter or not kinds <= self._tried:
+        use = parameter.home is parameter, parameter.is_multiplied, parameter.is_looked_up
+        forms = {(parameter.shape, parameter.dtype, *use, key) for key, _ in staged.terms}
+        if not forms <= self._tried:
             try_terms(delta, staged)
-            self._tried |= kinds
+            self._tried |= forms
+
+
+class _Zeros(TorchLinear):
+    """A product that leaves nothing but the terms."""
+
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return x.new_zeros((len(x), self._weight.shape[0]))
 
 
 @torch.inference_mode()
@@ -63,6 +74,11 @@ def _pool_of_one(parameter: DeltaParameter, key: PoolKey, parts: PoolParts) -> T
     """A pool that has these parts at its only place, shown."""
     pool = parameter.new_pool(key)
     pool.map_slots(torch.zeros(1, dtype=torch.int32, device=parameter.device))
+    if parameter.joins:  # a product of its own does what the parameter's would
+        m, n = parameter.shape
+        nothing = _Zeros(torch.empty((m, n), device="meta"))
+        terms = parameter.kernels.joined_terms(nothing, m, parameter.dtype)
+        pool.join([] if terms is None else [Joined(terms, 0)])
     place = pool.places.reserve(SLOT)
     arrays = pool.grown_arrays(parts, place)
     for array, part in zip(arrays, parts, strict=True):
@@ -77,8 +93,11 @@ def _product(pool: TermPool, term: Term, dtype: torch.dtype) -> tuple[Tensor, Te
     m, n = term.shape
     rows = RowMapping(ROWS, pool.device)
     x = torch.randn((rows.n_rows, n), generator=_generator()).to(dtype)
-    y = torch.zeros((rows.n_rows, m), dtype=dtype, device=pool.device)
-    pool.add_(y, x.to(pool.device), rows)
+    if pool.joins:
+        y = pool.joins[0].terms.product(x.to(pool.device), rows)
+    else:
+        y = torch.zeros((rows.n_rows, m), dtype=dtype, device=pool.device)
+        pool.add_(y, x.to(pool.device), rows)
     return y, _of_slot(term.apply(x.float()))
 
 

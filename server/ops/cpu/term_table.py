@@ -8,6 +8,7 @@ rows, and room for what the heads shrink to.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Hashable
 from typing import NamedTuple, Protocol
 
@@ -54,8 +55,8 @@ class _Listed(NamedTuple):
     hidden_bytes: int
 
 
-class Scratch:
-    """Memory of one call after the other."""
+class Scratch(threading.local):
+    """Memory of one call after the other, of each thread: steps are one, a loader's trial another."""
 
     def __init__(self) -> None:
         self._bytes = np.empty(0, np.uint8)
@@ -70,9 +71,7 @@ class Scratch:
 
 
 class TermTable:
-    """Descriptors and lists of one product with outputs in panels. One thread at a time, and so the
-    tables that share `scratch`.
-    """
+    """Descriptors and lists of one product with outputs in panels. One thread at a time."""
 
     def __init__(
         self, n_outputs: int, width: int, item: int, pieces: KnownPieces, scratch: Scratch
