@@ -56,7 +56,7 @@ class _Listed(NamedTuple):
 
 
 class Scratch(threading.local):
-    """Memory of one call after the other, of each thread: steps are one, a loader's trial another."""
+    """Memory of one call after the other. Each thread has its own: a loader tries terms."""
 
     def __init__(self) -> None:
         self._bytes = np.empty(0, np.uint8)
