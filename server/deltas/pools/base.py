@@ -172,7 +172,11 @@ class FactorPool(TermPool):
             add_where_(y, self.look_up(ids, held.clamp(min=0)).float(), held >= 0)
             return
         for place, part in segments_at(rows, self.places.shown):
-            y[part] += self.look_up(ids[part], torch.tensor([place], device=y.device))
+            y[part] += self.look_up_at(ids[part], place)
+
+    def look_up_at(self, ids: Tensor, place: int) -> Tensor:
+        """`look_up` of one place that the host knows: not in a step whose rows are data."""
+        return self.look_up(ids, torch.tensor([place], device=ids.device))
 
 
 def copy_into(arrays: PoolParts, old: PoolParts) -> None:

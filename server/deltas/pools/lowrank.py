@@ -97,10 +97,10 @@ class PackedLowRankPool(FactorPool):
         return HeldLowRank(self._op, self.places.shown)
 
     def look_up(self, ids: Tensor, places: Tensor) -> Tensor:
-        factors = self.held.factors
-        if len(places) == 1 and places.device.type == "cpu":
-            return factors.look_up_at(ids, int(places))
-        return factors.look_up(ids, places)
+        return self.held.factors.look_up(ids, places)
+
+    def look_up_at(self, ids: Tensor, place: int) -> Tensor:
+        return self.held.factors.look_up_at(ids, place)
 
     def show(self, slot: int) -> None:
         self.held.factors.forget(self.places[slot])
