@@ -42,7 +42,7 @@ def compile_ahead() -> None:
 
 def _compile() -> int:
     # Here, because they import torch and numba: --help should answer at once.
-    from server.ops.cpu.check import NAMES, usable_kernels
+    from server.ops.cpu.check import usable_kernels, wanted_kernels
     from server.ops.cpu.compile import cache_folder, is_kept
     from server.ops.cpu.features import host_target
 
@@ -54,7 +54,7 @@ def _compile() -> int:
             err=True,
         )
         return FAILED
-    wanted = NAMES
+    wanted = wanted_kernels(target)
     usable = usable_kernels()
     typer.echo(f"{len(usable)} of {len(wanted)} CPU kernels for {target} are ready in {folder}")
     return FAILED if len(usable) < len(wanted) else 0

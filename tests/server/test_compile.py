@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 from server import __main__
 from server.compile import compile_app
 from server.ops.cpu import check
-from server.ops.cpu.check import NAMES
+from server.ops.cpu.check import wanted_kernels
 from server.ops.cpu.features import host_target
 from server.process import logs
 
-WANTED = frozenset(NAMES)
+WANTED = frozenset(wanted_kernels(host_target()))
 
 
 @pytest.mark.parametrize("usable", [WANTED, WANTED - {"rows"}])

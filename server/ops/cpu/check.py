@@ -27,7 +27,7 @@ from typing import IO
 from filelock import FileLock, Timeout
 
 from server.ops.cpu.compile import VERDICTS, cache_folder, cache_root_of
-from server.ops.cpu.features import host_target
+from server.ops.cpu.features import Target, host_target
 
 log = logging.getLogger(__name__)
 
@@ -42,16 +42,25 @@ PACKAGES = Path(__file__).resolve().parents[3]
 Verdicts = dict[str, str | None]  # kernel -> what is wrong with it
 
 
+def wanted_kernels(target: Target) -> tuple[str, ...]:
+    """Those that are of use on this CPU: without units for bfloat16 the server computes in float32,
+    and `linear` takes minutes to compile.
+    """
+    useful = {"linear": target.has_bf16_products}
+    return tuple(name for name in NAMES if useful.get(name, True))
+
+
 def untried_kernels() -> tuple[str, ...]:
-    """Kernels without a verdict: nobody has compiled them here, see `usable_kernels`."""
+    """Wanted kernels without a verdict: nobody has compiled them here, see `usable_kernels`."""
     known = _read(_path(cache_folder()))
-    return tuple(name for name in NAMES if name not in known)
+    return tuple(name for name in wanted_kernels(host_target()) if name not in known)
 
 
 def passed_kernels() -> frozenset[str]:
     """The kernels that passed their trial before; nothing is compiled."""
     known = _read(_path(cache_folder()))
-    return frozenset(name for name in NAMES if name in known and known[name] is None)
+    wanted = wanted_kernels(host_target())
+    return frozenset(name for name in wanted if name in known and known[name] is None)
 
 
 def usable_kernels(
@@ -64,7 +73,7 @@ def usable_kernels(
     child, environment: see `try_kernels`.
     """
     target, folder = host_target(), cache_folder()
-    names = NAMES
+    names = wanted_kernels(target)
     path = _path(folder)
     verdicts = _read(path)
     if not verdicts.keys() >= set(names):

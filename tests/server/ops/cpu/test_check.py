@@ -19,12 +19,12 @@ import torch
 
 from server.ops.cpu import check, compile
 from server.ops.cpu.check import (
-    NAMES,
     VERDICTS,
     passed_kernels,
     try_kernels,
     untried_kernels,
     usable_kernels,
+    wanted_kernels,
 )
 from server.ops.cpu.check_child import END_WITH_STDIN, deviations, find_problem
 from server.ops.cpu.compile import cache_folder, cache_key
@@ -152,7 +152,7 @@ def test_usable_kernels_leaves_out_what_failed_and_warns_at_every_start(
     fates: Fates, caplog: pytest.LogCaptureFixture
 ) -> None:
     environment = fates(attention="crash", rows="is wrong in float32")
-    expected = set(NAMES) - {"attention", "rows"}
+    expected = set(wanted_kernels(host_target())) - {"attention", "rows"}
     for _ in range(2):
         caplog.clear()
         assert usable_kernels(child=SCRIPT, environment=environment) == expected
@@ -178,7 +178,7 @@ def test_usable_kernels_verdicts_that_cannot_be_read_are_made_anew(fates: Fates,
     folder = cache_folder()
     assert folder is not None
     (folder / VERDICTS).write_text(text)
-    assert usable_kernels(child=SCRIPT, environment=fates()) == set(NAMES)
+    assert usable_kernels(child=SCRIPT, environment=fates()) == set(wanted_kernels(host_target()))
 
 
 def test_usable_kernels_in_two_processes_at_once_are_tried_once(fates: Fates) -> None:
@@ -193,7 +193,7 @@ def test_usable_kernels_in_two_processes_at_once_are_tried_once(fates: Fates) ->
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [set(NAMES)] * 4
+    assert found == [set(wanted_kernels(host_target()))] * 4
     assert fates.n_started == 1
 
 
@@ -201,7 +201,7 @@ def test_usable_kernels_without_any_folder_to_write_to_still_tries(
     fates: Fates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(check, "cache_folder", lambda: None)
-    assert usable_kernels(child=SCRIPT, environment=fates()) == set(NAMES)
+    assert usable_kernels(child=SCRIPT, environment=fates()) == set(wanted_kernels(host_target()))
     usable_kernels(child=SCRIPT, environment=fates())
     assert fates.n_started == 2  # nothing can be kept
 
@@ -224,7 +224,7 @@ def test_every_kernel_has_cases() -> None:
     from server.ops.cpu.check_child import OF_KERNEL
 
     names = [name for name, _ in deviations(NumbaKernels(usable=()), torch.bfloat16)]
-    assert tuple(OF_KERNEL) == NAMES
+    assert tuple(OF_KERNEL) == wanted_kernels(host_target())
     for starts in OF_KERNEL.values():
         assert all(any(name.startswith(start) for name in names) for start in starts)
 
@@ -232,7 +232,7 @@ def test_every_kernel_has_cases() -> None:
 def test_usable_kernels_that_were_stopped_go_on_where_they_were(
     fates: Fates, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    wanted = NAMES
+    wanted = wanted_kernels(host_target())
     assert untried_kernels() == wanted
     run_child = check._run_child
 

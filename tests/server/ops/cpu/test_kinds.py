@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from server.ops.cpu import features
-from server.ops.cpu.check import NAMES, try_kernels
+from server.ops.cpu.check import NAMES, try_kernels, wanted_kernels
 from server.ops.cpu.features import Form, Target
 from server.ops.cpu.linear import LinearKernel
 from server.ops.cpu.widened import WidenedKernel
@@ -112,6 +112,14 @@ def test_every_table_of_forms_is_tried() -> None:
 )
 def test_kernels_for_any_kind_are_made_and_equal_float64(one: Kind, names: tuple[str, ...]) -> None:
     check(one, names)
+
+
+def test_linear_is_wanted_only_where_units_multiply_bfloat16() -> None:
+    targets = [Target("x86_64", one.name, frozenset(one.features)) for one in KINDS]
+    assert [one.name for one in targets if "linear" in wanted_kernels(one)] == [
+        one.name for one in targets if one.has_bf16_products
+    ]
+    assert all(set(wanted_kernels(one)) >= set(NAMES) - {"linear"} for one in targets)
 
 
 def test_base_products_in_panels_pay_only_where_pairs_are_multiplied_and_no_matrices() -> None:
