@@ -92,7 +92,7 @@ def _one_bias(key: str, bias: object) -> tuple[int, float]:
 def parse_content(value: object) -> str | None:
     """Return a chat message's text: a string, or text parts joined by newlines as vLLM does."""
     if value is None or isinstance(value, str):
-        return value if value is None else _text(value, "content")
+        return value
     if not isinstance(value, list):
         raise _problem("must be a string or a list of text parts")
     return "\n".join(_text_part(part) for part in value)
