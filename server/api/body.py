@@ -18,6 +18,7 @@ which hold the interpreter:
 from __future__ import annotations
 
 import asyncio
+import codecs
 import re
 from typing import TypeVar
 
@@ -32,7 +33,6 @@ from server.errors import ClientError, InvalidRequest
 
 Model = TypeVar("Model", bound=BaseModel)
 INLINE_BYTES = 16 << 10  # parsed in less time than another thread takes to answer
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _PLACE = re.compile(r"\d+ column \d+")
 _KINDS = {
     "duplicate key": "has an object with the same key twice",
@@ -75,7 +75,7 @@ def _validated(raw: bytes, model: type[Model]) -> Model:
 def parse_json(raw: bytes) -> object:
     """Return the JSON value in `raw`, after a byte order mark or not. Raises InvalidRequest."""
     check_bounds(raw)
-    text = raw.removeprefix(_BYTE_ORDER_MARK)
+    text = raw.removeprefix(codecs.BOM_UTF8)
     try:
         return jiter.from_json(text, allow_inf_nan=False, catch_duplicate_keys=True)
     except ValueError as error:
