@@ -18,8 +18,10 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
+import jinja2
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import _compile_jinja_template
 
 START, END = "\U000f0000", "\U000f0001"
 _MARKED = re.compile(f"{START}([^{START}{END}]*){END}|[{START}{END}]")
@@ -177,9 +179,6 @@ def _without_added_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list
 
 def literal_text(template: str) -> str:
     """Everything that the template writes of its own: its text and its constants."""
-    import jinja2
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
     tree = _compile_jinja_template(template).environment.parse(template)
     texts = {node.data for node in tree.find_all(jinja2.nodes.TemplateData)}
     constants = (node.value for node in tree.find_all(jinja2.nodes.Const))
