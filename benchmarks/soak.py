@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ from safetensors.torch import save_file
 
 from benchmarks.child import ServerChild, free_port
 from benchmarks.stream import machine
+from benchmarks.wire import EventReader
 from compressor.compress.options import NO_CODER, Options
 from compressor.compress.pipeline import compress
 
@@ -128,11 +129,12 @@ def choices_of(answer: httpx.Response) -> list[str]:
     """The text of each choice, of a stream or a whole answer."""
     if not answer.headers["content-type"].startswith("text/event-stream"):
         return [choice["text"] for choice in answer.json()["choices"]]
+    events: list[bytes] = []
+    EventReader(events.append).feed(answer.content)
     texts: dict[int, str] = {}
-    for line in answer.text.split("\n\n"):
-        data = line.removeprefix("data: ")
-        if data.startswith("{"):
-            for choice in json.loads(data)["choices"]:
+    for event in events:
+        if event != b"[DONE]":
+            for choice in json.loads(event)["choices"]:
                 texts[choice["index"]] = texts.get(choice["index"], "") + choice["text"]
     return [texts[index] for index in sorted(texts)]
 
@@ -246,7 +248,7 @@ async def soak(
     return tally, references, sizes
 
 
-def lines(tally: Tally, references: Mapping[str, Sequence[str]], sizes: list[int]) -> Iterator[str]:
+def lines(tally: Tally, references: References, sizes: Sequence[int]) -> Iterator[str]:
     """The report."""
     judged = ", ".join(
         f"{name} {tally.verdicts[name]}" for name in ("right", "wrong", "foreign", "unknown")
@@ -255,7 +257,7 @@ def lines(tally: Tally, references: Mapping[str, Sequence[str]], sizes: list[int
     yield f"answers judged: {judged}; not judged (sampled): {tally.n_unjudged}"
     yield f"at most {tally.n_tokens} tokens; left early {tally.n_left}; statuses {statuses}"
     yield f"replaced under a name: {tally.n_replaced}"
-    alike = n_alike({digest: list(texts) for digest, texts in references.items()})
+    alike = n_alike(references)
     yield f"{len(references)} digests, {len(QUESTIONS)} questions, pairs answered alike: {alike}"
     yield f"memory by the minute, MB: {', '.join(f'{size / 1e6:,.0f}' for size in sizes)}"
 
