@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from compressor.checkpoint.headers import slice_name
 from compressor.checkpoint.layout import Layout, empty_model
+from compressor.checkpoint.stored_form import saved_tensors
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -34,15 +35,10 @@ def expert_parts(model: Module, name: str, n_experts: int, n_rows: int) -> dict[
     gives; empty if it stores the parameter as it is, or does more to it than to share out rows.
     """
     import torch
-    from transformers.core_model_loading import revert_weight_conversion
 
     numbers = torch.arange(n_experts * n_rows).reshape(n_experts, n_rows, 1)
-    try:
-        saved = revert_weight_conversion(model, {name: numbers})
-    except (ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError):
-        return {}
     found = {}
-    for part, rows in saved.items():
+    for part, rows in saved_tensors(model, {name: numbers}).items():
         if rows.ndim != 2 or rows.shape[1] != 1 or not len(rows):
             return {}
         first, last = int(rows[0]), int(rows[-1])

@@ -8,7 +8,7 @@ projections). The mapping is asked for every stored name, as loading asks it.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from compressor.checkpoint.headers import slice_name
 from compressor.checkpoint.parameter import Kind, Parameter, storable_shape
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.nn import Module
 
 # What wrappers of a model put before or into its names: torch.compile, FSDP, activation
@@ -69,6 +70,19 @@ class _Place:
     converted: bool
 
 
+def saved_tensors(model: Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What transformers' `save_pretrained` writes for `tensors`, given by the model's names.
+
+    Empty if it cannot turn the conversion round.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    try:
+        return dict(revert_weight_conversion(model, dict(tensors)))
+    except (ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError):
+        return {}
+
+
 class Conversions:
     """transformers' mapping from stored names to the parameters of `model`.
 
@@ -111,13 +125,7 @@ class Conversions:
 
         Empty if it cannot turn the conversion round.
         """
-        from transformers.core_model_loading import revert_weight_conversion
-
-        tensors = {name: self._tensors[name] for name in targets}
-        try:
-            saved = revert_weight_conversion(self._model, dict(tensors))
-        except (ValueError, RuntimeError, KeyError, AttributeError, NotImplementedError):
-            return {}
+        saved = saved_tensors(self._model, {name: self._tensors[name] for name in targets})
         return {name: tuple(part.shape) for name, part in saved.items()}
 
     def _with_prefix(self, name: str) -> str | None:
