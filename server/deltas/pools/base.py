@@ -35,7 +35,6 @@ class TermPool(ABC):
     steps read what there is; `adopt`, `show` and `hide` belong to the engine thread.
     """
 
-    bits: int = 16  # of its codes; of what is not packed: of its values
     joins: tuple[Joined, ...] = ()  # products that add its terms as part of theirs
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
@@ -55,13 +54,8 @@ class TermPool(ABC):
         """Keep ``place_of int32 [slots]`` (zeros) up to date. Before anything is reserved."""
         self.places.place_of = place_of
 
-    def join(self, products: Iterable[Joined]) -> None:
+    def join(self, products: Iterable[Joined]) -> None:  # noqa: B027  packed codes alone are joined
         """Let these products add its terms, those that can. Before there are any arrays."""
-        self.joins = tuple(product for product in products if product.terms.takes(self.bits))
-
-    def joined_arrays(self, arrays: PoolParts) -> TermArrays:
-        """What a product gets; asked of pools with packed codes only."""
-        raise NotImplementedError
 
     @property
     def idle(self) -> bool:
@@ -89,8 +83,6 @@ class TermPool(ABC):
         """From now on these are the arrays; if that fails, what there was stays."""
         self._take(arrays)
         self.arrays, self.capacity = arrays, len(arrays[0])
-        for terms, first in self.joins:
-            terms.put(self, self.joined_arrays(arrays), first)
 
     def _take(self, arrays: PoolParts) -> None:  # noqa: B027  most have nothing to make
         """Make what reads these arrays from now on; if that fails, what there was stays."""
@@ -102,19 +94,13 @@ class TermPool(ABC):
     def show(self, slot: int) -> None:
         """From the next step on, rows of `slot` get this pool's terms."""
         self.places.show(slot)
-        for terms, _ in self.joins:
-            terms.show(self, slot, self.places[slot])
 
     def hide(self, slot: int) -> None:
         """The slot's terms are no longer applied; its place may be given away."""
-        for terms, _ in self.joins:
-            terms.hide(self, slot)
         self.places.release(slot)
 
-    def leave(self) -> None:
+    def leave(self) -> None:  # noqa: B027  who is joined tells the product
         """Nobody has a place here any more, and the arrays go."""
-        for terms, _ in self.joins:
-            terms.drop(self)
 
     @property
     def slot_map(self) -> Tensor:
@@ -139,6 +125,38 @@ class TermPool(ABC):
     @abstractmethod
     def add_rows_(self, y: Tensor, ids: Tensor, rows: RowMapping) -> None:
         """``y [T, n] += dW[slot of row][id]``: the embedding's side of the same matrix."""
+
+
+class PackedPool(TermPool):
+    """A pool of packed codes, which products may add as part of theirs."""
+
+    bits: int
+
+    def join(self, products: Iterable[Joined]) -> None:
+        self.joins = tuple(product for product in products if product.terms.takes(self.bits))
+
+    @abstractmethod
+    def joined_arrays(self, arrays: PoolParts) -> TermArrays:
+        """What a product gets of these arrays."""
+
+    def adopt(self, arrays: PoolParts) -> None:
+        super().adopt(arrays)
+        for terms, first in self.joins:
+            terms.put(self, self.joined_arrays(arrays), first)
+
+    def show(self, slot: int) -> None:
+        super().show(slot)
+        for terms, _ in self.joins:
+            terms.show(self, slot, self.places[slot])
+
+    def hide(self, slot: int) -> None:
+        for terms, _ in self.joins:
+            terms.hide(self, slot)
+        super().hide(slot)
+
+    def leave(self) -> None:
+        for terms, _ in self.joins:
+            terms.drop(self)
 
 
 class FactorPool(TermPool):

@@ -12,7 +12,7 @@ from torch import Tensor
 from compressor.codecs.blockdiag import BlockDiagTerm
 from compressor.codecs.columns import pack_columns, packed_rows
 from compressor.codecs.term import Shape, Term
-from server.deltas.pools.base import ArrayStore, PoolParts, TermPool, copy_into
+from server.deltas.pools.base import ArrayStore, PackedPool, PoolParts, copy_into
 from server.deltas.pools.places import SlotPlaces, grown
 from server.ops.blockdiag import BlockDiagOp
 from server.ops.joined import TermArrays
@@ -29,7 +29,7 @@ class BlockGeometry(NamedTuple):
     scale_bits: int
 
 
-class BlockDiagPool(TermPool):
+class BlockDiagPool(PackedPool):
     """Parts: packed codes [s, byte rows, mb], scales float16 or uint8 [s, mb], unit float32 [1].
 
     shared  set if the arrays are slices of ones that a whole projection group uses

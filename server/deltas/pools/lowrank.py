@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from compressor.codecs.columns import pack_columns
 from compressor.codecs.lowrank import LowRankTerm
 from compressor.codecs.term import Shape, Term
-from server.deltas.pools.base import FactorPool, PoolParts
+from server.deltas.pools.base import FactorPool, PackedPool, PoolParts
 from server.ops.factors import LowRankFactors, lowrank_rows
 from server.ops.kernels import Kernels
 from server.ops.lowrank import HeldLowRank, PackedLowRank
@@ -28,7 +28,7 @@ class LowRankGeometry(NamedTuple):
     bits: int
 
 
-class PackedLowRankPool(FactorPool):
+class PackedLowRankPool(PackedPool, FactorPool):
     """Parts: those of `PackedLowRank` without the slot axis, of a rank rounded up so that variants
     of about the same rank share the pool; components that are not there have scale 0.
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 from compressor.codecs.columns import pack_columns
 from compressor.codecs.rows import RowsTerm
 from compressor.codecs.term import Shape, Term
-from server.deltas.pools.base import PoolParts, TermPool, segments_at
+from server.deltas.pools.base import PackedPool, PoolParts, segments_at
 from server.ops.blockdiag import BlockDiagOp
 from server.ops.joined import TermArrays
 from server.ops.kernels import Kernels
@@ -28,7 +28,7 @@ class RowsGeometry(NamedTuple):
     bits: int
 
 
-class RowsPool(TermPool):
+class RowsPool(PackedPool):
     """Parts: packed codes [1, byte rows, K], scales uint8 [1, K], unit float32 [1], and whose rows
     they are: int64 [K], increasing. Rows that only fill up to K have scale 0.
 
