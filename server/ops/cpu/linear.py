@@ -270,7 +270,6 @@ class PanelLinear(JoinedLinear):
     """
 
     def __init__(self, kernel: LinearKernel, weight: Tensor) -> None:
-        self._kernel = kernel
         self._parallel, self._compiled = kernel.parallel, kernel.compiled
         self._shape = m, n = weight.shape
         self._n_panels = -(-m // WIDTH)

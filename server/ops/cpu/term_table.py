@@ -91,11 +91,6 @@ class TermTable:
         self._hidden_bytes: dict[int, int] = {}
         self._name_arrays()
 
-    @property
-    def slots(self) -> frozenset[int]:
-        """Those that have terms here."""
-        return frozenset(self._entries)
-
     def put(self, key: Hashable, arrays: TermArrays, first: int) -> None:
         """These arrays are what `key` stands for from now on: terms of the outputs from `first`."""
         if key not in self._of_key:

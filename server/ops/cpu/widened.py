@@ -188,7 +188,6 @@ class WidenedLinear(JoinedLinear):
     held_itemsize = 2
 
     def __init__(self, kernel: WidenedKernel, weight: Tensor) -> None:
-        self._kernel = kernel
         self._parallel, self._compiled = kernel.parallel, kernel.compiled
         self._shape = m, n = weight.shape
         self._n_panels = -(-m // WIDTH)

@@ -10,7 +10,6 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from server.ops.cpu.codegen.bfloat import bits_of_bf16
 from server.ops.cpu.features import Form, chosen
 
 LANES = 16
@@ -155,50 +154,6 @@ def _add_scaled_code(is_bf16: bool) -> Callable[..., Any]:
     return codegen
 
 
-def _make_add_products(is_bf16: bool) -> Any:
-    @intrinsic
-    def add_products(typingctx, target, sums, factors, n):
-        """``target[i] += sums[i] * factors[i]`` for i < n, rounded once.
-
-        sums and factors float32, readable up to the next multiple of 16.
-        """
-        i64 = types.int64
-        return types.void(i64, i64, i64, i64), _add_products_code(is_bf16)
-
-    return add_products
-
-
-def _add_products_code(is_bf16: bool) -> Callable[..., Any]:
-    element = I16 if is_bf16 else F32
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        target, sums, factors, n = args
-
-        def added(old: Any, first: Any) -> Any:
-            product = builder.fmul(
-                _load(builder, sums, first, False), _load(builder, factors, first, False)
-            )
-            total = builder.fadd(_widen(builder, old) if is_bf16 else old, product)
-            return bits_of_bf16(context, builder, total) if is_bf16 else total
-
-        whole = builder.udiv(n, I64(LANES))
-        with cgutils.for_range(builder, whole) as loop:
-            first = builder.mul(loop.index, I64(LANES))
-            place = at(builder, target, element, first, LANES)
-            old = builder.load(place, align=_bytes(element))
-            builder.store(added(old, first), place, align=_bytes(element))
-        first = builder.mul(whole, I64(LANES))
-        left = builder.sub(n, first)
-        with builder.if_then(builder.icmp_unsigned("!=", left, I64(0))):
-            mask = first_lanes(builder, left)
-            place = at(builder, target, element, first, LANES)
-            old = masked_load(builder, place, mask, element)
-            masked_store(builder, added(old, first), place, mask, element)
-        return context.get_dummy_value()
-
-    return codegen
-
-
 def _widen(builder: Any, raw: Any) -> Any:
     """Bits of bfloat16 -> float32."""
     wide = ir.VectorType(I32, LANES)
@@ -225,14 +180,6 @@ def masked_load(builder: Any, place: Any, mask: Any, element: Any) -> Any:
     return builder.call(function, [place, I32(_bytes(element)), mask, none])
 
 
-def masked_store(builder: Any, values: Any, place: Any, mask: Any, element: Any) -> None:
-    """Write the elements whose mask is set."""
-    kind = ir.FunctionType(ir.VoidType(), [values.type, place.type, I32, mask.type])
-    name = f"llvm.masked.store.v{LANES}{_name(element)}.p0"
-    function = cgutils.get_or_insert_function(builder.module, kind, name)
-    builder.call(function, [values, place, I32(_bytes(element)), mask])
-
-
 def _name(element: Any) -> str:
     return "f32" if element is F32 else f"i{element.width}"
 
@@ -243,4 +190,3 @@ def _bytes(element: Any) -> int:
 
 dot_bf16, dot_f32 = _make_dot(True), _make_dot(False)
 add_scaled_bf16, add_scaled_f32 = _make_add_scaled(True), _make_add_scaled(False)
-add_products_bf16, add_products_f32 = _make_add_products(True), _make_add_products(False)
