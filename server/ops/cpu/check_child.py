@@ -23,8 +23,9 @@ from server.ops.joined import TermArrays
 from server.ops.kernels import Kernels, TorchKernels
 from server.ops.lowrank import PackedLowRank
 from server.ops.packed import PackedBlocks, PackedRows
-from server.ops.row_mapping import Places, RowMapping, Segment
+from server.ops.row_mapping import RowMapping, Segment
 from server.ops.selfcheck import Case, cases, deviation, randoms
+from server.ops.torch_terms import TorchTerms
 
 END_WITH_STDIN = "--end-with-stdin"
 CPU = torch.device("cpu")
@@ -170,12 +171,7 @@ def _product(
 
     def run(kernels: Kernels) -> Tensor:
         linear = kernels.linear(weight)
-        joined = kernels.joined_terms(linear, len(weight), x.dtype)
-        if joined is None:
-            y = linear(x)
-            for arrays in terms:
-                _add_alone(kernels, arrays, y, x, rows, present)
-            return y
+        joined = kernels.joined_terms(linear, len(weight), x.dtype) or TorchTerms(linear)
         for arrays in terms:
             joined.put(arrays, arrays, 0)
             for slot, place in present:
@@ -183,19 +179,6 @@ def _product(
         return joined.product(x, rows)
 
     return run
-
-
-def _add_alone(
-    kernels: Kernels, arrays: TermArrays, y: Tensor, x: Tensor, rows: RowMapping, present: Places
-) -> None:
-    if isinstance(arrays, PackedLowRank):
-        arrays.add_(y, x, rows, present)
-    elif isinstance(arrays, PackedBlocks):
-        kernels.blockdiag(arrays).add_([y], x, rows.table(present))
-    else:
-        added = x.new_zeros((len(x), arrays.index.shape[1]))
-        kernels.blockdiag(arrays.blocks).add_([added], x, rows.table(present))
-        y.scatter_add_(1, arrays.index[rows.place_of_row(present)], added)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ from collections.abc import Hashable
 
 from torch import Tensor
 
+from server.ops.cpu.blockdiag import TermKernel
 from server.ops.cpu.codegen.add_piece import BITS
-from server.ops.cpu.linear import LinearKernel, PanelLinear
-from server.ops.cpu.widened import WidenedKernel, WidenedLinear
+from server.ops.cpu.linear import PanelLinear
+from server.ops.cpu.widened import WidenedLinear
 from server.ops.joined import JoinedTerms, TermArrays
 from server.ops.linear import LinearOp
 from server.ops.row_mapping import RowMapping
@@ -19,20 +20,13 @@ class NumbaTerms(JoinedTerms):
     own, else to what the base's gave.
     """
 
-    def __init__(
-        self, kernel: LinearKernel | WidenedKernel, linear: LinearOp, n_outputs: int
-    ) -> None:
+    def __init__(self, kernel: TermKernel, linear: LinearOp, n_outputs: int) -> None:
         self._kernel = kernel
         self._table = kernel.new_table(n_outputs)
         self.use(linear)
 
-    @staticmethod
-    def takes_bits(bits: int) -> bool:
-        """Whether there is a product of such codes."""
-        return bits in BITS
-
     def takes(self, bits: int) -> bool:
-        return self.takes_bits(bits)
+        return bits in BITS
 
     def use(self, linear: LinearOp) -> None:
         self._linear = linear

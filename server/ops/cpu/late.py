@@ -13,8 +13,9 @@ from torch import Tensor
 
 from server.ops.blockdiag import BlockDiagOp, TorchBlockDiag
 from server.ops.cpu.blockdiag import NumbaBlockDiag, TermKernel
+from server.ops.cpu.codegen.add_piece import BITS
 from server.ops.cpu.joined import NumbaTerms
-from server.ops.joined import TermArrays
+from server.ops.joined import JoinedTerms, TermArrays
 from server.ops.linear import LinearOp
 from server.ops.packed import PackedBlocks
 from server.ops.row_mapping import RowMapping, SlotSegments
@@ -46,49 +47,49 @@ class LateBlockDiag:
         self.current.add_(outputs, x, segments)
 
 
-class LateTerms(TorchTerms):
-    """`JoinedTerms` of the kernel that `kernel_of` gives at each call, or of torch."""
+class LateTerms(JoinedTerms):
+    """`JoinedTerms` of the kernel that `kernel_of` gives at each call, or of torch. Both are told
+    all there is, the kernel's from its first call on.
+    """
 
     def __init__(
         self, kernel_of: Callable[[], TermKernel | None], linear: LinearOp, n_outputs: int
     ) -> None:
-        super().__init__(linear)
-        self._kernel_of, self._n_outputs = kernel_of, n_outputs
+        self._kernel_of, self._linear, self._n_outputs = kernel_of, linear, n_outputs
+        self._torch = TorchTerms(linear)
         self._compiled: NumbaTerms | None = None
+        self._told: list[JoinedTerms] = [self._torch]
 
     def takes(self, bits: int) -> bool:
-        return NumbaTerms.takes_bits(bits)
+        return bits in BITS
 
     def use(self, linear: LinearOp) -> None:
-        super().use(linear)
-        if self._compiled is not None:
-            self._compiled.use(linear)
+        self._linear = linear
+        for terms in self._told:
+            terms.use(linear)
 
     def put(self, key: Hashable, arrays: TermArrays, first: int) -> None:
-        super().put(key, arrays, first)
-        if self._compiled is not None:
-            self._compiled.put(key, arrays, first)
+        for terms in self._told:
+            terms.put(key, arrays, first)
 
     def drop(self, key: Hashable) -> None:
-        super().drop(key)
-        if self._compiled is not None:
-            self._compiled.drop(key)
+        for terms in self._told:
+            terms.drop(key)
 
     def show(self, key: Hashable, slot: int, place: int) -> None:
-        super().show(key, slot, place)
-        if self._compiled is not None:
-            self._compiled.show(key, slot, place)
+        for terms in self._told:
+            terms.show(key, slot, place)
 
     def hide(self, key: Hashable, slot: int) -> None:
-        super().hide(key, slot)
-        if self._compiled is not None:
-            self._compiled.hide(key, slot)
+        for terms in self._told:
+            terms.hide(key, slot)
 
     def product(self, x: Tensor, rows: RowMapping) -> Tensor:
         kernel = self._kernel_of()
         if kernel is None:
-            return super().product(x, rows)
+            return self._torch.product(x, rows)
         if self._compiled is None:
             self._compiled = NumbaTerms(kernel, self._linear, self._n_outputs)
-            self.tell(self._compiled)
+            self._torch.tell(self._compiled)
+            self._told.append(self._compiled)
         return self._compiled.product(x, rows)
