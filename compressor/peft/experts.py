@@ -63,7 +63,9 @@ class Share:
 class TargetedParameters:
     """The parameters of a base that an adapter's ``target_parameters`` mean."""
 
-    def __init__(self, base: Checkpoint, targets: Sequence[str]) -> None:
+    def __init__(self, base: Checkpoint, targets: Sequence[str], layout: Layout) -> None:
+        self._layout = layout
+        self._shares: dict[str, dict[str, Share]] = {}
         self._model = empty_model(base.path)
         self._prefix = self._model.base_model_prefix
         self._names: dict[str, list[str]] = {}
@@ -81,8 +83,13 @@ class TargetedParameters:
                 return names[len(names) - 1 - depth]
         return None
 
-    def shares(self, name: str, layout: Layout) -> dict[str, Share]:
-        """Return what each parameter of `layout` has of the targeted one; empty if none has."""
+    def shares(self, name: str) -> dict[str, Share]:
+        """Return what each parameter of the layout has of the targeted one; empty if none has."""
+        if name not in self._shares:  # asked for both factors
+            self._shares[name] = self._find_shares(name)
+        return self._shares[name]
+
+    def _find_shares(self, name: str) -> dict[str, Share]:
         module, _, part = name.rpartition(".")
         owner = self._model.get_submodule(module)
         shape, is_turned = tuple(getattr(owner, part).shape), getattr(owner, "is_transposed", False)
@@ -93,7 +100,7 @@ class TargetedParameters:
             count, m, n = shape
             whole = {e: Share(name, (m, n), is_turned, e, count, slice(0, m)) for e in range(count)}
             found = {slice_name(name, e): share for e, share in whole.items()}
-            if slice_name(name, 0) not in layout.parameters:
+            if slice_name(name, 0) not in self._layout.parameters:
                 parts = expert_parts(self._model, name, count, m)
                 found = {
                     part: Share(
@@ -103,4 +110,4 @@ class TargetedParameters:
                 }
         else:
             found = {}
-        return found if found.keys() <= layout.parameters.keys() else {}
+        return found if found.keys() <= self._layout.parameters.keys() else {}

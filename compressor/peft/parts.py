@@ -40,12 +40,12 @@ def stored_parts(
     parts: dict[str, dict[str, str]] = {}
     shares: dict[str, Share] = {}
     common: dict[str, str] = {}
-    targeted = TargetedParameters(base, settings.targets) if settings.targets else None
+    targeted = TargetedParameters(base, settings.targets, layout) if settings.targets else None
     for key, entry in keys.items():
         if entry.part in SHARED:
             common[entry.part] = key
             continue
-        own = _shares_of(layout, key, entry, targeted)
+        own = _shares_of(key, entry, targeted)
         for name in own or [_target(layout, key, entry)]:
             parts.setdefault(name, {})[entry.part] = key
         shares |= own
@@ -59,7 +59,7 @@ def stored_parts(
 
 
 def _shares_of(
-    layout: Layout, key: str, entry: AdapterKey, targeted: TargetedParameters | None
+    key: str, entry: AdapterKey, targeted: TargetedParameters | None
 ) -> dict[str, Share]:
     """What has a share in factors of a targeted parameter; empty if the tensor is no such."""
     if targeted is None or entry.part not in ("A", "B"):
@@ -67,7 +67,7 @@ def _shares_of(
     name = targeted.find(entry.parameter.removesuffix(".weight"), entry.depth)
     if name is None:
         return {}
-    shares = targeted.shares(name, layout)
+    shares = targeted.shares(name)
     if not shares:
         raise UnsupportedTensor(
             f"{key}: factors of {name}, which the base stores otherwise, by no rule that "
