@@ -20,7 +20,7 @@ from compressor.checkpoint.layout import Layout, read_layout
 from compressor.codecs import TensorDelta
 from compressor.errors import CheckpointError, InputError, UnsupportedTensor
 from compressor.measure.comparison import Comparer, SampleBatch, padded
-from compressor.measure.samples import Sample
+from compressor.measure.samples import Sample, load_tokenizer
 from compressor.measure.texts import MAX_TEXT_TOKENS
 
 _FLOAT32_LIMIT = 2_000_000_000  # parameters; larger models run in the dtype they are stored in
@@ -55,15 +55,7 @@ def measure(
 
     unchanged  parameters without a delta that the base has other values for all the same
     """
-    import transformers
-
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(tuned, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{tuned}: --calibration needs the fine-tune's tokenizer, which cannot be loaded; put "
-            "its files beside the weights"
-        ) from error
+    tokenizer = load_tokenizer(tuned, "--calibration")
     reference, candidate = load_model(tuned), load_model(tuned)
     merge_into(candidate, base, deltas, unchanged)
     return compare(reference, candidate, encode_texts(tokenizer, texts))

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from compressor.codecs.siblings import sibling_groups
-from compressor.errors import CheckpointError, InputError
+from compressor.errors import InputError
 from compressor.measure.fidelity import encode_texts, load_model
+from compressor.measure.samples import load_tokenizer
 
 MEMORY_BYTES = 1 << 30
 
@@ -57,16 +58,7 @@ class InputMoments:
         memory_bytes: int = MEMORY_BYTES,
     ) -> InputMoments:
         """Load the model and its tokenizer. Raises CheckpointError, or InputError for the texts."""
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{directory}: calibration needs the fine-tune's tokenizer, which cannot be "
-                "loaded; put its files beside the weights"
-            ) from error
-        samples = encode_texts(tokenizer, texts)
+        samples = encode_texts(load_tokenizer(directory, "calibration"), texts)
         return cls(load_model(directory), samples, names, memory_bytes)
 
     @property

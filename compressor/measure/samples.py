@@ -49,15 +49,17 @@ class _Piece:
     counted: bool
 
 
-def load_tokenizer(path: Path) -> Any:
-    """Load the fine-tune's tokenizer; CheckpointError if it has none that can be loaded."""
+def load_tokenizer(path: Path, wanted_by: str = "evaluating") -> Any:
+    """Load the fine-tune's tokenizer; CheckpointError, which says what it is `wanted_by`, if it has
+    none that can be loaded.
+    """
     import transformers
 
     try:
         return transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{path}: evaluating needs the fine-tune's tokenizer, which cannot be loaded; put its "
+            f"{path}: {wanted_by} needs the fine-tune's tokenizer, which cannot be loaded; put its "
             "files beside the weights"
         ) from error
 
