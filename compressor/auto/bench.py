@@ -155,7 +155,7 @@ class Bench:
         costs = {}
         for pair in counted(progress, "survey", pairs, _n_elements):
             name = pair.name
-            source = DeltaSource(self._original, self._tuned, _unscaled(pair), device)
+            source = self._source(pair, device)
             found = head_costs(name, source, _oriented(weights.pop(name), pair), head_bits)
             costs[name] = replace(found, left_out=left_out.get(name, ()))
         return costs
@@ -168,12 +168,10 @@ class Bench:
         """
         names = [pair.name for pair in pairs]
         rests: dict[str, Rests] = {}
+        own_device = str(self._model.module.device)
         of_words = [p for p in pairs if group_of(p) in VOCABULARY and not p.transposed]
         for pair in counted(progress, "vocabulary", of_words, _n_elements):
-            source = DeltaSource(
-                self._original, self._tuned, _unscaled(pair), str(self._model.module.device)
-            )
-            rest = rests_of(pair.name, source, head_bits)
+            rest = rests_of(pair.name, self._source(pair, own_device), head_bits)
             rests |= {} if rest is None else {pair.name: rest}
         total: dict[str, Tensor] = {}
         left_out: dict[str, Tensor] = {}
@@ -184,12 +182,16 @@ class Bench:
             found = survey(self._model.module, names, samples, rests, share)
             cost = 0.0
             for pair in pairs:
-                source = DeltaSource(self._original, self._tuned, _unscaled(pair), device)
+                source = self._source(pair, device)
                 name = pair.name
                 cost += weighted_energy(name, source, _oriented(found.fisher[name], pair))
             add_scaled(total, found.fisher, 1.0 / max(cost, 1e-30))
             add_scaled(left_out, found.left_out, 1.0 / max(cost, 1e-30))
         return total, {name: tuple(costs.tolist()) for name, costs in left_out.items()}
+
+    def _source(self, pair: TensorPair, device: str) -> DeltaSource:
+        """What was tuned, as the fine-tune's model has it, whose gradients it is weighed with."""
+        return DeltaSource(self._original, self._tuned, replace(pair, scales=None), device)
 
 
 def why_not_measurable(
@@ -236,11 +238,6 @@ def open_bench(
 def rounded(value: float) -> float:
     """To a few significant digits: what is beyond depends on the number of threads."""
     return float(f"{value:.{_DIGITS}g}")
-
-
-def _unscaled(pair: TensorPair) -> TensorPair:
-    """As the fine-tune's model has it, whose gradients it is weighed with."""
-    return replace(pair, scales=None)
 
 
 def _n_elements(pair: TensorPair) -> int:
