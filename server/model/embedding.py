@@ -87,9 +87,11 @@ def make_delta_embedding(
 
 def count_positions(model: PreTrainedModel, tables: Mapping[nn.Embedding, int]) -> None:
     """Let these tables look up the step's positions, where they have become delta-aware."""
-    positions = StepPositions(model) if tables else None
+    if not tables:
+        return
+    positions = StepPositions(model)
     for table, first in tables.items():
-        if positions is not None and isinstance(table, DeltaEmbedding):
+        if isinstance(table, DeltaEmbedding):
             table.counted = CountedPositions(positions, first)
 
 

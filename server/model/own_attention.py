@@ -141,10 +141,10 @@ def own_attention(model: PreTrainedModel, ids: Tensor) -> list[OwnAttention]:
     found: dict[nn.Module, None] = {}
     with _Noting(model, ids.shape[1], found), torch.inference_mode():
         model(input_ids=ids, use_cache=False)
-    positions = StepPositions(model) if found else None
-    return [
-        OwnAttention(module, positions, ids.shape[1]) for module in found if positions is not None
-    ]
+    if not found:
+        return []
+    positions = StepPositions(model)
+    return [OwnAttention(module, positions, ids.shape[1]) for module in found]
 
 
 @contextmanager

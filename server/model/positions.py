@@ -8,6 +8,8 @@ definition begins of itself.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, cast
 
 import torch
@@ -50,16 +52,31 @@ class CountedPositions:
         return (self._positions.of(table, given.numel()) + self._first).view(given.shape)
 
 
-def counted_tables(model: PreTrainedModel, ids: Tensor) -> dict[nn.Embedding, int]:
+def counted_tables(
+    model: PreTrainedModel, ids: Tensor, probing: Callable[[], AbstractContextManager[None]]
+) -> dict[nn.Embedding, int]:
     """Tables that look up one row after the other, and not by the positions they are told as they
     do when they are told none; with what they look up first.
 
-    ids  ``[1, T]``, T no other size of the model
+    ids      ``[1, T]``, all the same; T is no other size of the model
+    probing  every pass runs in one of its own
     """
+    of_ids = model.get_input_embeddings().weight
+    tables = {
+        id(module.weight): module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding) and module.weight is not of_ids
+    }
+
+    def first_rows(positions: Tensor | None) -> dict[nn.Embedding, int]:
+        with probing():
+            return _first_rows(model, tables, ids, positions)
+
+    alone = first_rows(None) if tables else {}
+    if not alone:  # most have rotary embeddings, and are spared the passes
+        return {}
     positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
-    alone = _first_rows(model, ids, None)
-    told = _first_rows(model, ids, positions)
-    shifted = _first_rows(model, ids, positions + SHIFT)
+    told, shifted = first_rows(positions), first_rows(positions + SHIFT)
     followed = {table for table, first in told.items() if shifted.get(table) == first + SHIFT}
     return {
         table: first
@@ -70,12 +87,15 @@ def counted_tables(model: PreTrainedModel, ids: Tensor) -> dict[nn.Embedding, in
 
 @torch.inference_mode()
 def _first_rows(
-    model: PreTrainedModel, ids: Tensor, positions: Tensor | None
+    model: PreTrainedModel,
+    tables: Mapping[int, nn.Embedding],
+    ids: Tensor,
+    positions: Tensor | None,
 ) -> dict[nn.Embedding, int]:
-    """What each table looks up first, of those that look up one row after the other."""
-    tables = {
-        id(module.weight): module for module in model.modules() if isinstance(module, nn.Embedding)
-    }
+    """What each table looks up first, of those that look up one row after the other.
+
+    tables  by the ids of their weights
+    """
     noting = _Noting()
     with noting:
         told = {} if positions is None else {"position_ids": positions}

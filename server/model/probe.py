@@ -52,12 +52,10 @@ def learn_attention(model: PreTrainedModel, store: KVStore) -> list[OwnAttention
 
 def tables_counted(model: PreTrainedModel, store: KVStore) -> dict[nn.Embedding, int]:
     """Tables of positions that count rows; see `counted_tables`. After the layers are known."""
-    table = model.get_input_embeddings()
+    table = model.get_input_embeddings().weight
     n_tokens, _ = unlike_numbers(model)
-    some = torch.full((1, n_tokens), len(table.weight) // 2, device=table.weight.device)
-    with store.probing():
-        found = counted_tables(model, some)
-    return {module: first for module, first in found.items() if module is not table}
+    some = torch.full((1, n_tokens), len(table) // 2, device=table.device)
+    return counted_tables(model, some, store.probing)
 
 
 class _Outside(ConfigError):
