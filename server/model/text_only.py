@@ -140,6 +140,8 @@ def take_out_unreached(
     taken: list[tuple[nn.Module, str, nn.Module]] = []
     found.parts = list(_unreached_paths(model, ran))
     found.shared = _shared_names(model, found.parts)
+    if not found.parts:
+        return found
     for path in found.parts:
         parent, _, name = path.rpartition(".")
         owner, part = model.get_submodule(parent), model.get_submodule(path)
