@@ -21,7 +21,6 @@ but for rounding, as chunks of other lengths do, and a prefix is as exact as bef
 
 from __future__ import annotations
 
-import itertools
 import logging
 import threading
 import time
@@ -201,16 +200,13 @@ class KernelSwap:
         store.allocate(kv_blocks_for(sequences, block_tokens), block_tokens, base.device)
         steps = one_by_one(self._runner, sequences)
 
-        def step() -> list[Rows] | None:
+        def has_run() -> bool:
             with base.store.blocks_of(store), self._using(kernels), torch.no_grad():
-                try:
-                    next(steps)
-                except StopIteration as end:
-                    rows: list[Rows] = end.value
-                    return rows
-            return None
+                return next(steps, None) is not None
 
-        return next(r for _ in itertools.count() if (r := self._between_steps(step)) is not None)
+        while self._between_steps(has_run):
+            pass
+        return [sequence.rows() for sequence in sequences]
 
     @contextmanager
     def _using(self, kernels: Kernels | None) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -58,21 +58,20 @@ class CheckedSequence:
         request.kv_blocks = kv_blocks
         return request
 
+    def rows(self) -> Rows:
+        """What it got, after its last step."""
+        return Rows({path: torch.cat(parts) for path, parts in self.parts.items()}, self.logits)
+
 
 def run_steps(runner: Runner, sequences: Sequence[CheckedSequence]) -> list[Rows]:
     """All of them packed in each step. The store must have KV blocks for them from 1 on."""
-    steps = one_by_one(runner, sequences)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return cast(list[Rows], end.value)
+    for _ in one_by_one(runner, sequences):
+        pass
+    return [sequence.rows() for sequence in sequences]
 
 
-def one_by_one(
-    runner: Runner, sequences: Sequence[CheckedSequence]
-) -> Generator[None, None, list[Rows]]:
-    """As `run_steps`, a step each time it is asked for the next."""
+def one_by_one(runner: Runner, sequences: Sequence[CheckedSequence]) -> Iterator[int]:
+    """As `run_steps`, a step each time it is asked for the next, which it gives the number of."""
     base, watch = runner.base, Watch(runner.base.model)
     block_tokens, n_used = base.store.block_tokens, 1
     requests = []
@@ -91,11 +90,7 @@ def one_by_one(
             request.n_computed += _n_tokens(request, turn)
             if request.n_computed == len(request.tokens) < len(owners[id(request)].ids):
                 request.tokens.append(owners[id(request)].ids[request.n_computed])
-        yield
-    return [
-        Rows({path: torch.cat(parts) for path, parts in s.parts.items()}, s.logits)
-        for s in sequences
-    ]
+        yield turn
 
 
 def kv_blocks_for(sequences: Sequence[CheckedSequence], block_tokens: int) -> int:
