@@ -29,7 +29,14 @@ from server.engine.check.compare import (
     measured_bounds,
     worst,
 )
-from server.engine.check.steps import N_DECODED, CheckedSequence, Rows, rows_by_sequence, run_steps
+from server.engine.check.steps import (
+    N_DECODED,
+    CheckedSequence,
+    Rows,
+    kv_blocks_for,
+    rows_by_sequence,
+    run_steps,
+)
 from server.engine.check.synthetic import resident, synthetic_deltas
 from server.engine.step.runner import Runner
 from server.model.base import BaseModel, weight_bytes
@@ -103,10 +110,9 @@ def _checked(
         outliers = OUTLIERS if definition.has_experts else 0.0
         noisy = _by_definition(definition, [longer], made, torch.finfo(base.dtype).eps)
         bounds = measured_bounds(bounds.floor, noisy, own, outliers)
-    with _kv_blocks(base, block_tokens, 2 * len(longer)):
-        found = run_steps(
-            runner, [CheckedSequence(longer, all_logits=True), CheckedSequence(shorter)]
-        )
+    alone = [CheckedSequence(longer, all_logits=True), CheckedSequence(shorter)]
+    with _kv_blocks(base, block_tokens, kv_blocks_for(alone, block_tokens)):
+        found = run_steps(runner, alone)
         _agree(base, "the base alone", found, plain, bounds)
         with resident(made, SLOT):
             mixed = run_steps(runner, [CheckedSequence(shorter), CheckedSequence(longer, SLOT)])
@@ -172,9 +178,9 @@ def _by_definition(
 
 
 @contextmanager
-def _kv_blocks(base: BaseModel, block_tokens: int, n_tokens: int) -> Iterator[None]:
-    """KV blocks of the check's own; the first is nobody's: padding of decode batches reads it."""
-    base.store.allocate(2 + -(-n_tokens // block_tokens) + 1, block_tokens, base.device)
+def _kv_blocks(base: BaseModel, block_tokens: int, n_kv_blocks: int) -> Iterator[None]:
+    """KV blocks of the check's own."""
+    base.store.allocate(n_kv_blocks, block_tokens, base.device)
     try:
         yield
     finally:
