@@ -24,10 +24,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -42,7 +42,7 @@ from server.model.linear import Product
 from server.model.reconstructed import ops_bytes, products_of
 from server.ops.kernels import Kernels
 from server.ops.linear import LinearOp
-from server.ops.selfcheck import BOUND
+from server.ops.selfcheck import deviation, randoms
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -100,9 +100,8 @@ class KernelSwap:
             self.run()
         except _Closed:
             return
-        except Exception as error:
+        except Exception:
             log.exception("the compiled kernels cannot take over: torch goes on, slower")
-            log.debug("%s", error)
             return
         log.info(
             "the compiled kernels have taken over after %.0f s; no step waited longer than %.0f ms",
@@ -155,13 +154,14 @@ class KernelSwap:
 
     def _compare(self, product: Product, new: LinearOp) -> None:
         weight = product.parameters_in_order[0]
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn((N_ROWS, weight.shape[1]), generator=generator).to(weight.dtype)
+        random, _ = randoms(torch.device("cpu"), weight.dtype)
+        x = random(N_ROWS, weight.shape[1])
         with self._kernels.alone():
-            ours, wanted = new(x).float(), product.linear(x).float()
-        bound = BOUND[weight.dtype] * float(wanted.abs().max())
-        if not torch.allclose(ours, wanted, rtol=0, atol=bound):
-            raise SwapRefused(f"the compiled product of {weight.name} differs from torch's")
+            problem = deviation(lambda _: new(x), self._kernels, lambda: product.linear(x), x.dtype)
+        if problem is not None:
+            raise SwapRefused(
+                f"the compiled product of {weight.name} differs from torch's{problem}"
+            )
 
     # -- the check -----------------------------------------------------------------------------
 
@@ -209,7 +209,7 @@ class KernelSwap:
         return [sequence.rows() for sequence in sequences]
 
     @contextmanager
-    def _using(self, kernels: Kernels | None) -> Any:
+    def _using(self, kernels: Kernels | None) -> Iterator[None]:
         if kernels is None:
             yield
             return
