@@ -62,6 +62,8 @@ def alibi_of(biases: Sequence[Tensor], heads: int, tokens: int, scale: float) ->
 
     Raises ScoresUsed if it is anything else: what is zero for a few tokens may be a mask for many.
     """
+    if not biases:
+        return None
     total = torch.zeros(heads, tokens, tokens, dtype=torch.float64)
     for bias in biases:
         if not isinstance(bias, Tensor) or not bias.is_floating_point():
@@ -71,8 +73,6 @@ def alibi_of(biases: Sequence[Tensor], heads: int, tokens: int, scale: float) ->
         total = total + bias.detach().double().cpu().reshape(-1, *bias.shape[-2:])
     causal = torch.ones(tokens, tokens, dtype=torch.bool).tril()
     gained = torch.where(causal, total - total[:, :, :1], 0.0)
-    if not biases:
-        return None
     slopes = gained[:, -1, -1] / (tokens - 1)
     wanted = torch.where(causal, slopes.view(-1, 1, 1) * torch.arange(tokens), 0.0)
     if not bool((gained - wanted).abs().max() <= TOLERANCE * gained.abs().max()):
