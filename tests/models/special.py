@@ -176,7 +176,6 @@ SPECIAL |= {
         "qwen3_vl_moe",
         "glm4v",
         "glm46v",
-        "glm4v_moe",
         "glm_ocr",
         "paddleocr_vl",
     )
