@@ -7,9 +7,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from server.errors import ConfigError
-from server.model.attention import register_attention
+from server.model.attention import ATTENTION_NAME, register_attention
 from server.model.base import BaseModel, prepare_base_model
 from server.model.mask import CAUSAL, MaskForm, use_attention
 from server.ops.kernels import TorchKernels
@@ -17,11 +18,16 @@ from tests.models.builder import tiny_model
 from tests.models.cases import Case
 
 
-def prepared(kind: str, **changes: object) -> BaseModel:
+def paged_model(case: Case) -> PreTrainedModel:
+    """As the server loads it."""
     register_attention()
-    model = tiny_model(Case(kind, kind, changes)).requires_grad_(False)
-    use_attention(model, "impart_paged")
-    return prepare_base_model(model, TorchKernels())
+    model = tiny_model(case).requires_grad_(False)
+    use_attention(model, ATTENTION_NAME)
+    return model
+
+
+def prepared(kind: str, **changes: object) -> BaseModel:
+    return prepare_base_model(paged_model(Case(kind, kind, changes)), TorchKernels())
 
 
 def test_own_attention_mask_in_a_buffer_is_a_window_beyond_the_tokens_probed() -> None:
@@ -51,9 +57,7 @@ class Clipped(nn.Module):
 
 
 def test_own_attention_that_does_something_else_is_refused_by_what_it_does() -> None:
-    register_attention()
-    model = tiny_model(Case("bloom", "bloom")).requires_grad_(False)
+    model = paged_model(Case("bloom", "bloom"))
     model.transformer.h[1].self_attention = Clipped()
-    use_attention(model, "impart_paged")
     with pytest.raises(ConfigError, match=r"uses `clamp` on its scores; .*impart reconstruct"):
         prepare_base_model(model, TorchKernels())

@@ -8,16 +8,15 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from server.model.attention import ATTENTION_NAME, attach_store, register_attention
+from server.model.attention import attach_store
 from server.model.embedding import DeltaEmbedding
 from server.model.kv_store import KVStore
-from server.model.mask import use_attention
 from server.model.positions import counted_tables
 from server.model.probe import probe, tables_counted
 from server.ops.kernels import TorchKernels
 from tests.models.builder import tiny_model
 from tests.models.cases import Case
-from tests.server.model.test_text_only import prepared
+from tests.server.model.test_own_attention import paged_model, prepared
 
 IDS = torch.full((1, 11), 100)
 
@@ -50,9 +49,7 @@ def test_tables_that_count_otherwise_than_they_are_told_are_found(
 
 
 def test_search_for_tables_learns_no_masks_again() -> None:
-    register_attention()
-    model = tiny_model(Case("gpt2", "gpt2"))
-    use_attention(model, ATTENTION_NAME)
+    model = paged_model(Case("gpt2", "gpt2"))
     store = KVStore(TorchKernels())
     attach_store(model, store)
     probe(model, store)
@@ -62,7 +59,7 @@ def test_search_for_tables_learns_no_masks_again() -> None:
 
 
 def test_table_that_counts_looks_up_the_positions_of_the_step() -> None:
-    base, _ = prepared("bart")
+    base = prepared("bart")
     table = base.model.get_submodule("model.decoder.embed_positions")
     assert isinstance(table, DeltaEmbedding)
     given = torch.tensor([[7, 8, 30]])

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel
 
 from compressor.codecs.term import DenseRows, TensorDelta
-from server.model.attention import ATTENTION_NAME, register_attention
 from server.model.base import BaseModel, prepare_base_model
-from server.model.mask import use_attention
 from server.model.text_only import UnreachedParameter
 from server.ops.kernels import TorchKernels
-from tests.models.builder import tiny_model
 from tests.models.cases import Case
+from tests.server.model.test_own_attention import paged_model
 
 
 def prepared(kind: str) -> tuple[BaseModel, dict[str, torch.Size]]:
     """The base, and shapes of the definition's parameters."""
-    register_attention()
-    model: PreTrainedModel = tiny_model(Case(kind, kind)).requires_grad_(False)
+    model = paged_model(Case(kind, kind))
     shapes = {name: value.shape for name, value in model.named_parameters()}
-    use_attention(model, ATTENTION_NAME)
     return prepare_base_model(model, TorchKernels()), shapes
 
 
