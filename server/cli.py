@@ -22,7 +22,8 @@ from typer.core import TyperCommand
 
 from compressor import __version__
 from server.errors import ConfigError
-from server.settings import GROUPS, Settings, Unit, WhenUnset, size_text
+from server.setting_kinds import Unit, WhenUnset, size_text
+from server.settings import GROUPS, Settings
 
 PREFIX = "IMPART_"
 SWITCH = "SWITCH"

@@ -3,9 +3,13 @@
     ServeError
     ├── ClientError
     │   ├── InvalidRequest 400      a field is wrong; `param` names it
-    │   ├── ModelNotFound 404       no base, variant or alias of that name
+    │   │   └── ContextTooLong      the prompt, or prompt and output, exceed what the model takes
+    │   ├── Unauthenticated 401     no key, or none that is known here
     │   ├── Forbidden 403           whoever asks may not
-    │   └── BodyTooLarge 413
+    │   ├── ModelNotFound 404       no base, variant or alias of that name, or not for this tenant
+    │   ├── BodyTooLarge 413
+    │   └── RateLimited 429         this tenant's own limit; `retry_after_s` says when
+    │       └── QuotaExceeded       spent for the day or month: trying again does not help
     ├── DeltaBroken 424             this variant's artifact is wrong: nobody need try again
     ├── Unavailable 503             try again; `retry_after_s` says when
     │   ├── QueueFull
@@ -35,7 +39,7 @@ class ServeError(Exception):
     kind: ClassVar[str] = "InternalServerError"
 
     def __init__(
-        self, message: str, *, param: str | None = None, retry_after_s: int | None = None
+        self, message: str, *, param: str | None = None, retry_after_s: float | None = None
     ) -> None:
         super().__init__(message)
         self.message = message
@@ -52,6 +56,16 @@ class ClientError(ServeError):
 
 class InvalidRequest(ClientError):
     """A field of the request is wrong."""
+
+
+class ContextTooLong(InvalidRequest):
+    """The prompt, or the prompt and its output, do not fit."""
+
+
+class Unauthenticated(ClientError):
+    """The request has no key, or none that this server knows."""
+
+    status = 401
 
 
 class ModelNotFound(ClientError):
@@ -73,6 +87,16 @@ class BodyTooLarge(ClientError):
 
     status = 413
     kind = "RequestEntityTooLarge"
+
+
+class RateLimited(ClientError):
+    """The tenant's own limit is reached for now."""
+
+    status = 429
+
+
+class QuotaExceeded(RateLimited):
+    """The tenant has spent what it may use in this day or month."""
 
 
 class DeltaBroken(ServeError):

@@ -8,28 +8,40 @@ frozen. To its readers it is a plain dataclass: the engine needs nothing of pyda
 from __future__ import annotations
 
 import math
-import re
-from dataclasses import dataclass as plain_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BeforeValidator,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
+    SecretStr,
     ValidationError,
     model_validator,
 )
 from pydantic.dataclasses import dataclass
 
 from server.errors import ConfigError
+from server.setting_kinds import (
+    GIB,
+    Bytes,
+    Count,
+    Key,
+    Mode,
+    Overrides,
+    Ratio,
+    Seconds,
+    Tokens,
+    Url,
+    WhenUnset,
+    size_text,
+)
 
-GIB = 1 << 30
 # The first setting of each group, in the order of `Settings`, and the group's heading in --help.
 GROUPS = {
     "base": "Models",
     "host": "Address",
+    "tenants": "Tenants",
     "device": "Device and kernels",
     "mode": "Variants",
     "kv_cache_bytes": "Memory for the KV cache",
@@ -37,9 +49,6 @@ GROUPS = {
     "max_queued_requests": "Requests",
     "heartbeat_timeout_s": "Process and log",
 }
-UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "tib": 1 << 40}
-
 # What pydantic calls a broken rule, and how we say it.
 SENTENCES = {
     "missing": "is required",
@@ -52,61 +61,6 @@ SENTENCES = {
     "float_parsing": "must be a number",
     "bool_parsing": "must be true or false",
 }
-
-
-def parse_size(size: object) -> object:
-    """Return bytes from ``4GiB``, ``500MB``, ``1.5 GB`` or digits; what is no text as it is."""
-    if not isinstance(size, str):
-        return size
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", size.strip().lower())
-    if match is None or match[2] not in UNITS:
-        raise ValueError(f"{size!r} is not a size; write 4GiB, 500MB or a number of bytes")
-    return round(float(match[1]) * UNITS[match[2]])
-
-
-def size_text(n_bytes: int) -> str:
-    """Return the shortest exact binary size, for people."""
-    for unit in ("TiB", "GiB", "MiB", "KiB"):
-        if n_bytes and n_bytes % UNITS[unit.lower()] == 0:
-            return f"{n_bytes // UNITS[unit.lower()]}{unit}"
-    return str(n_bytes)
-
-
-def parse_overrides(overrides: object) -> object:
-    """Return ``{"a": "apply"}`` from ``["a=apply"]`` (flags) or ``"a=apply"`` (a variable)."""
-    items = overrides.split() if isinstance(overrides, str) else overrides
-    if not isinstance(items, list):
-        return items
-    modes = {}
-    for item in items:
-        name, _, mode = str(item).partition("=")
-        if not name or mode not in ("apply", "reconstruct"):
-            raise ValueError(f"{item!r} is not VARIANT=MODE with MODE apply or reconstruct")
-        modes[name] = mode
-    return modes
-
-
-@plain_dataclass(frozen=True, slots=True)
-class Unit:
-    """What a value counts, as ``--help`` shows it in place of the value."""
-
-    name: str
-
-
-@plain_dataclass(frozen=True, slots=True)
-class WhenUnset:
-    """What happens where a setting without a default is not given."""
-
-    meaning: str
-
-
-Bytes = Annotated[int, BeforeValidator(parse_size), Unit("SIZE")]
-Seconds = Annotated[float, Unit("SECONDS")]
-Tokens = Annotated[int, Unit("TOKENS")]
-Count = Annotated[int, Unit("N")]
-Ratio = Annotated[float, Unit("RATIO")]
-Mode = Literal["apply", "reconstruct"]
-Overrides = Annotated[dict[str, Mode], BeforeValidator(parse_overrides), Unit("VARIANT=MODE")]
 
 
 @dataclass(frozen=True, slots=True, config=ConfigDict(extra="forbid"))
@@ -129,6 +83,60 @@ class Settings:
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: Count = Field(default=8000, ge=0, le=65535, description="Port to listen on.")
+    tenants: Annotated[Path | None, WhenUnset("none")] = Field(
+        default=None,
+        description="File of the tenants (TOML or YAML): their keys, variants, limits and weights; "
+        "read again on SIGHUP.",
+    )
+    api_key: Annotated[Key | None, WhenUnset("none")] = Field(
+        default=None,
+        description="Key of the one tenant of a server without --tenants; better given as a "
+        "variable, since a flag is seen by whoever lists processes.",
+    )
+    admin_key: Annotated[Key | None, WhenUnset("none")] = Field(
+        default=None,
+        description="Key of the admin routes, which change the server or show all tenants.",
+    )
+    admin_host: str = Field(
+        default="127.0.0.1", description="Address of the admin routes, with an admin key."
+    )
+    admin_port: Annotated[Count | None, WhenUnset("port + 1")] = Field(
+        default=None, ge=0, le=65535, description="Port of the admin routes, with an admin key."
+    )
+    insecure_no_auth: bool = Field(
+        default=False,
+        description="Serve whoever reaches the port, without any key, also beyond this machine.",
+    )
+    tenant_header: Annotated[str | None, WhenUnset("none")] = Field(
+        default=None,
+        description="Header in which a trusted proxy names the tenant, e.g. x-tenant.",
+    )
+    trusted_proxy_key: Annotated[Key | None, WhenUnset("none")] = Field(
+        default=None, description="Key of the proxy whose --tenant-header is believed."
+    )
+    limits_storage: Url = Field(
+        default=SecretStr("memory://"),
+        description="Where rates are counted: memory://, or redis://HOST:PORT for several servers "
+        "together.",
+    )
+    limits_fail_open: bool = Field(
+        default=False,
+        description="Admit requests while the storage of the limits cannot be reached, instead of "
+        "refusing them.",
+    )
+    scheduling_policy: Literal["fair", "priority", "fcfs"] = Field(
+        default="fair",
+        description="Who is served next: fair shares by the tenants' weights; by the requests' "
+        "priority; or who came first.",
+    )
+    state_dir: Annotated[Path | None, WhenUnset("none")] = Field(
+        default=None,
+        description="Folder of what outlives the server: the ledger of requests, quotas, the audit "
+        "log.",
+    )
+    ledger_url: Annotated[Url | None, WhenUnset("SQLite in state_dir")] = Field(
+        default=None, description="Database of the ledger, as SQLAlchemy writes it."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="Where the model runs."
     )

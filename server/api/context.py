@@ -16,6 +16,8 @@ from server.errors import QueueFull
 from server.metrics.page import MetricsPage
 from server.metrics.series import Metrics
 from server.settings import Settings
+from server.tenants.principal import ANYBODY, Principal
+from server.tenants.tenant import EVERYBODY, Tenant
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +74,13 @@ def request_id(request: Request) -> str:
 def arrival(request: Request) -> float:
     """Return when this request's headers had come, by `time.monotonic`."""
     return cast(float, request.scope["impart.arrived"])
+
+
+def principal(request: Request) -> Principal:
+    """Return who this request is from."""
+    return cast(Principal, request.scope.get("impart.principal", ANYBODY))
+
+
+def tenant(request: Request) -> Tenant:
+    """Return the tenant of this request, as it was described when the request came."""
+    return cast(Tenant, request.scope.get("impart.tenant", EVERYBODY))

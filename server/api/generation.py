@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.api import sse
 from server.api.chunks import ChunkWriter
-from server.api.context import Api, arrival, log_fields, request_id
+from server.api.context import Api, arrival, log_fields, principal, request_id
 from server.api.errors import body_of, internal_error_body
 from server.api.fanout import Fanout, Timed
 from server.api.open_requests import OpenRequest
@@ -45,6 +45,7 @@ class GenerationResponse(Response):
         self._request_id = request_id(request)
         self._log = log_fields(request)
         self._arrived = arrival(request)
+        self._principal = principal(request)
         self._deadline = self._arrived + api.settings.request_timeout_s
         self._n = reply.body.n_choices
 
@@ -117,6 +118,7 @@ class GenerationResponse(Response):
                 ticket=ticket,
                 deadline=self._deadline,
                 cache_salt=self._reply.body.cache_salt or "",
+                principal=self._principal,
             )
         except BaseException:
             timer.finish("error")

@@ -36,7 +36,8 @@ from server.errors import ConfigError, DeltasUnreadable
 from server.model.base import BaseModel, load_base_model
 from server.ops.kernels import Kernels
 from server.ops.precision import host_cpu, name_of
-from server.settings import GIB, Settings, check_kv_cache, check_max_model_len
+from server.setting_kinds import GIB
+from server.settings import Settings, check_kv_cache, check_max_model_len
 from server.text.loading import load_base_text
 from server.text.service import TextService
 

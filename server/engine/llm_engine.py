@@ -36,6 +36,7 @@ from server.engine.types import (
 )
 from server.engine.variant import Variant
 from server.settings import Settings
+from server.tenants.principal import ANYBODY, Principal
 
 log = logging.getLogger(__name__)
 
@@ -222,6 +223,8 @@ class LLMEngine:
         ticket: AdmissionTicket | None = None,
         deadline: float | None = None,
         cache_salt: str = "",
+        principal: Principal = ANYBODY,
+        priority: int = 0,
     ) -> Generation:
         """See EngineClient."""
         check_request(
@@ -241,6 +244,8 @@ class LLMEngine:
             deliver=output.receive,
             deadline=deadline,
             cache_salt=cache_salt,
+            principal=principal,
+            priority=priority,
         )
         self.core.submit(request, ticket)
         return output

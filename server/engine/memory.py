@@ -12,7 +12,8 @@ from server.deltas.pools.places import slack
 from server.engine.schedule.kv_blocks import KVBlockPool
 from server.errors import ConfigError
 from server.model.base import BaseModel
-from server.settings import GIB, Settings, check_kv_cache, size_text
+from server.setting_kinds import GIB, size_text
+from server.settings import Settings, check_kv_cache
 
 log = logging.getLogger(__name__)
 CPU_KV_CACHE_BYTES = 1 * GIB

@@ -13,6 +13,7 @@ from server.deltas.slots import Slot
 from server.engine.types import FinishReason, OutputChunk, SamplingParams, TokenLogprob
 from server.engine.variant import Variant
 from server.errors import GenerationFailed, ServeError
+from server.tenants.principal import ANYBODY, Principal
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class Request:
     deliver: Callable[[Event], None]
     deadline: float | None = None
     cache_salt: str = ""
+    principal: Principal = ANYBODY
+    priority: int = 0
     status: Status = Status.WAITING
     tokens: list[int] = field(default_factory=list)
     noise_key: int = field(init=False)
@@ -78,9 +81,10 @@ class Request:
     @property
     def cache_key(self) -> str:
         """What requests must share to share KV blocks, beside the tokens: the delta's digest and
-        mode, which determine keys and values, and the caller's salt.
+        mode, which determine keys and values, the tenant, and the caller's salt, which is last,
+        because it alone may hold line ends.
         """
-        return f"{self.variant.key}\n{self.cache_salt}"
+        return f"{self.variant.key}\n{self.principal.tenant}\n{self.cache_salt}"
 
     @property
     def n_output(self) -> int:

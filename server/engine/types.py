@@ -8,6 +8,8 @@ from itertools import chain
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
+from server.tenants.principal import ANYBODY, Principal
+
 FinishReason = Literal["stop", "length", "abort", "error"]
 VariantState = Literal["registered", "loading", "ready", "failed", "quarantined"]
 
@@ -284,12 +286,15 @@ class EngineClient(Protocol):
         ticket: Ticket | None = None,
         deadline: float | None = None,
         cache_salt: str = "",
+        principal: Principal = ANYBODY,
+        priority: int = 0,
     ) -> Generation:
         """Queue the request; `on_output` is called on the event loop when there is something new.
 
         Whoever asks must `close` what is returned. The generation takes a permit of `ticket`;
         without one it is admitted here. `deadline` is a time of `time.monotonic`. Requests share
-        cached prefixes only with those of the same variant and `cache_salt`.
+        cached prefixes only with those of the same variant, tenant and `cache_salt`. The lower
+        `priority` is, the sooner it is served, within what the principal may ask.
 
         Raises InvalidRequest (see `server.engine.limits`), Draining, EngineDead, and without a
         ticket QueueFull; the error of a running one may be DeltaUnusable, GenerationFailed,

@@ -29,6 +29,7 @@ from server.errors import (
     ModelNotFound,
     ServeError,
 )
+from server.tenants.principal import ANYBODY, Principal
 
 BASE = "tiny-base"
 LETTERS = {BASE: "0", "alpha": "A", "beta": "B"}
@@ -108,6 +109,8 @@ class FakeEngine:
         self.params: list[SamplingParams] = []
         self.prompts: list[list[int]] = []
         self.salts: list[str] = []
+        self.principals: list[Principal] = []
+        self.priorities: list[int] = []
         self.deadlines: list[float | None] = []
 
     # -- process
@@ -231,6 +234,8 @@ class FakeEngine:
         ticket: AdmissionTicket | None = None,
         deadline: float | None = None,
         cache_salt: str = "",
+        principal: Principal = ANYBODY,
+        priority: int = 0,
     ) -> FakeGeneration:
         check_request(
             prompt_ids, params, vocab_size=variant.vocab_size, max_model_len=self.max_model_len
@@ -240,6 +245,8 @@ class FakeEngine:
         self.deadlines.append(deadline)
         self.params.append(params)
         self.salts.append(cache_salt)
+        self.principals.append(principal)
+        self.priorities.append(priority)
         self.prompts.append(list(prompt_ids))
         self.n_active += 1
         tokens = self._tokens(variant, prompt_ids, params)

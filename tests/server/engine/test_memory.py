@@ -11,7 +11,8 @@ import torch
 from server.engine.memory import allocate_kv_blocks, with_kv_cache
 from server.errors import ConfigError
 from server.model.base import load_base_model
-from server.settings import GIB, Settings
+from server.setting_kinds import GIB
+from server.settings import Settings
 
 CUDA = torch.device("cuda")
 Gpu = Callable[[int, int], None]

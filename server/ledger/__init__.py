@@ -1,0 +1,1 @@
+"""What was used: a line for each request in a database, and what is asked of it."""
