@@ -10,7 +10,7 @@ from server.tenants.principal import NOBODY, Principal
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class TenantLimits:
     """What a tenant may use; None is no limit. Tokens are those of prompts and outputs together,
     and days and months are UTC's.
     """
@@ -35,7 +35,7 @@ class Tenant:
 
     name: str = NOBODY
     variants: tuple[str, ...] = ("*",)
-    limits: Limits = Limits()
+    limits: TenantLimits = TenantLimits()
     weight: float = 1.0
     max_priority: int = 0
     resident_bytes: int | None = None
