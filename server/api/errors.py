@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from server.errors import BodyTooLarge, InvalidRequest, ServeError
 
@@ -65,6 +66,16 @@ def response_of(error: ServeError) -> JSONResponse:
     return JSONResponse(body_of(error), error.status, headers_of(error))
 
 
+def note_error(scope: Scope, error: ServeError) -> None:
+    """Keep what a request is answered with for `answered_error`."""
+    scope["impart.error"] = error
+
+
+def answered_error(scope: Scope) -> ServeError | None:
+    """What the request was answered with, if that was one of our own errors."""
+    return cast("ServeError | None", scope.get("impart.error"))
+
+
 def http_error(status: int, message: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
     """Return an answer for a failure that HTTP itself names: wrong path, method, media type."""
     kind = _KINDS.get(status, "BadRequestError" if status < 500 else "InternalServerError")
@@ -95,8 +106,9 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(HTTPException, _on_http_exception)
 
 
-async def _on_serve_error(_: Request, error: Exception) -> JSONResponse:
+async def _on_serve_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServeError)
+    note_error(request.scope, error)
     return response_of(error)
 
 

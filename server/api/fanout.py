@@ -14,7 +14,7 @@ from typing import Self
 
 from server.engine.types import Generation, OutputChunk
 from server.errors import ServeError
-from server.metrics.series import SequenceTimer
+from server.metrics.timer import SequenceTimer
 
 
 class Timed:

@@ -107,7 +107,9 @@ class GenerationResponse(Response):
     ) -> Timed:
         """Begin one choice."""
         ids = choice.prompt.ids
-        timer = self._api.metrics.sequence(variant.name, len(ids), self._arrived)
+        timer = self._api.metrics.sequence(
+            variant.name, self._principal.tenant, len(ids), self._arrived
+        )
         try:
             generation = self._api.engine.generate(
                 variant,

@@ -19,10 +19,17 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api.disconnect import answer_while_connected
-from server.api.errors import http_error, internal_error_body, response_of
+from server.api.errors import (
+    answered_error,
+    http_error,
+    internal_error_body,
+    note_error,
+    response_of,
+)
 from server.api.sse import Stalled
-from server.errors import BodyTooLarge, QueueFull, ServeError
+from server.errors import BodyTooLarge, QueueFull, QuotaExceeded, RateLimited, ServeError
 from server.metrics.series import Metrics
+from server.tenants.principal import ANYBODY, Principal
 
 MAX_HEADERS = 128
 MAX_HEADER_BYTES = 16 << 10  # names and values; the protocol bounds them before they are parsed
@@ -32,6 +39,8 @@ GENERATION_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 BODY_PATHS = GENERATION_PATHS | {"/tokenize", "/detokenize"}
 MAX_HELD_BYTES = 256 << 20  # of the bodies of all requests
 MAX_SMALL_BODY_BYTES = 64 << 10  # where no route reads a body
+# The first that fits counts.
+REFUSALS = {QuotaExceeded: "quota", RateLimited: "rate", QueueFull: "queue"}
 METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"})
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,128}")
@@ -89,6 +98,9 @@ class RequestContext:
         route = getattr(scope.get("route"), "path", unrouted)
         method = scope["method"] if scope["method"] in METHODS else "other"
         self._metrics.http_request(route, method, status)
+        if route not in QUIET_PATHS and status != 401:  # of a request without a key is no tenant's
+            refusal = refusal_of(answered_error(scope))
+            self._metrics.tenants.answered(_tenant_of(scope), status, refusal)
         level = logging.DEBUG if route in QUIET_PATHS else logging.INFO
         log.log(
             level,
@@ -115,6 +127,7 @@ class EarlyRefusal:
             try:
                 self._check()
             except ServeError as error:
+                note_error(scope, error)
                 await response_of(error)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
@@ -181,6 +194,7 @@ class RequestCap:
             try:
                 body = await self._read_body(scope, receive, take)
             except ServeError as error:
+                note_error(scope, error)
                 await response_of(error)(scope, receive, send)
                 return
             except TimeoutError:
@@ -207,6 +221,17 @@ class RequestCap:
         _check_declared(Headers(scope=scope), max_bytes)
         async with asyncio.timeout(self._timeout_s):
             return await _read(receive, max_bytes, take)
+
+
+def refusal_of(error: ServeError | None) -> str | None:
+    """The reason under which an error counts as a refusal of its tenant; None if it is none."""
+    return next((reason for kind, reason in REFUSALS.items() if isinstance(error, kind)), None)
+
+
+def _tenant_of(scope: Scope) -> str:
+    """Of a server without keys, and of what is refused before its key is read: the default."""
+    principal: Principal = scope.get("impart.principal", ANYBODY)
+    return principal.tenant
 
 
 def _refusal_of_headers(scope: Scope) -> JSONResponse | None:

@@ -27,10 +27,12 @@ from server.engine.pauses import PauseWatch
 from server.engine.request import Request
 from server.engine.schedule.admission import AdmissionTicket
 from server.engine.single_flight import SingleFlight
+from server.engine.tenant_use import use_by_tenant
 from server.engine.types import (
     Generation,
     ModelInfo,
     SamplingParams,
+    TenantUse,
     TextWorkerStats,
     VariantState,
 )
@@ -258,6 +260,10 @@ class LLMEngine:
     def text_workers(self) -> TextWorkerStats:
         stats = self._text.stats()
         return TextWorkerStats(stats.n_busy, stats.n_waiting, stats.n_kills)
+
+    def tenant_use(self) -> dict[str, TenantUse]:
+        """By tenant's name; of those that hold nothing there is none."""
+        return use_by_tenant(list(self.core.scheduler.running))
 
     def is_alive(self) -> bool:
         """Whether the loop lives. It beats once per layer, not only once per step: a long prompt

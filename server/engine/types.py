@@ -177,6 +177,16 @@ class TextWorkerStats:
     n_kills: dict[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class TenantUse:
+    """What one tenant holds in the engine now.
+
+    n_kv_blocks  that its running requests hold, shared ones once
+    """
+
+    n_kv_blocks: int = 0
+
+
 class Ticket(Protocol):
     """The permits of one admitted request, one for each sequence; see `EngineClient.admit`.
 

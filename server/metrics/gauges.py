@@ -10,7 +10,7 @@ from typing import Protocol
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.engine.types import EngineStats, ModelInfo, TextWorkerStats
+from server.engine.types import EngineStats, ModelInfo, TenantUse, TextWorkerStats
 
 ENGINE = "0"  # vLLM labels its engines; we have one
 LABELS = ("model_name", "engine")
@@ -25,6 +25,7 @@ class StatsProvider(Protocol):
     def stats(self) -> EngineStats: ...
     def models(self) -> Sequence[ModelInfo]: ...
     def text_workers(self) -> TextWorkerStats: ...
+    def tenant_use(self) -> Mapping[str, TenantUse]: ...
 
 
 @dataclass(slots=True)

@@ -19,6 +19,7 @@ from server.engine.types import (
     ModelInfo,
     OutputChunk,
     SamplingParams,
+    TenantUse,
     TextWorkerStats,
     TokenLogprob,
 )
@@ -137,6 +138,9 @@ class FakeEngine:
 
     def text_workers(self) -> TextWorkerStats:
         return TextWorkerStats(n_busy=1, n_waiting=0, n_kills={"cpu": 2})
+
+    def tenant_use(self) -> dict[str, TenantUse]:
+        return {"default": TenantUse(n_kv_blocks=3)}
 
     def is_alive(self) -> bool:
         return self.alive

@@ -19,19 +19,22 @@ def test_metrics_import_no_fastapi_and_no_torch():
 def test_metrics_give_series_to_a_bounded_number_of_names():
     metrics = Metrics(max_models=3)
     for i in range(10):
-        metrics.sequence(f"v{i}", 5, 0.0).finish("stop")
+        metrics.sequence(f"v{i}", "t", 5, 0.0).finish("stop")
         metrics.on_loaded(f"v{i}", 0.1)
     text = metrics.render().decode()
 
     assert 'model_name="v2"' in text
     assert 'model_name="v3"' not in text
-    assert f'vllm:request_success_total{{engine="0",finished_reason="stop",model_name="{OTHER}"}} 7'
+    ended = (
+        f'vllm:request_success_total{{engine="0",finished_reason="stop",model_name="{OTHER}"}} 7.0'
+    )
+    assert ended in text
 
 
 def test_metrics_have_the_names_that_gateways_read():
     metrics, engine = Metrics(), FakeEngine()
     metrics.watch(engine, 8)
-    waiting, running = metrics.sequence("alpha", 5, 0.0), metrics.sequence("beta", 5, 0.0)
+    waiting, running = (metrics.sequence(name, "t", 5, 0.0) for name in ("alpha", "beta"))
     running.tokens(1)
     text = metrics.render().decode()
 
