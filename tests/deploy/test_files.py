@@ -63,7 +63,7 @@ def test_compose_build_context_has_the_dockerfile_and_its_arguments(
 
 
 def test_prometheus_scrapes_the_service_of_compose(compose: Any) -> None:
-    config = yaml.safe_load((DEPLOY / "prometheus.yml").read_text())
+    config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
     targets = [
         target
         for job in config["scrape_configs"]
