@@ -1,6 +1,7 @@
 """``impart-serve`` and ``python -m server``: settings -> engine -> HTTP server.
 
-``impart-serve compile`` compiles the CPU kernels ahead (`server.compile`).
+``impart-serve compile`` compiles the CPU kernels ahead (`server.compile`), ``impart-serve keys``
+makes keys for tenants (`server.tenants.cli`).
 
 Mistakes come first: settings, the address and the files are looked at before torch is imported.
 Exit codes: 0 asked to stop, 1 the engine died, 2 the settings are wrong.
@@ -12,7 +13,6 @@ import io
 import logging
 import os
 import sys
-from socket import socket
 from typing import cast
 
 import typer
@@ -24,8 +24,10 @@ from server.errors import ConfigError
 from server.process import logs
 from server.process.early_stop import Stopped, stop_signals
 from server.process.inputs import located
-from server.process.listen import bind, close
+from server.process.listeners import Listeners, listeners
 from server.settings import Settings
+from server.tenants.cli import keys_app
+from server.tenants.directory import Directory, directory_of
 
 CONFIG_EXIT_CODE = 2
 
@@ -51,14 +53,12 @@ def serve(settings: Settings) -> None:
 
 def _prepare_and_serve(settings: Settings) -> int:
     logs.configure(settings.log_level, settings.log_format)
-    sockets = bind(settings.host, settings.port)
-    try:
-        return _serve(located(settings), sockets)
-    finally:
-        close(sockets)
+    directory = directory_of(settings)
+    with listeners(settings, has_keys=directory.has_keys) as bound:
+        return _serve(located(settings), directory, bound)
 
 
-def _serve(settings: Settings, sockets: list[socket]) -> int:
+def _serve(settings: Settings, directory: Directory, bound: Listeners) -> int:
     set_thread_defaults(settings.torch_threads)
     # Here, because they import torch and fastapi: what comes before should answer at once.
     from prometheus_client import disable_created_metrics
@@ -73,7 +73,7 @@ def _serve(settings: Settings, sockets: list[socket]) -> int:
     engine = LLMEngine.from_settings(settings, metrics)
     metrics.watch(engine, settings.max_variants_per_step)
     # The engine takes the Variant its own `open` returned; the protocol says any VariantHandle.
-    return run_in_loop(run(cast(RunnableEngine, engine), settings, metrics, sockets))
+    return run_in_loop(run(cast(RunnableEngine, engine), settings, metrics, bound, directory))
 
 
 def main() -> None:
@@ -82,6 +82,8 @@ def main() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     if sys.argv[1:2] == ["compile"]:
         compile_app()(args=sys.argv[2:], prog_name="impart-serve compile")
+    if sys.argv[1:2] == ["keys"]:
+        keys_app()(args=sys.argv[2:], prog_name="impart-serve keys")
     app(serve)()
 
 

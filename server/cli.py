@@ -107,7 +107,8 @@ def command(serve: Callable[[Settings], None]) -> Callable[..., None]:
         "Serve one base model and every delta of a directory over HTTP.\n\n"
         f"A flag --like-this can also be given as a variable {PREFIX}LIKE_THIS (a switch as 1 or "
         "0); the flag wins. A SIZE is 500MB, 4GiB or a number of bytes.\n\n"
-        "impart-serve compile [--help] compiles the CPU kernels ahead."
+        "impart-serve compile [--help] compiles the CPU kernels ahead, impart-serve keys [--help] "
+        "makes keys for tenants."
     )
     return entry
 

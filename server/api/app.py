@@ -1,10 +1,13 @@
-"""The application: a pure factory, so that tests and the process build the same thing."""
+"""The applications: pure factories, so that tests and the process build the same thing."""
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+from collections.abc import Sequence
 
-from server.api import chat, completions, deltas, errors, health, models, tokens
+from fastapi import APIRouter, FastAPI
+
+from server.api import chat, completions, deltas, errors, health, models, tenants, tokens
+from server.api.auth import Authentication, Identify, by_admin_key, by_tenant
 from server.api.context import Api
 from server.api.middleware import EarlyRefusal, HeadAsGet, RequestCap, RequestContext
 from server.api.open_requests import OpenRequests
@@ -12,15 +15,51 @@ from server.engine.types import EngineClient
 from server.metrics.page import MetricsPage
 from server.metrics.series import Metrics
 from server.settings import Settings
+from server.tenants.directory import Directory
+
+TENANT_ROUTERS = (completions.router, chat.router, tokens.router)
+SHARED_ROUTERS = (models.router, deltas.router, health.router, tenants.router)
 
 
-def create_app(engine: EngineClient, settings: Settings, metrics: Metrics | None = None) -> FastAPI:
+def create_app(
+    engine: EngineClient,
+    settings: Settings,
+    metrics: Metrics | None = None,
+    directory: Directory | None = None,
+) -> FastAPI:
     """Return the ASGI application over a started (or starting) engine.
 
-    metrics is the engine's observer; the engine's own gauges are added by whoever made both
-    (`Metrics.watch`). The parts are at ``app.state.api``.
+    metrics    the engine's observer; the engine's own gauges are added by whoever made both
+               (`Metrics.watch`)
+    directory  who the tenants are; None: there are no keys
+
+    The parts are at ``app.state.api``. Without keys whoever is here may also change the server,
+    unless there is an admin listener for that.
     """
     metrics = metrics or Metrics()
+    api = Api(
+        engine,
+        settings,
+        metrics,
+        OpenRequests(),
+        MetricsPage(metrics.registry),
+        directory or Directory(),
+    )
+    identify = by_tenant(
+        api.directory, settings.tenant_header, shares_admin=settings.admin_key is None
+    )
+    return _wrapped(api, (*TENANT_ROUTERS, *SHARED_ROUTERS), identify)
+
+
+def create_admin_app(api: Api, admin_key: str) -> FastAPI:
+    """Return the ASGI application of the admin listener, over the parts of the other one.
+
+    It has an address and a key of its own, so that nothing a tenant can reach leads there.
+    """
+    return _wrapped(api, SHARED_ROUTERS, by_admin_key(admin_key, api.directory))
+
+
+def _wrapped(api: Api, routers: Sequence[APIRouter], identify: Identify) -> FastAPI:
     # No generated documentation pages: they load scripts from elsewhere.
     app = FastAPI(
         title="impart-serve",
@@ -30,14 +69,14 @@ def create_app(engine: EngineClient, settings: Settings, metrics: Metrics | None
         redoc_url=None,
         redirect_slashes=False,
     )
-    api = Api(engine, settings, metrics, OpenRequests(), MetricsPage(metrics.registry))
     app.state.api = api
     errors.install(app)
-    for module in (completions, chat, models, deltas, tokens, health):
-        app.include_router(module.router)
+    for router in routers:
+        app.include_router(router)
     app.add_middleware(HeadAsGet)
     # The last added is the outermost.
-    app.add_middleware(RequestCap, max_bytes=settings.max_body_bytes)
+    app.add_middleware(RequestCap, max_bytes=api.settings.max_body_bytes)
     app.add_middleware(EarlyRefusal, check=api.check_open)
-    app.add_middleware(RequestContext, metrics=metrics)
+    app.add_middleware(Authentication, identify=identify)
+    app.add_middleware(RequestContext, metrics=api.metrics)
     return app

@@ -16,6 +16,7 @@ from server.errors import QueueFull
 from server.metrics.page import MetricsPage
 from server.metrics.series import Metrics
 from server.settings import Settings
+from server.tenants.directory import Directory
 from server.tenants.principal import ANYBODY, Principal
 from server.tenants.tenant import EVERYBODY, Tenant
 
@@ -33,6 +34,7 @@ class Api:
     metrics: Metrics
     open_requests: OpenRequests
     metrics_page: MetricsPage
+    directory: Directory
     body_parsers: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="body-parser")
     )

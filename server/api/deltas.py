@@ -8,7 +8,8 @@ from typing import Any
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
-from server.api.context import Api, api_of
+from server.api.access import require_admin, visible_models
+from server.api.context import api_of
 from server.api.origin import refuse_other_sites
 from server.engine.types import ModelInfo
 
@@ -18,19 +19,20 @@ router = APIRouter()
 @router.get("/v1/deltas")
 async def list_deltas(request: Request) -> JSONResponse:
     """List every registered delta, with its state and sizes."""
-    return await asyncio.to_thread(_listing, api_of(request))
+    return await asyncio.to_thread(_listing, request)
 
 
-@router.post("/v1/deltas/rescan", dependencies=[Depends(refuse_other_sites)])
+@router.post(
+    "/v1/deltas/rescan", dependencies=[Depends(require_admin), Depends(refuse_other_sites)]
+)
 async def rescan(request: Request) -> JSONResponse:
     """Read the deltas directory again and list what it holds now."""
-    api = api_of(request)
-    await asyncio.to_thread(api.engine.rescan)
-    return await asyncio.to_thread(_listing, api)
+    await asyncio.to_thread(api_of(request).engine.rescan)
+    return await asyncio.to_thread(_listing, request)
 
 
-def _listing(api: Api) -> JSONResponse:
-    infos = [info for info in api.engine.models() if info.parent is not None]
+def _listing(request: Request) -> JSONResponse:
+    infos = [info for info in visible_models(request) if info.parent is not None]
     return JSONResponse({"object": "list", "data": [_delta(info) for info in infos]})
 
 

@@ -22,6 +22,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.api import sse
+from server.api.access import open_variant
 from server.api.chunks import ChunkWriter
 from server.api.context import Api, arrival, log_fields, principal, request_id
 from server.api.errors import body_of, internal_error_body
@@ -45,6 +46,7 @@ class GenerationResponse(Response):
         self._request_id = request_id(request)
         self._log = log_fields(request)
         self._arrived = arrival(request)
+        self._request = request
         self._principal = principal(request)
         self._deadline = self._arrived + api.settings.request_timeout_s
         self._n = reply.body.n_choices
@@ -90,7 +92,7 @@ class GenerationResponse(Response):
         engine, reply = self._api.engine, self._reply
         try:
             async with asyncio.timeout(self._deadline - time.monotonic()):
-                variant = await engine.open(reply.body.model)
+                variant = await open_variant(self._request, reply.body.model)
                 self._log["model"] = variant.name
                 return variant, await reply.prompts(engine, variant)
         except TimeoutError:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 
+from server.api.access import require_admin
 from server.api.context import api_of
 from server.metrics.series import CONTENT_TYPE
 
@@ -29,7 +30,7 @@ async def ready(request: Request) -> JSONResponse:
     return JSONResponse({"status": "ready" if is_ready else "not ready"}, 200 if is_ready else 503)
 
 
-@router.get("/load")
+@router.get("/load", dependencies=[Depends(require_admin)])
 async def load(request: Request) -> JSONResponse:
     """Requests being answered now (vLLM's shape)."""
     return JSONResponse({"server_load": len(api_of(request).open_requests)})
@@ -41,7 +42,7 @@ async def show_version() -> JSONResponse:
     return JSONResponse({"version": package_version()})
 
 
-@router.get("/metrics")
+@router.get("/metrics", dependencies=[Depends(require_admin)])
 async def metrics(request: Request) -> Response:
     """Prometheus' text format."""
     return Response(await api_of(request).metrics_page.text(), media_type=CONTENT_TYPE)

@@ -8,9 +8,8 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
-from server.api.context import Api, api_of
+from server.api.access import no_such_model, visible_models
 from server.engine.types import ModelInfo
-from server.errors import ModelNotFound
 
 router = APIRouter()
 
@@ -18,22 +17,22 @@ router = APIRouter()
 @router.get("/v1/models")
 async def list_models(request: Request) -> JSONResponse:
     """List what can be named in a request's `model`."""
-    return await asyncio.to_thread(_listing, api_of(request))
+    return await asyncio.to_thread(_listing, request)
 
 
-def _listing(api: Api) -> JSONResponse:
+def _listing(request: Request) -> JSONResponse:
     """Beside the event loop: there may be thousands."""
-    entries = [model_entry(info) for info in api.engine.models()]
+    entries = [model_entry(info) for info in visible_models(request)]
     return JSONResponse({"object": "list", "data": entries})
 
 
 @router.get("/v1/models/{name:path}")
 async def get_model(request: Request, name: str) -> JSONResponse:
     """Describe one model."""
-    for info in api_of(request).engine.models():
+    for info in visible_models(request):
         if info.is_named(name):
             return JSONResponse(model_entry(info))
-    raise ModelNotFound(f"The model `{name[:256]}` does not exist.", param="model")
+    raise no_such_model(name)
 
 
 def model_entry(info: ModelInfo) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
+from server.api.access import open_variant
 from server.api.body import parse_body
 from server.api.context import api_of
 from server.api.errors import invalid_request
@@ -23,7 +24,7 @@ async def tokenize(request: Request) -> JSONResponse:
     """Return the token ids of a text or a conversation."""
     api = api_of(request)
     body = await parse_body(request, TokenizeRequest)
-    variant = await api.engine.open(body.model)
+    variant = await open_variant(request, body.model)
     try:
         chat = body.chat
     except ValidationError as error:
@@ -59,7 +60,7 @@ async def detokenize(request: Request) -> JSONResponse:
     """Return the text of token ids."""
     api = api_of(request)
     body = await parse_body(request, DetokenizeRequest)
-    variant = await api.engine.open(body.model)
+    variant = await open_variant(request, body.model)
     most = 2 * api.engine.max_model_len
     if len(body.tokens) > most:
         raise InvalidRequest(

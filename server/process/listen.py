@@ -10,6 +10,7 @@ has happened (they were another program's), it is needed to bind at all.
 from __future__ import annotations
 
 import errno
+import ipaddress
 import socket
 import sys
 from collections.abc import Iterable
@@ -53,6 +54,15 @@ def listen(sockets: Iterable[socket.socket]) -> None:
         except OSError as error:
             host, port = one.getsockname()[:2]
             raise _refusal(host, port, error) from error
+
+
+def is_exposed(sockets: Iterable[socket.socket]) -> bool:
+    """Whether another machine could reach one of these addresses."""
+    return not all(_is_loopback(one.getsockname()[0]) for one in sockets)
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(address.partition("%")[0]).is_loopback
 
 
 def close(sockets: Iterable[socket.socket]) -> None:

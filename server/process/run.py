@@ -2,7 +2,7 @@
 
 SIGTERM, SIGINT   drain: not ready at once, running requests may finish, exit code 0
 the same again    end running requests now
-SIGHUP            read the deltas directory again
+SIGHUP            read the tenants file and the deltas directory again
 engine dead       end running requests, exit code 1
 """
 
@@ -13,21 +13,23 @@ import gc
 import logging
 import signal
 import socket
-from collections.abc import Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Protocol, TypeVar
 
 import uvicorn
 
-from server.api.app import create_app
-from server.api.open_requests import OpenRequests
+from server.api.app import create_admin_app, create_app
+from server.api.context import Api
 from server.engine.types import EngineClient
 from server.errors import Draining, EngineDead, ServeError
 from server.metrics.series import Metrics
 from server.process.listen import listen, urls
+from server.process.listeners import Listeners
 from server.process.protocol import BoundedProtocol
 from server.process.unsent import UnsentWatch
 from server.settings import Settings
+from server.tenants.directory import Directory
 
 WATCH_S = 0.5
 LAST_EVENT_S = 2.0  # for the final error events to leave
@@ -49,9 +51,12 @@ class Server(uvicorn.Server):
     answers that nobody reads.
     """
 
-    def __init__(self, config: uvicorn.Config, unsent: UnsentWatch | None = None) -> None:
+    def __init__(
+        self, config: uvicorn.Config, unsent: UnsentWatch | None = None, name: str = "the server"
+    ) -> None:
         super().__init__(config)
         self._unsent = unsent or UnsentWatch()
+        self._name = name
 
     async def on_tick(self, counter: int) -> bool:
         self._unsent.tick(self.server_state.connections)  # type: ignore[arg-type]
@@ -65,19 +70,18 @@ class Server(uvicorn.Server):
         assert sockets is not None, "see `run`"
         listen(sockets)
         await super().startup(sockets)
-        log.info("the server listens on %s", ", ".join(urls(sockets)))
+        log.info("%s listens on %s", self._name, ", ".join(urls(sockets)))
 
 
 class Control:
     """Decides when the server ends, and with which exit code."""
 
-    def __init__(
-        self, engine: EngineClient, open_requests: OpenRequests, server: Server, drain_s: float
-    ) -> None:
-        self._engine = engine
-        self._open_requests = open_requests
+    def __init__(self, api: Api, server: Server) -> None:
+        self._engine = api.engine
+        self._directory = api.directory
+        self._open_requests = api.open_requests
         self._server = server
-        self._drain_s = drain_s
+        self._drain_s = api.settings.drain_timeout_s
         self._draining = False
         self._tasks: set[asyncio.Task[None]] = set()
         self.exit_code = 0
@@ -102,7 +106,8 @@ class Control:
         self._start(self._drain())
 
     def rescan(self) -> None:
-        """Read the deltas directory again, beside the loop."""
+        """Read the tenants file and the deltas directory again, beside the loop."""
+        self._start(self._reload_tenants())
         self._start(self._rescan())
 
     async def watch(self) -> None:
@@ -144,6 +149,12 @@ class Control:
         except Exception:
             log.exception("the rescan failed; the server keeps the names it knew")
 
+    async def _reload_tenants(self) -> None:
+        try:
+            await asyncio.to_thread(self._directory.reload)
+        except Exception as error:
+            log.error("%s; the tenants known before stay", error)
+
     def _start(self, work: object) -> None:
         task = asyncio.ensure_future(work)  # type: ignore[call-overload]
         self._tasks.add(task)  # the loop itself keeps weak references only
@@ -179,15 +190,17 @@ async def run(
     engine: RunnableEngine,
     settings: Settings,
     metrics: Metrics,
-    sockets: Sequence[socket.socket],
+    bound: Listeners,
+    directory: Directory | None = None,
 ) -> int:
     """Serve until told to stop; return the exit code.
 
-    sockets  bound, see `server.process.listen`
+    directory  the tenants; None: there are no keys
     """
-    app = create_app(engine, settings, metrics)
+    app = create_app(engine, settings, metrics, directory)
+    api: Api = app.state.api
     server = Server(uvicorn_config(app, settings), UnsentWatch(metrics.unsent_bytes.set))
-    control = Control(engine, app.state.api.open_requests, server, settings.drain_timeout_s)
+    control = Control(api, server)
     control.install()
     engine.start()
     # What is there now stays: the collector need not look through it again, which takes it up to a
@@ -196,11 +209,28 @@ async def run(
     gc.freeze()
     watch = asyncio.create_task(control.watch())
     try:
-        await server.serve(list(sockets))
+        async with _admin_routes(api, bound):
+            await server.serve(bound.main)
     finally:
         watch.cancel()
         await _stop_engine(engine)
     return control.exit_code
+
+
+@asynccontextmanager
+async def _admin_routes(api: Api, bound: Listeners) -> AsyncIterator[None]:
+    """Serve the admin routes meanwhile, if there is a key for them."""
+    if bound.admin_key is None:
+        yield
+        return
+    app = create_admin_app(api, bound.admin_key)
+    server = Server(uvicorn_config(app, api.settings), name="the admin listener")
+    serving = asyncio.create_task(server.serve(bound.admin))
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await serving
 
 
 def uvicorn_config(app: object, settings: Settings) -> uvicorn.Config:

@@ -72,8 +72,13 @@ def test_prometheus_scrapes_the_service_of_compose(compose: Any) -> None:
     ]
     for target in targets:
         host, _, port = target.partition(":")
-        published = [p.rsplit(":", 1)[1] for p in compose["services"][host]["ports"]]
-        assert port in published
+        service = compose["services"][host]
+        assert port in service["expose"]
+        assert port == service["environment"]["IMPART_ADMIN_PORT"]
+    (job,) = config["scrape_configs"]
+    secret = Path(job["authorization"]["credentials_file"]).name
+    assert secret in compose["services"]["prometheus"]["secrets"]
+    assert compose["secrets"][secret] == {"environment": "IMPART_ADMIN_KEY"}
 
 
 def test_dockerfile_runs_unprivileged_offline_and_checked(dockerfile: str) -> None:

@@ -22,6 +22,7 @@ PROGRAM = """
 import asyncio, os, signal, sys
 from server.metrics.series import Metrics
 from server.process import logs
+from server.process.listeners import Listeners
 from server.process.run import run, run_in_loop
 from tests.server.api.conftest import make_settings
 from tests.server.api.fake import FakeEngine
@@ -44,7 +45,7 @@ async def main():
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGUSR1, release)
     loop.add_signal_handler(signal.SIGUSR2, die)
-    return await run(engine, settings, Metrics(), [listener])
+    return await run(engine, settings, Metrics(), Listeners([listener], []))
 
 sys.exit(run_in_loop(main()))
 """

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from server.engine.llm_engine import LLMEngine
 from server.metrics.series import Metrics
+from server.process.listeners import Listeners
 from server.process.run import run, run_in_loop
 from server.settings import Settings
 
@@ -28,7 +29,7 @@ settings = Settings(base=Path(sys.argv[2]), served_base_name="base", device="cpu
 listener = __import__("socket").socket(fileno=int(sys.argv[1]))
 metrics = Metrics()
 engine = LLMEngine.from_settings(settings, metrics)
-sys.exit(run_in_loop(run(engine, settings, metrics, [listener])))
+sys.exit(run_in_loop(run(engine, settings, metrics, Listeners([listener], []))))
 """
 
 

@@ -1,0 +1,44 @@
+"""What a tenant sees of the models: its own, and of others not even that they exist."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fastapi import Request
+
+from server.api.context import api_of, tenant
+from server.engine.types import ModelInfo, VariantHandle
+from server.errors import Forbidden, ModelNotFound
+
+NO_NAME = "/"  # no model can have it
+
+
+async def open_variant(request: Request, model: str) -> VariantHandle:
+    """Open a model for this request.
+
+    Another tenant's is looked for under a name that does not exist, so that the answer and the time
+    it takes are those of any unknown name. Raises as `EngineClient.open`.
+    """
+    engine = api_of(request).engine
+    name = model.removeprefix(f"{engine.base_name}:")
+    try:
+        return await engine.open(model if tenant(request).may_use(name) else NO_NAME)
+    except ModelNotFound:
+        raise no_such_model(model) from None
+
+
+def visible_models(request: Request) -> Iterator[ModelInfo]:
+    """Yield the models that this request's tenant may use."""
+    may_use = tenant(request).may_use
+    return (info for info in api_of(request).engine.models() if may_use(info.name))
+
+
+def no_such_model(model: str) -> ModelNotFound:
+    """Return the one refusal of a name that nobody may use, or not this tenant."""
+    return ModelNotFound(f"The model `{model[:200]}` does not exist.", param="model")
+
+
+def require_admin(request: Request) -> None:
+    """Refuse whoever may not change the server or see more than one tenant. Raises Forbidden."""
+    if not request.scope.get("impart.admin", False):
+        raise Forbidden("Only the admin listener does this, with the admin key: see --admin-key.")
