@@ -44,8 +44,10 @@ class ChatReply:
     def __init__(self, body: ChatRequest) -> None:
         self.body = body
 
-    async def prompts(self, engine: EngineClient, variant: VariantHandle) -> list[Prompt]:
-        return [await render_messages(engine, variant, self.body)]
+    async def prompts(
+        self, engine: EngineClient, variant: VariantHandle, tenant: str
+    ) -> list[Prompt]:
+        return [await render_messages(engine, variant, self.body, tenant=tenant)]
 
     def params(
         self, prompt: Prompt, variant: VariantHandle, max_model_len: int, child: int

@@ -50,10 +50,12 @@ class CompletionReply:
     def n_prompts(self) -> int:
         return len(self.body.prompt)
 
-    async def prompts(self, engine: EngineClient, variant: VariantHandle) -> list[Prompt]:
+    async def prompts(
+        self, engine: EngineClient, variant: VariantHandle, tenant: str
+    ) -> list[Prompt]:
         special = self.body.add_special_tokens is not False
         prompts = [
-            await encode_prompt(engine, variant, prompt, add_special_tokens=special)
+            await encode_prompt(engine, variant, prompt, tenant=tenant, add_special_tokens=special)
             for prompt in self.body.prompt
         ]
         if not self.body.echo:

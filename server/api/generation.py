@@ -94,7 +94,7 @@ class GenerationResponse(Response):
             async with asyncio.timeout(self._deadline - time.monotonic()):
                 variant = await open_variant(self._request, reply.body.model)
                 self._log["model"] = variant.name
-                return variant, await reply.prompts(engine, variant)
+                return variant, await reply.prompts(engine, variant, self._principal.tenant)
         except TimeoutError:
             raise DeadlineExceeded("the request ran out of its time") from None
 

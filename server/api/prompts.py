@@ -25,17 +25,20 @@ async def encode_prompt(
     variant: VariantHandle,
     prompt: str | list[int],
     *,
+    tenant: str,
     add_special_tokens: bool = True,
 ) -> Prompt:
     """Return the prompt's token ids. Raises InvalidRequest: too long."""
     if not isinstance(prompt, str):
         return Prompt(prompt)
     check_length(len(prompt), engine, variant, "prompt")
-    ids = await engine.encode(variant, prompt, add_special_tokens=add_special_tokens)
+    ids = await engine.encode(variant, prompt, add_special_tokens=add_special_tokens, tenant=tenant)
     return Prompt(ids, prompt)
 
 
-async def render_messages(engine: EngineClient, variant: VariantHandle, chat: ChatInput) -> Prompt:
+async def render_messages(
+    engine: EngineClient, variant: VariantHandle, chat: ChatInput, *, tenant: str
+) -> Prompt:
     """Return the conversation's token ids. Raises InvalidRequest: too long, template refuses."""
     n_chars = sum(len(message.content or "") for message in chat.messages)
     check_length(n_chars, engine, variant, "messages")
@@ -45,6 +48,7 @@ async def render_messages(engine: EngineClient, variant: VariantHandle, chat: Ch
         add_generation_prompt=chat.generation_prompt,
         continue_final_message=bool(chat.continue_final_message),
         add_special_tokens=bool(chat.add_special_tokens),
+        tenant=tenant,
     )
     return Prompt(ids)
 

@@ -65,7 +65,9 @@ class Reply(Protocol):
     @property
     def n_prompts(self) -> int: ...
 
-    async def prompts(self, engine: EngineClient, variant: VariantHandle) -> list[Prompt]: ...
+    async def prompts(
+        self, engine: EngineClient, variant: VariantHandle, tenant: str
+    ) -> list[Prompt]: ...
 
     def params(
         self, prompt: Prompt, variant: VariantHandle, max_model_len: int, child: int

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from server.api.access import open_variant
 from server.api.body import parse_body
-from server.api.context import api_of
+from server.api.context import api_of, principal
 from server.api.errors import invalid_request
 from server.api.prompts import check_length, render_messages
 from server.api.schemas import DetokenizeRequest, TokenizeRequest
@@ -29,14 +29,14 @@ async def tokenize(request: Request) -> JSONResponse:
         chat = body.chat
     except ValidationError as error:
         raise invalid_request(error) from None
+    name = principal(request).tenant
     if chat is None:
         text = body.prompt or ""
         check_length(len(text), api.engine, variant, "prompt")
-        ids = await api.engine.encode(
-            variant, text, add_special_tokens=body.add_special_tokens is not False
-        )
+        special = body.add_special_tokens is not False
+        ids = await api.engine.encode(variant, text, add_special_tokens=special, tenant=name)
     else:
-        ids = list((await render_messages(api.engine, variant, chat)).ids)
+        ids = list((await render_messages(api.engine, variant, chat, tenant=name)).ids)
     strings = None
     if body.return_token_strs:
         if len(ids) > MAX_TOKEN_STRINGS:

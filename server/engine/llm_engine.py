@@ -38,7 +38,7 @@ from server.engine.types import (
 )
 from server.engine.variant import Variant
 from server.settings import Settings
-from server.tenants.principal import ANYBODY, Principal
+from server.tenants.principal import ANYBODY, NOBODY, Principal
 
 log = logging.getLogger(__name__)
 
@@ -171,10 +171,19 @@ class LLMEngine:
     # -- text ------------------------------------------------------------------------------------
 
     async def encode(
-        self, variant: Variant, text: str, *, add_special_tokens: bool = True
+        self,
+        variant: Variant,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        tenant: str = NOBODY,
     ) -> list[int]:
         return await self._text.encode(
-            variant.text, text, self.max_model_len, add_special_tokens=add_special_tokens
+            variant.text,
+            text,
+            self.max_model_len,
+            add_special_tokens=add_special_tokens,
+            tenant=tenant,
         )
 
     async def decode(
@@ -193,6 +202,7 @@ class LLMEngine:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
+        tenant: str = NOBODY,
     ) -> list[int]:
         return await self._text.render_chat(
             variant.text,
@@ -201,6 +211,7 @@ class LLMEngine:
             add_generation_prompt=add_generation_prompt,
             continue_final_message=continue_final_message,
             add_special_tokens=add_special_tokens,
+            tenant=tenant,
         )
 
     # -- generation ------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from itertools import chain
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
-from server.tenants.principal import ANYBODY, Principal
+from server.tenants.principal import ANYBODY, NOBODY, Principal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 VariantState = Literal["registered", "loading", "ready", "failed", "quarantined"]
@@ -253,9 +253,15 @@ class EngineClient(Protocol):
         ...
 
     async def encode(
-        self, variant: VariantHandle, text: str, *, add_special_tokens: bool = True
+        self,
+        variant: VariantHandle,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        tenant: str = NOBODY,
     ) -> list[int]:
-        """Tokenise with the variant's tokenizer, the special tokens that it adds included.
+        """Tokenise with the variant's tokenizer, the special tokens that it adds included; of the
+        text workers the tenant has its share.
 
         Raises InvalidRequest, TextLimit, DeltaUnusable (in quarantine), QueueFull.
         """
@@ -281,6 +287,7 @@ class EngineClient(Protocol):
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
+        tenant: str = NOBODY,
     ) -> list[int]:
         """Chat template -> token ids, in a text worker. Raises as `encode` does."""
         ...

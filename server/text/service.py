@@ -77,7 +77,13 @@ class TextService:
     # -- encoding --------------------------------------------------------------------------------
 
     async def encode(
-        self, text: TextAssets, prompt: str, max_model_len: int, *, add_special_tokens: bool = True
+        self,
+        text: TextAssets,
+        prompt: str,
+        max_model_len: int,
+        *,
+        add_special_tokens: bool = True,
+        tenant: str = "",
     ) -> list[int]:
         """Token ids of a prompt. Raises InvalidRequest, TextLimit, DeltaUnusable, QueueFull."""
         limit = _length_limit(text, max_model_len)
@@ -90,7 +96,7 @@ class TextService:
         record = {"limit": asdict(limit), "add_special_tokens": add_special_tokens}
         blob = prompt.encode("utf-8", "surrogatepass")
         owner = text.owner if tokenizer is None else ""  # the base's tokenizer is nobody's fault
-        task = self._task("encode", text, owner, record, len(prompt), blob)
+        task = self._task("encode", text, owner, record, len(prompt), blob, tenant=tenant)
         return ids_of(await self._done(task, owner))
 
     async def render_chat(
@@ -102,6 +108,7 @@ class TextService:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
+        tenant: str = "",
     ) -> list[int]:
         """Token ids of a conversation. Raises as `encode` does."""
         limit = _length_limit(text, max_model_len)
@@ -115,7 +122,7 @@ class TextService:
             self._literal_specials,
         )
         record = {"limit": asdict(limit), "conversation": asdict(conversation)}
-        task = self._task("render", text, text.owner, record, n_chars)
+        task = self._task("render", text, text.owner, record, n_chars, tenant=tenant)
         return ids_of(await self._done(task, text.owner))
 
     # -- decoding --------------------------------------------------------------------------------
@@ -158,10 +165,12 @@ class TextService:
         record: dict[str, Any],
         n_chars: int,
         blob: bytes = b"",
+        *,
+        tenant: str,
     ) -> TextTask:
         owned = (owner,) if owner else ()
         shares = (*owned, LONG) if n_chars > LONG_CHARS else owned
-        return TextTask(name, str(text.folder), owner or BASE, shares, record, blob)
+        return TextTask(name, str(text.folder), owner or BASE, shares, record, blob, tenant)
 
     async def _done(self, task: TextTask, owner: str) -> Frame:
         """What the worker answers; a caller that is cancelled takes the task along."""

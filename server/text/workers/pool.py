@@ -51,8 +51,9 @@ class TextTask:
 
     name    in `server.text.workers.tasks.TASKS`
     folder  of the tokenizer that it is done with
-    key     whose turn it is
+    key     whose turn it is among those of its tenant
     shares  what it counts for; see `server.text.workers.shares`
+    tenant  who asks; "": the server itself
     """
 
     name: str
@@ -61,6 +62,7 @@ class TextTask:
     shares: tuple[str, ...]
     record: dict[str, Any]
     blob: bytes = b""
+    tenant: str = ""
     future: Future[Frame] = field(default_factory=Future)
 
     @property

@@ -30,7 +30,7 @@ from server.errors import (
     ModelNotFound,
     ServeError,
 )
-from server.tenants.principal import ANYBODY, Principal
+from server.tenants.principal import ANYBODY, NOBODY, Principal
 
 BASE = "tiny-base"
 LETTERS = {BASE: "0", "alpha": "A", "beta": "B"}
@@ -104,6 +104,7 @@ class FakeEngine:
         self.rescans = 0
         self.n_active = 0
         self.n_encoded = 0
+        self.text_tenants: list[str] = []  # whose each text was
         self.special: list[bool] = []  # whether each encoding added special tokens
         self.aborted: list[str] = []
         self.finished: list[str] = []
@@ -183,9 +184,15 @@ class FakeEngine:
     # -- text
 
     async def encode(
-        self, variant: FakeVariant, text: str, *, add_special_tokens: bool = True
+        self,
+        variant: FakeVariant,
+        text: str,
+        *,
+        add_special_tokens: bool = True,
+        tenant: str = NOBODY,
     ) -> list[int]:
         self.n_encoded += 1
+        self.text_tenants.append(tenant)
         self.special.append(add_special_tokens)
         return list(text.encode())
 
@@ -206,6 +213,7 @@ class FakeEngine:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         add_special_tokens: bool = False,
+        tenant: str = NOBODY,
     ) -> list[int]:
         if any(m["content"] == "template fails" for m in messages):
             raise InvalidRequest("the template refuses this", param="messages")
@@ -214,7 +222,9 @@ class FakeEngine:
             text = text[:-1]
         if add_generation_prompt:
             text += "<assistant>"
-        return await self.encode(variant, text, add_special_tokens=add_special_tokens)
+        return await self.encode(
+            variant, text, add_special_tokens=add_special_tokens, tenant=tenant
+        )
 
     # -- generation
 

@@ -90,6 +90,19 @@ async def test_answers_are_counted_for_the_tenant_that_asked() -> None:
     assert found["kv_blocks"] == {("a", ""): 0, ("b", ""): 0, ("default", ""): 3}
 
 
+async def test_text_work_is_done_for_the_tenant_that_asked() -> None:
+    messages = [{"role": "user", "content": "Hi"}]
+    chat = {"model": BASE, "messages": messages, "max_tokens": 1}
+    async with edge() as to:
+        await to.complete("a")
+        await to.client.post("/v1/chat/completions", json=chat, headers={"who": "b"})
+        await to.client.post("/tokenize", json={"model": BASE, "prompt": "x"}, headers={"who": "c"})
+        await to.client.post(
+            "/tokenize", json={"model": BASE, "messages": messages}, headers={"who": "d"}
+        )
+        assert to.engine.text_tenants == ["a", "b", "c", "d"]
+
+
 @pytest.mark.parametrize(
     ("error", "reason"), [(RateLimited, "rate"), (QuotaExceeded, "quota"), (QueueFull, "queue")]
 )

@@ -29,11 +29,16 @@ class Pool:
         self.folder = folder
 
     def chat(
-        self, template: str = "{{ 'ok' }}", *, key: str = "base", shares: tuple[str, ...] = ()
+        self,
+        template: str = "{{ 'ok' }}",
+        *,
+        key: str = "base",
+        shares: tuple[str, ...] = (),
+        tenant: str = "",
     ) -> Future[Frame]:
         conversation = Conversation([{"role": "user", "content": "x"}], template)
         record = {"limit": asdict(LIMIT), "conversation": asdict(conversation)}
-        return self.give("render", record, key=key, shares=shares)
+        return self.give("render", record, key=key, shares=shares, tenant=tenant)
 
     def give(self, name: str, record: dict[str, Any], blob: bytes = b"", **task: Any) -> Any:
         fields = {"key": "base", "shares": ()} | task

@@ -117,6 +117,17 @@ def test_share_of_one_variant_leaves_a_worker_for_others(pool_of: Make) -> None:
         hog.cancel()
 
 
+def test_tenant_that_floods_with_slow_templates_leaves_a_worker_for_others(pool_of: Make) -> None:
+    pool = pool_of(n_workers=2, limits=replace(LIMITS, cpu_s=600.0, wall_s=600.0))
+    assert pool.chat(tenant="b").result(PATIENCE_S).blob
+    flood = [pool.chat(LOOPS, key=f"v{i}", shares=(f"v{i}",), tenant="a") for i in range(4)]
+    for _ in range(5):
+        assert pool.chat(tenant="b").result(PATIENCE_S).blob
+    assert not any(task.done() for task in flood)
+    for task in flood:
+        task.cancel()
+
+
 def test_cancelled_task_leaves_the_queue_and_its_worker(pool_of: Make) -> None:
     pool = pool_of(limits=replace(LIMITS, cpu_s=600.0, wall_s=600.0))
     running, waiting = pool.chat(ARITHMETIC), pool.chat(LOOPS)

@@ -14,6 +14,7 @@ from server.text.workers.shares import ShareQueue
 class Task:
     key: str
     shares: tuple[str, ...] = ()
+    tenant: str = "t"
     is_wanted: bool = field(default=True)
 
 
@@ -67,6 +68,44 @@ def test_one_worker_serves_every_share() -> None:
     assert line.take(1) is task
 
 
+def test_tenants_take_turns_and_so_do_keys_of_each() -> None:
+    tasks = [
+        Task("a"),
+        Task("b"),
+        Task("a"),
+        Task("c"),
+        Task("a", tenant="u"),
+        Task("a", tenant="u"),
+    ]
+    line = queue(n_workers=9)
+    for task in tasks:
+        line.put(task)
+    assert [line.take(9) for _ in range(6)] == [tasks[i] for i in (0, 4, 1, 5, 3, 2)]
+
+
+def test_tenant_leaves_a_worker_for_others_whatever_its_keys() -> None:
+    line = queue(n_workers=3)
+    flood = [Task(key) for key in "abcdef"]
+    line.put(Task("a", tenant="u"))
+    for task in flood:
+        line.put(task)
+    line.done(line.take(3) or Task("none"))
+    assert [line.take(3), line.take(3), line.take(3)] == [*flood[:2], None]
+    other = Task("a", tenant="u")
+    line.put(other)
+    assert line.take(3) is other
+    line.done(flood[0])
+    assert line.take(3) is flood[2]
+
+
+def test_only_tenant_may_have_all_workers() -> None:
+    line = queue(n_workers=2)
+    own, other, servers = Task("a"), Task("b"), Task("c", tenant="")
+    for task in (own, other, servers):
+        line.put(task)
+    assert [line.take(2), line.take(2), line.take(2)] == [own, servers, other]
+
+
 def test_full_queue_forgets_what_nobody_wants_before_it_refuses() -> None:
     line = queue(max_waiting=2)
     gone, waiting = Task("a"), Task("b")
@@ -78,10 +117,13 @@ def test_full_queue_forgets_what_nobody_wants_before_it_refuses() -> None:
     assert len(line) == 2
 
 
-@given(st.lists(st.tuples(st.sampled_from("abc"), st.booleans()), max_size=30))
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.booleans(), st.sampled_from("tu")), max_size=30)
+)
 def test_every_task_comes_once_and_no_share_takes_all_workers(wanted: list) -> None:
     line, n_workers = queue(n_workers=3), 3
-    tasks = [Task(key, (key, "long") if long else (key,)) for key, long in wanted]
+    tasks = [Task(key, (key, "long") if long else (key,), tenant) for key, long, tenant in wanted]
+    n_tenants = len({task.tenant for task in tasks})
     for task in tasks:
         line.put(task)
     running: list[Task] = []
@@ -92,6 +134,8 @@ def test_every_task_comes_once_and_no_share_takes_all_workers(wanted: list) -> N
             seen.append(task)
         for share in "abc", "long":
             assert sum(share in task.shares for task in running) < n_workers
+        for tenant in "tu" if n_tenants > 1 else "":
+            assert sum(task.tenant == tenant for task in running) < n_workers
         assert running
         line.done(running.pop(0))
     assert sorted(map(id, seen)) == sorted(map(id, tasks))
