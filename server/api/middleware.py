@@ -29,7 +29,7 @@ from server.api.errors import (
 from server.api.sse import Stalled
 from server.errors import BodyTooLarge, QueueFull, QuotaExceeded, RateLimited, ServeError
 from server.metrics.series import Metrics
-from server.tenants.principal import ANYBODY, Principal
+from server.tenants.principal import Principal
 
 MAX_HEADERS = 128
 MAX_HEADER_BYTES = 16 << 10  # names and values; the protocol bounds them before they are parsed
@@ -98,9 +98,10 @@ class RequestContext:
         route = getattr(scope.get("route"), "path", unrouted)
         method = scope["method"] if scope["method"] in METHODS else "other"
         self._metrics.http_request(route, method, status)
-        if route not in QUIET_PATHS and status != 401:  # of a request without a key is no tenant's
+        principal: Principal | None = scope.get("impart.principal")
+        if principal is not None and route in BODY_PATHS:
             refusal = refusal_of(answered_error(scope))
-            self._metrics.tenants.answered(_tenant_of(scope), status, refusal)
+            self._metrics.tenants.answered(principal.tenant, status, refusal)
         level = logging.DEBUG if route in QUIET_PATHS else logging.INFO
         log.log(
             level,
@@ -226,12 +227,6 @@ class RequestCap:
 def refusal_of(error: ServeError | None) -> str | None:
     """The reason under which an error counts as a refusal of its tenant; None if it is none."""
     return next((reason for kind, reason in REFUSALS.items() if isinstance(error, kind)), None)
-
-
-def _tenant_of(scope: Scope) -> str:
-    """Of a server without keys, and of what is refused before its key is read: the default."""
-    principal: Principal = scope.get("impart.principal", ANYBODY)
-    return principal.tenant
 
 
 def _refusal_of_headers(scope: Scope) -> JSONResponse | None:

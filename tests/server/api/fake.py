@@ -104,6 +104,7 @@ class FakeEngine:
         self.rescans = 0
         self.n_active = 0
         self.n_encoded = 0
+        self.use: dict[str, TenantUse] = {}
         self.text_tenants: list[str] = []  # whose each text was
         self.special: list[bool] = []  # whether each encoding added special tokens
         self.aborted: list[str] = []
@@ -141,7 +142,7 @@ class FakeEngine:
         return TextWorkerStats(n_busy=1, n_waiting=0, n_kills={"cpu": 2})
 
     def tenant_use(self) -> dict[str, TenantUse]:
-        return {"default": TenantUse(n_kv_blocks=3)}
+        return dict(self.use)
 
     def is_alive(self) -> bool:
         return self.alive

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.app import create_app
+from server.engine.schedule.admission import Admission
 from server.engine.types import TenantUse
 from server.errors import QueueFull, QuotaExceeded, RateLimited, ServeError
 from server.metrics.series import Metrics
-from server.tenants.principal import Principal
 from tests.server.api.conftest import make_settings
 from tests.server.api.fake import BASE, FakeEngine
-
-MAX_OPEN = 8
+from tests.server.api.tenancy import Tenancy, bearer, completion
 
 Samples = dict[tuple[str, str], float]
 
@@ -38,97 +34,92 @@ def samples(metrics: Metrics) -> dict[str, Samples]:
     return found
 
 
-class NamesTenant:
-    """Stands for the authentication: the header `who` names the tenant."""
+class Edge(Tenancy):
+    """Both tenants' answers, and what the metrics say of them."""
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.metrics: Metrics = self.app.state.api.metrics
+        self.metrics.watch(self.engine, 8)
+        self.engine.use = {"acme": TenantUse(n_kv_blocks=3)}
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        for name, value in scope["headers"]:
-            if name == b"who":
-                scope["impart.principal"] = Principal(value.decode())
-        await self._app(scope, receive, send)
+    async def post(self, who: str, path: str, **body: Any) -> int:
+        return (await self.call("POST", path, json=body, headers=bearer(who))).status_code
 
+    async def complete(self, who: str, model: str, **fields: Any) -> int:
+        return await self.post(who, "/v1/completions", **completion(model, **fields))
 
-@dataclass
-class Edge:
-    engine: FakeEngine
-    metrics: Metrics
-    client: httpx.AsyncClient
-
-    async def complete(self, who: str, **fields: Any) -> int:
-        headers = {"who": who} if who else {}
-        body = {"model": BASE, "prompt": "Hi", "max_tokens": 3, **fields}
-        return (await self.client.post("/v1/completions", json=body, headers=headers)).status_code
+    @property
+    def samples(self) -> dict[str, Samples]:
+        return samples(self.metrics)
 
 
-@asynccontextmanager
-async def edge() -> AsyncIterator[Edge]:
-    engine, metrics = FakeEngine(max_open=MAX_OPEN), Metrics()
-    metrics.watch(engine, 8)
-    app = NamesTenant(create_app(engine, make_settings(), metrics))
-    transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        yield Edge(engine, metrics, client)
+@pytest.fixture
+def edge(tmp_path: Path) -> Edge:
+    return Edge(tmp_path)
 
 
-async def test_answers_are_counted_for_the_tenant_that_asked() -> None:
-    async with edge() as to:
-        assert await to.complete("a") == 200
-        assert await to.complete("a", model="nobody's") == 404
-        assert await to.complete("b", n=2) == 200
-        assert await to.complete("") == 200
-        await to.client.get("/metrics", headers={"who": "a"})  # a scrape is no request of a tenant
-        found = samples(to.metrics)
-    want = {("a", "200"): 1, ("a", "404"): 1, ("b", "200"): 1, ("default", "200"): 1}
+async def test_answers_are_counted_for_the_tenant_that_asked(edge: Edge) -> None:
+    assert await edge.complete("acme", "alpha") == 200
+    assert await edge.complete("acme", "beta") == 404
+    assert await edge.complete("globex", "beta", n=2) == 200
+    assert await edge.complete("admin", "beta") == 401  # nobody's
+    await edge.call("GET", "/v1/models", headers=bearer("acme"))
+    await edge.call_admin("GET", "/metrics", headers=bearer("admin"))
+    found = edge.samples
+    acme, globex = ("acme", ""), ("globex", "")
+    want = {("acme", "200"): 1, ("acme", "404"): 1, ("globex", "200"): 1}
     assert found["requests_total"] == want
-    assert found["prompt_tokens_total"] == {("a", ""): 2, ("b", ""): 4, ("default", ""): 2}
-    assert found["generation_tokens_total"] == {("a", ""): 3, ("b", ""): 6, ("default", ""): 3}
-    assert found["time_to_first_token_seconds_count"]["b", ""] == 2
+    assert found["prompt_tokens_total"] == {acme: 2, globex: 4}
+    assert found["generation_tokens_total"] == {acme: 3, globex: 6}
+    assert found["time_to_first_token_seconds_count"] == {acme: 1, globex: 2}
     assert set(found["sequences"].values()) == {0}
-    assert found["kv_blocks"] == {("a", ""): 0, ("b", ""): 0, ("default", ""): 3}
+    assert found["kv_blocks"] == {acme: 3, globex: 0}
 
 
-async def test_text_work_is_done_for_the_tenant_that_asked() -> None:
+async def test_server_without_keys_shows_one_tenant() -> None:
+    engine, metrics = FakeEngine(), Metrics()
+    transport = httpx.ASGITransport(create_app(engine, make_settings(), metrics))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        await client.post("/v1/completions", json=completion(BASE))
+    found = samples(metrics)
+    assert found["requests_total"] == {("default", "200"): 1}
+    assert {tenant for family in found.values() for tenant, _ in family} == {"default"}
+    lines = [line for line in metrics.render().decode().splitlines() if "tenant=" in line]
+    assert len(lines) <= 40, "the page is to stay small"
+
+
+async def test_text_work_is_done_for_the_tenant_that_asked(edge: Edge) -> None:
     messages = [{"role": "user", "content": "Hi"}]
-    chat = {"model": BASE, "messages": messages, "max_tokens": 1}
-    async with edge() as to:
-        await to.complete("a")
-        await to.client.post("/v1/chat/completions", json=chat, headers={"who": "b"})
-        await to.client.post("/tokenize", json={"model": BASE, "prompt": "x"}, headers={"who": "c"})
-        await to.client.post(
-            "/tokenize", json={"model": BASE, "messages": messages}, headers={"who": "d"}
-        )
-        assert to.engine.text_tenants == ["a", "b", "c", "d"]
+    await edge.complete("acme", "alpha")
+    await edge.post("globex", "/v1/chat/completions", model="beta", messages=messages)
+    await edge.post("acme", "/tokenize", model="alpha", prompt="x")
+    await edge.post("globex", "/tokenize", model="beta", messages=messages)
+    assert edge.engine.text_tenants == ["acme", "globex", "acme", "globex"]
 
 
 @pytest.mark.parametrize(
     ("error", "reason"), [(RateLimited, "rate"), (QuotaExceeded, "quota"), (QueueFull, "queue")]
 )
-async def test_refusals_are_counted_by_their_reason(error: type[ServeError], reason: str) -> None:
-    async with edge() as to:
-        to.engine.open_error = error("no")
-        assert await to.complete("a") == error.status
-        found = samples(to.metrics)
-    assert found["rejections_total"] == {("a", reason): 1}
+async def test_refusals_are_counted_by_their_reason(
+    edge: Edge, error: type[ServeError], reason: str
+) -> None:
+    edge.engine.open_error = error("no")
+    assert await edge.complete("acme", "alpha") == error.status
+    assert edge.samples["rejections_total"] == {("acme", reason): 1}
 
 
-async def test_full_queue_before_the_body_is_read_is_counted() -> None:
-    async with edge() as to:
-        with to.engine.admit(MAX_OPEN):
-            assert await to.complete("a") == 503
-        found = samples(to.metrics)
-    assert found["rejections_total"] == {("a", "queue"): 1}
+async def test_full_queue_before_the_body_is_read_is_counted(edge: Edge) -> None:
+    edge.engine.admission = Admission(max_waiting=2, max_running=0)
+    with edge.engine.admit(2):
+        assert await edge.complete("acme", "alpha") == 503
+    assert edge.samples["rejections_total"] == {("acme", "queue"): 1}
 
 
 def test_tenants_beyond_the_bound_share_one_label() -> None:
-    class Use(FakeEngine):
-        def tenant_use(self) -> dict[str, TenantUse]:
-            return {f"t{i}": TenantUse(n_kv_blocks=10) for i in range(5)}
-
-    metrics = Metrics(max_tenants=2)
-    metrics.watch(Use(), 8)
+    metrics, engine = Metrics(max_tenants=2), FakeEngine()
+    engine.use = {f"t{i}": TenantUse(n_kv_blocks=10) for i in range(5)}
+    metrics.watch(engine, 8)
     for i in range(4):
         timer = metrics.sequence("m", f"t{i}", 5, time.monotonic())
         timer.tokens(1, 2)
@@ -136,10 +127,3 @@ def test_tenants_beyond_the_bound_share_one_label() -> None:
     assert found["kv_blocks"] == {("t0", ""): 10, ("t1", ""): 10, ("other", ""): 30}
     assert found["sequences"]["other", "running"] == 2
     assert found["cached_tokens_total"] == {("t0", ""): 2, ("t1", ""): 2, ("other", ""): 4}
-
-
-def test_page_of_one_tenant_stays_small() -> None:
-    metrics = Metrics()
-    metrics.sequence("m", "default", 5, time.monotonic()).finish("stop")
-    lines = [line for line in metrics.render().decode().splitlines() if "tenant=" in line]
-    assert 0 < len(lines) <= 40
