@@ -1,49 +1,63 @@
-"""Every error the server raises on purpose; `status` is the one map to HTTP.
+"""Every error the server raises on purpose, with its HTTP status and OpenAI's `code`, by which
+clients tell errors apart; `server.api.errors` makes answers of them.
 
-    ServeError
-    ├── ClientError
-    │   ├── InvalidRequest 400      a field is wrong; `param` names it
-    │   │   └── ContextTooLong      the prompt, or prompt and output, exceed what the model takes
-    │   ├── Unauthenticated 401     no key, or none that is known here
-    │   ├── Forbidden 403           whoever asks may not
-    │   ├── ModelNotFound 404       no base, variant or alias of that name, or not for this tenant
-    │   ├── BodyTooLarge 413
-    │   └── RateLimited 429         this tenant's own limit; `retry_after_s` says when
-    │       └── QuotaExceeded       spent for the day or month: trying again does not help
-    ├── DeltaBroken 424             this variant's artifact is wrong: nobody need try again
-    ├── Unavailable 503             try again; `retry_after_s` says when
-    │   ├── QueueFull
+    ServeError 500                      server_error
+    ├── ClientError 400
+    │   ├── InvalidRequest 400          which rule a field breaks, or none; `param` names it
+    │   │   └── ContextTooLong          context_length_exceeded: the prompt, or it and its output
+    │   ├── Unauthenticated 401         invalid_api_key: no key, or none that is known here
+    │   ├── Forbidden 403               insufficient_permissions
+    │   ├── ModelNotFound 404           model_not_found, also where it is not for this tenant
+    │   ├── BodyTooLarge 413            request_too_large
+    │   ├── UnsupportedMediaType 415    unsupported_content_type
+    │   └── RateLimited 429             rate_limit_exceeded; `retry_after_s` says when
+    │       └── QuotaExceeded           insufficient_quota: trying again does not help
+    ├── DeltaBroken 424                 model_unusable: its artifact is wrong, nobody need try again
+    ├── Unavailable 503                 service_unavailable: try again; `retry_after_s` says when
+    │   ├── Overloaded                  server_is_overloaded
+    │   │   ├── QueueFull               too many requests wait, or their bodies are too large
+    │   │   └── NoSlot                  every slot is in use and stayed so
     │   ├── Draining
-    │   ├── NoSlot                  every slot is in use and stayed so
-    │   ├── TextLimit               work on this text ran into the limits of text workers
-    │   ├── DeltaUnusable           this variant's artifact cannot be read now
-    │   └── DeltasUnreadable        the directory of the deltas cannot be read now
-    ├── DeadlineExceeded 504
+    │   ├── TextLimit                   work on this text ran into the limits of text workers
+    │   ├── DeltaUnusable               this variant's artifact cannot be read now
+    │   └── DeltasUnreadable            the directory of the deltas cannot be read now
+    ├── DeadlineExceeded 504            timeout
     └── EngineError
-        ├── GenerationFailed 500    this request only
-        └── EngineDead 503          every request; the process exits non-zero
-    ConfigError                     wrong settings at start-up; exit code 2
+        ├── GenerationFailed 500        this request only
+        └── EngineDead 503              service_unavailable: every request; the process exits
+    ConfigError                         wrong settings at start-up; exit code 2
 
 Messages go to clients: they name the remedy and hold no path, address or traceback.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class ServeError(Exception):
-    """Root of the tree."""
+    """Root of the tree.
+
+    kind  the wire's `type`
+    code  the wire's `code`; None is null there
+    """
 
     status: ClassVar[int] = 500
-    kind: ClassVar[str] = "InternalServerError"
+    kind: ClassVar[str] = "server_error"
+    code: str | None = "server_error"
 
     def __init__(
-        self, message: str, *, param: str | None = None, retry_after_s: float | None = None
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.code = code or self.code
         self.retry_after_s = retry_after_s
 
 
@@ -51,7 +65,8 @@ class ClientError(ServeError):
     """The caller can fix it."""
 
     status = 400
-    kind = "BadRequestError"
+    kind = "invalid_request_error"
+    code: str | None = None
 
 
 class InvalidRequest(ClientError):
@@ -61,68 +76,96 @@ class InvalidRequest(ClientError):
 class ContextTooLong(InvalidRequest):
     """The prompt, or the prompt and its output, do not fit."""
 
+    code = "context_length_exceeded"
+
+    @classmethod
+    def by(cls, max_model_len: int, excess: str, *, param: str) -> Self:
+        """Return it in the one wording for it: OpenAI's, which clients search for."""
+        known = f"This model's maximum context length is {max_model_len} tokens."
+        return cls(f"{known} However, {excess}", param=param)
+
 
 class Unauthenticated(ClientError):
     """The request has no key, or none that this server knows."""
 
     status = 401
+    code = "invalid_api_key"
 
 
 class ModelNotFound(ClientError):
     """No base, variant or alias of that name."""
 
     status = 404
-    kind = "NotFoundError"
+    code = "model_not_found"
 
 
 class Forbidden(ClientError):
     """Whoever asks may not have it done."""
 
     status = 403
-    kind = "PermissionDeniedError"
+    code = "insufficient_permissions"
 
 
 class BodyTooLarge(ClientError):
     """The request body exceeds the cap."""
 
     status = 413
-    kind = "RequestEntityTooLarge"
+    code = "request_too_large"
+
+
+class UnsupportedMediaType(ClientError):
+    """The body is not declared as JSON."""
+
+    status = 415
+    code = "unsupported_content_type"
 
 
 class RateLimited(ClientError):
     """The tenant's own limit is reached for now."""
 
     status = 429
+    kind = "rate_limit_error"
+    code = "rate_limit_exceeded"
 
 
 class QuotaExceeded(RateLimited):
     """The tenant has spent what it may use in this day or month."""
+
+    kind = "insufficient_quota"
+    code = "insufficient_quota"
 
 
 class DeltaBroken(ServeError):
     """The variant's artifact cannot be served as it is: an operator must mend it."""
 
     status = 424  # clients retry each 5xx, and gateways take a server with many for ill
-    kind = "FailedDependencyError"
+    code = "model_unusable"
 
 
 class Unavailable(ServeError):
     """Cannot be served now."""
 
     status = 503
-    kind = "ServiceUnavailableError"
+    kind = "service_unavailable_error"
+    code = "service_unavailable"
 
 
-class QueueFull(Unavailable):
+class Overloaded(Unavailable):
+    """There is more work than this server takes."""
+
+    code = "server_is_overloaded"
+
+
+class QueueFull(Overloaded):
     """The waiting queue is at its limit."""
+
+
+class NoSlot(Overloaded):
+    """Every slot is held by running requests."""
 
 
 class Draining(Unavailable):
     """The server is shutting down."""
-
-
-class NoSlot(Unavailable):
-    """Every slot is held by running requests."""
 
 
 class TextLimit(Unavailable):
@@ -141,7 +184,7 @@ class DeadlineExceeded(ServeError):
     """The request ran out of its time."""
 
     status = 504
-    kind = "TimeoutError"
+    code = "timeout"
 
 
 class EngineError(ServeError):
@@ -156,7 +199,8 @@ class EngineDead(EngineError):
     """The engine cannot go on."""
 
     status = 503
-    kind = "ServiceUnavailableError"
+    kind = "service_unavailable_error"
+    code = "service_unavailable"
 
 
 class ConfigError(ServeError):

@@ -86,14 +86,13 @@ ELSEWHERE = {
     "server.api.chat": "tests/server/api/test_openai_client.py",
     "server.api.completions": "tests/server/api/test_openai_client.py",
     "server.api.context": "tests/server/api/test_generation.py",
-    "server.api.errors": (
-        "tests/server/api/test_hostile.py, tests/server/api/test_hostile_folder.py"
-    ),
     "server.api.fanout": "tests/server/api/test_generation.py",
     "server.api.fields": "tests/server/api/test_hostile.py",
     "server.api.middleware": "tests/server/api/test_hostile.py",
     "server.api.models": (
-        "tests/server/api/test_openai_client.py, tests/server/api/test_openai_client_real_engine.py"
+        "tests/server/api/test_openai_client.py, "
+        "tests/server/api/test_openai_client_real_engine.py, "
+        "tests/server/api/test_hostile_folder.py"
     ),
     "server.api.prompts": "tests/server/api/test_hostile.py",
     "server.api.reply": "tests/server/api/test_chunks.py",

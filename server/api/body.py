@@ -29,7 +29,7 @@ from pydantic import BaseModel, ValidationError
 from server.api.body_bounds import check_bounds
 from server.api.context import api_of
 from server.api.errors import invalid_request, unknown_fields
-from server.errors import ClientError, InvalidRequest
+from server.errors import InvalidRequest, UnsupportedMediaType
 
 Model = TypeVar("Model", bound=BaseModel)
 INLINE_BYTES = 16 << 10  # parsed in less time than another thread takes to answer
@@ -39,13 +39,6 @@ _KINDS = {
     "hex escape": "has half of a surrogate pair, or an escape that is no character,",
     "number out of range": "has a number of too many digits",
 }
-
-
-class UnsupportedMediaType(ClientError):
-    """The body is not declared as JSON."""
-
-    status = 415
-    kind = "UnsupportedMediaTypeError"
 
 
 async def parse_body(request: Request, model: type[Model]) -> Model:

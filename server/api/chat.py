@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -43,6 +43,9 @@ class ChatReply:
 
     def __init__(self, body: ChatRequest) -> None:
         self.body = body
+        has_newer = body.max_completion_tokens is not None
+        output = "max_completion_tokens" if has_newer else "max_tokens"
+        self.field_names: Mapping[str, str] = {"prompt": "messages", "max_tokens": output}
 
     async def prompts(
         self, engine: EngineClient, variant: VariantHandle, tenant: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -45,6 +45,7 @@ class CompletionReply:
 
     def __init__(self, body: CompletionRequest) -> None:
         self.body = body
+        self.field_names: Mapping[str, str] = {}
 
     @property
     def n_prompts(self) -> int:

@@ -120,7 +120,7 @@ def neutral(*values: object) -> BeforeValidator:
         # `is`-like comparison for bools: 1 == True in Python
         if value is None or any(value == v and type(value) is type(v) for v in values):
             return
-        raise _problem("is not supported by this server; leave it out")
+        raise PydanticCustomError("unsupported", "is not supported by this server; leave it out")
 
     return BeforeValidator(check)
 

@@ -31,7 +31,7 @@ from server.api.open_requests import OpenRequest
 from server.api.prompts import Prompt
 from server.api.reply import Choice, Envelope, Reply, usage_of
 from server.engine.types import SamplingParams, Ticket, VariantHandle
-from server.errors import DeadlineExceeded, ServeError
+from server.errors import DeadlineExceeded, InvalidRequest, ServeError
 
 log = logging.getLogger(__name__)
 
@@ -124,8 +124,10 @@ class GenerationResponse(Response):
                 cache_salt=self._reply.body.cache_salt or "",
                 principal=self._principal,
             )
-        except BaseException:
+        except BaseException as error:
             timer.finish("error")
+            if isinstance(error, InvalidRequest):
+                error.param = self._reply.field_names.get(error.param or "", error.param)
             raise
         return Timed(generation, timer)
 

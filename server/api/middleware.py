@@ -72,7 +72,11 @@ class RequestContext:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if _generates(scope):
+                    taken_ms = (time.monotonic() - started) * 1000
+                    headers["openai-processing-ms"] = str(round(taken_ms))
             await send(message)
 
         self._metrics.http_in_flight.inc()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from server.api.schemas import ChatInput
 from server.engine.types import EngineClient, VariantHandle
-from server.errors import InvalidRequest
+from server.errors import ContextTooLong
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ async def encode_prompt(
     tenant: str,
     add_special_tokens: bool = True,
 ) -> Prompt:
-    """Return the prompt's token ids. Raises InvalidRequest: too long."""
+    """Return the prompt's token ids. Raises ContextTooLong."""
     if not isinstance(prompt, str):
         return Prompt(prompt)
     check_length(len(prompt), engine, variant, "prompt")
@@ -39,7 +39,7 @@ async def encode_prompt(
 async def render_messages(
     engine: EngineClient, variant: VariantHandle, chat: ChatInput, *, tenant: str
 ) -> Prompt:
-    """Return the conversation's token ids. Raises InvalidRequest: too long, template refuses."""
+    """Return the conversation's token ids. Raises ContextTooLong, InvalidRequest (template)."""
     n_chars = sum(len(message.content or "") for message in chat.messages)
     check_length(n_chars, engine, variant, "messages")
     ids = await engine.render_chat(
@@ -55,12 +55,9 @@ async def render_messages(
 
 def check_length(n_chars: int, engine: EngineClient, variant: VariantHandle, param: str) -> None:
     """Refuse text that is too long whatever its tokens are: it is not worth the time that it takes
-    to tokenise. Raises InvalidRequest.
+    to tokenise. Raises ContextTooLong.
     """
     n_tokens = engine.max_model_len
     if n_chars > n_tokens * variant.chars_per_token:
-        raise InvalidRequest(
-            f"This model's maximum context length is {n_tokens} tokens; {n_chars} characters "
-            "cannot fit. Shorten the text.",
-            param=param,
-        )
+        excess = f"the prompt has {n_chars} characters, which so few tokens cannot hold."
+        raise ContextTooLong.by(n_tokens, f"{excess} Shorten the prompt.", param=param)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -64,6 +65,13 @@ class Reply(Protocol):
 
     @property
     def n_prompts(self) -> int: ...
+
+    @property
+    def field_names(self) -> Mapping[str, str]:
+        """What this endpoint calls the fields that the engine calls `prompt` and `max_tokens`,
+        where it calls them otherwise.
+        """
+        ...
 
     async def prompts(
         self, engine: EngineClient, variant: VariantHandle, tenant: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from server.engine.types import SamplingParams
-from server.errors import InvalidRequest
+from server.errors import ContextTooLong, InvalidRequest
 
 
 def check_request(
@@ -41,15 +41,12 @@ def _check_ids(ids: Sequence[int], vocab_size: int, field: str, subject: str) ->
 def _check_length(n_prompt: int, max_tokens: int, max_model_len: int) -> None:
     if n_prompt + max_tokens <= max_model_len:
         return
-    known = f"This model's maximum context length is {max_model_len} tokens. However,"
     if n_prompt >= max_model_len:
-        raise InvalidRequest(
-            f"{known} the prompt has {n_prompt} tokens, which leaves no room to generate. "
-            "Shorten the prompt.",
-            param="prompt",
-        )
-    raise InvalidRequest(
-        f"{known} you requested {n_prompt + max_tokens} tokens ({n_prompt} in the prompt, "
-        f"{max_tokens} in the completion). Shorten the prompt or lower max_tokens.",
+        excess = f"the prompt has {n_prompt} tokens, which leaves no room to generate."
+        raise ContextTooLong.by(max_model_len, f"{excess} Shorten the prompt.", param="prompt")
+    raise ContextTooLong.by(
+        max_model_len,
+        f"you requested {n_prompt + max_tokens} tokens ({n_prompt} in the prompt, {max_tokens} in "
+        "the completion). Shorten the prompt or lower max_tokens.",
         param="max_tokens",
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from server.errors import InvalidRequest
+from server.errors import ContextTooLong, InvalidRequest
 from server.text.control_tokens import (
     ControlTokens,
     ControlTokensByTemplate,
@@ -139,21 +139,15 @@ def check_fits(
         return
     n_found = len(tokenizer.encode(text[:n_probe], add_special_tokens=False))
     if n_found > max_tokens_told(limit.n_tokens):
-        raise InvalidRequest(
-            f"This model's maximum context length is {limit.n_tokens} tokens; the first {n_probe} "
-            f"of {len(text)} characters alone have {n_found}. Shorten the text.",
-            param=param,
-        )
+        excess = f"the first {n_probe} of the prompt's {len(text)} characters alone have {n_found}."
+        raise ContextTooLong.by(limit.n_tokens, f"{excess} Shorten the prompt.", param=param)
 
 
 def _not_far_too_many(ids: list[int], limit: LengthLimit, param: str) -> list[int]:
     """Return the ids, if they are no more than the engine shall hear of. Raises InvalidRequest."""
     if len(ids) > max_tokens_told(limit.n_tokens):
-        raise InvalidRequest(
-            f"This model's maximum context length is {limit.n_tokens} tokens; the text has "
-            f"{len(ids)}. Shorten the text.",
-            param=param,
-        )
+        excess = f"the prompt has {len(ids)} tokens."
+        raise ContextTooLong.by(limit.n_tokens, f"{excess} Shorten the prompt.", param=param)
     return ids
 
 
@@ -164,13 +158,10 @@ def max_tokens_told(max_model_len: int) -> int:
     return PROBE_MARGIN * max_model_len
 
 
-def too_long(n_chars: int, limit: LengthLimit, param: str) -> InvalidRequest:
+def too_long(n_chars: int, limit: LengthLimit, param: str) -> ContextTooLong:
     """Return the refusal of a text that is too long whatever its tokens are."""
-    return InvalidRequest(
-        f"This model's maximum context length is {limit.n_tokens} tokens; {n_chars} characters "
-        "cannot fit. Shorten the text.",
-        param=param,
-    )
+    excess = f"the prompt has {n_chars} characters, which so few tokens cannot hold."
+    return ContextTooLong.by(limit.n_tokens, f"{excess} Shorten the prompt.", param=param)
 
 
 def _known_roles(messages: Messages, template: str) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from server.errors import InvalidRequest
+from server.errors import ContextTooLong
 
 
 def render_template(
@@ -29,7 +29,7 @@ def render_template(
     add_generation_prompt: bool,
     continue_final_message: bool,
 ) -> str:
-    """Return what the template writes. Raises InvalidRequest for more than `max_chars`, and
+    """Return what the template writes. Raises ContextTooLong for more than `max_chars`, and
     whatever the template raises.
     """
     with _bounded(template, max_chars):
@@ -59,7 +59,7 @@ def _joining(max_chars: int) -> Callable[[Iterable[str]], str]:
         for part in parts:
             n_chars += len(part)
             if n_chars > max_chars:
-                raise InvalidRequest(
+                raise ContextTooLong(
                     f"The chat template writes more than {max_chars} characters of these messages, "
                     "which cannot fit. Shorten the messages.",
                     param="messages",

@@ -15,7 +15,7 @@ from typing import Self
 from server.errors import Draining, EngineDead, InvalidRequest, QueueFull
 
 MIN_RETRY_S = 1
-MAX_RETRY_S = 30
+MAX_RETRY_S = 96  # with a quarter of it more still what OpenAI's clients wait for: 120 s
 DRAINING_RETRY_S = 5
 NEWEST_WEIGHT = 0.1  # of a wait in the moving average
 

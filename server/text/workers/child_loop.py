@@ -57,7 +57,7 @@ def _reply(order: dict[str, Any], blob: bytes, tokenizers: Tokenizers) -> Frame:
     except MemoryError:
         return Frame({"ended": "memory"})
     except InvalidRequest as error:
-        return Frame({"refused": error.message, "param": error.param})
+        return Frame({"refused": error.message, "param": error.param, "code": error.code})
     except Undescribed as error:
         return Frame({"unusable": str(error)})
     except BaseException as error:  # native code raises panics, which are no Exception

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from server.errors import InvalidRequest, QueueFull
+from server.errors import ContextTooLong, InvalidRequest, QueueFull
 from server.text.description import Undescribed
 from server.text.workers.frames import Frame
 from server.text.workers.shares import ShareQueue
@@ -271,7 +271,9 @@ def _settle(future: Future[Frame], reply: Frame) -> None:
     error: Exception | None = None
     if "refused" in record:
         param = record.get("param")
-        error = InvalidRequest(str(record["refused"]), param=None if param is None else str(param))
+        is_too_long = record.get("code") == ContextTooLong.code
+        refusal = ContextTooLong if is_too_long else InvalidRequest
+        error = refusal(str(record["refused"]), param=None if param is None else str(param))
     elif "unusable" in record:
         error = Undescribed(str(record["unusable"]))
     elif "done" not in record:

@@ -212,7 +212,7 @@ async def test_bodies_of_all_requests_together_have_a_bound_and_free_it() -> Non
     one_more = Call(cap, "/tokenize", body)
     await one_more.finish()
     assert one_more.status == 503
-    assert dict(one_more.messages[0]["headers"])[b"retry-after"] == b"5"
+    assert dict(one_more.messages[0]["headers"])[b"retry-after"] in (b"6", b"7")
     waiting[0].gone.set()
     await waiting[0].finish()
     another = Call(cap, "/tokenize", body)

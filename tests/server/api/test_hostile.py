@@ -41,12 +41,14 @@ def body_for(path: str, **fields: Any) -> dict[str, Any]:
 
 
 def check_error(answer: httpx.Response, status: int, param: str | None = None) -> dict[str, Any]:
+    """The shape of every error. Its `code` is a string or null: clients show and compare it."""
     assert answer.status_code == status, answer.text
     assert len(answer.content) < 4096
     assert MARK not in answer.text
     error = answer.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
-    assert error["code"] == status
+    assert error["code"] is None or isinstance(error["code"], str)
+    assert error["type"] == ("invalid_request_error" if status < 500 else "server_error")
     if param is not None:
         assert error["param"] == param, error
     return error

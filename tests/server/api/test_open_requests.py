@@ -45,7 +45,7 @@ async def test_drain_timeout_ends_a_request_with_an_error(stream):
         assert engine.n_active == 0
         assert call.status == (200 if stream else 503)
         last = call.events()[-1] if stream else json.loads(call.text)
-        assert last["error"]["type"] == "ServiceUnavailableError"
+        assert last["error"]["code"] == "service_unavailable"
 
 
 async def test_drain_timeout_ends_a_request_that_is_still_tokenising():
@@ -72,7 +72,7 @@ async def test_full_server_names_the_wait_that_others_had():
         await late.finish()
 
         assert late.status == 503
-        assert dict(late.messages[0]["headers"])[b"retry-after"] == b"8"
+        assert dict(late.messages[0]["headers"])[b"retry-after"] in (b"9", b"10")
         for call in calls:
             call.gone.set()
             await call.finish()
@@ -86,7 +86,7 @@ async def test_request_that_nobody_can_take_is_refused_before_its_body_is_read(p
         await call.finish()
 
         assert call.status == 503
-        assert dict(call.messages[0]["headers"])[b"retry-after"] == b"5"
+        assert dict(call.messages[0]["headers"])[b"retry-after"] in (b"6", b"7")
         assert not call.read
         text = app.state.api.metrics.render().decode()
         assert f'impart_http_requests_total{{method="POST",path="{path}",status="503"}} 1' in text

@@ -56,6 +56,7 @@ def test_headers_name_the_delta_and_the_request(client, live):
             )
             assert raw.headers["x-impart-delta"] == expected
             assert raw.headers["x-request-id"]
+            assert int(raw.headers["openai-processing-ms"]) >= 0
 
 
 def test_fingerprint_differs_between_base_and_variant(client, live):
@@ -215,7 +216,8 @@ def test_unknown_model_is_not_found(client):
 
     assert caught.value.body["message"] == "The model `nobody` does not exist."
     assert caught.value.param == "model"
-    assert caught.value.body["type"] == "NotFoundError"
+    assert caught.value.code == "model_not_found"
+    assert caught.value.body["type"] == "invalid_request_error"
 
 
 def test_base_colon_variant_names_the_variant(client, live):
@@ -246,7 +248,7 @@ def test_unknown_field_is_refused_by_name(client, live):
             model=live.base, prompt="Hi", extra_body={"chat_template": "{{7*7}}"}
         )
 
-    assert caught.value.param == "chat_template"
+    assert (caught.value.code, caught.value.param) == ("unknown_parameter", "chat_template")
     assert "7*7" not in str(caught.value.body)
 
 
@@ -255,7 +257,7 @@ def test_tools_are_refused_by_name(client, live):
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model=live.base, messages=QUESTION, tools=[tool])
 
-    assert caught.value.param == "tools"
+    assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "tools")
 
 
 def test_neutral_values_of_absent_features_are_accepted(client, live):
@@ -281,6 +283,7 @@ def test_too_long_names_both_numbers_and_the_limit_itself_works(client, live):
     with pytest.raises(openai.BadRequestError) as caught:
         client.completions.create(**options, max_tokens=limit - 3)
 
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "max_tokens")
     assert str(limit) in caught.value.body["message"]
     assert str(limit + 1) in caught.value.body["message"]
     with client.completions.create(**options, max_tokens=limit - 4, stream=True) as stream:

@@ -98,7 +98,7 @@ def test_damaged_weights_answer_424_until_they_are_mended(live: Live, stream: bo
             bad = answer()
             assert bad.status_code == 424
             error = bad.json()["error"]
-            assert (error["type"], error["param"]) == ("FailedDependencyError", "model")
+            assert (error["code"], error["param"]) == ("model_unusable", "model")
             assert error["message"].startswith(f"`{copy.name}` cannot be served: Corrupt: ")
             assert "retry-after" not in bad.headers
             assert answer(model="tuned").status_code == 200

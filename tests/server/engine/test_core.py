@@ -257,7 +257,7 @@ def test_submit_queue_full_is_refused_with_the_wait_of_those_that_ended(
     with pytest.raises(QueueFull) as caught:
         engine.submit("base", PROMPT)
     assert caught.value.retry_after_s is not None
-    assert 13 <= caught.value.retry_after_s <= 30
+    assert 13 <= caught.value.retry_after_s <= 96
     engine.run(*sent)
     assert_true_text(pair, *sent)
     engine.run(engine.submit("base", PROMPT))

@@ -131,7 +131,7 @@ def test_drain_timeout_sends_a_final_error_event_and_exits_0():
         last = list(lines)[-1]
         code, _, _ = server.end()
 
-    assert json.loads(last.removeprefix("data: "))["error"]["type"] == "ServiceUnavailableError"
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "service_unavailable"
     assert code == 0
 
 

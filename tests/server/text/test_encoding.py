@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from server.errors import InvalidRequest
+from server.errors import ContextTooLong, InvalidRequest
 from server.text.encoding import (
     Conversation,
     LengthLimit,
@@ -114,9 +114,11 @@ def test_long_text_is_tokenised_as_a_short_one() -> None:
 
 def test_text_that_cannot_fit_is_refused_by_its_length_or_its_beginning() -> None:
     made = tokenizer()
-    with pytest.raises(InvalidRequest, match="11 characters cannot fit"):
+    with pytest.raises(ContextTooLong, match="However, the prompt has 11 characters"):
         encode_within(made, "x" * 11, LengthLimit(5, 10))
-    with pytest.raises(InvalidRequest, match="the first 80 of 100000 characters alone have"):
+    with pytest.raises(
+        InvalidRequest, match="the first 80 of the prompt's 100000 characters alone have"
+    ):
         encode_within(made, "x y " * 25_000, LengthLimit(5, 1 << 20))
 
 
@@ -125,12 +127,12 @@ def test_text_of_more_tokens_than_the_engine_shall_hear_of_is_refused() -> None:
     text = "x y " * 10  # too short for its beginning alone to be looked at
     n_tokens = len(made.encode(text))
     most = n_tokens // max_tokens_told(1)
-    with pytest.raises(InvalidRequest, match=f"the text has {n_tokens}"):
+    with pytest.raises(ContextTooLong, match=f"the prompt has {n_tokens} tokens"):
         encode_within(made, text, LengthLimit(most - 1, 1 << 20))
     assert len(encode_within(made, text, LengthLimit(most + 1, 1 << 20))) == n_tokens
     for literal in (True, False):
         chat = Conversation([{"role": "user", "content": text}], literal_specials=literal)
-        with pytest.raises(InvalidRequest, match="the text has"):
+        with pytest.raises(InvalidRequest, match="the prompt has"):
             render_conversation(made, chat, LengthLimit(most - 1, 1 << 20))
 
 

@@ -38,7 +38,7 @@ def full_after(waits: list[float | None]) -> Admission:
         ([0.0], 1),
         ([7.2], 8),  # whole seconds, never too early
         ([8.0], 8),
-        ([500.0], 30),
+        ([500.0], 96),  # with the jitter of the wire (`server.api.errors`) no more than 120
         ([10.0, 20.0], 11),  # the newest counts a tenth
         ([10.0, None, 20.0], 11),
         ([0.0] + [20.0] * 60, 20),
@@ -54,7 +54,7 @@ def test_full_server_names_the_wait_that_others_had(
 def test_time_to_wait_is_within_what_was_measured_and_the_limits(waits: list[float]) -> None:
     seconds = retry_after(full_after(list(waits)))
     assert seconds is not None
-    low, high = min(max(min(waits), 1), 30), min(max(waits) + 1, 30)
+    low, high = min(max(min(waits), 1), 96), min(max(waits) + 1, 96)
     assert low <= seconds <= max(high, 1)
 
 
