@@ -6,7 +6,8 @@
 #          (the index that pytorch.org's "Get Started" page names for CPU; any other build likewise)
 #          COMPILE=1 compiles the CPU kernels for the kind of CPU that builds the image; on another
 #          kind torch serves until they are compiled. A volume at /var/cache/impart keeps those.
-#   run    docker run -p 8000:8000 -v /srv/base:/models/base:ro -v /srv/deltas:/models/deltas:ro impart-serve
+#   run    docker run -p 8000:8000 -e IMPART_API_KEY=KEY -v /srv/base:/models/base:ro \
+#              -v /srv/deltas:/models/deltas:ro impart-serve
 #          (user 10001 must be able to read both: chmod -R a+rX, or docker run --user OWNER)
 ARG PYTHON=3.12
 
