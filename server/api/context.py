@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from fastapi import Request
+from starlette.types import Scope
 
 from server.api.open_requests import OpenRequests
 from server.engine.types import EngineClient, Ticket
@@ -39,15 +40,15 @@ class Api:
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="body-parser")
     )
 
-    def check_open(self) -> None:
-        """Refuse what no request can change. Raises QueueFull, Draining, EngineDead."""
+    def check_open(self, scope: Scope) -> None:
+        """Refuse what no request of this tenant can change; see `EngineClient.check_open`."""
         with self._counting_refusals():
-            self.engine.check_open()
+            self.engine.check_open(_principal_in(scope))
 
-    def admit(self, n_sequences: int) -> Ticket:
+    def admit(self, n_sequences: int, principal: Principal) -> Ticket:
         """Take permits for a request; see `EngineClient.admit`."""
         with self._counting_refusals():
-            return self.engine.admit(n_sequences)
+            return self.engine.admit(n_sequences, principal)
 
     @contextmanager
     def _counting_refusals(self) -> Iterator[None]:
@@ -80,7 +81,11 @@ def arrival(request: Request) -> float:
 
 def principal(request: Request) -> Principal:
     """Return who this request is from."""
-    return cast(Principal, request.scope.get("impart.principal", ANYBODY))
+    return _principal_in(request.scope)
+
+
+def _principal_in(scope: Scope) -> Principal:
+    return cast(Principal, scope.get("impart.principal", ANYBODY))
 
 
 def tenant(request: Request) -> Tenant:

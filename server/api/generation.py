@@ -52,11 +52,24 @@ class GenerationResponse(Response):
         self._n = reply.body.n_choices
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._check_priority()
         with (
-            self._api.admit(self._reply.n_prompts * self._n) as ticket,
+            self._api.admit(self._reply.n_prompts * self._n, self._principal) as ticket,
             self._api.open_requests.enter() as opened,
         ):
             await self._run(ticket, opened, send)
+
+    def _check_priority(self) -> None:
+        """Raise InvalidRequest for a priority that would be ignored, as vLLM does."""
+        priority = self._reply.body.priority
+        if priority and self._api.settings.scheduling_policy != "priority":
+            raise InvalidRequest(
+                f"The request has priority {priority}, but this server does not schedule by "
+                "priority. Leave priority out, or start the server with --scheduling-policy "
+                "priority.",
+                param="priority",
+                code="unsupported_value",
+            )
 
     async def _run(self, ticket: Ticket, opened: OpenRequest, send: Send) -> None:
         engine, reply = self._api.engine, self._reply
@@ -123,6 +136,7 @@ class GenerationResponse(Response):
                 deadline=self._deadline,
                 cache_salt=self._reply.body.cache_salt or "",
                 principal=self._principal,
+                priority=self._reply.body.priority or 0,
             )
         except BaseException as error:
             timer.finish("error")

@@ -120,17 +120,17 @@ class RequestContext:
 class EarlyRefusal:
     """Answers a generation request that nobody can take now before its body is read.
 
-    check  raises the ServeError to answer with
+    check  raises the ServeError to answer with, for the request of a scope
     """
 
-    def __init__(self, app: ASGIApp, check: Callable[[], None]) -> None:
+    def __init__(self, app: ASGIApp, check: Callable[[Scope], None]) -> None:
         self._app = app
         self._check = check
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and _generates(scope):
             try:
-                self._check()
+                self._check(scope)
             except ServeError as error:
                 note_error(scope, error)
                 await response_of(error)(scope, receive, send)

@@ -85,6 +85,7 @@ class GenerationRequest(Strict):
     skip_special_tokens: Flag = None
     user: Annotated[str, Field(max_length=512)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    priority: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None  # lower is sooner
 
     allowed_token_ids: Annotated[Any, neutral([])] = None
     bad_words: Annotated[Any, neutral([])] = None
@@ -94,7 +95,6 @@ class GenerationRequest(Strict):
     length_penalty: Annotated[Any, neutral(1, 1.0)] = None
     logits_processors: Annotated[Any, neutral([])] = None
     metadata: Annotated[Any, neutral({})] = None
-    priority: Annotated[Any, neutral(0)] = None
     prompt_logprobs: Annotated[Any, neutral()] = None
     response_format: Annotated[Any, neutral({"type": "text"})] = None
     return_token_ids: Annotated[Any, neutral(False)] = None

@@ -7,7 +7,8 @@ from torch import Tensor
 from server.engine.lifecycle import RequestLifecycle
 from server.engine.observer import Observer
 from server.engine.request import Request, Status, as_serve_error
-from server.engine.schedule.scheduler import Scheduled, Scheduler
+from server.engine.schedule.scheduled import Scheduled
+from server.engine.schedule.scheduler import Scheduler
 from server.engine.step.batch import Batch, LogitRows
 from server.engine.step.postprocess import Postprocessor
 from server.engine.step.runner import DecodeStep

@@ -28,7 +28,9 @@ from server.engine.request import Request
 from server.engine.schedule.admission import Admission, AdmissionTicket
 from server.engine.schedule.kv_blocks import KVBlockPool
 from server.engine.schedule.pacing import PrefillPacer
-from server.engine.schedule.scheduler import Missing, Scheduled, Scheduler, load_of
+from server.engine.schedule.queue import make_queue
+from server.engine.schedule.scheduled import Scheduled, load_of
+from server.engine.schedule.scheduler import Missing, Scheduler
 from server.engine.step.batch import default_batch_tokens
 from server.engine.step.lookahead import InFlight, Lookahead
 from server.engine.step.runner import Runner
@@ -74,6 +76,7 @@ class EngineCore:
         self._pacer = PrefillPacer(settings.max_prefill_slowdown)
         self.scheduler = Scheduler(
             kv_blocks,
+            make_queue(settings.scheduling_policy, time.monotonic),
             max_num_seqs=settings.max_num_seqs,
             max_batch_tokens=batch_tokens,
             long_prefill_tokens=settings.long_prefill_token_threshold or batch_tokens,
@@ -120,7 +123,9 @@ class EngineCore:
 
         Raises Draining or EngineDead at once, without a ticket also QueueFull.
         """
-        with self.admission.admit(1) if ticket is None else nullcontext(ticket) as admitted:
+        admission = self.admission
+        own = admission.admit(1, request.principal) if ticket is None else nullcontext(ticket)
+        with own as admitted:
             admitted.hand_over(lambda: self._inbox.put(lambda: self.scheduler.add(request)))
 
     def between_steps(self, command: Command) -> None:

@@ -85,7 +85,8 @@ class RequestLifecycle:
             self._slots.release(request.slot)
             request.slot = None
         started_at = request.started_at
-        self._admission.leave(None if started_at is None else started_at - request.queued_at)
+        waited_s = None if started_at is None else started_at - request.queued_at
+        self._admission.leave(waited_s, request.principal)
         if self._observer is not None:
             self._observer.on_finished(request)
 

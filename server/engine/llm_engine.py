@@ -216,11 +216,11 @@ class LLMEngine:
 
     # -- generation ------------------------------------------------------------------------------
 
-    def check_open(self) -> None:
-        self.core.admission.check()
+    def check_open(self, principal: Principal = ANYBODY) -> None:
+        self.core.admission.check(principal)
 
-    def admit(self, n_sequences: int) -> AdmissionTicket:
-        return self.core.admission.admit(n_sequences)
+    def admit(self, n_sequences: int, principal: Principal = ANYBODY) -> AdmissionTicket:
+        return self.core.admission.admit(n_sequences, principal)
 
     def drain(self) -> None:
         self.core.admission.drain()
@@ -258,7 +258,7 @@ class LLMEngine:
             deadline=deadline,
             cache_salt=cache_salt,
             principal=principal,
-            priority=priority,
+            priority=max(priority, principal.max_priority),
         )
         self.core.submit(request, ticket)
         return output

@@ -39,6 +39,7 @@ class Request:
     n_settled_kv_blocks  leading KV blocks that are findable by others, or never will be
     cache_salt  only requests of the same salt find each other's KV blocks: who shares none cannot
                 tell by its time to the first token what others have sent
+    n_charged   leading prompt tokens that its tenant has been charged for
     n_cached_tokens  prompt tokens whose keys and values were already there when it started
     noise_key   with a position, all that is random about a draw: the seed, or a random number
     unproven    its KV blocks hold keys and values that no finite logits have come from yet
@@ -67,6 +68,7 @@ class Request:
     n_preemptions: int = 0
     unproven: bool = False
     n_settled_kv_blocks: int = 0
+    n_charged: int = 0
     n_cached_tokens: int = 0
     queued_at: float = field(default_factory=time.monotonic)
     started_at: float | None = None

@@ -229,18 +229,18 @@ class EngineClient(Protocol):
 
     def models(self) -> Sequence[ModelInfo]: ...
 
-    def check_open(self) -> None:
-        """Refuse what no request can change. Raises QueueFull, Draining, EngineDead.
+    def check_open(self, principal: Principal = ANYBODY) -> None:
+        """Refuse what no request of this tenant can change. Raises QueueFull, Draining, EngineDead.
 
         It costs nothing, so that the HTTP edge can ask before it reads a body.
         """
         ...
 
-    def admit(self, n_sequences: int) -> Ticket:
+    def admit(self, n_sequences: int, principal: Principal = ANYBODY) -> Ticket:
         """Take permits for a request of so many sequences (prompts times choices).
 
         Raises QueueFull with the measured time to wait, Draining, EngineDead, and InvalidRequest
-        if that many never fit.
+        if that many never fit. A full server is full for tenants that have their share of it.
         """
         ...
 

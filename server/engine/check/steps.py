@@ -11,7 +11,7 @@ from torch import Tensor
 
 from server.deltas.slots import Slot
 from server.engine.request import Request
-from server.engine.schedule.scheduler import Scheduled
+from server.engine.schedule.scheduled import Scheduled
 from server.engine.step.batch import Batch, build_batch
 from server.engine.step.runner import Runner
 from server.engine.types import SamplingParams

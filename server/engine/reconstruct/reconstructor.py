@@ -22,7 +22,7 @@ from server.deltas.loads import LoadJob
 from server.deltas.slots import Slot, SlotTable
 from server.engine.observer import Observer
 from server.engine.reconstruct.policy import HotPolicy
-from server.engine.schedule.scheduler import Scheduled
+from server.engine.schedule.scheduled import Scheduled
 from server.engine.variant import Variant
 from server.model.reconstructed import (
     ReconstructedOps,

@@ -2,6 +2,12 @@
 
 The HTTP edge asks first (`check`, before it reads a body), then takes an `AdmissionTicket` for all
 sequences of a request, whose permits its generations take with them into the engine.
+
+One tenant may fill the server. To others it is not full then: each is let in up to its share of the
+capacity, by weight among those that have something open, and whoever is beyond its share is refused
+until it is not. So k tenants of equal weight that come one after another, each with a flood, have
+at most 1 + 1/2 + ... + 1/k times the capacity open, for a while; what waits is small (token ids),
+and a fair queue lets nobody wait for another's flood.
 """
 
 from __future__ import annotations
@@ -9,15 +15,25 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from server.errors import Draining, EngineDead, InvalidRequest, QueueFull
+from server.tenants.principal import ANYBODY, Principal
 
 MIN_RETRY_S = 1
 MAX_RETRY_S = 96  # with a quarter of it more still what OpenAI's clients wait for: 120 s
 DRAINING_RETRY_S = 5
 NEWEST_WEIGHT = 0.1  # of a wait in the moving average
+
+
+@dataclass(slots=True)
+class _Held:
+    """Permits of one tenant."""
+
+    n_open: int = 0
+    weight: float = 1.0
 
 
 class Admission:
@@ -33,6 +49,7 @@ class Admission:
     def __init__(self, max_waiting: int, max_running: int) -> None:
         self._capacity = max_waiting + max_running
         self._lock = threading.Lock()
+        self._held: dict[str, _Held] = {}  # by tenant, of those that hold any
         self._queue_wait_s: float | None = None  # moving average of those that have left
         self.n_open = 0
         self.draining = False
@@ -44,12 +61,12 @@ class Admission:
         """Whole seconds after which a refused client may try again: what others have waited."""
         return min(MAX_RETRY_S, max(MIN_RETRY_S, math.ceil(self._queue_wait_s or 0.0)))
 
-    def check(self) -> None:
+    def check(self, principal: Principal = ANYBODY) -> None:
         """Refuse what one sequence more would be refused for. Raises as `admit`."""
         with self._lock:
-            self._check(1)
+            self._check(1, principal)
 
-    def admit(self, n_sequences: int) -> AdmissionTicket:
+    def admit(self, n_sequences: int, principal: Principal = ANYBODY) -> AdmissionTicket:
         """Take permits. Raises QueueFull, Draining, EngineDead, InvalidRequest."""
         if n_sequences > self._capacity:
             raise InvalidRequest(
@@ -58,20 +75,31 @@ class Admission:
                 param="n",
             )
         with self._lock:
-            self._check(n_sequences)
+            self._check(n_sequences, principal)
+            held = self._held.setdefault(principal.tenant, _Held())
+            held.weight = principal.weight
+            held.n_open += n_sequences
             self.n_open += n_sequences
-        return AdmissionTicket(self, n_sequences)
+        return AdmissionTicket(self, n_sequences, principal)
 
-    def _check(self, n_sequences: int) -> None:
+    def _check(self, n_sequences: int, principal: Principal) -> None:
         if self.dead:
             raise EngineDead("The engine has stopped; the server restarts.")
         if self.draining:
             raise _draining()
-        if self.n_open + n_sequences > self._capacity:
+        is_full = self.n_open + n_sequences > self._capacity
+        if is_full and not self._is_within_share(n_sequences, principal):
             raise QueueFull(
                 "The server is at its limit of waiting requests. Try again.",
                 retry_after_s=self.retry_after_s,
             )
+
+    def _is_within_share(self, n_sequences: int, principal: Principal) -> bool:
+        """Whether the tenant has no more than its share of the capacity with so many more."""
+        own = self._held.get(principal.tenant, _Held())
+        others = sum(held.weight for held in self._held.values() if held is not own)
+        share = self._capacity * principal.weight / (principal.weight + others)
+        return own.n_open + n_sequences <= max(1.0, share)
 
     def hand_over(self, enqueue: Callable[[], None]) -> None:
         """Call `enqueue` for a sequence that has a permit. Raises Draining, EngineDead."""
@@ -83,19 +111,27 @@ class Admission:
             # Inside the lock: whoever ends the engine empties its inbox after taking it.
             enqueue()
 
-    def leave(self, waited_s: float | None) -> None:
+    def leave(self, waited_s: float | None, principal: Principal = ANYBODY) -> None:
         """A sequence ended; it had waited so long until it ran, None: it never did."""
         with self._lock:
-            self.n_open -= 1
+            self._give_back(1, principal)
             if waited_s is None:
                 return
             before = waited_s if self._queue_wait_s is None else self._queue_wait_s
             self._queue_wait_s = before + NEWEST_WEIGHT * (waited_s - before)
 
-    def give_back(self, n_permits: int) -> None:
+    def give_back(self, n_permits: int, principal: Principal) -> None:
         """Take back permits that no sequence has used."""
         with self._lock:
+            self._give_back(n_permits, principal)
+
+    def _give_back(self, n_permits: int, principal: Principal) -> None:
+        if n_permits:
             self.n_open -= n_permits
+            held = self._held[principal.tenant]
+            held.n_open -= n_permits
+            if held.n_open == 0:
+                del self._held[principal.tenant]
 
     def drain(self) -> None:
         """Admit nobody any more; who has a ticket goes on."""
@@ -116,9 +152,10 @@ class Admission:
 class AdmissionTicket:
     """The permits of one admitted request; see `server.engine.types.Ticket`. For one thread."""
 
-    def __init__(self, admission: Admission, n_permits: int) -> None:
+    def __init__(self, admission: Admission, n_permits: int, principal: Principal) -> None:
         self._admission = admission
         self._n_permits = n_permits
+        self._principal = principal
 
     def hand_over(self, enqueue: Callable[[], None]) -> None:
         """Call `enqueue` for a sequence, which takes a permit with it. Raises Draining, EngineDead.
@@ -141,7 +178,7 @@ class AdmissionTicket:
     ) -> None:
         """Give back the permits that no sequence has taken."""
         n_permits, self._n_permits = self._n_permits, 0
-        self._admission.give_back(n_permits)
+        self._admission.give_back(n_permits, self._principal)
 
 
 def _draining() -> Draining:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from server.engine.request import Request
-from server.engine.schedule.scheduler import Scheduled
+from server.engine.schedule.scheduled import Scheduled
 from server.ops.attention import AttentionMetadata, DecodeBatch, PrefillChunk
 from server.ops.row_mapping import RowMapping, Segment
 

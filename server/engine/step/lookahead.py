@@ -24,7 +24,8 @@ from torch import Tensor
 from server.deltas.loader import DeltaLoader
 from server.engine.request import Request, Status
 from server.engine.schedule.pacing import StepLoad
-from server.engine.schedule.scheduler import Scheduled, Scheduler, load_of
+from server.engine.schedule.scheduled import Scheduled, load_of
+from server.engine.schedule.scheduler import Scheduler
 from server.engine.step.batch import Batch
 from server.engine.step.runner import DecodeStep, Runner
 from server.engine.step.sampler import Sampled, Sampler, is_plain
@@ -176,7 +177,8 @@ class Lookahead:
         if self._loader.wants_room():
             return True
         n_free = scheduler.max_num_seqs - len(scheduler.running) + len(self._leaving)
-        if n_free == 0 and not any(map(self._ends, last.requests)):
+        ends = any(map(self._ends, last.requests))
+        if n_free == 0 and not ends and not scheduler.has_claim():
             return False
         return any(
             request.slot is not None or not self._loader.is_loading(request.variant.key)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from server.engine.schedule.scheduler import Scheduled
+from server.engine.schedule.scheduled import Scheduled
 from server.engine.step.batch import Batch, LogitRows, build_batch
 from server.engine.step.static_buffers import DecodeRow, StaticBatch
 from server.engine.step.static_step import StaticStep

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from server.engine.request import Request
-from server.engine.schedule.scheduler import Scheduled
+from server.engine.schedule.scheduled import Scheduled
 from server.engine.step.batch import LogitRows
 from server.engine.types import SamplingParams, TokenLogprob
 from server.errors import GenerationFailed

@@ -229,11 +229,11 @@ class FakeEngine:
 
     # -- generation
 
-    def check_open(self) -> None:
-        self.admission.check()
+    def check_open(self, principal: Principal = ANYBODY) -> None:
+        self.admission.check(principal)
 
-    def admit(self, n_sequences: int) -> AdmissionTicket:
-        return self.admission.admit(n_sequences)
+    def admit(self, n_sequences: int, principal: Principal = ANYBODY) -> AdmissionTicket:
+        return self.admission.admit(n_sequences, principal)
 
     def drain(self) -> None:
         self.admission.drain()
@@ -255,7 +255,8 @@ class FakeEngine:
         check_request(
             prompt_ids, params, vocab_size=variant.vocab_size, max_model_len=self.max_model_len
         )
-        with self.admission.admit(1) if ticket is None else nullcontext(ticket) as admitted:
+        own = self.admission.admit(1, principal) if ticket is None else nullcontext(ticket)
+        with own as admitted:
             admitted.hand_over(lambda: None)
         self.deadlines.append(deadline)
         self.params.append(params)
@@ -268,7 +269,7 @@ class FakeEngine:
 
         def ended(done: bool) -> None:
             self.n_active -= 1
-            self.admission.leave(self.waited_s)
+            self.admission.leave(self.waited_s, principal)
             (self.finished if done else self.aborted).append(request_id)
 
         return FakeGeneration(tokens, on_output, ended)

@@ -129,7 +129,7 @@ def test_prefill_not_finite_ended_early_leaves_no_trace(
     elif end == "deadline":
         bad.request.deadline = 0.0
     else:
-        engine.core.scheduler._preempt(bad.request)
+        engine.core.scheduler._preempt(bad.request, [])
         engine.core.abort(bad.request)
     engine.core.turn()
     engine.assert_idle()

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from server.engine.schedule.pacing import MIN_CHUNK_TOKENS, StepCost, StepLoad
-from server.engine.schedule.scheduler import Scheduled, load_of
+from server.engine.schedule.scheduled import Scheduled, load_of
 from tests.server.conftest import PAIR, Served
 from tests.server.engine.test_core import assert_true_text
 from tests.server.helpers import CoreHarness

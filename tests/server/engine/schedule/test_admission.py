@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from server.engine.schedule.admission import Admission
 from server.errors import Draining, EngineDead, InvalidRequest, QueueFull
+from server.tenants.principal import Principal
 
 
 def nothing() -> None: ...
@@ -123,3 +124,68 @@ def test_ended_engine_takes_nobody_even_with_a_ticket(end: str, error: type[Exce
         with pytest.raises(error):
             admission.check()
     assert admission.n_open == 0
+
+
+# -- several tenants -------------------------------------------------------------------------------
+
+
+def admitted(admission: Admission, principal: Principal, wanted: int) -> int:
+    """How many single sequences of a flood are let in."""
+    for n in range(wanted):
+        try:
+            admission.admit(1, principal)
+        except QueueFull:
+            return n
+    return wanted
+
+
+def test_flood_of_one_tenant_fills_the_server_for_itself_only() -> None:
+    admission = Admission(max_waiting=6, max_running=2)
+    flood, quiet, heavy = Principal("flood"), Principal("quiet"), Principal("heavy", weight=2.0)
+    assert admitted(admission, flood, 100) == 8
+    assert admitted(admission, quiet, 100) == 4  # half, of two
+    assert admitted(admission, heavy, 100) == 4  # two quarters, of weights 1 1 2
+    for _ in range(8):
+        admission.leave(None, flood)
+    assert admission.n_open == 8
+    admission.leave(None, heavy)
+    assert admitted(admission, quiet, 100) == 1  # within the capacity for anybody
+
+
+def test_tenant_of_little_weight_always_has_one() -> None:
+    admission = Admission(max_waiting=1, max_running=1)
+    for i in range(20):
+        admission.admit(1, Principal(f"t{i}", weight=0.1))
+    with pytest.raises(QueueFull):
+        admission.admit(1, Principal("t3", weight=0.1))
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 6), st.booleans()), max_size=80),
+    st.integers(4, 12),
+)
+def test_no_more_is_open_than_the_sum_of_shares_allows(
+    events: list[tuple[int, int, bool]], capacity: int
+) -> None:
+    admission = Admission(max_waiting=capacity - 1, max_running=1)
+    n_open = dict.fromkeys(range(5), 0)
+    for number, n_sequences, comes in events:
+        principal = Principal(f"t{number}")
+        if comes and n_sequences <= capacity:
+            fits = admission.n_open + n_sequences <= capacity
+            n_tenants = sum(n > 0 for other, n in n_open.items() if other != number) + 1
+            share = max(1, capacity / n_tenants)
+            try:
+                with admission.admit(n_sequences, principal) as ticket:
+                    for _ in range(n_sequences):
+                        ticket.hand_over(nothing)
+                n_open[number] += n_sequences
+                assert fits or n_open[number] <= share
+            except QueueFull:
+                assert not fits
+                assert n_open[number] + n_sequences > share
+        elif not comes and n_open[number]:
+            admission.leave(None, principal)
+            n_open[number] -= 1
+        assert admission.n_open == sum(n_open.values())
+        assert admission.n_open <= capacity * sum(1 / k for k in range(1, 6))
