@@ -108,7 +108,6 @@ ELSEWHERE = {
     "server.deltas.residency": "tests/server/engine/step/test_static_step_parity.py",
     "server.engine.accounting": "tests/server/engine/test_core.py",
     "server.engine.check.steps": "tests/server/engine/check/test_selfcheck.py",
-    "server.engine.inbox": "tests/server/engine/test_core.py",
     "server.engine.lifecycle": "tests/server/engine/test_core.py",
     "server.engine.observer": "tests/server/engine/test_core.py",
     "server.engine.request": "tests/server/engine/test_core.py",

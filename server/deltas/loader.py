@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Protocol
@@ -48,6 +49,7 @@ from server.deltas.trial import VariantTrial
 from server.deltas.upload import Ready, SlotUploader, Uploader
 
 log = logging.getLogger(__name__)
+MAX_PART_S = 0.002  # that a step waits for at a time
 MAX_LOADS = 4  # under way at once, those that wait decoded in host memory for a slot included
 
 
@@ -89,6 +91,7 @@ class DeltaLoader:
         self._reads: dict[str, Future[None]] = {}  # by key, until they have ended
         self._waiting_for_room: list[LoadDecoded] = []
         self._copying: Slot | None = None  # where one variant's bytes are, or will be, copied
+        self._showing: dict[Slot, Iterator[None]] = {}  # work of which steps see nothing yet
         self._untidy = False  # loads have ended since the heap was trimmed
         self.errors: dict[str, str] = {}  # by key, until it loads after all; safe to show
         self._tried: set[str] = set()  # keys whose terms were found right, see `VariantTrial`
@@ -152,21 +155,22 @@ class DeltaLoader:
         if its mode wants them.
         """
         decoded, slot = copied.decoded, copied.slot
-        self._copied(slot)
-        if copied.room is not None:
-            try:
-                copied.room.open()
-            except Exception as error:  # out of memory: this load fails, serving goes on
-                self._clear(slot)
-                return self._end(failed_load(decoded.job, error))
-            copied = replace(copied, room=None)
+        work = self._showing.get(slot)
+        if work is None:
+            work = self._showing[slot] = self._show_in_parts(copied)
+        try:
+            if not _is_done(work):
+                self._post(copied)  # a step may run before the next part
+                return None
+        except Exception as error:  # out of memory: this load fails, serving goes on
+            self._clear(slot)
+            self._copied(slot)
+            return self._end(failed_load(decoded.job, error))
+        del self._showing[slot]
         if decoded.artifact is not None and copied.weights is None:
-            self._builder.submit(self._reconstruct, copied, decoded.artifact)
+            opened = replace(copied, room=None)
+            self._builder.submit(self._reconstruct, opened, decoded.artifact)
             return None
-        if copied.weights is not None:
-            self._weights.install(slot.index, copied.weights, always=True)
-        for parameter in decoded.parameters:
-            parameter.parameter.show(slot.index, parameter)
         slot.ready = True
         self._untidy = True
         self._loading.discard(decoded.job.key)
@@ -176,6 +180,20 @@ class DeltaLoader:
             "variant %s is ready in slot %d after %.2f s", decoded.job.name, slot.index, seconds
         )
         return copied
+
+    def _show_in_parts(self, copied: LoadCopied) -> Iterator[None]:
+        """There are hundreds of terms: a stream that runs must not wait for all of them at once."""
+        decoded, slot = copied.decoded, copied.slot
+        if copied.room is not None:
+            yield from copied.room.opening()
+        self._copied(slot)
+        if copied.weights is not None:
+            self._weights.install(slot.index, copied.weights, always=True)
+        elif decoded.artifact is not None:
+            return  # its weights are to be made
+        for parameter in decoded.parameters:
+            parameter.parameter.show(slot.index, parameter)
+            yield
 
     def assign_slots(self) -> None:
         """Give the first decoded variant a slot if there is room, evicting idle ones.
@@ -207,7 +225,7 @@ class DeltaLoader:
                 parameter.parameter.reserve(slot.index, parameter, n_slots)
             if not self._copier_makes_room:
                 room.make(decoded.parameters)
-                room.open()
+                deque(room.opening(), maxlen=0)
             made = self._uploader.ready()
         except Exception as error:  # out of memory: this load fails, serving goes on
             self._hide(slot)  # now: the step to come must not meet arrays that were never made
@@ -232,6 +250,7 @@ class DeltaLoader:
             self._copying = None
 
     def _clear(self, slot: Slot) -> None:
+        self._showing.pop(slot, None)
         self._hide(slot)
         self._slots.evict(slot)
 
@@ -293,6 +312,12 @@ class DeltaLoader:
         except Exception as error:
             self._uploader.abandon()
             self._post(failed_load(decoded.job, error, slot))
+
+
+def _is_done(work: Iterator[None]) -> bool:
+    """Do some of the work; whether that was all of it."""
+    end = time.perf_counter() + MAX_PART_S
+    return not any(time.perf_counter() > end for _ in work)
 
 
 def _accept(delta: TensorDelta, staged: StagedParameter) -> None: ...

@@ -16,7 +16,7 @@ class Room:
     is idle and dropped meanwhile. `make` then changes nothing that steps read: where a pool is full
     it makes larger arrays beside the ones in use, where there is none a pool that nobody knows of.
     So a loader's thread may do it, for one variant after the other, and copy into the places.
-    `open`, on the engine thread between two steps, puts them in place of the old. Whoever gives the
+    `opening`, on the engine thread between steps, puts them in place of the old. Whoever gives the
     slot up hides it on every parameter, as always; a room that was not opened is then forgotten.
     """
 
@@ -58,11 +58,14 @@ class Room:
                 arrays = pool.own_arrays(self._arrays(pool.store))
                 yield from zip((array[place] for array in arrays), parts, strict=True)
 
-    def open(self) -> None:
-        """Let the pools have what was made. Raises if there is no memory; then some have."""
+    def opening(self) -> Iterator[None]:
+        """Let the pools have what was made, one after the other; steps may run between them, since
+        no row of theirs is of this slot. Raises if there is no memory; then some have.
+        """
         for store, arrays in self._grown.items():
             store.adopt(arrays)
             self._moved[store].residency.moved()
+            yield
         for (parameter, key), pool in self._new.items():
             parameter.pools[key] = pool
             parameter.residency.created()

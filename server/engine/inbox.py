@@ -24,15 +24,19 @@ class Inbox:
         return self._queue.empty()
 
     def run(self, wait_s: float | None) -> None:
-        """Run what there is; wait for a first one if there is nothing, not with None."""
-        block = wait_s is not None
-        while True:
-            try:
-                command = self._queue.get(block=block, timeout=wait_s)
-            except queue.Empty:
-                return
-            command()
-            block = False
+        """Run what there is; wait for a first one if there is nothing, not with None.
+
+        What these commands put here themselves is left for the next time, so that work of many
+        parts can let a step run after each.
+        """
+        try:
+            command = self._queue.get(block=wait_s is not None, timeout=wait_s)
+        except queue.Empty:
+            return
+        n_more = self._queue.qsize()
+        command()
+        for _ in range(n_more):  # nobody else takes any
+            self._queue.get_nowait()()
 
     def run_last(self) -> None:
         """Run what there is, whatever fails: nobody will come back."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -91,7 +92,7 @@ def _show(staged: list[StagedParameter], slot: int) -> None:
     for one in staged:
         one.parameter.reserve(slot, one, slot + 1)
     room.make(staged)
-    room.open()
+    deque(room.opening(), maxlen=0)
     transfers = list(room.transfers(staged))
     for one in staged:
         transfers += one.parameter.transfers(slot, one)

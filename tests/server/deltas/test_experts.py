@@ -51,7 +51,7 @@ def put(slot: int, parts: Sequence[StagedParameter]) -> None:
     room = Room(slot, parts)
     room.make(parts)
     SlotUploader(CPU).copy(list(room.transfers(parts)))
-    room.open()
+    list(room.opening())
     for part in parts:
         part.parameter.show(slot, part)
 

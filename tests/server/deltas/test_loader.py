@@ -5,6 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
+import pytest
+
+from server.deltas import loader
+from server.deltas.loads import LoadCopied, LoaderMessage, LoadFailed
 from server.deltas.upload import Ready, Transfer, Upload
 from tests.server.conftest import ALL_CODECS, Served
 from tests.server.helpers import CoreHarness
@@ -100,3 +104,30 @@ def test_added_rows_of_a_reconstructed_variant_take_the_same_way(
     slow.gate.set()
     engine.run(late)
     assert late.output_ids == pair.truth("blockdiag", late.request.prompt_ids)[:16]
+
+
+def test_variant_shown_a_part_at_a_time_is_right_and_lets_steps_run_between(
+    served: Callable[..., Served],
+    harness: Callable[..., CoreHarness],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(loader, "MAX_PART_S", -1.0)
+    many = served("llama", ALL_CODECS)
+    engine = harness(many)
+    handled: list[str] = []
+    handle = engine.core.loader.handle
+
+    def noted(message: LoaderMessage) -> LoadFailed | LoadCopied | None:
+        handled.append(type(message).__name__)
+        return handle(message)
+
+    engine.core.loader.handle = noted  # type: ignore[method-assign]
+    running = engine.submit("base", PROMPT)
+    late = engine.submit("head", PROMPT)
+    engine.run(running, late)
+    assert handled.count("LoadCopied") > 20
+    for recorded, name in ((running, "base"), (late, "head")):
+        want = many.truth(name, recorded.request.prompt_ids)
+        assert recorded.output_ids == want[: len(recorded.output_ids)]
+        assert recorded.output_ids
+    engine.assert_idle()

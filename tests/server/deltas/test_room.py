@@ -45,7 +45,7 @@ def load(room: Room, parts: list[StagedParameter]) -> None:
 def put(slot: int, parts: list[StagedParameter]) -> None:
     room = Room(slot, parts)
     load(room, parts)
-    room.open()
+    list(room.opening())
     for part in parts:
         part.parameter.show(slot, part)
 
@@ -76,7 +76,7 @@ def test_room_changes_nothing_before_it_is_opened(codec: str, n_siblings: int) -
     for matrix, known, want in zip(matrices, arrays, before, strict=True):
         assert all(p.arrays is a for p, a in zip(matrix.pools.values(), known, strict=True))
         assert torch.equal(added(matrix, 0, x), want)
-    room.open()
+    list(room.opening())
     for part in parts:
         part.parameter.show(1, part)
     for i, (matrix, want) in enumerate(zip(matrices, before, strict=True)):
@@ -91,7 +91,7 @@ def test_room_of_another_geometry_adds_its_pools_when_it_is_opened() -> None:
     room = Room(1, parts)
     load(room, parts)
     assert len(matrix.pools) == 1
-    room.open()
+    list(room.opening())
     assert len(matrix.pools) == 2
 
 
@@ -119,7 +119,7 @@ def test_slot_that_a_sibling_gave_up_meanwhile_adds_nothing_there_afterwards() -
     load(room, parts)
     (pool,) = matrices[1].pools.values()
     pool.hide(0)
-    room.open()
+    list(room.opening())
     for part in parts:
         part.parameter.show(1, part)
     x = random_matrix((2, SHAPE[1]), 9, 1.0)
@@ -135,7 +135,7 @@ def test_pool_whose_last_slot_goes_meanwhile_is_there_when_the_room_is_opened() 
     room = Room(1, parts)
     matrix.hide(0)  # before the loader's thread begins
     load(room, parts)
-    room.open()
+    list(room.opening())
     matrix.show(1, parts[0])
     x = random_matrix((2, SHAPE[1]), 9, 1.0)
     torch.testing.assert_close(added(matrix, 1, x), dense(terms(1), x))
