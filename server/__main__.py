@@ -1,7 +1,8 @@
 """``impart-serve`` and ``python -m server``: settings -> engine -> HTTP server.
 
 ``impart-serve compile`` compiles the CPU kernels ahead (`server.compile`), ``impart-serve keys``
-makes keys for tenants (`server.tenants.cli`).
+makes keys for tenants (`server.tenants.cli`), ``impart-serve usage`` shows what was used
+(`server.usage`).
 
 Mistakes come first: settings, the address and the files are looked at before torch is imported.
 Exit codes: 0 asked to stop, 1 the engine died, 2 the settings are wrong.
@@ -13,7 +14,8 @@ import io
 import logging
 import os
 import sys
-from typing import cast
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, cast
 
 import typer
 
@@ -28,6 +30,10 @@ from server.process.listeners import Listeners, listeners
 from server.settings import Settings
 from server.tenants.cli import keys_app
 from server.tenants.directory import Directory, directory_of
+from server.usage import usage_app
+
+if TYPE_CHECKING:
+    from server.ledger.ledger import Ledger
 
 CONFIG_EXIT_CODE = 2
 
@@ -54,11 +60,25 @@ def serve(settings: Settings) -> None:
 def _prepare_and_serve(settings: Settings) -> int:
     logs.configure(settings.log_level, settings.log_format)
     directory = directory_of(settings)
-    with listeners(settings, has_keys=directory.has_keys) as bound:
-        return _serve(located(settings), directory, bound)
+    with (
+        listeners(settings, has_keys=directory.has_keys) as bound,
+        _opened_ledger(settings) as ledger,
+    ):
+        return _serve(located(settings), directory, bound, ledger)
 
 
-def _serve(settings: Settings, directory: Directory, bound: Listeners) -> int:
+def _opened_ledger(settings: Settings) -> AbstractContextManager[Ledger | None]:
+    """The ledger, if there is to be one: only then its libraries are imported."""
+    if settings.state_dir is None and settings.ledger_url is None:
+        return nullcontext()
+    from server.ledger.ledger import open_ledger
+
+    return open_ledger(settings)
+
+
+def _serve(
+    settings: Settings, directory: Directory, bound: Listeners, ledger: Ledger | None
+) -> int:
     set_thread_defaults(settings.torch_threads)
     # Here, because they import torch and fastapi: what comes before should answer at once.
     from prometheus_client import disable_created_metrics
@@ -72,18 +92,22 @@ def _serve(settings: Settings, directory: Directory, bound: Listeners) -> int:
     metrics = Metrics()
     engine = LLMEngine.from_settings(settings, metrics)
     metrics.watch(engine, settings.max_variants_per_step)
+    if ledger is not None:
+        metrics.watch_ledger(ledger)
     # The engine takes the Variant its own `open` returned; the protocol says any VariantHandle.
-    return run_in_loop(run(cast(RunnableEngine, engine), settings, metrics, bound, directory))
+    return run_in_loop(
+        run(cast(RunnableEngine, engine), settings, metrics, bound, directory, ledger)
+    )
 
 
 def main() -> None:
     """Console script."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # what the locale cannot print is escaped
         sys.stdout.reconfigure(errors="backslashreplace")
-    if sys.argv[1:2] == ["compile"]:
-        compile_app()(args=sys.argv[2:], prog_name="impart-serve compile")
-    if sys.argv[1:2] == ["keys"]:
-        keys_app()(args=sys.argv[2:], prog_name="impart-serve keys")
+    commands = {"compile": compile_app, "keys": keys_app, "usage": usage_app}
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name in commands:
+        commands[name]()(args=sys.argv[2:], prog_name=f"impart-serve {name}")
     app(serve)()
 
 

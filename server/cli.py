@@ -108,7 +108,7 @@ def command(serve: Callable[[Settings], None]) -> Callable[..., None]:
         f"A flag --like-this can also be given as a variable {PREFIX}LIKE_THIS (a switch as 1 or "
         "0); the flag wins. A SIZE is 500MB, 4GiB or a number of bytes.\n\n"
         "impart-serve compile [--help] compiles the CPU kernels ahead, impart-serve keys [--help] "
-        "makes keys for tenants."
+        "makes keys for tenants, impart-serve usage [--help] shows what was used."
     )
     return entry
 

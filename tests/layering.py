@@ -95,7 +95,14 @@ MAY_IMPORT = (
     }
     | HELPERS
 )
-ON_TOP = {"server", "server.__main__", "server.check", "server.compile", "compressor"}
+ON_TOP = {
+    "server",
+    "server.__main__",
+    "server.check",
+    "server.compile",
+    "server.usage",
+    "compressor",
+}
 BELOW_HTTP = {f"server.{name}" for name in ("metrics", "engine", "text", "model", "deltas", "ops")}
 ABOVE_TENSORS = {"server.process", "server.api", "server.metrics"}
 WEB = {"fastapi", "starlette", "pydantic", "uvicorn"}

@@ -65,11 +65,13 @@ def test_http_layer_imports_without_torch() -> None:
     loaded = loaded_by(*modules_of("server/api"))
     assert "server.api.app" in loaded
     assert "torch" not in loaded, "server.api imports torch through another module"
+    assert "sqlalchemy" not in loaded, "it is for who has a ledger"
 
 
 def test_what_looks_at_mistakes_imports_nothing_heavy() -> None:
     """`server.__main__` and all it needs up to the engine; tests/server/test_main.py runs it."""
     heavy = {"torch", "numpy", "transformers", "fastapi", "uvicorn", "huggingface_hub"}
+    heavy |= {"sqlalchemy", "alembic"}
     loaded = loaded_by("server.__main__")
     assert "server.process.inputs" in loaded
     assert not heavy & loaded

@@ -26,6 +26,7 @@ DATA = (
     "server/py.typed",
     "compressor/measure/default_texts.jsonl",
     "compressor/report/report.html.jinja",
+    "server/ledger/migrations/versions/v0001_requests_and_audit.py",
 )
 
 
@@ -117,6 +118,19 @@ def test_installed_packages_are_the_wheels_own_and_find_their_data(
     environment = installed.bin.parent.resolve()
     for line in done.stdout.splitlines():
         assert Path(line).resolve().is_relative_to(environment)
+
+
+def test_ledger_is_made_and_read_by_the_installed_package(
+    installed: Installed, tmp_path: Path
+) -> None:
+    code = (
+        "from pathlib import Path; from server.ledger.database import open_database\n"
+        "open_database(Path('state'), None)"
+    )
+    made = installed.run(tmp_path, "python", "-c", code)
+    assert made.returncode == 0, made.stderr
+    shown = installed.run(tmp_path, "impart-serve", "usage", "--state-dir", "state", "--by", "")
+    assert shown.stdout.splitlines()[1].split() == ["0", "0", "0", "0"], shown.stderr
 
 
 def test_folder_with_a_server_package_of_its_own_keeps_it_and_the_script_is_ours(

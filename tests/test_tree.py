@@ -123,8 +123,16 @@ ELSEWHERE = {
     "server.engine.types": "records; tests/server/api/test_openai_client.py",
     "server.engine.variant": "tests/server/engine/test_core_variants.py",
     "server.errors": "tests/server/api/test_generation.py",
+    "server.ledger.audited": "tests/server/api/test_usage.py",
+    "server.ledger.migrations.env": "tests/server/ledger/test_database.py",
+    "server.ledger.migrations.versions.v0001_requests_and_audit": (
+        "tests/server/ledger/test_database.py, tests/server/ledger/test_database_postgres.py"
+    ),
+    "server.ledger.queries": "tests/server/ledger/test_ledger.py",
+    "server.ledger.tables": "tests/server/ledger/test_database.py",
     "server.metrics.buckets": "tests/server/metrics/test_series.py",
     "server.metrics.gauges": "tests/server/metrics/test_series.py",
+    "server.metrics.ledger": "tests/server/api/test_usage.py",
     "server.metrics.models": "tests/server/metrics/test_series.py",
     "server.metrics.timer": "tests/server/metrics/test_tenants.py",
     "server.model.context": "a record without code",

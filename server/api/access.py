@@ -38,7 +38,12 @@ def no_such_model(model: str) -> ModelNotFound:
     return ModelNotFound(f"The model `{model[:200]}` does not exist.", param="model")
 
 
+def is_admin(request: Request) -> bool:
+    """Whether this request may change the server and see more than one tenant."""
+    return bool(request.scope.get("impart.admin", False))
+
+
 def require_admin(request: Request) -> None:
     """Refuse whoever may not change the server or see more than one tenant. Raises Forbidden."""
-    if not request.scope.get("impart.admin", False):
+    if not is_admin(request):
         raise Forbidden("Only the admin listener does this, with the admin key: see --admin-key.")

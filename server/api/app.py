@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI
 
-from server.api import chat, completions, deltas, errors, health, models, tenants, tokens
+from server.api import chat, completions, deltas, errors, health, models, tenants, tokens, usage
+from server.api.account import LedgerRecorder
 from server.api.auth import Authentication, Identify, by_admin_key, by_tenant
 from server.api.context import Api
 from server.api.middleware import EarlyRefusal, HeadAsGet, RequestCap, RequestContext
@@ -18,7 +20,10 @@ from server.settings import Settings
 from server.tenants.directory import Directory
 
 TENANT_ROUTERS = (completions.router, chat.router, tokens.router)
-SHARED_ROUTERS = (models.router, deltas.router, health.router, tenants.router)
+SHARED_ROUTERS = (models.router, deltas.router, health.router, tenants.router, usage.router)
+
+if TYPE_CHECKING:  # SQLAlchemy is imported where there is a ledger only
+    from server.ledger.ledger import Ledger
 
 
 def create_app(
@@ -26,12 +31,14 @@ def create_app(
     settings: Settings,
     metrics: Metrics | None = None,
     directory: Directory | None = None,
+    ledger: Ledger | None = None,
 ) -> FastAPI:
     """Return the ASGI application over a started (or starting) engine.
 
     metrics    the engine's observer; the engine's own gauges are added by whoever made both
                (`Metrics.watch`)
     directory  who the tenants are; None: there are no keys
+    ledger     where generation requests and what administrators do are noted; None: nowhere
 
     The parts are at ``app.state.api``. Without keys whoever is here may also change the server,
     unless there is an admin listener for that.
@@ -44,11 +51,12 @@ def create_app(
         OpenRequests(),
         MetricsPage(metrics.registry),
         directory or Directory(),
+        ledger,
     )
     identify = by_tenant(
         api.directory, settings.tenant_header, shares_admin=settings.admin_key is None
     )
-    return _wrapped(api, (*TENANT_ROUTERS, *SHARED_ROUTERS), identify)
+    return _wrapped(api, (*TENANT_ROUTERS, *SHARED_ROUTERS), identify, ledger)
 
 
 def create_admin_app(api: Api, admin_key: str) -> FastAPI:
@@ -59,7 +67,9 @@ def create_admin_app(api: Api, admin_key: str) -> FastAPI:
     return _wrapped(api, SHARED_ROUTERS, by_admin_key(admin_key, api.directory))
 
 
-def _wrapped(api: Api, routers: Sequence[APIRouter], identify: Identify) -> FastAPI:
+def _wrapped(
+    api: Api, routers: Sequence[APIRouter], identify: Identify, ledger: Ledger | None = None
+) -> FastAPI:
     # No generated documentation pages: they load scripts from elsewhere.
     app = FastAPI(
         title="impart-serve",
@@ -77,6 +87,8 @@ def _wrapped(api: Api, routers: Sequence[APIRouter], identify: Identify) -> Fast
     # The last added is the outermost.
     app.add_middleware(RequestCap, max_bytes=api.settings.max_body_bytes)
     app.add_middleware(EarlyRefusal, check=api.check_open)
+    if ledger is not None:
+        app.add_middleware(LedgerRecorder, ledger=ledger)
     app.add_middleware(Authentication, identify=identify)
     app.add_middleware(RequestContext, metrics=api.metrics)
     return app

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import Request
 from starlette.types import Scope
@@ -21,11 +21,15 @@ from server.tenants.directory import Directory
 from server.tenants.principal import ANYBODY, Principal
 from server.tenants.tenant import EVERYBODY, Tenant
 
+if TYPE_CHECKING:  # SQLAlchemy is imported where there is a ledger only
+    from server.ledger.ledger import Ledger
+
 
 @dataclass(frozen=True, slots=True)
 class Api:
     """The application's parts.
 
+    ledger        None: what was used is not kept
     body_parsers  one thread: several large bodies at once would only take the interpreter from the
                   event loop more often
     """
@@ -36,6 +40,7 @@ class Api:
     open_requests: OpenRequests
     metrics_page: MetricsPage
     directory: Directory
+    ledger: Ledger | None = None
     body_parsers: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="body-parser")
     )

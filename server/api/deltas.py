@@ -9,9 +9,10 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
 from server.api.access import require_admin, visible_models
-from server.api.context import api_of
+from server.api.context import api_of, request_id
 from server.api.origin import refuse_other_sites
 from server.engine.types import ModelInfo
+from server.ledger.audited import audited
 
 router = APIRouter()
 
@@ -27,7 +28,9 @@ async def list_deltas(request: Request) -> JSONResponse:
 )
 async def rescan(request: Request) -> JSONResponse:
     """Read the deltas directory again and list what it holds now."""
-    await asyncio.to_thread(api_of(request).engine.rescan)
+    api = api_of(request)
+    with audited(api.ledger, "admin", "rescan", "deltas", request_id(request)):
+        await asyncio.to_thread(api.engine.rescan)
     return await asyncio.to_thread(_listing, request)
 
 

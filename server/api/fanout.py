@@ -8,6 +8,7 @@ it is bounded by the generations themselves.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from types import TracebackType
 from typing import Self
@@ -18,30 +19,56 @@ from server.metrics.timer import SequenceTimer
 
 
 class Timed:
-    """A generation and the timer of what its caller sees."""
+    """A generation, the timer of what its caller sees, and what it has used.
+
+    queue_s   how long the engine's queue held it; None until something came of it
+    first_at  when its first token came, by `time.monotonic`; None: none has come
+    """
 
     def __init__(self, generation: Generation, timer: SequenceTimer) -> None:
         self._generation = generation
         self._timer = timer
         self.open = True
+        self.n_tokens = 0
+        self.n_cached = 0
+        self.n_prompt_computed = 0  # known when it is closed
+        self.queue_s: float | None = None
+        self.first_at: float | None = None
+        self.finish_reason: str | None = None
 
     def take(self) -> Sequence[OutputChunk]:
         """Return what is new. Sets `open` to False with the last."""
         chunks = self._generation.take()
         for chunk in chunks:
-            self._timer.tokens(len(chunk.token_ids), chunk.n_cached_tokens)
+            self._count(chunk)
             if chunk.finish_reason is not None:
                 self.open = False
-                self._timer.finish(chunk.finish_reason)
+                self._finish(chunk.finish_reason)
         return chunks
+
+    def _count(self, chunk: OutputChunk) -> None:
+        n_tokens = len(chunk.token_ids)
+        self._timer.tokens(n_tokens, chunk.n_cached_tokens)
+        if self.first_at is None and n_tokens:
+            self.first_at = time.monotonic()
+        self.n_tokens += n_tokens
+        self.n_cached = max(self.n_cached, chunk.n_cached_tokens)
+        self.queue_s = chunk.queue_s
+
+    def _finish(self, reason: str) -> None:
+        self.finish_reason = self.finish_reason or reason
+        self._timer.finish(reason)
 
     @property
     def error(self) -> Exception | None:
         return self._generation.error
 
     def close(self) -> None:
-        """Abort it unless it has ended."""
-        self._timer.finish("abort" if self.error is None else "error")
+        """Abort it unless it has ended. What came and nobody took was computed all the same."""
+        for chunk in self._generation.take():
+            self._count(chunk)
+        self._finish("abort" if self.error is None else "error")
+        self.n_prompt_computed = self._generation.n_prompt_computed
         self._generation.close()
 
 

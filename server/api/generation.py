@@ -23,6 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.api import sse
 from server.api.access import open_variant
+from server.api.account import account_of
 from server.api.chunks import ChunkWriter
 from server.api.context import Api, arrival, log_fields, principal, request_id
 from server.api.errors import body_of, internal_error_body
@@ -45,6 +46,7 @@ class GenerationResponse(Response):
         self._reply = reply
         self._request_id = request_id(request)
         self._log = log_fields(request)
+        self._account = account_of(request.scope)
         self._arrived = arrival(request)
         self._request = request
         self._principal = principal(request)
@@ -74,6 +76,7 @@ class GenerationResponse(Response):
     async def _run(self, ticket: Ticket, opened: OpenRequest, send: Send) -> None:
         engine, reply = self._api.engine, self._reply
         variant, prompts = await self._prepare()
+        self._account.opened(variant, (len(prompt.ids) for prompt in prompts))
         asked = [
             (prompt, reply.params(prompt, variant, engine.max_model_len, child))
             for prompt in prompts
@@ -97,8 +100,8 @@ class GenerationResponse(Response):
                     await self._collect(fanout, choices, envelope, headers, send)
         finally:
             opened.output = None
-            self._log["prompt_tokens"] = sum(len(prompt.ids) for prompt in prompts)
-            self._log["completion_tokens"] = sum(choice.n_tokens for choice in choices)
+            self._log["prompt_tokens"] = self._account.prompt_tokens
+            self._log["completion_tokens"] = self._account.output_tokens
 
     async def _prepare(self) -> tuple[VariantHandle, list[Prompt]]:
         """Open the variant and tokenise, within the deadline."""
@@ -143,7 +146,9 @@ class GenerationResponse(Response):
             if isinstance(error, InvalidRequest):
                 error.param = self._reply.field_names.get(error.param or "", error.param)
             raise
-        return Timed(generation, timer)
+        timed = Timed(generation, timer)
+        self._account.began(choice.index // self._n, timed)
+        return timed
 
     async def _collect(
         self,
@@ -197,6 +202,7 @@ class GenerationResponse(Response):
         return data + sse.DONE
 
     def _last_words(self, error: Exception) -> dict[str, Any]:
+        self._account.failed = True
         if isinstance(error, ServeError):
             self._log["ended"] = type(error).__name__
             return body_of(error)

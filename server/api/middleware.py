@@ -74,7 +74,7 @@ class RequestContext:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
-                if _generates(scope):
+                if generates(scope):
                     taken_ms = (time.monotonic() - started) * 1000
                     headers["openai-processing-ms"] = str(round(taken_ms))
             await send(message)
@@ -98,7 +98,7 @@ class RequestContext:
     def _finish(
         self, scope: Scope, request_id: str, status: int, seconds: float, fields: dict[str, Any]
     ) -> None:
-        unrouted: str = scope["path"] if _generates(scope) else "other"  # refused early
+        unrouted: str = scope["path"] if generates(scope) else "other"  # refused early
         route = getattr(scope.get("route"), "path", unrouted)
         method = scope["method"] if scope["method"] in METHODS else "other"
         self._metrics.http_request(route, method, status)
@@ -128,7 +128,7 @@ class EarlyRefusal:
         self._check = check
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and _generates(scope):
+        if scope["type"] == "http" and generates(scope):
             try:
                 self._check(scope)
             except ServeError as error:
@@ -308,5 +308,6 @@ def _without_body(send: Send) -> Send:
     return send_head
 
 
-def _generates(scope: Scope) -> bool:
+def generates(scope: Scope) -> bool:
+    """Whether a request asks for generated text."""
     return scope["method"] == "POST" and scope["path"] in GENERATION_PATHS

@@ -9,9 +9,10 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
 
 from server.api.access import require_admin
-from server.api.context import api_of
+from server.api.context import api_of, request_id
 from server.api.origin import refuse_other_sites
 from server.errors import ConfigError, InvalidRequest
+from server.ledger.audited import audited
 from server.tenants.directory import Directory
 from server.tenants.tenant import Tenant
 
@@ -27,9 +28,11 @@ async def list_tenants(request: Request) -> JSONResponse:
 @router.post("/v1/tenants/reload", dependencies=[Depends(refuse_other_sites)])
 async def reload_tenants(request: Request) -> JSONResponse:
     """Read the tenants file again; with a mistake in it the old tenants stay."""
-    directory = api_of(request).directory
+    api = api_of(request)
+    directory = api.directory
     try:
-        await asyncio.to_thread(directory.reload)
+        with audited(api.ledger, "admin", "reload", "tenants", request_id(request)):
+            await asyncio.to_thread(directory.reload)
     except ConfigError as error:
         raise InvalidRequest(f"{error.message}; the tenants known before stay") from None
     return _listing(directory)

@@ -52,7 +52,7 @@ class Accounting:
         try:
             if logits is not None:
                 self.post.collect_prompt_logprobs(request, rows, logits)
-            request.n_computed += item.n_tokens
+            request.advance(item.n_tokens)
             request.unproven = True
             outcome = sampled.get(request)
             if outcome is None:

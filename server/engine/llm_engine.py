@@ -247,6 +247,7 @@ class LLMEngine:
             TextOutput(variant.text, params, prompt_ids),
             on_output,
             abort=lambda: self.core.abort(request),
+            n_prompt_computed=lambda: request.n_prompt_computed,
         )
         request = Request(
             # Clients choose request ids; inside the engine they must be unique.

@@ -64,6 +64,7 @@ class TextOutput:
             stop_reason=stop_reason,
             n_cached_tokens=chunk.n_cached_tokens,
             may_stop=chunk.may_stop,
+            queue_s=chunk.queue_s,
         )
 
     def _worded_prompt(self, logprobs: Sequence[TokenLogprob]) -> tuple[TokenLogprob, ...]:
@@ -78,11 +79,17 @@ class RequestOutput:
     """
 
     def __init__(
-        self, text: TextOutput, on_output: Callable[[], None], abort: Callable[[], None]
+        self,
+        text: TextOutput,
+        on_output: Callable[[], None],
+        abort: Callable[[], None],
+        n_prompt_computed: Callable[[], int] = lambda: 0,
     ) -> None:
+        """abort tells the engine that no more is wanted; n_prompt_computed asks how far it is."""
         self._text = text
         self._on_output = on_output
-        self._abort = abort  # tells the engine that no more is wanted
+        self._abort = abort
+        self._n_prompt_computed = n_prompt_computed
         self._pending: list[OutputChunk] = []
         self._ended = False
         self.error: Exception | None = None
@@ -103,6 +110,11 @@ class RequestOutput:
                 if self._ended and event.finish_reason is None:  # the engine does not know yet
                     self._abort()
         self._on_output()
+
+    @property
+    def n_prompt_computed(self) -> int:
+        """See `Generation`."""
+        return self._n_prompt_computed()
 
     def take(self) -> Sequence[OutputChunk]:
         """See `Generation`."""

@@ -35,6 +35,7 @@ class Request:
 
     tokens      prompt, then output
     n_computed  tokens whose keys and values are in the cache
+    n_prompt_computed  the most of the prompt's that ever were there; it stays when they go
     slot        held from its start (or the arrival of its delta) to the end; None for the base
     n_settled_kv_blocks  leading KV blocks that are findable by others, or never will be
     cache_salt  only requests of the same salt find each other's KV blocks: who shares none cannot
@@ -63,6 +64,7 @@ class Request:
     noise_key: int = field(init=False)
     kv_blocks: list[int] = field(default_factory=list)
     n_computed: int = 0
+    n_prompt_computed: int = 0
     slot: Slot | None = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     n_preemptions: int = 0
@@ -91,6 +93,18 @@ class Request:
     @property
     def n_output(self) -> int:
         return len(self.tokens) - len(self.prompt_ids)
+
+    def advance(self, n_tokens: int) -> None:
+        """So many more tokens have their keys and values in the cache."""
+        self.n_computed += n_tokens
+        if self.n_prompt_computed < len(self.prompt_ids):
+            n_prompt = min(self.n_computed, len(self.prompt_ids))
+            self.n_prompt_computed = max(self.n_prompt_computed, n_prompt)
+
+    @property
+    def queue_s(self) -> float:
+        """How long it waited; 0 while it waits."""
+        return 0.0 if self.started_at is None else self.started_at - self.queued_at
 
     @property
     def slot_index(self) -> int:

@@ -78,6 +78,7 @@ class OutputChunk:
     logprobs   of the tokens whose text is settled now: those of a character that is split over
                tokens come together
     may_stop   whether a stop string may end the text here (`min_tokens` are there)
+    queue_s    how long the request waited in the engine's queue until it began
     """
 
     text: str = ""
@@ -88,6 +89,7 @@ class OutputChunk:
     stop_reason: str | int | None = None  # the stop string or stop token that ended it
     n_cached_tokens: int = 0
     may_stop: bool = True
+    queue_s: float = 0.0
 
     @classmethod
     def joined(cls, chunks: Sequence[OutputChunk]) -> OutputChunk:
@@ -101,6 +103,7 @@ class OutputChunk:
             finish_reason=last.finish_reason,
             stop_reason=last.stop_reason,
             n_cached_tokens=last.n_cached_tokens,
+            queue_s=last.queue_s,
         )
 
 
@@ -110,6 +113,11 @@ class Generation(Protocol):
     @property
     def error(self) -> Exception | None:
         """Why it ended early; what `take` gave before still counts."""
+        ...
+
+    @property
+    def n_prompt_computed(self) -> int:
+        """Tokens of the prompt that have been worked on, those found in the cache included."""
         ...
 
     def take(self) -> Sequence[OutputChunk]:

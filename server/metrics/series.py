@@ -25,6 +25,7 @@ from prometheus_client import (
 from server.metrics.bounded import OTHER
 from server.metrics.buckets import LOAD_BUCKETS, STEP_BUCKETS
 from server.metrics.gauges import ENGINE, EngineCollector, SequenceCounts, StatsProvider
+from server.metrics.ledger import LedgerCollector, WatchedLedger
 from server.metrics.models import EngineTimes, ModelMetrics, ModelSeries
 from server.metrics.tenants import MAX_TENANTS, TenantMetrics
 from server.metrics.timer import SequenceTimer
@@ -172,6 +173,10 @@ class Metrics:
         """Read the gauges of `provider` at every scrape; max_variants is the most per step."""
         self.registry.register(EngineCollector(provider, max_variants, self._in_flight))
         self.tenants.watch(provider.tenant_use)
+
+    def watch_ledger(self, ledger: WatchedLedger) -> None:
+        """Read how its writing goes at every scrape."""
+        self.registry.register(LedgerCollector(ledger))
 
     def _in_flight(self) -> dict[str, SequenceCounts]:
         return {name: series.in_flight for name, series in self._models.series.items()}

@@ -15,7 +15,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import uvicorn
 
@@ -23,6 +23,7 @@ from server.api.app import create_admin_app, create_app
 from server.api.context import Api
 from server.engine.types import EngineClient
 from server.errors import Draining, EngineDead, ServeError
+from server.ledger.audited import audited
 from server.metrics.series import Metrics
 from server.process.listen import listen, urls
 from server.process.listeners import Listeners
@@ -30,6 +31,9 @@ from server.process.protocol import BoundedProtocol
 from server.process.unsent import UnsentWatch
 from server.settings import Settings
 from server.tenants.directory import Directory
+
+if TYPE_CHECKING:  # SQLAlchemy is imported where there is a ledger only
+    from server.ledger.ledger import Ledger
 
 WATCH_S = 0.5
 LAST_EVENT_S = 2.0  # for the final error events to leave
@@ -79,6 +83,7 @@ class Control:
     def __init__(self, api: Api, server: Server) -> None:
         self._engine = api.engine
         self._directory = api.directory
+        self._ledger = api.ledger
         self._open_requests = api.open_requests
         self._server = server
         self._drain_s = api.settings.drain_timeout_s
@@ -141,7 +146,8 @@ class Control:
 
     async def _rescan(self) -> None:
         try:
-            await asyncio.to_thread(self._engine.rescan)
+            with audited(self._ledger, "signal", "rescan", "deltas"):
+                await asyncio.to_thread(self._engine.rescan)
             log.info(
                 "the server read the deltas directory again and knows %d models",
                 len(self._engine.models()),
@@ -151,7 +157,8 @@ class Control:
 
     async def _reload_tenants(self) -> None:
         try:
-            await asyncio.to_thread(self._directory.reload)
+            with audited(self._ledger, "signal", "reload", "tenants"):
+                await asyncio.to_thread(self._directory.reload)
         except Exception as error:
             log.error("%s; the tenants known before stay", error)
 
@@ -192,12 +199,14 @@ async def run(
     metrics: Metrics,
     bound: Listeners,
     directory: Directory | None = None,
+    ledger: Ledger | None = None,
 ) -> int:
     """Serve until told to stop; return the exit code.
 
     directory  the tenants; None: there are no keys
+    ledger     entered, and to be left when this has returned: then every request has ended
     """
-    app = create_app(engine, settings, metrics, directory)
+    app = create_app(engine, settings, metrics, directory, ledger)
     api: Api = app.state.api
     server = Server(uvicorn_config(app, settings), UnsentWatch(metrics.unsent_bytes.set))
     control = Control(api, server)

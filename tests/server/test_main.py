@@ -75,6 +75,11 @@ def until_said(arguments: Sequence[str], words: str) -> Iterator[tuple[subproces
         (["--base", "/nowhere"], "the base: /nowhere: no such directory"),
         (["--base", "org/name"], "the base: org/name: no such directory here"),
         (["--base", "BASE", "--deltas", "/nowhere"], "the deltas: /nowhere cannot be read"),
+        (
+            ["--base", "BASE", "--state-dir", "/dev/null/x"],
+            "the ledger: /dev/null/x/ledger.db cannot",
+        ),
+        (["--base", "BASE", "--ledger-url", "nosuch://u:p@h/d"], "nosuch has no driver here"),
         (["--base", "BASE", "--max-model-len", "4096"], "has positions for 512 tokens only"),
         (["--base", "BASE", "--device", "cpu", "--kernels", "triton"], "use kernels auto"),
         (

@@ -51,7 +51,12 @@ class Postprocessor:
         params = request.params
         prompt_logprobs = tuple(request.prompt_logprobs) if request.n_output == 0 else ()
         if params.max_tokens == 0:  # scoring: only the prompt was wanted
-            return OutputChunk(prompt_logprobs=prompt_logprobs, finish_reason="length")
+            return OutputChunk(
+                prompt_logprobs=prompt_logprobs,
+                finish_reason="length",
+                n_cached_tokens=request.n_cached_tokens,
+                queue_s=request.queue_s,
+            )
         token = sampled.token_id
         request.tokens.append(token)
         if request.first_token_at is None:
@@ -70,6 +75,7 @@ class Postprocessor:
             finish_reason=reason,
             stop_reason=stop_token,
             n_cached_tokens=request.n_cached_tokens,
+            queue_s=request.queue_s,
         )
 
     def _token_stop(self, request: Request, token: int) -> tuple[FinishReason | None, int | None]:

@@ -55,8 +55,10 @@ class FakeGeneration:
         tokens: AsyncIterator[OutputChunk],
         on_output: Callable[[], None],
         ended: Callable[[bool], None],
+        n_prompt_computed: int,
     ) -> None:
         self.error: Exception | None = None
+        self.n_prompt_computed = n_prompt_computed
         self._pending: list[OutputChunk] = []
         self._on_output = on_output
         self._done = False
@@ -85,7 +87,8 @@ class FakeGeneration:
 class FakeEngine:
     """Knobs: delay_s per token, hold (an Event that must be set before each token after the
     first `hold_after`), fail_at (token number that raises `error`), waited_s (how long each
-    sequence says that it waited until it ran)."""
+    sequence says that it waited until it ran), n_cached and n_prompt_computed (what each says of
+    its prompt's tokens)."""
 
     base_name = BASE
 
@@ -93,6 +96,8 @@ class FakeEngine:
         self.max_model_len = max_model_len
         self.admission = Admission(max_waiting=max_open, max_running=0)
         self.waited_s = 0.0
+        self.n_cached = 0
+        self.n_prompt_computed = 0
         self.delay_s = 0.0
         self.hold: asyncio.Event | None = None
         self.hold_after = 0
@@ -272,7 +277,7 @@ class FakeEngine:
             self.admission.leave(self.waited_s, principal)
             (self.finished if done else self.aborted).append(request_id)
 
-        return FakeGeneration(tokens, on_output, ended)
+        return FakeGeneration(tokens, on_output, ended, self.n_prompt_computed)
 
     async def _tokens(
         self, variant: FakeVariant, prompt_ids: Sequence[int], params: SamplingParams
@@ -280,7 +285,9 @@ class FakeEngine:
         text = ""
         first = self._prompt_logprobs(prompt_ids, params)
         if params.max_tokens == 0:
-            yield OutputChunk("", (), prompt_logprobs=first, finish_reason="length")
+            yield OutputChunk(
+                "", (), prompt_logprobs=first, finish_reason="length", queue_s=self.waited_s
+            )
             return
         for i in range(params.max_tokens):
             await asyncio.sleep(self.delay_s)
@@ -299,6 +306,8 @@ class FakeEngine:
                 prompt_logprobs=first if i == 0 else (),
                 finish_reason="stop" if stopped else "length" if last else None,
                 stop_reason=stopped,
+                n_cached_tokens=self.n_cached,
+                queue_s=self.waited_s,
             )
             if stopped:
                 return

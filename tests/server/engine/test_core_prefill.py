@@ -76,6 +76,23 @@ def test_long_prompt_beside_streams_takes_what_the_slowdown_allows(
     assert_true_text(pair, long)
 
 
+def test_prompt_in_prefill_tells_how_far_it_is_and_its_chunks_how_long_it_waited(
+    pair: Served, harness: Make
+) -> None:
+    engine = harness(pair, max_batch_tokens=64, max_num_seqs=1)
+    watched(engine)
+    first, second = (engine.submit("base", prompt(200, seed), max_tokens=3) for seed in (1, 2))
+    engine.core.turn()
+    assert (first.request.n_prompt_computed, second.request.n_prompt_computed) == (64, 0)
+    engine.run(first, second)
+    assert first.request.n_prompt_computed == 200
+    for one in (first, second):
+        assert one.request.started_at is not None
+        waited_s = one.request.started_at - one.request.queued_at
+        assert {chunk.queue_s for chunk in one.chunks} == {waited_s}
+    assert second.chunks[0].queue_s > first.chunks[0].queue_s
+
+
 def test_long_prompt_alone_takes_whole_steps(pair: Served, harness: Make) -> None:
     engine = harness(pair, max_batch_tokens=128)
     watched(engine)

@@ -187,7 +187,7 @@ def test_reader_that_takes_none_holds_a_bounded_number_of_chunks_and_loses_nothi
     reader, ids = Reader(), ids_of("The quick brown fox. ") * 40
     assert len(ids) > 3 * MAX_BEHIND
     top = (TokenLogprob(ids[0], -1.0), TokenLogprob(ids[1], -2.0))
-    known = {"logprobs": (TokenLogprob(ids[0], -1.0, top),), "n_cached_tokens": 16}
+    known = {"logprobs": (TokenLogprob(ids[0], -1.0, top),), "n_cached_tokens": 16, "queue_s": 0.5}
     of_prompt = (TokenLogprob(3, None),)
     reader.output.receive(engine_chunk(ids[0], prompt_logprobs=of_prompt, **known))
     peak = 0
@@ -203,7 +203,7 @@ def test_reader_that_takes_none_holds_a_bounded_number_of_chunks_and_loses_nothi
     assert len(whole.logprobs) == len(ids)
     assert [t.token for t in whole.logprobs[0].top] == [TEXT.decode([i]) for i in ids[:2]]
     assert [p.token_id for p in whole.prompt_logprobs] == [3]
-    assert (whole.finish_reason, whole.n_cached_tokens) == ("length", 16)
+    assert (whole.finish_reason, whole.n_cached_tokens, whole.queue_s) == ("length", 16, 0.5)
     assert reader.output.take() == []
 
 
