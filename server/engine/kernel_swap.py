@@ -111,7 +111,7 @@ class KernelSwap:
 
     def run(self) -> None:
         """All of it. Raises SwapRefused, or what went wrong; then all is as it was."""
-        log.info("torch serves until the CPU kernels are compiled: slower, for about a minute")
+        log.info("torch serves until the CPU kernels are compiled: slower, for a minute or two")
         try:
             compiled = self._kernels.compiled()
             make_background()

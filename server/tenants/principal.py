@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MOST_URGENT = -(1 << 63)  # no ceiling: the lowest priority that a request can have
 NOBODY = "default"  # the tenant of a server without keys
 
 
@@ -26,4 +27,4 @@ class Principal:
     resident_bytes: int | None = None
 
 
-ANYBODY = Principal()  # whoever asks a server without keys
+ANYBODY = Principal(max_priority=MOST_URGENT)  # whoever asks a server without keys

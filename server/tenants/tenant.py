@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from fnmatch import fnmatchcase
 
-from server.tenants.principal import NOBODY, Principal
+from server.tenants.principal import MOST_URGENT, NOBODY, Principal
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,4 +51,4 @@ class Tenant:
         return Principal(self.name, key_id, self.weight, self.max_priority, self.resident_bytes)
 
 
-EVERYBODY = Tenant()  # the one tenant of a server without keys
+EVERYBODY = Tenant(max_priority=MOST_URGENT)  # the one tenant of a server without keys

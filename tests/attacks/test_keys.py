@@ -42,6 +42,13 @@ def test_key_that_is_wrong_or_elsewhere_never_lets_in(
     assert ACME not in answer
 
 
+def test_refusal_says_how_and_nothing_else(server: Running) -> None:
+    answer = server.client(None).get("/v1/models")
+    assert answer.status_code == 401
+    assert answer.headers["www-authenticate"] == "Bearer"
+    assert answer.json()["error"]["code"] == "invalid_api_key"
+
+
 def test_no_key_is_in_the_log(server: Running) -> None:
     server.client("acme").get(f"/v1/models?key={KEYS['globex']}")
     server.client(None).get("/v1/models", headers={"authorization": "Bearer stolen-secret-123"})
