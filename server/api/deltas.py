@@ -52,6 +52,7 @@ def _delta(info: ModelInfo) -> dict[str, Any]:
         "mode": info.mode,
         "bytes": info.n_bytes,
         "resident_bytes": info.resident_bytes,
+        "pinned": info.pinned,
         "reconstructed_bytes": info.reconstructed_bytes,
         "fidelity": info.fidelity,
     }

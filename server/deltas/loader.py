@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, Protocol
@@ -31,6 +31,7 @@ import torch
 from compressor.artifact.reader import Artifact
 from compressor.codecs.term import TensorDelta
 from server.deltas.background import background_pool
+from server.deltas.claims import Claims
 from server.deltas.failures import Failure, is_lasting
 from server.deltas.host_memory import trim_heap
 from server.deltas.loads import (
@@ -43,7 +44,7 @@ from server.deltas.loads import (
 )
 from server.deltas.parameter import DeltaParameter, StagedParameter
 from server.deltas.room import Room
-from server.deltas.slots import Slot, SlotTable
+from server.deltas.slots import Holder, Slot, SlotTable
 from server.deltas.staging import decode_threads, reader_threads, stage_variant
 from server.deltas.trial import VariantTrial
 from server.deltas.upload import Ready, SlotUploader, Uploader
@@ -76,6 +77,7 @@ class DeltaLoader:
     ) -> None:
         self._parameters = parameters
         self._slots = slots
+        self.claims = Claims(slots, self._clear)
         self._post = post
         self._weights = weights
         device = _device_of(parameters)
@@ -108,11 +110,17 @@ class DeltaLoader:
         """Whether `assign_slots` may have something to do."""
         return bool(self._waiting_for_room) and self._copying is None
 
-    def request(self, job: LoadJob) -> None:
-        """Begin to load unless that is under way already or `MAX_LOADS` are; ask again then."""
-        if job.key not in self._loading and len(self._loading) < MAX_LOADS:
+    def request(self, job: LoadJob, holders: Iterable[Holder]) -> None:
+        """Begin to load unless that is under way already or `MAX_LOADS` are; ask again then.
+
+        holders  the tenants that want it
+        """
+        if job.key not in self._loading:
+            if len(self._loading) >= MAX_LOADS:
+                return
             self._loading.add(job.key)
             self._reads[job.key] = self._readers.submit(self._read, job)
+        self.claims.want(job.key, holders)
 
     def forget(self, key: str) -> None:
         """Nobody waits for this variant any more: do not begin to read it. What has begun goes on,
@@ -120,8 +128,7 @@ class DeltaLoader:
         """
         read = self._reads.get(key)
         if read is not None and read.cancel():
-            del self._reads[key]
-            self._loading.discard(key)
+            self._ended(key)
 
     def handle(self, message: LoaderMessage) -> LoadFailed | LoadCopied | None:
         """Take a worker's message; return it if a load ended by it."""
@@ -139,6 +146,7 @@ class DeltaLoader:
     def _queue_for_room(self, decoded: LoadDecoded) -> LoadFailed | None:
         job, n_bytes = decoded.job, decoded.n_bytes
         self._reads.pop(job.key, None)
+        self.claims.decoded(job.key, n_bytes)
         if n_bytes > self._slots.budget_bytes:
             failure = Failure(
                 f"it needs {n_bytes} bytes of device memory, the delta budget is "
@@ -173,7 +181,7 @@ class DeltaLoader:
             return None
         slot.ready = True
         self._untidy = True
-        self._loading.discard(decoded.job.key)
+        self._ended(decoded.job.key)
         self.errors.pop(decoded.job.key, None)
         seconds = time.monotonic() - decoded.started
         log.info(
@@ -204,19 +212,34 @@ class DeltaLoader:
         if self._untidy and not self._loading:
             self._untidy = False
             self._copier.submit(trim_heap)
-        if self._waiting_for_room and self._copying is None:
+        while self._waiting_for_room and self._copying is None:
             decoded = self._waiting_for_room[0]
-            victims = self._slots.victims_for(decoded.n_bytes)
-            if victims is not None:
+            fits = self._slots.fits(decoded.job.key, decoded.n_bytes)
+            holder = self.claims.holder_for(decoded.job.key) if fits else None
+            if holder is None:
                 del self._waiting_for_room[0]
-                self._assign(decoded, victims)
+                self._drop(decoded, fits=fits)
+                continue
+            victims = self._slots.victims_for(decoded.n_bytes)
+            if victims is None:
+                return
+            del self._waiting_for_room[0]
+            self._assign(decoded, victims, holder)
 
-    def _assign(self, decoded: LoadDecoded, victims: Sequence[Slot]) -> None:
+    def _drop(self, decoded: LoadDecoded, *, fits: bool) -> None:
+        """Forget what was decoded: nobody may hold it now, or it fits nowhere beside the pinned."""
+        job = decoded.job
+        if fits:
+            self._ended(job.key)
+        else:
+            self._post(LoadFailed(job.key, job.name, self.claims.beside_pinned(decoded.n_bytes)))
+
+    def _assign(self, decoded: LoadDecoded, victims: Sequence[Slot], holder: Holder) -> None:
         """Give the variant a slot, and let the copier begin."""
         for victim in victims:
             log.info("the loader evicts the delta in slot %d", victim.index)
             self._clear(victim)
-        slot = self._slots.assign(decoded.job.key, decoded.n_bytes)
+        slot = self._slots.assign(decoded.job.key, decoded.n_bytes, holder.tenant)
         self._copying = slot
         room = Room(slot.index, decoded.parameters)
         n_slots = min(1 << slot.index.bit_length(), self._slots.n_slots)
@@ -239,10 +262,16 @@ class DeltaLoader:
             if key not in keys:
                 self.errors.pop(key, None)
         self._tried.intersection_update(keys)
+        self.claims.keep(keys)
 
     def close(self) -> None:
         for pool in (self._readers, self._copier, self._builder):
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _ended(self, key: str) -> None:
+        self._loading.discard(key)
+        self.claims.ended(key)
+        self._reads.pop(key, None)
 
     def _copied(self, slot: Slot) -> None:
         """The next may be copied, if it was this slot's turn."""
@@ -260,8 +289,7 @@ class DeltaLoader:
         self._weights.remove(slot.index)
 
     def _end(self, failed: LoadFailed) -> LoadFailed:
-        self._loading.discard(failed.key)
-        self._reads.pop(failed.key, None)
+        self._ended(failed.key)
         self.errors[failed.key] = failed.failure.reason
         return failed
 

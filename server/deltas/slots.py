@@ -1,15 +1,38 @@
 """Which digest sits in which slot, who uses it, and what may be evicted.
 
 A slot is held by a reference count: nothing with a reference is ever evicted, and a slot's index is
-given away only after its last holder released it. A `Slot` is one stay of one variant: whoever kept
-it compares it with `SlotTable.get` to learn whether that stay has ended. Used by the engine thread
-only.
+given away only after its last holder released it. Nor is a pinned variant. A `Slot` is one stay of
+one variant: whoever kept it compares it with `SlotTable.get` to learn whether that stay has ended.
+
+A variant counts for each tenant that has used it since it is resident, with all of its bytes, and
+for those it is pinned for. A tenant whose bytes are bounded (`Holder`) gives up its own: the least
+recently used of those that none of its requests holds. What only it has used is then evicted; what
+others have used too stays, and counts for them alone.
+
+Used by the engine thread only.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A tenant that variants are resident for, and how many bytes of them it may hold."""
+
+    tenant: str
+    max_bytes: int | None = None
+
+
+@dataclass(slots=True)
+class Use:
+    """One tenant's use of a slot."""
+
+    refs: int = 0
+    last_used: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +45,7 @@ class Slot:
     refs: int = 0
     last_used: int = 0
     ready: bool = False  # the delta is in place and visible
+    uses: dict[str, Use] = field(default_factory=dict)  # by tenant
 
 
 class SlotTable:
@@ -30,6 +54,7 @@ class SlotTable:
     def __init__(self, n_slots: int, budget_bytes: int) -> None:
         self.n_slots = n_slots
         self.budget_bytes = budget_bytes
+        self.pinned: Mapping[str, Collection[str]] = {}  # key -> tenants; see `pin`
         self._by_key: dict[str, Slot] = {}
         self._clock = itertools.count(1)
 
@@ -43,23 +68,51 @@ class SlotTable:
     def residents(self) -> list[Slot]:
         return list(self._by_key.values())
 
-    def acquire(self, key: str) -> Slot | None:
-        """Take a reference to a ready slot, or None if the key is not resident."""
+    def pin(self, pinned: Mapping[str, Collection[str]]) -> None:
+        """Evict none of these keys from now on, and of others that were pinned any.
+
+        pinned  with the tenants that each is pinned for
+        """
+        self.pinned = pinned
+        for slot in self._by_key.values():
+            self._count_pinned(slot)
+
+    def acquire(self, key: str, holder: Holder | None = None) -> Slot | None:
+        """Take a reference to a ready slot, or None if the key is not resident.
+
+        holder  the tenant whose request takes it; ask `own_victims` first. None: the server's own
+        """
         slot = self._by_key.get(key)
         if slot is None or not slot.ready:
             return None
         slot.refs += 1
         slot.last_used = next(self._clock)
+        if holder is not None:
+            use = slot.uses.setdefault(holder.tenant, Use())
+            use.refs += 1
+            use.last_used = slot.last_used
         return slot
 
-    def release(self, slot: Slot) -> None:
+    def release(self, slot: Slot, tenant: str | None = None) -> None:
+        """Give a reference back, for the tenant that it was taken for."""
         assert slot.refs > 0, "slot released more often than acquired"
         slot.refs -= 1
+        if tenant is not None:
+            assert slot.uses[tenant].refs > 0, "slot released more often than acquired"
+            slot.uses[tenant].refs -= 1
+
+    # -- room under the budget of all ------------------------------------------------------------
+
+    def fits(self, key: str, n_bytes: int) -> bool:
+        """Whether there can be room, beside what is pinned."""
+        pinned = [slot for slot in self._by_key.values() if self._stays(slot) and slot.key != key]
+        room = self.budget_bytes - sum(slot.n_bytes for slot in pinned)
+        return len(pinned) < self.n_slots and n_bytes <= room
 
     def victims_for(self, n_bytes: int) -> list[Slot] | None:
         """Least recently used slots to evict so that `n_bytes` fit; None if that cannot be now."""
         idle = sorted(
-            (s for s in self._by_key.values() if s.ready and s.refs == 0),
+            (s for s in self._by_key.values() if s.ready and s.refs == 0 and not self._stays(s)),
             key=lambda s: s.last_used,
         )
         free = self.n_slots - len(self._by_key)
@@ -77,10 +130,78 @@ class SlotTable:
         assert slot.refs == 0, "a slot in use must not be evicted"
         del self._by_key[slot.key]
 
-    def assign(self, key: str, n_bytes: int) -> Slot:
-        """Give `key` the lowest free slot. Call `victims_for` and `evict` first."""
+    def assign(self, key: str, n_bytes: int, tenant: str | None = None) -> Slot:
+        """Give `key` the lowest free slot, for a tenant. Call `victims_for` and `evict` first."""
         taken = {slot.index for slot in self._by_key.values()}
         index = next(i for i in range(self.n_slots) if i not in taken)
         slot = Slot(index, key, n_bytes, last_used=next(self._clock))
         self._by_key[key] = slot
+        self._count_pinned(slot)
+        if tenant is not None:
+            slot.uses.setdefault(tenant, Use(last_used=slot.last_used))
         return slot
+
+    # -- room under a tenant's own bound ---------------------------------------------------------
+
+    def held_bytes(self, tenant: str) -> int:
+        """Bytes of all variants that count for a tenant."""
+        return sum(slot.n_bytes for slot in self._used_by(tenant))
+
+    def may_ever_hold(self, holder: Holder, key: str, n_bytes: int) -> bool:
+        """Whether a tenant may hold so many bytes more, beside what is pinned for it."""
+        if holder.max_bytes is None:
+            return True
+        return n_bytes + self.pinned_bytes(holder.tenant, beside=key) <= holder.max_bytes
+
+    def pinned_bytes(self, tenant: str, beside: str = "") -> int:
+        """Bytes of the resident variants that are pinned for a tenant, `beside` not counted."""
+        pinned = (s for s in self._used_by(tenant) if self._is_pinned(s, tenant))
+        return sum(slot.n_bytes for slot in pinned if slot.key != beside)
+
+    def own_victims(self, holder: Holder, key: str, n_bytes: int) -> list[Slot] | None:
+        """What a tenant gives up so that it may hold `key`; None if that cannot be now."""
+        slot = self._by_key.get(key)
+        if holder.max_bytes is None or (slot is not None and holder.tenant in slot.uses):
+            return []
+        over = self.held_bytes(holder.tenant) + n_bytes - holder.max_bytes
+        victims = self._least_recent(holder.tenant, over)
+        return None if sum(slot.n_bytes for slot in victims) < over else victims
+
+    def excess(self, holder: Holder) -> list[Slot]:
+        """What a tenant gives up that holds too much: so it is when more was pinned for it."""
+        if holder.max_bytes is None:
+            return []
+        return self._least_recent(holder.tenant, self.held_bytes(holder.tenant) - holder.max_bytes)
+
+    def _least_recent(self, tenant: str, n_bytes: int) -> list[Slot]:
+        """Slots of so many bytes that a tenant may give up, or all of those."""
+        idle = sorted(
+            (s for s in self._used_by(tenant) if self._may_give_up(s, tenant)),
+            key=lambda s: s.uses[tenant].last_used,
+        )
+        before = itertools.accumulate((s.n_bytes for s in idle), initial=0)
+        return [slot for slot, n_given in zip(idle, before, strict=False) if n_given < n_bytes]
+
+    def give_up(self, slot: Slot, tenant: str) -> bool:
+        """A slot counts for a tenant no more. Returns whether it is to be evicted: nobody else has
+        used it.
+        """
+        assert slot.uses[tenant].refs == 0, "a tenant must not give up what it uses"
+        del slot.uses[tenant]
+        return not slot.uses and slot.refs == 0
+
+    def _used_by(self, tenant: str) -> Iterator[Slot]:
+        return (slot for slot in self._by_key.values() if tenant in slot.uses)
+
+    def _may_give_up(self, slot: Slot, tenant: str) -> bool:
+        return slot.ready and slot.uses[tenant].refs == 0 and not self._is_pinned(slot, tenant)
+
+    def _is_pinned(self, slot: Slot, tenant: str) -> bool:
+        return tenant in self.pinned.get(slot.key, ())
+
+    def _stays(self, slot: Slot) -> bool:
+        return slot.key in self.pinned
+
+    def _count_pinned(self, slot: Slot) -> None:
+        for tenant in self.pinned.get(slot.key, ()):
+            slot.uses.setdefault(tenant, Use(last_used=slot.last_used))

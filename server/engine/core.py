@@ -18,19 +18,20 @@ import torch
 
 from server.deltas.loader import DeltaLoader
 from server.deltas.loads import LoadCopied, LoadDecoded, LoaderMessage, LoadFailed, LoadJob
-from server.deltas.slots import Slot, SlotTable
+from server.deltas.slots import SlotTable
 from server.engine.accounting import Accounting
 from server.engine.inbox import Command, Inbox
 from server.engine.lifecycle import Events, RequestLifecycle
 from server.engine.observer import CoreStats, Observer
 from server.engine.reconstruct.reconstructor import BuildEnded, Reconstructor, only_variant
 from server.engine.request import Request
+from server.engine.residents import Residents
 from server.engine.schedule.admission import Admission, AdmissionTicket
 from server.engine.schedule.kv_blocks import KVBlockPool
 from server.engine.schedule.pacing import PrefillPacer
 from server.engine.schedule.queue import make_queue
 from server.engine.schedule.scheduled import Scheduled, load_of
-from server.engine.schedule.scheduler import Missing, Scheduler
+from server.engine.schedule.scheduler import Scheduler
 from server.engine.step.batch import default_batch_tokens
 from server.engine.step.lookahead import InFlight, Lookahead
 from server.engine.step.runner import Runner
@@ -68,6 +69,7 @@ class EngineCore:
         runner.base.residency.n_slots = settings.max_resident_variants
         weights = runner.reconstructed
         self.loader = DeltaLoader(runner.base.parameters, self.slots, self._post_load, weights)
+        self.residents = Residents(self.slots, self.loader, lambda v: self._job_for(v))
         budget = settings.reconstruct_budget_bytes
         self.reconstructor = Reconstructor(
             weights, self.slots, budget, job_for, self._post_build, observer
@@ -82,7 +84,7 @@ class EngineCore:
             long_prefill_tokens=settings.long_prefill_token_threshold or batch_tokens,
             pacer=self._pacer,
             max_variants=settings.max_variants_per_step,
-            acquire=self._acquire,
+            acquire=self.residents.acquire,
             wipe=runner.base.store.wipe,
         )
         self._sampler = Sampler()
@@ -99,7 +101,7 @@ class EngineCore:
         self.admission = Admission(settings.max_queued_requests, settings.max_num_seqs)
         self._requests = RequestLifecycle(
             self.scheduler,
-            self.slots,
+            self.residents,
             self.loader,
             self._lookahead,
             self.admission,
@@ -201,11 +203,15 @@ class EngineCore:
         """One engine step: schedule, run, sample, publish."""
         self._requests.expire()
         self.reconstructor.tend()
+        self.residents.tend()
         if self._lookahead.in_flight is not None:
             self._go_on(self._lookahead.in_flight)
         if self._lookahead.in_flight is None:
             scheduled = self.scheduler.schedule()
+            self.residents.trim()
             self.loader.assign_slots()
+            for request, error in self.residents.take_refused():
+                self._requests.fail(request, error)
             self._busy = bool(scheduled)
             if scheduled:
                 self._run_batch(scheduled)
@@ -253,18 +259,6 @@ class EngineCore:
         for request in self._lookahead.drop():
             self._requests.release(request)
 
-    # -- requests ------------------------------------------------------------------------------
-
-    def _acquire(self, request: Request) -> Slot | Missing:
-        """Take a slot for the request, or see to it that its delta is being loaded."""
-        key = request.variant.key
-        slot = self.slots.acquire(key)
-        if slot is not None:
-            return slot
-        if self.slots.get(key) is None:
-            self.loader.request(self._job_for(request.variant))
-        return Missing.NO_ROOM if self.loader.needs_room(key) else Missing.LOADING
-
     # -- loads ---------------------------------------------------------------------------------
 
     def _post_load(self, message: LoaderMessage) -> None:
@@ -276,10 +270,11 @@ class EngineCore:
         if isinstance(ended, LoadCopied):
             decoded: LoadDecoded = ended.decoded
             for request in self._requests.waiting_for(decoded.job.key):
-                request.slot = self.slots.acquire(decoded.job.key)  # before it can be evicted
+                self.residents.take_loaded(request)
             if self._observer is not None:
                 self._observer.on_loaded(decoded.job.name, time.monotonic() - decoded.started)
         if isinstance(ended, LoadFailed):
+            self.residents.load_failed(ended)
             for request in self._requests.waiting_for(ended.key):
                 self._requests.fail(request, ended.failure.error_for(request.variant.name))
             if self._observer is not None:

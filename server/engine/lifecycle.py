@@ -5,14 +5,13 @@ from __future__ import annotations
 import time
 
 from server.deltas.loader import DeltaLoader
-from server.deltas.slots import SlotTable
 from server.engine.observer import Observer
 from server.engine.request import Event, Request, Status
+from server.engine.residents import Residents
 from server.engine.schedule.admission import Admission
 from server.engine.schedule.scheduler import Scheduler
 from server.engine.step.lookahead import Lookahead
-from server.engine.variant import BASE_KEY
-from server.errors import DeadlineExceeded, NoSlot, ServeError
+from server.errors import DeadlineExceeded, ServeError
 
 Events = list[tuple[Request, Event]]
 
@@ -27,14 +26,14 @@ class RequestLifecycle:
     def __init__(
         self,
         scheduler: Scheduler,
-        slots: SlotTable,
+        residents: Residents,
         loader: DeltaLoader,
         lookahead: Lookahead,
         admission: Admission,
         observer: Observer | None,
     ) -> None:
         self._scheduler = scheduler
-        self._slots = slots
+        self._residents = residents
         self._loader = loader
         self._lookahead = lookahead
         self._admission = admission
@@ -81,9 +80,7 @@ class RequestLifecycle:
         self._scheduler.remove(request)
         if request.slot is None and not self.waiting_for(request.variant.key):
             self._loader.forget(request.variant.key)
-        if request.slot is not None:
-            self._slots.release(request.slot)
-            request.slot = None
+        self._residents.release(request)
         started_at = request.started_at
         waited_s = None if started_at is None else started_at - request.queued_at
         self._admission.leave(waited_s, request.principal)
@@ -98,11 +95,5 @@ class RequestLifecycle:
                 self.fail(request, self._too_late(request))
 
     def _too_late(self, request: Request) -> ServeError:
-        key = request.variant.key
-        if request.slot is None and key != BASE_KEY and self._loader.needs_room(key):
-            return NoSlot(
-                f"`{request.variant.name}` waited for other variants to make room until its time "
-                "was up; try again later",
-                retry_after_s=5,
-            )
-        return DeadlineExceeded("the request ran out of its time")
+        why = self._residents.why_waiting(request)
+        return why or DeadlineExceeded("the request ran out of its time")

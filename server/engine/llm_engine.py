@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Self
 
 from server.deltas.background import background_pool
@@ -24,6 +24,7 @@ from server.engine.limits import check_request
 from server.engine.observer import CoreStats, Observer
 from server.engine.output import RequestOutput, TextOutput
 from server.engine.pauses import PauseWatch
+from server.engine.pins import Pinner
 from server.engine.request import Request
 from server.engine.schedule.admission import AdmissionTicket
 from server.engine.single_flight import SingleFlight
@@ -71,6 +72,13 @@ class LLMEngine:
         # may wait long for a text worker that loads a tokenizer, which costs nothing.
         self._openers = background_pool(4, "opener")
         self._openings: SingleFlight[Variant] = SingleFlight(self._openers)
+        self._pinner = Pinner(
+            parts.catalog,
+            parts.settings.max_resident_variants,
+            open=self.open,
+            take=lambda pins: self.core.between_steps(lambda: self.core.residents.pin(pins)),
+            is_warming=lambda: self.core.stats().kernel_state == "compiling",
+        )
         self._pauses = PauseWatch(parts.settings.heartbeat_timeout_s / 2)
         self._started = False
 
@@ -146,6 +154,7 @@ class LLMEngine:
             codec=delta.codec,
             error=quarantine or error,
             fidelity=dict(delta.fidelity),
+            pinned=key in self.core.slots.pinned,
         )
 
     def _state(self, key: str, slot: Slot | None, error: str | None) -> VariantState:
@@ -167,6 +176,11 @@ class LLMEngine:
     def rescan(self) -> None:
         self._catalog.rescan()
         self.core.loader.keep_errors(self._catalog.keys())
+        if self._publisher.loop is not None and self._publisher.loop.is_running():
+            asyncio.run_coroutine_threadsafe(self._pinner.again(), self._publisher.loop)
+
+    async def pin(self, pinned: Mapping[Principal, Collection[str]]) -> None:
+        await self._pinner.pin(pinned)
 
     # -- text ------------------------------------------------------------------------------------
 
@@ -275,7 +289,7 @@ class LLMEngine:
 
     def tenant_use(self) -> dict[str, TenantUse]:
         """By tenant's name; of those that hold nothing there is none."""
-        return use_by_tenant(list(self.core.scheduler.running))
+        return use_by_tenant(list(self.core.scheduler.running), self.core.slots.residents())
 
     def is_alive(self) -> bool:
         """Whether the loop lives. It beats once per layer, not only once per step: a long prompt

@@ -5,13 +5,21 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
+from server.deltas.slots import Slot
 from server.engine.request import Request
 from server.engine.types import TenantUse
 
 
-def use_by_tenant(running: Iterable[Request]) -> dict[str, TenantUse]:
-    """By tenant's name. The requests may change meanwhile: it is what a gauge shows."""
+def use_by_tenant(running: Iterable[Request], slots: Iterable[Slot]) -> dict[str, TenantUse]:
+    """By tenant's name. Requests and slots may change meanwhile: it is what a gauge shows."""
     kv_blocks: defaultdict[str, set[int]] = defaultdict(set)
+    sizes: defaultdict[str, list[int]] = defaultdict(list)
     for request in running:
         kv_blocks[request.principal.tenant].update(request.kv_blocks)
-    return {tenant: TenantUse(len(held)) for tenant, held in kv_blocks.items()}
+    for slot in slots:
+        for tenant in list(slot.uses):
+            sizes[tenant].append(slot.n_bytes)
+    return {
+        tenant: TenantUse(len(kv_blocks[tenant]), len(sizes[tenant]), sum(sizes[tenant]))
+        for tenant in kv_blocks.keys() | sizes.keys()
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from types import TracebackType
@@ -146,6 +146,7 @@ class ModelInfo:
     codec: str = ""
     error: str | None = None  # why it failed, safe to show
     fidelity: dict[str, Any] = field(default_factory=dict)
+    pinned: bool = False  # it stays resident
 
     def is_named(self, model: str) -> bool:
         """Whether a request's `model` means this one: a variant also answers to `BASE:NAME`."""
@@ -189,10 +190,22 @@ class TextWorkerStats:
 class TenantUse:
     """What one tenant holds in the engine now.
 
-    n_kv_blocks  that its running requests hold, shared ones once
+    n_kv_blocks          that its running requests hold, shared ones once
+    n_resident_variants  that count for it, with
+    resident_bytes       of device memory; see `server.deltas.slots`
     """
 
     n_kv_blocks: int = 0
+    n_resident_variants: int = 0
+    resident_bytes: int = 0
+
+    def __add__(self, other: TenantUse) -> TenantUse:
+        """Of both together, each with what is its own."""
+        return TenantUse(
+            self.n_kv_blocks + other.n_kv_blocks,
+            self.n_resident_variants + other.n_resident_variants,
+            self.resident_bytes + other.resident_bytes,
+        )
 
 
 class Ticket(Protocol):
@@ -329,6 +342,15 @@ class EngineClient(Protocol):
 
     def rescan(self) -> None:
         """Read the deltas directory again; returns when names are up to date."""
+        ...
+
+    async def pin(self, pinned: Mapping[Principal, Collection[str]]) -> None:
+        """Load the variants that each tenant names, once kernels are compiled, and keep them
+        resident; those pinned before are so no more. Returns before they are loaded.
+
+        Raises ConfigError: a name that no variant has, more variants than slots. What cannot be
+        opened, or has no room by its bytes, is told by the log.
+        """
         ...
 
     def is_alive(self) -> bool: ...  # the loop has a recent heartbeat

@@ -161,7 +161,7 @@ class EngineCollector(Collector):
                 reconstructed.add_metric([info.name], info.reconstructed_bytes)
             if info.resident_bytes:
                 resident.add_metric([info.name], info.resident_bytes)
-                loaded.add_metric([info.name, "gpu", "false", "0"], 1)
+                loaded.add_metric([info.name, "gpu", str(info.pinned).lower(), "0"], 1)
         yield resident
         yield reconstructed
         yield loaded

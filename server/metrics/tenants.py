@@ -156,12 +156,30 @@ class _Use(Collector):
         return []  # so that registering does not read the engine
 
     def collect(self) -> Iterator[Metric]:
-        held: defaultdict[str, int] = defaultdict(int)
+        uses: defaultdict[str, TenantUse] = defaultdict(TenantUse)
         for tenant, use in self._read().items():
-            held[self._series.label(tenant)] += use.n_kv_blocks
-        family = GaugeMetricFamily(
-            "impart_tenant_kv_blocks", "KV blocks that running requests hold", labels=["tenant"]
+            label = self._series.label(tenant)
+            uses[label] += use
+        held = [(tenant, uses[tenant]) for tenant, _ in self._series.items()]
+        yield _gauge(
+            "impart_tenant_kv_blocks",
+            "KV blocks that running requests hold",
+            {tenant: use.n_kv_blocks for tenant, use in held},
         )
-        for tenant, _ in self._series.items():
-            family.add_metric([tenant], held[tenant])
-        yield family
+        yield _gauge(
+            "impart_tenant_resident_variants",
+            "Resident variants that the tenant has used or pins",
+            {tenant: use.n_resident_variants for tenant, use in held},
+        )
+        yield _gauge(
+            "impart_tenant_resident_bytes",
+            "Device memory of those variants, which count for each tenant that has used them",
+            {tenant: use.resident_bytes for tenant, use in held},
+        )
+
+
+def _gauge(name: str, text: str, values: Mapping[str, int]) -> Metric:
+    family = GaugeMetricFamily(name, text, labels=["tenant"])
+    for tenant, value in values.items():
+        family.add_metric([tenant], value)
+    return family

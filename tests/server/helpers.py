@@ -18,6 +18,7 @@ from server.engine.types import OutputChunk, SamplingParams
 from server.engine.variant import Variant
 from server.ops.kernels import Kernels
 from server.settings import Settings
+from server.tenants.principal import ANYBODY, Principal
 from server.text.encoding import Messages
 
 STEP_TIMEOUT_S = 600  # a cold kernel cache on a busy machine; nothing is timed by it
@@ -111,6 +112,7 @@ class CoreHarness:
         *,
         deadline: float | None = None,
         cache_salt: str = "",
+        principal: Principal = ANYBODY,
         **params: Any,
     ) -> Recorded:
         """Queue a request; greedy, 16 tokens unless `params` say otherwise."""
@@ -131,6 +133,7 @@ class CoreHarness:
             deliver=lambda event: recorded.take(event),
             deadline=deadline,
             cache_salt=cache_salt,
+            principal=principal,
         )
         recorded = Recorded(request, output)
         self.core.submit(request)

@@ -36,6 +36,7 @@ class Missing(enum.Enum):
 
     LOADING = "loading"
     NO_ROOM = "no room"
+    OVER_BOUND = "over its tenant's bound"  # which is that tenant's matter: nobody makes way
 
 
 Acquire = Callable[[Request], Slot | Missing]

@@ -7,7 +7,7 @@ answer from the wrong model is visible: base `0`, alpha `A`, beta `B`.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,6 +107,7 @@ class FakeEngine:
         self.open_error: ServeError | None = None
         self.alive = True
         self.rescans = 0
+        self.pinned: list[dict[str, list[str]]] = []
         self.n_active = 0
         self.n_encoded = 0
         self.use: dict[str, TenantUse] = {}
@@ -157,6 +158,9 @@ class FakeEngine:
 
     def rescan(self) -> None:
         self.rescans += 1
+
+    async def pin(self, pinned: Mapping[Principal, Collection[str]]) -> None:
+        self.pinned.append({p.tenant: list(names) for p, names in pinned.items()})
 
     # -- names
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
+from server.deltas.slots import Slot, Use
 from server.engine.request import Request
 from server.engine.tenant_use import use_by_tenant
 from server.engine.types import OutputChunk, SamplingParams, TenantUse
@@ -29,4 +30,14 @@ def test_use_by_tenant_counts_a_shared_block_once_for_each_tenant() -> None:
         request("b", [5]),
         request("c", []),
     ]
-    assert use_by_tenant(running) == {"a": TenantUse(4), "b": TenantUse(1), "c": TenantUse(0)}
+    slots = [
+        Slot(0, "x", 10, uses={"a": Use(), "d": Use()}),
+        Slot(1, "y", 5, uses={"a": Use()}),
+        Slot(2, "z", 7),
+    ]
+    assert use_by_tenant(running, slots) == {
+        "a": TenantUse(4, 2, 15),
+        "b": TenantUse(1),
+        "c": TenantUse(0),
+        "d": TenantUse(0, 1, 10),
+    }

@@ -41,7 +41,7 @@ class Edge(Tenancy):
         super().__init__(folder)
         self.metrics: Metrics = self.app.state.api.metrics
         self.metrics.watch(self.engine, 8)
-        self.engine.use = {"acme": TenantUse(n_kv_blocks=3)}
+        self.engine.use = {"acme": TenantUse(3, 2, 1000)}
 
     async def post(self, who: str, path: str, **body: Any) -> int:
         return (await self.call("POST", path, json=body, headers=bearer(who))).status_code
@@ -75,6 +75,8 @@ async def test_answers_are_counted_for_the_tenant_that_asked(edge: Edge) -> None
     assert found["time_to_first_token_seconds_count"] == {acme: 1, globex: 2}
     assert set(found["sequences"].values()) == {0}
     assert found["kv_blocks"] == {acme: 3, globex: 0}
+    assert found["resident_variants"] == {acme: 2, globex: 0}
+    assert found["resident_bytes"] == {acme: 1000, globex: 0}
 
 
 async def test_server_without_keys_shows_one_tenant() -> None:
