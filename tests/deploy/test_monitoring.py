@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import httpx
 import promql_parser
@@ -20,6 +21,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.engine.types import ModelInfo
+from server.ledger.records import LedgerStats
 from server.metrics.series import Metrics
 from server.settings import Settings
 from tests.server.api.conftest import serve
@@ -69,6 +71,7 @@ def emitted() -> Labels:
     for event in ("load_failed", "promoted", "demoted", "reconstruct_failed"):
         getattr(metrics, f"on_{event}")("alpha")
     metrics.rejected()
+    metrics.watch_ledger(Mock(stats=lambda: LedgerStats(1, 2, 3, 4)))
     metrics.tenants.answered("a", 429, "rate")
     metrics.sequence("alpha", "a", 3, time.monotonic()).finish("stop")
     body = {"model": BASE, "prompt": "Hi", "max_tokens": 2}

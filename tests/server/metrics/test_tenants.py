@@ -15,6 +15,7 @@ from server.engine.schedule.admission import Admission
 from server.engine.types import TenantUse
 from server.errors import QueueFull, QuotaExceeded, RateLimited, ServeError
 from server.metrics.series import Metrics
+from server.tenants.principal import Principal
 from tests.server.api.conftest import make_settings
 from tests.server.api.fake import BASE, FakeEngine
 from tests.server.api.tenancy import Tenancy, bearer, completion
@@ -113,7 +114,7 @@ async def test_refusals_are_counted_by_their_reason(
 
 async def test_full_queue_before_the_body_is_read_is_counted(edge: Edge) -> None:
     edge.engine.admission = Admission(max_waiting=2, max_running=0)
-    with edge.engine.admit(2):
+    with edge.engine.admission.admit(2, Principal("acme", weight=2)):
         assert await edge.complete("acme", "alpha") == 503
     assert edge.samples["rejections_total"] == {("acme", "queue"): 1}
 
