@@ -30,6 +30,7 @@ from server.process.listeners import Listeners, listeners
 from server.settings import Settings
 from server.tenants.cli import keys_app
 from server.tenants.directory import Directory, directory_of
+from server.tenants.limits import limiter_of
 from server.usage import usage_app
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def serve(settings: Settings) -> None:
 def _prepare_and_serve(settings: Settings) -> int:
     logs.configure(settings.log_level, settings.log_format)
     directory = directory_of(settings)
+    limiter_of(settings)  # a store that cannot be used is found out now
     with (
         listeners(settings, has_keys=directory.has_keys) as bound,
         _opened_ledger(settings) as ledger,

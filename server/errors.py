@@ -11,6 +11,7 @@ clients tell errors apart; `server.api.errors` makes answers of them.
     │   ├── BodyTooLarge 413            request_too_large
     │   ├── UnsupportedMediaType 415    unsupported_content_type
     │   └── RateLimited 429             rate_limit_exceeded; `retry_after_s` says when
+    │       ├── TooManyAtOnce           for whoever counts refusals
     │       └── QuotaExceeded           insufficient_quota: trying again does not help
     ├── DeltaBroken 424                 model_unusable: its artifact is wrong, nobody need try again
     ├── Unavailable 503                 service_unavailable: try again; `retry_after_s` says when
@@ -19,6 +20,7 @@ clients tell errors apart; `server.api.errors` makes answers of them.
     │   │   └── NoSlot                  every slot is in use and stayed so
     │   ├── Draining
     │   ├── TextLimit                   work on this text ran into the limits of text workers
+    │   ├── LimitsUnreachable           what a tenant has used cannot be read now
     │   ├── DeltaUnusable               this variant's artifact cannot be read now
     │   └── DeltasUnreadable            the directory of the deltas cannot be read now
     ├── DeadlineExceeded 504            timeout
@@ -128,6 +130,10 @@ class RateLimited(ClientError):
     code = "rate_limit_exceeded"
 
 
+class TooManyAtOnce(RateLimited):
+    """The tenant has as many requests running as it may."""
+
+
 class QuotaExceeded(RateLimited):
     """The tenant has spent what it may use in this day or month."""
 
@@ -170,6 +176,10 @@ class Draining(Unavailable):
 
 class TextLimit(Unavailable):
     """Tokenising or rendering took more time or memory than a text worker may take."""
+
+
+class LimitsUnreachable(Unavailable):
+    """What the tenant has used is kept where it cannot be read now."""
 
 
 class DeltaUnusable(Unavailable):

@@ -313,6 +313,17 @@ class Settings:
         return self
 
 
+def is_shared(settings: Settings) -> bool:
+    """Whether several servers count together what tenants use."""
+    return not settings.limits_storage.get_secret_value().startswith("memory:")
+
+
+def keeps_quotas(settings: Settings) -> bool:
+    """Whether what was used in a day or month outlives the server."""
+    has_ledger = settings.state_dir is not None or settings.ledger_url is not None
+    return has_ledger or is_shared(settings)
+
+
 def check_kv_cache(settings: Settings, host_bytes: int) -> None:
     """Raise ConfigError where the cache asked for, in a CPU's memory, is more than that holds.
 

@@ -66,6 +66,11 @@ class Account:
         return sum(choice.n_tokens for choice in self.choices)
 
     @property
+    def used_tokens(self) -> int:
+        """What counts against the tenant's limits."""
+        return self.prompt_tokens + self.output_tokens
+
+    @property
     def queue_s(self) -> float | None:
         """How long the engine's queue held the choice that began first."""
         return min((c.queue_s for c in self.choices if c.queue_s is not None), default=None)

@@ -13,11 +13,13 @@ from server.api.auth import Authentication, Identify, by_admin_key, by_tenant
 from server.api.context import Api
 from server.api.middleware import EarlyRefusal, HeadAsGet, RequestCap, RequestContext
 from server.api.open_requests import OpenRequests
+from server.api.quota import CountedRequests
 from server.engine.types import EngineClient
 from server.metrics.page import MetricsPage
 from server.metrics.series import Metrics
 from server.settings import Settings
 from server.tenants.directory import Directory
+from server.tenants.limits import limiter_of
 
 TENANT_ROUTERS = (completions.router, chat.router, tokens.router)
 SHARED_ROUTERS = (models.router, deltas.router, health.router, tenants.router, usage.router)
@@ -51,6 +53,7 @@ def create_app(
         OpenRequests(),
         MetricsPage(metrics.registry),
         directory or Directory(),
+        limiter_of(settings, ledger),
         ledger,
     )
     identify = by_tenant(
@@ -86,6 +89,7 @@ def _wrapped(
     app.add_middleware(HeadAsGet)
     # The last added is the outermost.
     app.add_middleware(RequestCap, max_bytes=api.settings.max_body_bytes)
+    app.add_middleware(CountedRequests, limiter=api.limiter)
     app.add_middleware(EarlyRefusal, check=api.check_open)
     if ledger is not None:
         app.add_middleware(LedgerRecorder, ledger=ledger)

@@ -18,6 +18,7 @@ from server.metrics.page import MetricsPage
 from server.metrics.series import Metrics
 from server.settings import Settings
 from server.tenants.directory import Directory
+from server.tenants.limits import Limiter
 from server.tenants.principal import ANYBODY, Principal
 from server.tenants.tenant import EVERYBODY, Tenant
 
@@ -40,6 +41,7 @@ class Api:
     open_requests: OpenRequests
     metrics_page: MetricsPage
     directory: Directory
+    limiter: Limiter
     ledger: Ledger | None = None
     body_parsers: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="body-parser")

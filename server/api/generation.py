@@ -30,6 +30,7 @@ from server.api.errors import body_of, internal_error_body
 from server.api.fanout import Fanout, Timed
 from server.api.open_requests import OpenRequest
 from server.api.prompts import Prompt
+from server.api.quota import granted
 from server.api.reply import Choice, Envelope, Reply, usage_of
 from server.engine.types import SamplingParams, Ticket, VariantHandle
 from server.errors import DeadlineExceeded, InvalidRequest, ServeError
@@ -82,6 +83,7 @@ class GenerationResponse(Response):
             for prompt in prompts
             for child in range(self._n)
         ]
+        asked = await granted(self._request.scope, reply, prompts, asked)
         choices = [Choice(i, prompt) for i, (prompt, _) in enumerate(asked)]
         kind = reply.chunk_object if reply.body.stream else reply.object
         envelope = Envelope.of(reply.id_prefix, kind, variant)

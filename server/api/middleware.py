@@ -27,7 +27,14 @@ from server.api.errors import (
     response_of,
 )
 from server.api.sse import Stalled
-from server.errors import BodyTooLarge, QueueFull, QuotaExceeded, RateLimited, ServeError
+from server.errors import (
+    BodyTooLarge,
+    QueueFull,
+    QuotaExceeded,
+    RateLimited,
+    ServeError,
+    TooManyAtOnce,
+)
 from server.metrics.series import Metrics
 from server.tenants.principal import Principal
 
@@ -40,7 +47,12 @@ BODY_PATHS = GENERATION_PATHS | {"/tokenize", "/detokenize"}
 MAX_HELD_BYTES = 256 << 20  # of the bodies of all requests
 MAX_SMALL_BODY_BYTES = 64 << 10  # where no route reads a body
 # The first that fits counts.
-REFUSALS = {QuotaExceeded: "quota", RateLimited: "rate", QueueFull: "queue"}
+REFUSALS = {  # the first that an error is
+    QuotaExceeded: "quota",
+    TooManyAtOnce: "concurrency",
+    RateLimited: "rate",
+    QueueFull: "queue",
+}
 METHODS = frozenset({"GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE"})
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,128}")

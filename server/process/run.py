@@ -223,6 +223,7 @@ async def run(
     finally:
         watch.cancel()
         await _stop_engine(engine)
+        await api.limiter.store.close()
     return control.exit_code
 
 

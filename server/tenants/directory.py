@@ -17,7 +17,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from server.errors import ConfigError, Unauthenticated
-from server.settings import Settings
+from server.settings import Settings, keeps_quotas
 from server.tenants.file import KnownKey, TenantsFile, read_tenants
 from server.tenants.keys import fault_of, hash_of
 from server.tenants.principal import NOBODY, Principal
@@ -71,15 +71,23 @@ class _Known:
 class Directory:
     """Tenants and keys. `caller` may be asked from any thread, `reload` runs once at a time.
 
-    path       the tenants file, if there is one
-    api_key    the key of the one tenant of a server without such a file
-    proxy_key  whoever sends it names the tenant in a header
+    path          the tenants file, if there is one
+    api_key       the key of the one tenant of a server without such a file
+    proxy_key     whoever sends it names the tenant in a header
+    keeps_quotas  whether what was used in a day or month outlives the server; else no tenant may
+                  have a quota
     """
 
     def __init__(
-        self, path: Path | None = None, api_key: str | None = None, proxy_key: str | None = None
+        self,
+        path: Path | None = None,
+        api_key: str | None = None,
+        proxy_key: str | None = None,
+        *,
+        keeps_quotas: bool = True,
     ) -> None:
         self._path = path
+        self._keeps_quotas = keeps_quotas
         self._api_key = api_key
         self._proxy_hash = None if proxy_key is None else hash_of(proxy_key)
         self._lock = threading.Lock()
@@ -151,6 +159,8 @@ class Directory:
         said = TenantsFile({}, ()) if self._path is None else read_tenants(self._path)
         keys = said.keys
         tenants = dict(said.tenants)
+        if not self._keeps_quotas:
+            _check_no_quota(tenants.values())
         if self._api_key is not None:
             everybody = tenants.setdefault(NOBODY, EVERYBODY)
             keys = (*keys, KnownKey(everybody, SETTINGS_KEY_ID, hash_of(self._api_key)))
@@ -178,7 +188,19 @@ def directory_of(settings: Settings) -> Directory:
         settings.tenants,
         key_of("api_key", settings.api_key),
         key_of("trusted_proxy_key", settings.trusted_proxy_key),
+        keeps_quotas=keeps_quotas(settings),
     )
+
+
+def _check_no_quota(tenants: Iterable[Tenant]) -> None:
+    for tenant in tenants:
+        limits = tenant.limits
+        if limits.tokens_per_day is not None or limits.tokens_per_month is not None:
+            raise ConfigError(
+                f"tenant {tenant.name} has a quota a day or month, and nothing would know after "
+                "a restart what was used of it: give state_dir or ledger_url, or with several "
+                "servers limits_storage redis://HOST:PORT"
+            )
 
 
 def key_of(name: str, secret: SecretStr | None) -> str | None:

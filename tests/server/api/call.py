@@ -16,7 +16,7 @@ from tests.server.api.fake import BASE, FakeEngine
 class Call:
     """One request through an ASGI application; the test plays the network."""
 
-    def __init__(self, app: Any, path: str, body: dict[str, Any]) -> None:
+    def __init__(self, app: Any, path: str, body: dict[str, Any], key: str | None = None) -> None:
         self.sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.messages: list[dict[str, Any]] = []
         self.gone = asyncio.Event()
@@ -32,7 +32,11 @@ class Call:
             "path": path,
             "raw_path": path.encode(),
             "query_string": b"",
-            "headers": [(b"host", b"test"), (b"content-type", b"application/json")],
+            "headers": [
+                (b"host", b"test"),
+                (b"content-type", b"application/json"),
+                *([] if key is None else [(b"authorization", f"Bearer {key}".encode())]),
+            ],
             "scheme": "http",
             "server": ("test", 80),
             "client": ("test", 1),

@@ -17,6 +17,7 @@ from server.api.app import create_app
 from server.metrics.series import Metrics
 from server.process.run import Server, run_in_loop, uvicorn_config
 from server.settings import Settings
+from server.tenants.directory import Directory
 from tests.server.api.fake import BASE, FakeEngine
 
 
@@ -36,13 +37,17 @@ class Live:
 
 @contextmanager
 def serve(
-    engine: Any, settings: Settings | None = None, *, metrics: Metrics | None = None
+    engine: Any,
+    settings: Settings | None = None,
+    *,
+    metrics: Metrics | None = None,
+    directory: Directory | None = None,
 ) -> Iterator[str]:
     """Yield the server's root URL. `engine.start()` runs inside the server's event loop."""
     settings = settings or make_settings()
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
-    server = Server(uvicorn_config(create_app(engine, settings, metrics), settings))
+    server = Server(uvicorn_config(create_app(engine, settings, metrics, directory), settings))
 
     async def main() -> None:
         engine.start()

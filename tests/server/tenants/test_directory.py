@@ -162,3 +162,24 @@ def test_secrets_do_not_show_in_the_settings():
     settings = Settings(base=Path("b"), api_key=SecretStr(ACME), admin_key=SecretStr(PROXY))
     assert ACME not in repr(settings)
     assert PROXY not in str(settings)
+
+
+@pytest.mark.parametrize("limit", ["tokens_per_day", "tokens_per_month"])
+def test_quota_that_nothing_would_remember_is_refused_at_the_start_and_on_reload(
+    limit: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "tenants.toml"
+    path.write_text(FILE)
+    settings = Settings(base=tmp_path, tenants=path)
+    directory = directory_of(settings)
+    path.write_text(FILE.replace("weight = 3", f"{limit} = 5"))
+    for read in (directory.reload, lambda: directory_of(settings)):
+        with pytest.raises(ConfigError, match="tenant acme has a quota a day or month"):
+            read()
+    for kept in (
+        {"state_dir": tmp_path},
+        {"ledger_url": SecretStr("sqlite://")},
+        {"limits_storage": SecretStr("redis://127.0.0.1:1")},
+    ):
+        limits = directory_of(Settings(base=tmp_path, tenants=path, **kept)).caller(ACME).tenant
+        assert getattr(limits.limits, limit) == 5

@@ -1,0 +1,384 @@
+"""A tenant's limits over HTTP: who is admitted, what is counted, and what OpenAI's client makes of
+it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from pydantic import SecretStr
+
+from server.api.app import create_app
+from server.tenants.directory import Directory
+from server.tenants.keys import hash_of
+from server.tenants.principal import Principal
+from tests.server.api.call import Call, body, until
+from tests.server.api.conftest import make_settings, serve
+from tests.server.api.fake import BASE, FakeEngine
+from tests.server.tenants.redis_server import Redis, free_port, redis
+
+__all__ = ["redis"]  # a fixture
+KEY, OTHER = "acme-key-0123456789", "globex-key-0123456789"
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+QUESTION = [{"role": "user", "content": "Hi"}]
+
+
+def directory(folder: Path, **limits: int) -> Directory:
+    """Two tenants; the limits are acme's."""
+    lines = "\n".join(f"{name} = {limit}" for name, limit in limits.items())
+    path = folder / "tenants.toml"
+    path.write_text(
+        f"[tenants.acme]\n{lines}\n[[tenants.acme.keys]]\nsha256 = '{hash_of(KEY)}'\n"
+        f"[tenants.globex]\n[[tenants.globex.keys]]\nsha256 = '{hash_of(OTHER)}'\n"
+    )
+    return Directory(path)
+
+
+class Served:
+    """The application over the fake engine, with the limits of acme."""
+
+    def __init__(self, folder: Path, *, settings: Any = None, **limits: int) -> None:
+        self.engine = FakeEngine()
+        self.app = create_app(
+            self.engine, settings or make_settings(), directory=directory(folder, **limits)
+        )
+        self.limiter = self.app.state.api.limiter
+
+    async def post(self, path: str, key: str = KEY, **fields: Any) -> httpx.Response:
+        transport = httpx.ASGITransport(self.app)
+        headers = {"authorization": f"Bearer {key}"}
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://test", headers=headers
+        ) as client:
+            return await client.post(path, json={"model": BASE, **fields})
+
+    async def used_tokens(self) -> int:
+        used: int = (await self.limiter.store.window("acme/tokens")).used
+        return used
+
+    def call(self, **fields: Any) -> Call:
+        return Call(self.app, COMPLETIONS, body(**fields), key=KEY)
+
+
+def check_refused(answer: httpx.Response, code: str, *, retry: bool) -> None:
+    assert answer.status_code == 429, answer.text
+    assert answer.json()["error"]["code"] == code
+    assert ("retry-after" in answer.headers) == ("retry-after-ms" in answer.headers) == retry
+    assert answer.headers.get("x-should-retry") == (None if retry else "false")
+
+
+# -- requests --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", ["max_concurrent_requests", "requests_per_minute"])
+async def test_fifty_at_once_at_a_limit_of_ten_admit_exactly_ten(
+    limit: str, tmp_path: Path
+) -> None:
+    engine = FakeEngine()
+    engine.hold = asyncio.Event()
+    with serve(engine, directory=directory(tmp_path, **{limit: 10})) as url:
+        async with httpx.AsyncClient(base_url=url, limits=httpx.Limits()) as client:
+
+            async def ask(key: str) -> int:
+                fields = {"model": BASE, "prompt": "Hi", "max_tokens": 2}
+                headers = {"authorization": f"Bearer {key}"}
+                answer = await client.post(COMPLETIONS, json=fields, headers=headers)
+                return answer.status_code
+
+            asked = [asyncio.create_task(ask(KEY)) for _ in range(50)]
+            others = [asyncio.create_task(ask(OTHER)) for _ in range(20)]
+            async with asyncio.timeout(30):
+                while sum(task.done() for task in asked) < 40 or engine.n_active < 30:
+                    await asyncio.sleep(0.01)
+            assert engine.n_active == 30  # all of the other's, ten of this one's
+            engine.hold._loop.call_soon_threadsafe(engine.hold.set)  # type: ignore[attr-defined]
+            statuses = Counter(await asyncio.gather(*asked))
+            assert statuses == {200: 10, 429: 40}
+            assert set(await asyncio.gather(*others)) == {200}
+
+
+async def test_request_over_the_limit_is_refused_before_its_body_is_read(tmp_path: Path) -> None:
+    served = Served(tmp_path, max_concurrent_requests=1)
+    served.engine.hold = asyncio.Event()
+    first = served.call(stream=True)
+    await until(lambda: served.engine.n_active == 1)
+    late = served.call(stream=True)
+    await late.finish()
+    assert (late.status, late.read) == (429, False)
+    first.gone.set()
+    await first.finish()
+    served.engine.hold.set()
+    assert (await served.post(COMPLETIONS, prompt="Hi", max_tokens=1)).status_code == 200
+    text = served.app.state.api.metrics.render().decode()
+    assert 'impart_tenant_rejections_total{reason="concurrency",tenant="acme"} 1.0' in text
+
+
+async def test_tokenising_counts_as_a_request_and_lists_do_not(tmp_path: Path) -> None:
+    served = Served(tmp_path, requests_per_minute=2)
+    assert (await served.post("/tokenize", prompt="Hi")).status_code == 200
+    assert (await served.post("/detokenize", tokens=[72])).status_code == 200
+    refused = await served.post(COMPLETIONS, prompt="Hi")
+    check_refused(refused, "rate_limit_exceeded", retry=True)
+    assert 55 <= int(refused.headers["retry-after"]) <= 76
+    assert "Please try again in " in refused.json()["error"]["message"]
+    assert refused.headers["x-ratelimit-limit-requests"] == "2"
+    assert refused.headers["x-ratelimit-remaining-requests"] == "0"
+    transport = httpx.ASGITransport(served.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        listed = await client.get("/v1/models", headers={"authorization": f"Bearer {KEY}"})
+    assert listed.status_code == 200
+    assert (await served.post(COMPLETIONS, OTHER, prompt="Hi")).status_code == 200
+
+
+# -- headers ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_answers_say_what_is_left(stream: bool, tmp_path: Path) -> None:
+    served = Served(tmp_path, requests_per_minute=100, tokens_per_minute=1000)
+    answer = await served.post(COMPLETIONS, prompt="Hi", max_tokens=8, n=2, stream=stream)
+    told = {name: value for name, value in answer.headers.items() if "ratelimit" in name}
+    assert told.pop("x-ratelimit-reset-requests") in ("1m0s", "1m0.1s", "1m0.099s")
+    assert told == {
+        "x-ratelimit-limit-requests": "100",
+        "x-ratelimit-remaining-requests": "99",
+        "x-ratelimit-limit-tokens": "1000",
+        "x-ratelimit-remaining-tokens": str(1000 - 2 - 16),
+        "x-ratelimit-reset-tokens": "0s",
+    }
+
+
+async def test_unknown_is_left_out_and_who_has_no_limit_is_told_nothing(tmp_path: Path) -> None:
+    served = Served(tmp_path, requests_per_minute=100, tokens_per_minute=1000)
+    unknown = await served.post(COMPLETIONS, model="nobody", prompt="Hi")
+    assert unknown.status_code == 404
+    assert unknown.headers["x-ratelimit-remaining-requests"] == "99"
+    assert "x-ratelimit-remaining-tokens" not in unknown.headers
+    free = await served.post(COMPLETIONS, OTHER, prompt="Hi")
+    assert not any("ratelimit" in name for name in free.headers)
+
+
+# -- tokens ----------------------------------------------------------------------------------------
+
+
+async def test_prompts_count_once_and_choices_each_and_all_of_it_is_one_request(
+    tmp_path: Path,
+) -> None:
+    served = Served(tmp_path, tokens_per_minute=1000, requests_per_minute=2)
+    answer = await served.post(COMPLETIONS, prompt=["Hi", "You"], n=2, max_tokens=3)
+    usage = answer.json()["usage"]
+    assert usage["total_tokens"] == 2 + 3 + 4 * 3 == await served.used_tokens()
+    assert answer.headers["x-ratelimit-remaining-requests"] == "1"
+
+
+async def test_ended_requests_count_what_they_were_and_not_what_they_might_have_become(
+    tmp_path: Path,
+) -> None:
+    served = Served(tmp_path, tokens_per_minute=1000)
+    stopped = await served.post(COMPLETIONS, prompt="Hi", max_tokens=500, stop="2")
+    assert stopped.json()["usage"]["total_tokens"] == 5 == await served.used_tokens()
+
+    served.engine.hold, served.engine.hold_after = asyncio.Event(), 3
+    leaves = served.call(stream=True)
+    await until(lambda: len(leaves.events()) == 3)
+    check_refused(
+        await served.post(COMPLETIONS, prompt="x" * 893, max_tokens=1),
+        "rate_limit_exceeded",
+        retry=True,
+    )  # 5 are used, 102 reserved by the one that runs
+    leaves.gone.set()
+    await leaves.finish()
+    assert await served.used_tokens() == 5 + 2 + 3
+
+    served.engine.hold, served.engine.fail_at = None, 4
+    failed = await served.post(COMPLETIONS, prompt="Hi", max_tokens=100)
+    assert failed.status_code == 500
+    assert await served.used_tokens() == 10 + 2 + 4
+
+    too_long = await served.post(COMPLETIONS, prompt="Hi", max_tokens=600)
+    assert too_long.json()["error"]["code"] == "context_length_exceeded"
+    assert await served.used_tokens() == 16
+    assert served.limiter._running == {}
+
+
+async def test_request_that_can_never_fit_is_not_to_be_tried_again(tmp_path: Path) -> None:
+    served = Served(tmp_path, tokens_per_minute=50)
+    refused = await served.post(COMPLETIONS, prompt="Hi", max_tokens=49)
+    check_refused(refused, "rate_limit_exceeded", retry=False)
+    assert "51 tokens" in refused.json()["error"]["message"]
+    assert (await served.post(COMPLETIONS, prompt="Hi", max_tokens=48)).status_code == 200
+
+
+async def test_answer_without_a_bound_reserves_little_and_counts_whole(tmp_path: Path) -> None:
+    served = Served(tmp_path, tokens_per_minute=600)
+    first = await served.post(CHAT, messages=QUESTION)
+    n_prompt = first.json()["usage"]["prompt_tokens"]
+    assert first.json()["usage"]["total_tokens"] == 512  # all of the context
+    assert first.headers["x-ratelimit-remaining-tokens"] == str(600 - n_prompt - 256)
+    assert await served.used_tokens() == 512
+    check_refused(await served.post(CHAT, messages=QUESTION), "rate_limit_exceeded", retry=True)
+
+
+async def test_spent_quota_is_not_to_be_tried_again(tmp_path: Path) -> None:
+    served = Served(tmp_path, tokens_per_month=20)
+    assert (await served.post(COMPLETIONS, prompt="Hi", max_tokens=10)).status_code == 200
+    refused = await served.post(COMPLETIONS, prompt="Hi", max_tokens=7)
+    check_refused(refused, "insufficient_quota", retry=False)
+    assert refused.json()["error"]["type"] == "insufficient_quota"
+    assert "20 tokens a month" in refused.json()["error"]["message"]
+    assert (await served.post(COMPLETIONS, OTHER, prompt="Hi", max_tokens=9)).status_code == 200
+    assert (await served.post(COMPLETIONS, prompt="Hi", max_tokens=6)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param", "code"),
+    [
+        (COMPLETIONS, {"prompt": ["Hi", "x" * 41]}, "prompt", "context_length_exceeded"),
+        (
+            CHAT,
+            {"messages": [{"role": "user", "content": "x" * 41}]},
+            "messages",
+            "context_length_exceeded",
+        ),
+        (COMPLETIONS, {"prompt": "Hi", "max_tokens": 31}, "max_tokens", "invalid_value"),
+        (
+            CHAT,
+            {"messages": QUESTION, "max_completion_tokens": 31},
+            "max_completion_tokens",
+            "invalid_value",
+        ),
+    ],
+)
+async def test_longer_than_the_tenant_may_is_refused_by_its_field(
+    path: str, fields: dict[str, Any], param: str, code: str, tmp_path: Path
+) -> None:
+    served = Served(tmp_path, max_prompt_tokens=40, max_output_tokens=30)
+    answer = await served.post(path, **fields)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"], error["code"]) == (400, param, code)
+
+
+async def test_output_that_the_request_leaves_open_ends_at_the_tenants_longest(
+    tmp_path: Path,
+) -> None:
+    served = Served(tmp_path, max_output_tokens=30)
+    answer = await served.post(CHAT, messages=QUESTION)
+    assert answer.json()["usage"]["completion_tokens"] == 30
+    assert answer.json()["choices"][0]["finish_reason"] == "length"
+
+
+# -- a shared store --------------------------------------------------------------------------------
+
+
+async def test_two_servers_count_together_in_redis(redis: Redis, tmp_path: Path) -> None:
+    settings = make_settings(limits_storage=SecretStr(redis.url))
+    one, two = (
+        Served(tmp_path, settings=settings, requests_per_minute=4, tokens_per_day=100)
+        for _ in range(2)
+    )
+    try:
+        for served in (one, two, one):
+            answer = await served.post(COMPLETIONS, prompt="Hi", max_tokens=28)
+            assert answer.status_code == 200
+            while served.limiter.store._owed:
+                await asyncio.sleep(0.001)
+        spent = await two.post(COMPLETIONS, prompt="Hi", max_tokens=28)
+        check_refused(spent, "insufficient_quota", retry=False)
+        check_refused(await one.post(COMPLETIONS, prompt="Hi"), "rate_limit_exceeded", retry=True)
+    finally:
+        for served in (one, two):
+            await served.limiter.store.close()
+
+
+@pytest.mark.parametrize(("fail_open", "status"), [(False, 503), (True, 200)])
+async def test_store_that_is_away_refuses_or_admits_as_set(
+    fail_open: bool, status: int, tmp_path: Path
+) -> None:
+    url = SecretStr(f"redis://127.0.0.1:{free_port()}")
+    settings = make_settings(limits_storage=url, limits_fail_open=fail_open)
+    served = Served(tmp_path, settings=settings, requests_per_minute=4, tokens_per_minute=100)
+    began = time.monotonic()
+    answer = await served.post(COMPLETIONS, prompt="Hi", max_tokens=2)
+    assert time.monotonic() - began < 5
+    assert answer.status_code == status
+    assert not any("ratelimit" in name for name in answer.headers)
+    assert (await served.post(COMPLETIONS, OTHER, prompt="Hi")).status_code == 200  # has no limits
+    if not fail_open:
+        assert answer.json()["error"]["code"] == "service_unavailable"
+        assert 5 <= int(answer.headers["retry-after"]) <= 7
+    await served.limiter.store.close()
+
+
+# -- OpenAI's client -------------------------------------------------------------------------------
+
+
+@contextmanager
+def client_of(
+    folder: Path, *, max_retries: int = 0, key: str = KEY, engine: Any = None, **limits: int
+) -> Iterator[openai.OpenAI]:
+    with (
+        serve(engine or FakeEngine(), directory=directory(folder, **limits)) as url,
+        openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=max_retries) as client,
+    ):
+        yield client
+
+
+def ask(client: openai.OpenAI, **fields: Any) -> Any:
+    return client.completions.create(**{"model": BASE, "prompt": "Hi", "max_tokens": 3, **fields})
+
+
+def test_openais_client_raises_its_exceptions_with_our_codes(tmp_path: Path) -> None:
+    with client_of(tmp_path, requests_per_minute=3, tokens_per_day=100) as client:
+        with pytest.raises(openai.AuthenticationError) as unknown:
+            ask(client.with_options(api_key="wrong-key-0123456789"))
+        assert unknown.value.code == "invalid_api_key"
+        assert unknown.value.response.headers["www-authenticate"] == "Bearer"
+        with pytest.raises(openai.NotFoundError) as absent:
+            ask(client, model="nobody")
+        assert (absent.value.code, absent.value.param) == ("model_not_found", "model")
+        with pytest.raises(openai.BadRequestError) as wrong:
+            ask(client, n=0)
+        assert (wrong.value.code, wrong.value.param) == ("integer_below_min_value", "n")
+        with pytest.raises(openai.RateLimitError) as spent:
+            ask(client, max_tokens=99)
+        assert (spent.value.code, spent.value.type) == ("insufficient_quota", "insufficient_quota")
+        with pytest.raises(openai.RateLimitError) as often:
+            ask(client)
+        assert (often.value.code, often.value.type) == ("rate_limit_exceeded", "rate_limit_error")
+
+
+def test_openais_client_learns_that_the_server_is_full(tmp_path: Path) -> None:
+    engine = FakeEngine(max_open=1)
+    taken = engine.admit(1, Principal("acme"))
+    with client_of(tmp_path, engine=engine) as client, taken:
+        with pytest.raises(openai.InternalServerError) as full:
+            ask(client)
+        assert (full.value.status_code, full.value.code) == (503, "server_is_overloaded")
+
+
+def test_openais_client_comes_back_when_it_is_told_and_not_for_a_spent_quota(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    naps: list[float] = []
+    with client_of(
+        tmp_path, max_retries=2, requests_per_minute=1, tokens_per_minute=50, tokens_per_day=20
+    ) as client:
+        monkeypatch.setattr("openai._base_client.time.sleep", naps.append)
+        with pytest.raises(openai.RateLimitError):
+            ask(client, max_tokens=30)  # more than the day's; it counts as a request
+        assert naps == []
+        with pytest.raises(openai.RateLimitError) as often:
+            ask(client)
+        told_s = int(often.value.response.headers["retry-after-ms"]) / 1000
+        assert len(naps) == 2
+        assert all(told_s * 0.7 <= nap_s <= told_s * 1.3 for nap_s in naps)
+        assert all(nap_s > 50 for nap_s in naps)
