@@ -22,7 +22,8 @@ clients tell errors apart; `server.api.errors` makes answers of them.
     │   ├── TextLimit                   work on this text ran into the limits of text workers
     │   ├── LimitsUnreachable           what a tenant has used cannot be read now
     │   ├── DeltaUnusable               this variant's artifact cannot be read now
-    │   └── DeltasUnreadable            the directory of the deltas cannot be read now
+    │   ├── DeltasUnreadable            the directory of the deltas cannot be read now
+    │   └── StateUnwritable             a change could not be kept, so it was not made
     ├── DeadlineExceeded 504            timeout
     └── EngineError
         ├── GenerationFailed 500        this request only
@@ -188,6 +189,10 @@ class DeltaUnusable(Unavailable):
 
 class DeltasUnreadable(Unavailable):
     """The directory of the deltas could not be read; the names known before are served."""
+
+
+class StateUnwritable(Unavailable):
+    """The state folder takes no change now; what it held before still counts."""
 
 
 class DeadlineExceeded(ServeError):

@@ -35,6 +35,7 @@ SERVER = {
         "server.engine.types",
         "server.tenants",
         "server.ledger",
+        "server.fleet",
     },
     "server.api": {
         "server.api",
@@ -42,12 +43,15 @@ SERVER = {
         "server.engine.types",
         "server.tenants",
         "server.ledger",
+        "server.fleet",
     },
+    "server.fleet": {"server.fleet"},
     "server.ledger": {"server.ledger", "server.tenants"},
     "server.tenants": {"server.tenants"},
     "server.metrics": {"server.metrics", "server.engine.types"},
     "server.engine": {
         "server.engine",
+        "server.fleet",
         "server.tenants.principal",
         "server.text",
         "server.model",

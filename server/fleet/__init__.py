@@ -1,0 +1,1 @@
+"""Variants as living things: what operators have said of them, kept over restarts."""
