@@ -18,6 +18,8 @@ import pytest
 from pydantic import SecretStr
 
 from server.api.app import create_app
+from server.errors import Unavailable
+from server.ledger.ledger import open_ledger
 from server.tenants.directory import Directory
 from server.tenants.keys import hash_of
 from server.tenants.principal import Principal
@@ -46,10 +48,15 @@ def directory(folder: Path, **limits: int) -> Directory:
 class Served:
     """The application over the fake engine, with the limits of acme."""
 
-    def __init__(self, folder: Path, *, settings: Any = None, **limits: int) -> None:
+    def __init__(
+        self, folder: Path, *, settings: Any = None, ledger: Any = None, **limits: int
+    ) -> None:
         self.engine = FakeEngine()
         self.app = create_app(
-            self.engine, settings or make_settings(), directory=directory(folder, **limits)
+            self.engine,
+            settings or make_settings(),
+            directory=directory(folder, **limits),
+            ledger=ledger,
         )
         self.limiter = self.app.state.api.limiter
 
@@ -237,6 +244,32 @@ async def test_spent_quota_is_not_to_be_tried_again(tmp_path: Path) -> None:
     assert "20 tokens a month" in refused.json()["error"]["message"]
     assert (await served.post(COMPLETIONS, OTHER, prompt="Hi", max_tokens=9)).status_code == 200
     assert (await served.post(COMPLETIONS, prompt="Hi", max_tokens=6)).status_code == 200
+
+
+async def test_quota_goes_on_after_a_restart_from_what_the_ledger_has(tmp_path: Path) -> None:
+    settings = make_settings(state_dir=tmp_path / "state")
+    settings.state_dir.mkdir()
+    for used, left in ((0, 20), (12, 8)):
+        with open_ledger(settings) as ledger:
+            served = Served(tmp_path, settings=settings, ledger=ledger, tokens_per_day=20)
+            refused = await served.post(COMPLETIONS, prompt="Hi", max_tokens=left - 1)
+            check_refused(refused, "insufficient_quota", retry=False)
+            assert f"{left} are left" in refused.json()["error"]["message"], used
+            answer = await served.post(COMPLETIONS, prompt="Hi", max_tokens=min(10, left - 2))
+            assert answer.status_code == 200
+
+
+async def test_ledger_that_cannot_be_read_refuses_who_has_a_quota(tmp_path: Path) -> None:
+    class Broken:
+        def used_tokens(self, *_: Any) -> int:
+            raise Unavailable("The ledger cannot be read.")
+
+        def add(self, *_: Any) -> None: ...
+
+    served = Served(tmp_path, ledger=Broken(), tokens_per_day=20)
+    answer = await served.post(COMPLETIONS, prompt="Hi")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "service_unavailable")
+    assert (await served.post(COMPLETIONS, OTHER, prompt="Hi")).status_code == 200
 
 
 @pytest.mark.parametrize(
