@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,7 +12,7 @@ import typer
 
 from server.errors import ServeError
 from server.ledger.csv_table import csv_text
-from server.ledger.records import Group, UsageQuery, UsageRow
+from server.ledger.records import DAY_S, Group, UsageQuery, UsageRow
 
 GROUPS = ("tenant", "model", "key", "day")
 COUNTS = ("requests", "prompt_tokens", "cached_tokens", "output_tokens")
@@ -56,7 +56,7 @@ def show_usage(
     groups = _groups(by)
     query = UsageQuery(
         start_s=0.0 if since is None else _day(since),
-        end_s=time.time() + 1 if until is None else _day(until) + 86_400,
+        end_s=math.inf if until is None else _day(until) + DAY_S,
         by=groups,
         tenant=tenant,
         limit=MAX_ROWS,

@@ -26,7 +26,7 @@ DATA = (
     "server/py.typed",
     "compressor/measure/default_texts.jsonl",
     "compressor/report/report.html.jinja",
-    "server/ledger/migrations/versions/v0001_requests_and_audit.py",
+    "server/ledger/migrations/versions/v0001_first_tables.py",
 )
 
 

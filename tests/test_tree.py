@@ -125,11 +125,12 @@ ELSEWHERE = {
     "server.errors": "tests/server/api/test_generation.py",
     "server.ledger.audited": "tests/server/api/test_usage.py",
     "server.ledger.migrations.env": "tests/server/ledger/test_database.py",
-    "server.ledger.migrations.versions.v0001_requests_and_audit": (
+    "server.ledger.migrations.versions.v0001_first_tables": (
         "tests/server/ledger/test_database.py, tests/server/ledger/test_database_postgres.py"
     ),
     "server.ledger.queries": "tests/server/ledger/test_ledger.py",
     "server.ledger.tables": "tests/server/ledger/test_database.py",
+    "server.ledger.writes": "tests/server/ledger/test_ledger.py",
     "server.metrics.buckets": "tests/server/metrics/test_series.py",
     "server.metrics.gauges": "tests/server/metrics/test_series.py",
     "server.metrics.ledger": "tests/server/api/test_usage.py",

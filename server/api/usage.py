@@ -22,12 +22,11 @@ from server.api.context import api_of, tenant
 from server.api.errors import http_error, invalid_request
 from server.errors import InvalidRequest
 from server.ledger.csv_table import csv_text
-from server.ledger.records import AuditRow, Group, UsageQuery, UsageRow
+from server.ledger.records import DAY_S, AuditRow, Group, UsageQuery, UsageRow
 
 if TYPE_CHECKING:  # SQLAlchemy is imported where there is a ledger only
     from server.ledger.ledger import Ledger
 
-DAY_S = 86_400
 DEFAULT_DAYS = 30
 MAX_DAYS = 366
 MAX_LIMIT = 10_000
@@ -71,7 +70,8 @@ class Period(BaseModel):
 
     def range_s(self) -> tuple[int, int]:
         """Return start and end. Raises InvalidRequest."""
-        end_s = int(time.time()) + 1 if self.end_time is None else self.end_time
+        midnight_s = (int(time.time()) // DAY_S + 1) * DAY_S  # days are summed ahead
+        end_s = midnight_s if self.end_time is None else self.end_time
         default_s = max(0, end_s - DEFAULT_DAYS * DAY_S)
         start_s = default_s if self.start_time is None else self.start_time
         if not 0 < end_s - start_s <= MAX_DAYS * DAY_S:

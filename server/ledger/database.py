@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +46,9 @@ def open_database(state_dir: Path | None, ledger_url: str | None, *, create: boo
     except (SQLAlchemyError, OSError) as error:
         engine.dispose()
         raise ConfigError(
-            f"the ledger: {database_name(url)} cannot be used ({reason(error)}); give --state-dir "
-            "a folder on a disk with space that this user may write to, or --ledger-url a database "
-            "that it may write to"
+            f"the ledger: {database_name(url)} cannot be used ({reason(error, url)}); give "
+            "--state-dir a folder on a disk with space that this user may write to, or "
+            "--ledger-url a database that it may write to"
         ) from None  # whose text may name the password
     except ConfigError:
         engine.dispose()
@@ -64,11 +63,15 @@ def database_name(url: URL) -> str:
     return f"{url.drivername}://{url.host or ''}/{url.database or ''}"
 
 
-def reason(error: BaseException) -> str:
-    """Return in one line what a database said, without the statement and its values."""
+def reason(error: Exception, url: URL) -> str:
+    """Return in one line what a database said, without the statement, its values and passwords."""
     said = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
     lines = str(said).strip().splitlines() or [type(said).__name__]
-    return re.sub(r"(?i)(password\s*[=:]\s*)\S+", r"\1***", lines[0])[:300]
+    line = lines[0][:300]
+    secrets = [url.password, *(v for k, v in url.query.items() if "pass" in k.lower())]
+    for secret in secrets:
+        line = line.replace(str(secret), "***") if secret else line
+    return line
 
 
 def _sqlite_url(state_dir: Path | None, *, create: bool) -> URL:
@@ -110,7 +113,7 @@ def _engine(url: URL) -> Engine:
     except (NoSuchModuleError, ImportError) as error:
         extra = "; pip install 'impart-serve[postgres]' brings psycopg"
         raise ConfigError(
-            f"the ledger: {url.drivername} has no driver here ({reason(error)})"
+            f"the ledger: {url.drivername} has no driver here ({reason(error, url)})"
             f"{extra if url.get_backend_name() == 'postgresql' else '; install it'}"
         ) from None
     except (ArgumentError, TypeError, ValueError):

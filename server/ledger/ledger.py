@@ -27,6 +27,7 @@ from server.ledger import queries
 from server.ledger.database import open_database, reason
 from server.ledger.records import AuditRow, LedgerStats, RequestRow, UsageQuery, UsageRow
 from server.ledger.writer import MAX_PENDING, BatchWriter
+from server.ledger.writes import LedgerTables
 from server.settings import Settings
 
 CLOSE_TIMEOUT_S = 5.0
@@ -54,8 +55,11 @@ class Ledger:
 
     def __init__(self, database: Engine, *, max_pending: int = MAX_PENDING) -> None:
         self._database = database
+        self._tables = LedgerTables(database)
         self._writer: BatchWriter[RequestRow | AuditRow] = BatchWriter(
-            self._write, explain=reason, max_pending=max_pending
+            self._write,
+            explain=self._reason,
+            max_pending=max_pending,
         )
         self.readers = ThreadPoolExecutor(2, thread_name_prefix="ledger-reader")
 
@@ -105,18 +109,20 @@ class Ledger:
             with self._database.connect() as connection:
                 return read(connection)
         except SQLAlchemyError as error:
-            log.warning("the ledger cannot be read (%s)", reason(error))
+            log.warning("the ledger cannot be read (%s)", self._reason(error))
             raise Unavailable(
                 "The ledger's database cannot be read now; try again later.", retry_after_s=5
             ) from None
+
+    def _reason(self, error: Exception) -> str:
+        return reason(error, self._database.url)
 
     # -- the writer's thread -----------------------------------------------------------------------
 
     def _write(self, rows: Sequence[RequestRow | AuditRow]) -> int:
         """Write a batch in one transaction; return how many rows the database refuses for good."""
         try:
-            with self._database.begin() as connection:
-                queries.write_rows(connection, rows)
+            self._tables.write(rows)
         except Exception as error:
             if not _is_refusal(error):
                 raise
@@ -126,14 +132,15 @@ class Ledger:
     def _write_one(self, row: RequestRow | AuditRow) -> bool:
         """Write a row of a batch that was refused; False if it is this one that cannot be."""
         try:
-            with self._database.begin() as connection:
-                queries.write_rows(connection, [row])
+            self._tables.write([row])
         except IntegrityError:  # its id is there: the batch was written, but nobody saw the commit
             return True
         except Exception as error:
             if not _is_refusal(error):
                 raise
-            log.error("the ledger's database refuses the row %s (%s)", row.row_id, reason(error))
+            log.error(
+                "the ledger's database refuses the row %s (%s)", row.row_id, self._reason(error)
+            )
             return False
         return True
 

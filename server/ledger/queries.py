@@ -1,62 +1,54 @@
-"""The statements of the ledger. Nothing a caller sends becomes text of SQL."""
+"""The questions to the ledger. Nothing a caller sends becomes text of SQL.
+
+Whole days of UTC are read from the sums by day, the rest of a time range from the requests.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import Column, Connection, Row, func, insert, select
-
-from server.ledger.records import AuditRow, Group, RequestRow, UsageQuery, UsageRow, utc_day
-from server.ledger.tables import NAME, audit, requests
-
-COLUMNS: Mapping[Group, Column[Any]] = MappingProxyType(
-    {
-        "day": requests.c.day,
-        "tenant": requests.c.tenant,
-        "model": requests.c.model,
-        "key": requests.c.key_id,
-    }
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    Select,
+    Subquery,
+    Table,
+    func,
+    literal,
+    select,
+    union_all,
 )
 
+from server.ledger.records import DAY_S, AuditRow, Group, UsageQuery, UsageRow, utc_day
+from server.ledger.tables import audit, requests, usage_days
 
-def write_rows(connection: Connection, rows: Sequence[RequestRow | AuditRow]) -> None:
-    """Insert them, those of each table at once."""
-    values = [_request(row) for row in rows if isinstance(row, RequestRow)]
-    if values:
-        connection.execute(insert(requests), values)
-    values = [_audit(row) for row in rows if isinstance(row, AuditRow)]
-    if values:
-        connection.execute(insert(audit), values)
+GROUPS: tuple[Group, ...] = ("day", "tenant", "model", "key")  # in the order of the answer
 
 
 def read_usage(connection: Connection, query: UsageQuery) -> list[UsageRow]:
     """Return one row for each group, in the order of the groups; one row of totals without any."""
-    groups = [COLUMNS[name] for name in COLUMNS if name in query.by]
-    table = requests.c
-    statement = select(
-        func.count(),
-        func.coalesce(func.sum(table.prompt_tokens), 0),
-        func.coalesce(func.sum(table.cached_tokens), 0),
-        func.coalesce(func.sum(table.output_tokens), 0),
-        *groups,
-    ).where(table.ended_at >= query.start_s, table.ended_at < query.end_s)
-    if query.tenant is not None:
-        statement = statement.where(table.tenant == query.tenant)
+    names = [name for name in GROUPS if name in query.by]
+    source = _source(query.start_s, query.end_s, query.tenant)
+    groups = [source.c[name] for name in names]
+    sums = (
+        func.coalesce(func.sum(source.c[name]), 0)
+        for name in ("n_requests", "prompt_tokens", "cached_tokens", "output_tokens")
+    )
+    statement = select(*sums, *groups)
     if groups:
         statement = statement.group_by(*groups).order_by(*groups)
-    names = [name for name in COLUMNS if name in query.by]
     found = connection.execute(statement.limit(query.limit).offset(query.offset))
     return [_usage_row(row, names) for row in found]
 
 
 def read_used_tokens(connection: Connection, tenant: str, since_s: float) -> int:
     """Return the tokens, of prompts and outputs, of a tenant's requests that ended since then."""
-    table = requests.c
-    total = func.coalesce(func.sum(table.prompt_tokens + table.output_tokens), 0)
-    statement = select(total).where(table.tenant == tenant, table.ended_at >= since_s)
-    return int(connection.execute(statement).scalar_one())
+    source = _source(since_s, math.inf, tenant).c
+    total = func.coalesce(func.sum(source.prompt_tokens + source.output_tokens), 0)
+    return int(connection.execute(select(total)).scalar_one())
 
 
 def read_audit(
@@ -82,6 +74,46 @@ def read_audit(
     return [AuditRow(*row) for row in connection.execute(statement)]
 
 
+def _source(start_s: float, end_s: float, tenant: str | None) -> Subquery:
+    """All that counts in [start_s, end_s), as sums of days and single requests."""
+    parts = list(_parts(start_s, end_s))
+    if tenant is not None:
+        parts = [(table, [*where, table.c.tenant == tenant]) for table, where in parts]
+    return union_all(*(_selected(table).where(*where) for table, where in parts)).subquery()
+
+
+def _parts(start_s: float, end_s: float) -> Iterator[tuple[Table, list[ColumnElement[bool]]]]:
+    """The tables to read for a time range, and where in them."""
+    first_s = math.ceil(start_s / DAY_S) * DAY_S
+    last_s = end_s if math.isinf(end_s) else math.floor(end_s / DAY_S) * DAY_S
+    time, day = requests.c.ended_at, usage_days.c.day
+    if first_s >= last_s:
+        yield requests, [time >= start_s, time < end_s]
+        return
+    days = [usage_days.c.n_requests > 0, day >= utc_day(first_s)]  # 0: made, but never added to
+    if not math.isinf(last_s):
+        days.append(day < utc_day(last_s))
+    yield usage_days, days
+    if start_s < first_s:
+        yield requests, [time >= start_s, time < first_s]
+    if last_s < end_s:
+        yield requests, [time >= last_s, time < end_s]
+
+
+def _selected(table: Table) -> Select[Any]:
+    columns = table.c
+    return select(
+        columns.day,
+        columns.tenant,
+        columns.model,
+        columns.key_id.label("key"),
+        (literal(1) if table is requests else columns.n_requests).label("n_requests"),
+        columns.prompt_tokens,
+        columns.cached_tokens,
+        columns.output_tokens,
+    )
+
+
 def _usage_row(row: Row[Any], names: Sequence[Group]) -> UsageRow:
     n_requests, prompt_tokens, cached_tokens, output_tokens, *values = tuple(row)
     return UsageRow(
@@ -91,41 +123,3 @@ def _usage_row(row: Row[Any], names: Sequence[Group]) -> UsageRow:
         int(output_tokens),
         **dict(zip(names, values, strict=True)),
     )
-
-
-def _request(row: RequestRow) -> dict[str, Any]:
-    return {
-        "id": row.row_id,
-        "ended_at": row.ended_s,
-        "day": utc_day(row.ended_s),
-        "request_id": _name(row.request_id),
-        "tenant": _name(row.tenant),
-        "key_id": _name(row.key_id),
-        "model": _name(row.model),
-        "digest": _name(row.digest),
-        "prompt_tokens": row.prompt_tokens,
-        "cached_tokens": row.cached_tokens,
-        "output_tokens": row.output_tokens,
-        "queue_s": row.queue_s,
-        "first_token_s": row.first_token_s,
-        "total_s": row.total_s,
-        "finish_reason": row.finish_reason,
-        "status": row.status,
-    }
-
-
-def _audit(row: AuditRow) -> dict[str, Any]:
-    return {
-        "id": row.row_id,
-        "time": row.time_s,
-        "actor": row.actor,
-        "action": _name(row.action),
-        "target": _name(row.target),
-        "outcome": _name(row.outcome),
-        "request_id": _name(row.request_id),
-    }
-
-
-def _name(value: str) -> str:
-    """What any database takes: UTF-8 without NUL, and no more than the column's length."""
-    return value.encode("utf-8", "replace").decode().replace("\0", "")[: NAME.length]

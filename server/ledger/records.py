@@ -11,6 +11,8 @@ from typing import Literal
 Group = Literal["tenant", "model", "key", "day"]
 Actor = Literal["admin", "signal", "cli"]
 
+DAY_S = 86_400
+
 
 def new_row_id() -> str:
     """Return an id that is never given twice, later ones after earlier ones (as UUIDv7 does it):

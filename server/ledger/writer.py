@@ -17,7 +17,8 @@ from typing import Generic, TypeVar
 from server.ledger.records import LedgerStats
 
 GATHER_S = 0.2  # rows that come within so long are one batch
-MAX_BATCH = 500
+BREATH_S = 0.01  # between batches while more wait: streams want the interpreter, too
+MAX_BATCH = 200
 MAX_PENDING = 50_000  # rows; 31 MB
 FIRST_RETRY_S = 0.25
 LAST_RETRY_S = 5.0
@@ -34,7 +35,7 @@ class BatchWriter(Generic[T]):
         self,
         write: Callable[[Sequence[T]], int],
         *,
-        explain: Callable[[BaseException], str] = str,
+        explain: Callable[[Exception], str] = str,
         max_pending: int = MAX_PENDING,
     ) -> None:
         """Write rows by `write`, which raises or returns how many no database will ever take.
@@ -100,8 +101,8 @@ class BatchWriter(Generic[T]):
         with self._changed:
             self._changed.wait_for(lambda: self._pending or self._closes_at is not None)
             if self._closes_at is None:
-                if retry_s or len(self._pending) < MAX_BATCH:
-                    self._changed.wait_for(lambda: self._closes_at is not None, retry_s or GATHER_S)
+                gather_s = GATHER_S if len(self._pending) < MAX_BATCH else BREATH_S
+                self._changed.wait_for(lambda: self._closes_at is not None, retry_s or gather_s)
             elif retry_s:
                 if time.monotonic() >= self._closes_at:
                     return []
@@ -119,7 +120,7 @@ class BatchWriter(Generic[T]):
             self._logged_at = -LOG_AGAIN_S
             log.info("the ledger is written again")
 
-    def _failed(self, error: BaseException) -> None:
+    def _failed(self, error: Exception) -> None:
         with self._changed:
             self._n_failures += 1
             n_pending, n_dropped = len(self._pending), self._n_dropped

@@ -11,8 +11,9 @@ from typer.testing import CliRunner, Result
 from server import __main__
 from server.ledger.database import open_database
 from server.ledger.ledger import Ledger
+from server.ledger.records import DAY_S
 from server.usage import usage_app
-from tests.server.ledger.rows import DAY_S, NOON, request_row
+from tests.server.ledger.rows import NOON, request_row
 
 
 @pytest.fixture

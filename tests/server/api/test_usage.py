@@ -14,10 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from server.ledger.database import open_database
 from server.ledger.ledger import Ledger
-from server.ledger.records import AuditRow, UsageQuery, UsageRow
+from server.ledger.records import DAY_S, AuditRow, UsageQuery, UsageRow
 from server.metrics.series import Metrics
 from tests.server.api.tenancy import Tenancy, bearer, completion
-from tests.server.ledger.rows import DAY_S, NOON, request_row
+from tests.server.ledger.rows import NOON, request_row
 
 MIDNIGHT = NOON - DAY_S // 2
 RANGE = f"start_time={MIDNIGHT:.0f}&end_time={MIDNIGHT + 2 * DAY_S:.0f}"

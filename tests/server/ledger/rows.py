@@ -7,7 +7,6 @@ from typing import Any
 from server.ledger.records import RequestRow
 
 NOON = 1_793_534_400.0  # 2026-11-01 12:00 UTC
-DAY_S = 86_400
 
 
 def request_row(**changes: Any) -> RequestRow:

@@ -44,8 +44,8 @@ def test_servers_that_start_at_once_migrate_once(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     with ThreadPoolExecutor() as pool:
-        done = list(pool.map(lambda _: subprocess.run(command, cwd=ROOT, timeout=60), range(3)))
-    assert [one.returncode for one in done] == [0, 0, 0]
+        done = list(pool.map(lambda _: subprocess.run(command, cwd=ROOT, timeout=60), range(2)))
+    assert [one.returncode for one in done] == [0, 0]
 
 
 def test_database_of_a_newer_version_is_refused_by_name(tmp_path: Path) -> None:

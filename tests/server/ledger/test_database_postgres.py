@@ -22,9 +22,9 @@ from alembic.migration import MigrationContext
 from server.errors import ConfigError
 from server.ledger.database import open_database
 from server.ledger.ledger import Ledger
-from server.ledger.records import AuditRow, Group, UsageQuery
+from server.ledger.records import DAY_S, AuditRow, Group, UsageQuery
 from server.ledger.tables import metadata
-from tests.server.ledger.rows import DAY_S, NOON, request_row
+from tests.server.ledger.rows import NOON, request_row
 from tests.unprivileged import open_folder
 
 GROUPS: tuple[Group, ...] = ("tenant", "model", "key", "day")
