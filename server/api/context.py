@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ class Api:
     """The application's parts.
 
     ledger        None: what was used is not kept
+    tasks         that nobody waits for
     body_parsers  one thread: several large bodies at once would only take the interpreter from the
                   event loop more often
     """
@@ -43,6 +45,7 @@ class Api:
     directory: Directory
     limiter: Limiter
     ledger: Ledger | None = None
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
     body_parsers: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="body-parser")
     )

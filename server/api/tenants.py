@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request
@@ -11,8 +10,8 @@ from fastapi.responses import JSONResponse
 from server.api.access import require_admin
 from server.api.context import api_of, request_id
 from server.api.origin import refuse_other_sites
+from server.api.reload import reload_tenants
 from server.errors import ConfigError, InvalidRequest
-from server.ledger.audited import audited
 from server.tenants.directory import Directory
 from server.tenants.tenant import Tenant
 
@@ -26,16 +25,14 @@ async def list_tenants(request: Request) -> JSONResponse:
 
 
 @router.post("/v1/tenants/reload", dependencies=[Depends(refuse_other_sites)])
-async def reload_tenants(request: Request) -> JSONResponse:
+async def reload_file(request: Request) -> JSONResponse:
     """Read the tenants file again; with a mistake in it the old tenants stay."""
     api = api_of(request)
-    directory = api.directory
     try:
-        with audited(api.ledger, "admin", "reload", "tenants", request_id(request)):
-            await asyncio.to_thread(directory.reload)
+        await reload_tenants(api, "admin", request_id(request))
     except ConfigError as error:
-        raise InvalidRequest(f"{error.message}; the tenants known before stay") from None
-    return _listing(directory)
+        raise InvalidRequest(error.message) from None
+    return _listing(api.directory)
 
 
 def _listing(directory: Directory) -> JSONResponse:

@@ -28,7 +28,7 @@ class Holder:
 
 
 @dataclass(slots=True)
-class Use:
+class SlotUse:
     """One tenant's use of a slot."""
 
     refs: int = 0
@@ -45,7 +45,7 @@ class Slot:
     refs: int = 0
     last_used: int = 0
     ready: bool = False  # the delta is in place and visible
-    uses: dict[str, Use] = field(default_factory=dict)  # by tenant
+    uses: dict[str, SlotUse] = field(default_factory=dict)  # by tenant
 
 
 class SlotTable:
@@ -88,7 +88,7 @@ class SlotTable:
         slot.refs += 1
         slot.last_used = next(self._clock)
         if holder is not None:
-            use = slot.uses.setdefault(holder.tenant, Use())
+            use = slot.uses.setdefault(holder.tenant, SlotUse())
             use.refs += 1
             use.last_used = slot.last_used
         return slot
@@ -138,7 +138,7 @@ class SlotTable:
         self._by_key[key] = slot
         self._count_pinned(slot)
         if tenant is not None:
-            slot.uses.setdefault(tenant, Use(last_used=slot.last_used))
+            slot.uses.setdefault(tenant, SlotUse(last_used=slot.last_used))
         return slot
 
     # -- room under a tenant's own bound ---------------------------------------------------------
@@ -204,4 +204,4 @@ class SlotTable:
 
     def _count_pinned(self, slot: Slot) -> None:
         for tenant in self.pinned.get(slot.key, ()):
-            slot.uses.setdefault(tenant, Use(last_used=slot.last_used))
+            slot.uses.setdefault(tenant, SlotUse(last_used=slot.last_used))

@@ -21,8 +21,9 @@ import uvicorn
 
 from server.api.app import create_admin_app, create_app
 from server.api.context import Api
+from server.api.reload import begin_pinning, reload_tenants
 from server.engine.types import EngineClient
-from server.errors import Draining, EngineDead, ServeError
+from server.errors import ConfigError, Draining, EngineDead, ServeError
 from server.ledger.audited import audited
 from server.metrics.series import Metrics
 from server.process.listen import listen, urls
@@ -82,7 +83,7 @@ class Control:
 
     def __init__(self, api: Api, server: Server) -> None:
         self._engine = api.engine
-        self._directory = api.directory
+        self._api = api
         self._ledger = api.ledger
         self._open_requests = api.open_requests
         self._server = server
@@ -157,10 +158,11 @@ class Control:
 
     async def _reload_tenants(self) -> None:
         try:
-            with audited(self._ledger, "signal", "reload", "tenants"):
-                await asyncio.to_thread(self._directory.reload)
-        except Exception as error:
-            log.error("%s; the tenants known before stay", error)
+            await reload_tenants(self._api, "signal")
+        except ConfigError as error:
+            log.error("%s", error.message)
+        except Exception:
+            log.exception("the tenants file could not be read again")
 
     def _start(self, work: object) -> None:
         task = asyncio.ensure_future(work)  # type: ignore[call-overload]
@@ -218,6 +220,7 @@ async def run(
     gc.freeze()
     watch = asyncio.create_task(control.watch())
     try:
+        await begin_pinning(api)
         async with _admin_routes(api, bound):
             await server.serve(bound.main)
     finally:

@@ -103,6 +103,11 @@ class Directory:
         """All that are known now."""
         return self._known.tenants.values()
 
+    @property
+    def pinned(self) -> dict[Principal, tuple[str, ...]]:
+        """The variants that tenants pin."""
+        return {tenant.principal(""): tenant.pinned for tenant in self.tenants if tenant.pinned}
+
     def key_ids(self) -> dict[str, list[str]]:
         """Return the ids of each tenant's keys."""
         ids: dict[str, list[str]] = {}

@@ -9,6 +9,8 @@ import pytest
 from server.tenants.keys import hash_of
 from tests.attacks.conftest import KEYS, TENANTS, Running
 
+PINS = 'pinned = ["globex-one"]\n[[tenants.globex.keys]]'
+
 
 @pytest.fixture(scope="module")
 def changing(start: Callable[..., Running]) -> Running:
@@ -52,3 +54,19 @@ def test_key_that_was_taken_away_is_refused_from_the_next_request_on(changing: R
     changing.tenants.write_text(TENANTS)
     assert changing.admin().post("/v1/tenants/reload").status_code == 200
     changing.assert_well()
+
+
+def test_variant_that_a_tenant_pins_is_loaded_unasked_and_an_unknown_one_refused(
+    changing: Running,
+) -> None:
+    changing.tenants.write_text(TENANTS.replace("[[tenants.globex.keys]]", PINS, 1))
+    assert changing.admin().post("/v1/tenants/reload").status_code == 200
+    assert changing.said("variant globex-one is ready")
+    deltas = {d["id"]: d for d in changing.admin().get("/v1/deltas").json()["data"]}
+    assert (deltas["globex-one"]["pinned"], deltas["acme-one"]["pinned"]) == (True, False)
+    changing.tenants.write_text(changing.tenants.read_text().replace("globex-one", "globex-two"))
+    answer = changing.admin().post("/v1/tenants/reload")
+    assert answer.status_code == 400
+    assert "tenant globex pins globex-two, and no variant" in answer.json()["error"]["message"]
+    changing.tenants.write_text(TENANTS)
+    assert changing.admin().post("/v1/tenants/reload").status_code == 200

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from server.errors import ConfigError
 from tests.server.api.tenancy import KEYS, TENANTS, Tenancy, bearer
 
 
@@ -35,3 +36,20 @@ async def test_reload_is_refused_to_pages_of_other_sites(tmp_path):
     answer = await tenancy.call_admin("POST", "/v1/tenants/reload", headers=headers)
     assert answer.status_code == 403
     assert KEYS["admin"] not in answer.text
+
+
+async def test_reload_pins_what_the_file_says_and_names_what_cannot_be(tmp_path):
+    tenancy = Tenancy(tmp_path)
+    pinned = TENANTS.replace("weight = 2", 'pinned = ["alpha"]')
+    tenancy.path.write_text(pinned)
+    await tenancy.call_admin("POST", "/v1/tenants/reload", headers=bearer("admin"))
+    assert tenancy.engine.pinned == [{"acme": ["alpha"]}]
+
+    async def refuse(_: object) -> None:
+        raise ConfigError("tenant acme pins alpha, and no variant has that name")
+
+    tenancy.engine.pin = refuse
+    answer = await tenancy.call_admin("POST", "/v1/tenants/reload", headers=bearer("admin"))
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert "no variant has that name; the tenants are those of the file" in message

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from server.deltas.slots import Slot, Use
+from server.deltas.slots import Slot, SlotUse
 from server.engine.request import Request
 from server.engine.tenant_use import use_by_tenant
 from server.engine.types import OutputChunk, SamplingParams, TenantUse
@@ -31,8 +31,8 @@ def test_use_by_tenant_counts_a_shared_block_once_for_each_tenant() -> None:
         request("c", []),
     ]
     slots = [
-        Slot(0, "x", 10, uses={"a": Use(), "d": Use()}),
-        Slot(1, "y", 5, uses={"a": Use()}),
+        Slot(0, "x", 10, uses={"a": SlotUse(), "d": SlotUse()}),
+        Slot(1, "y", 5, uses={"a": SlotUse()}),
         Slot(2, "z", 7),
     ]
     assert use_by_tenant(running, slots) == {
