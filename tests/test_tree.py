@@ -85,7 +85,9 @@ ELSEWHERE = {
     "compressor.report.plots": "tests/compressor/report/test_html.py",
     "server.api.chat": "tests/server/api/test_openai_client.py",
     "server.api.completions": "tests/server/api/test_openai_client.py",
-    "server.api.context": "tests/server/api/test_generation.py",
+    "server.api.context": (
+        "tests/server/api/test_generation.py, tests/server/api/test_openai_client_limits.py"
+    ),
     "server.api.fanout": "tests/server/api/test_generation.py",
     "server.api.fields": "tests/server/api/test_hostile.py",
     "server.api.middleware": "tests/server/api/test_hostile.py",

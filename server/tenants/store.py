@@ -97,7 +97,7 @@ class LimitStore(Protocol):
     async def close(self) -> None: ...
 
 
-class Use(NamedTuple):
+class _Use(NamedTuple):
     """Some of a window's count, and until when it counts."""
 
     n_used: int
@@ -109,7 +109,7 @@ class MemoryWindow:
 
     def __init__(self, monotonic: Callable[[], float]) -> None:
         self._monotonic = monotonic
-        self._uses: deque[Use] = deque()
+        self._uses: deque[_Use] = deque()
         self._n_used = 0
 
     @property
@@ -135,9 +135,9 @@ class MemoryWindow:
         ends = self._monotonic() + WINDOW_S + RESOLUTION_S
         if self._uses and ends - self._uses[-1].ends < RESOLUTION_S:
             last = self._uses.pop()
-            self._uses.append(Use(last.n_used + n_used, last.ends))
+            self._uses.append(_Use(last.n_used + n_used, last.ends))
         else:
-            self._uses.append(Use(n_used, ends))
+            self._uses.append(_Use(n_used, ends))
         self._n_used += n_used
 
     def _forget_old(self) -> None:

@@ -1,79 +1,28 @@
-"""A tenant's limits over HTTP: who is admitted, what is counted, and what OpenAI's client makes of
-it.
-"""
+"""A tenant's limits over HTTP: who is admitted, and what is counted and told."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
-import openai
 import pytest
 from pydantic import SecretStr
 
-from server.api.app import create_app
 from server.errors import Unavailable
 from server.ledger.ledger import open_ledger
-from server.tenants.directory import Directory
-from server.tenants.keys import hash_of
-from server.tenants.principal import Principal
-from tests.server.api.call import Call, body, until
+from tests.server.api.call import until
 from tests.server.api.conftest import make_settings, serve
 from tests.server.api.fake import BASE, FakeEngine
+from tests.server.api.limited import COMPLETIONS, KEY, OTHER, Served, directory
 from tests.server.tenants.redis_server import Redis, free_port, redis
 
 __all__ = ["redis"]  # a fixture
-KEY, OTHER = "acme-key-0123456789", "globex-key-0123456789"
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+CHAT = "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "Hi"}]
-
-
-def directory(folder: Path, **limits: int) -> Directory:
-    """Two tenants; the limits are acme's."""
-    lines = "\n".join(f"{name} = {limit}" for name, limit in limits.items())
-    path = folder / "tenants.toml"
-    path.write_text(
-        f"[tenants.acme]\n{lines}\n[[tenants.acme.keys]]\nsha256 = '{hash_of(KEY)}'\n"
-        f"[tenants.globex]\n[[tenants.globex.keys]]\nsha256 = '{hash_of(OTHER)}'\n"
-    )
-    return Directory(path)
-
-
-class Served:
-    """The application over the fake engine, with the limits of acme."""
-
-    def __init__(
-        self, folder: Path, *, settings: Any = None, ledger: Any = None, **limits: int
-    ) -> None:
-        self.engine = FakeEngine()
-        self.app = create_app(
-            self.engine,
-            settings or make_settings(),
-            directory=directory(folder, **limits),
-            ledger=ledger,
-        )
-        self.limiter = self.app.state.api.limiter
-
-    async def post(self, path: str, key: str = KEY, **fields: Any) -> httpx.Response:
-        transport = httpx.ASGITransport(self.app)
-        headers = {"authorization": f"Bearer {key}"}
-        async with httpx.AsyncClient(
-            transport=transport, base_url="http://test", headers=headers
-        ) as client:
-            return await client.post(path, json={"model": BASE, **fields})
-
-    async def used_tokens(self) -> int:
-        used: int = (await self.limiter.store.window("acme/tokens")).used
-        return used
-
-    def call(self, **fields: Any) -> Call:
-        return Call(self.app, COMPLETIONS, body(**fields), key=KEY)
 
 
 def check_refused(answer: httpx.Response, code: str, *, retry: bool) -> None:
@@ -349,69 +298,3 @@ async def test_store_that_is_away_refuses_or_admits_as_set(
         assert answer.json()["error"]["code"] == "service_unavailable"
         assert 5 <= int(answer.headers["retry-after"]) <= 7
     await served.limiter.store.close()
-
-
-# -- OpenAI's client -------------------------------------------------------------------------------
-
-
-@contextmanager
-def client_of(
-    folder: Path, *, max_retries: int = 0, key: str = KEY, engine: Any = None, **limits: int
-) -> Iterator[openai.OpenAI]:
-    with (
-        serve(engine or FakeEngine(), directory=directory(folder, **limits)) as url,
-        openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=max_retries) as client,
-    ):
-        yield client
-
-
-def ask(client: openai.OpenAI, **fields: Any) -> Any:
-    return client.completions.create(**{"model": BASE, "prompt": "Hi", "max_tokens": 3, **fields})
-
-
-def test_openais_client_raises_its_exceptions_with_our_codes(tmp_path: Path) -> None:
-    with client_of(tmp_path, requests_per_minute=3, tokens_per_day=100) as client:
-        with pytest.raises(openai.AuthenticationError) as unknown:
-            ask(client.with_options(api_key="wrong-key-0123456789"))
-        assert unknown.value.code == "invalid_api_key"
-        assert unknown.value.response.headers["www-authenticate"] == "Bearer"
-        with pytest.raises(openai.NotFoundError) as absent:
-            ask(client, model="nobody")
-        assert (absent.value.code, absent.value.param) == ("model_not_found", "model")
-        with pytest.raises(openai.BadRequestError) as wrong:
-            ask(client, n=0)
-        assert (wrong.value.code, wrong.value.param) == ("integer_below_min_value", "n")
-        with pytest.raises(openai.RateLimitError) as spent:
-            ask(client, max_tokens=99)
-        assert (spent.value.code, spent.value.type) == ("insufficient_quota", "insufficient_quota")
-        with pytest.raises(openai.RateLimitError) as often:
-            ask(client)
-        assert (often.value.code, often.value.type) == ("rate_limit_exceeded", "rate_limit_error")
-
-
-def test_openais_client_learns_that_the_server_is_full(tmp_path: Path) -> None:
-    engine = FakeEngine(max_open=1)
-    taken = engine.admit(1, Principal("acme"))
-    with client_of(tmp_path, engine=engine) as client, taken:
-        with pytest.raises(openai.InternalServerError) as full:
-            ask(client)
-        assert (full.value.status_code, full.value.code) == (503, "server_is_overloaded")
-
-
-def test_openais_client_comes_back_when_it_is_told_and_not_for_a_spent_quota(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    naps: list[float] = []
-    with client_of(
-        tmp_path, max_retries=2, requests_per_minute=1, tokens_per_minute=50, tokens_per_day=20
-    ) as client:
-        monkeypatch.setattr("openai._base_client.time.sleep", naps.append)
-        with pytest.raises(openai.RateLimitError):
-            ask(client, max_tokens=30)  # more than the day's; it counts as a request
-        assert naps == []
-        with pytest.raises(openai.RateLimitError) as often:
-            ask(client)
-        told_s = int(often.value.response.headers["retry-after-ms"]) / 1000
-        assert len(naps) == 2
-        assert all(told_s * 0.7 <= nap_s <= told_s * 1.3 for nap_s in naps)
-        assert all(nap_s > 50 for nap_s in naps)
