@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from pydantic import create_model
+from pydantic import SecretStr, create_model
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from typer.core import TyperCommand
 
@@ -151,6 +151,8 @@ def _default_text(name: str, default: Any) -> str:
         return size_text(default)
     if isinstance(default, int | float):
         return f"{default:g}"
+    if isinstance(default, SecretStr):  # what everybody has is no secret
+        return default.get_secret_value()
     return default if isinstance(default, str) else "none"
 
 

@@ -29,6 +29,7 @@ def test_table_has_a_row_for_every_setting() -> None:
         "| `prefix_cache` | SWITCH | on |",
         "| `request_timeout_s` | SECONDS | 300 |",
         "| `device` | auto, cpu, cuda | auto |",
+        "| `limits_storage` | URL | memory:// |",
         "| `max_batch_tokens` | TOKENS | 256 on the CPU, 2048 on CUDA |",
     ],
 )
