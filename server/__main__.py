@@ -27,6 +27,7 @@ from server.process import logs
 from server.process.early_stop import Stopped, stop_signals
 from server.process.inputs import located
 from server.process.listeners import Listeners, listeners
+from server.process.tracing import traces
 from server.settings import Settings
 from server.tenants.cli import keys_app
 from server.tenants.directory import Directory, directory_of
@@ -35,6 +36,7 @@ from server.usage import usage_app
 
 if TYPE_CHECKING:
     from server.ledger.ledger import Ledger
+    from server.process.otel import OtelTracer
 
 CONFIG_EXIT_CODE = 2
 
@@ -65,8 +67,9 @@ def _prepare_and_serve(settings: Settings) -> int:
     with (
         listeners(settings, has_keys=directory.has_keys) as bound,
         _opened_ledger(settings) as ledger,
+        traces(os.environ) as tracer,
     ):
-        return _serve(located(settings), directory, bound, ledger)
+        return _serve(located(settings), directory, bound, ledger, tracer)
 
 
 def _opened_ledger(settings: Settings) -> AbstractContextManager[Ledger | None]:
@@ -79,7 +82,11 @@ def _opened_ledger(settings: Settings) -> AbstractContextManager[Ledger | None]:
 
 
 def _serve(
-    settings: Settings, directory: Directory, bound: Listeners, ledger: Ledger | None
+    settings: Settings,
+    directory: Directory,
+    bound: Listeners,
+    ledger: Ledger | None,
+    tracer: OtelTracer | None,
 ) -> int:
     set_thread_defaults(settings.torch_threads)
     # Here, because they import torch and fastapi: what comes before should answer at once.
@@ -98,7 +105,7 @@ def _serve(
         metrics.watch_ledger(ledger)
     # The engine takes the Variant its own `open` returned; the protocol says any VariantHandle.
     return run_in_loop(
-        run(cast(RunnableEngine, engine), settings, metrics, bound, directory, ledger)
+        run(cast(RunnableEngine, engine), settings, metrics, bound, directory, ledger, tracer)
     )
 
 

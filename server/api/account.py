@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api.fanout import Timed
 from server.api.middleware import generates
 from server.api.sse import Stalled
-from server.engine.types import VariantHandle
+from server.engine.types import SamplingParams, VariantHandle
 from server.ledger.records import RequestRow
 from server.tenants.principal import ANYBODY, Principal
 
@@ -31,13 +31,15 @@ WORST_FIRST = ("error", "abort", "length", "stop")  # of several choices the fir
 class Account:
     """Belongs to one request, on the event loop.
 
-    prompts  for each prompt its tokens and its choices
+    prompts   for each prompt its tokens and its choices
+    sampling  how the first choice is sampled
     """
 
     model: str = ""
     digest: str = ""
     failed: bool = False  # by an error, also one that a stream told as its last event
     prompts: list[tuple[int, list[Timed]]] = field(default_factory=list)
+    sampling: SamplingParams | None = None
 
     def opened(self, variant: VariantHandle, prompt_lengths: Iterable[int]) -> None:
         """The request's variant is known and its prompts are tokens."""

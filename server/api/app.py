@@ -14,6 +14,7 @@ from server.api.context import Api
 from server.api.middleware import EarlyRefusal, HeadAsGet, RequestCap, RequestContext
 from server.api.open_requests import OpenRequests
 from server.api.quota import CountedRequests
+from server.api.spans import SpanRecorder, Tracer
 from server.engine.types import EngineClient
 from server.metrics.page import MetricsPage
 from server.metrics.series import Metrics
@@ -34,6 +35,7 @@ def create_app(
     metrics: Metrics | None = None,
     directory: Directory | None = None,
     ledger: Ledger | None = None,
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     """Return the ASGI application over a started (or starting) engine.
 
@@ -41,6 +43,7 @@ def create_app(
                (`Metrics.watch`)
     directory  who the tenants are; None: there are no keys
     ledger     where generation requests and what administrators do are noted; None: nowhere
+    tracer     takes a span for each request; None: there are no traces
 
     The parts are at ``app.state.api``. Without keys whoever is here may also change the server,
     unless there is an admin listener for that.
@@ -59,7 +62,7 @@ def create_app(
     identify = by_tenant(
         api.directory, settings.tenant_header, shares_admin=settings.admin_key is None
     )
-    return _wrapped(api, (*TENANT_ROUTERS, *SHARED_ROUTERS), identify, ledger)
+    return _wrapped(api, (*TENANT_ROUTERS, *SHARED_ROUTERS), identify, ledger, tracer)
 
 
 def create_admin_app(api: Api, admin_key: str) -> FastAPI:
@@ -71,7 +74,11 @@ def create_admin_app(api: Api, admin_key: str) -> FastAPI:
 
 
 def _wrapped(
-    api: Api, routers: Sequence[APIRouter], identify: Identify, ledger: Ledger | None = None
+    api: Api,
+    routers: Sequence[APIRouter],
+    identify: Identify,
+    ledger: Ledger | None = None,
+    tracer: Tracer | None = None,
 ) -> FastAPI:
     # No generated documentation pages: they load scripts from elsewhere.
     app = FastAPI(
@@ -94,5 +101,7 @@ def _wrapped(
     if ledger is not None:
         app.add_middleware(LedgerRecorder, ledger=ledger)
     app.add_middleware(Authentication, identify=identify)
+    if tracer is not None:
+        app.add_middleware(SpanRecorder, tracer=tracer)
     app.add_middleware(RequestContext, metrics=api.metrics)
     return app

@@ -21,6 +21,7 @@ from server.metrics.timer import SequenceTimer
 class Timed:
     """A generation, the timer of what its caller sees, and what it has used.
 
+    began_s   when the engine got it, by `time.monotonic`
     queue_s   how long the engine's queue held it; None until something came of it
     first_at  when its first token came, by `time.monotonic`; None: none has come
     """
@@ -29,6 +30,7 @@ class Timed:
         self._generation = generation
         self._timer = timer
         self.open = True
+        self.began_s = time.monotonic()
         self.n_tokens = 0
         self.n_cached = 0
         self.n_prompt_computed = 0  # known when it is closed

@@ -95,6 +95,7 @@ class GenerationResponse(Response):
         try:
             with Fanout(begins) as fanout:
                 opened.output = fanout
+                self._account.sampling = asked[0][1]
                 self._observe_params(variant, asked[0][1])
                 if reply.body.stream:
                     await self._stream(fanout, choices, envelope, headers, send)

@@ -22,6 +22,7 @@ import uvicorn
 from server.api.app import create_admin_app, create_app
 from server.api.context import Api
 from server.api.reload import begin_pinning, reload_tenants
+from server.api.spans import Tracer
 from server.engine.types import EngineClient
 from server.errors import ConfigError, Draining, EngineDead, ServeError
 from server.ledger.audited import audited
@@ -202,13 +203,15 @@ async def run(
     bound: Listeners,
     directory: Directory | None = None,
     ledger: Ledger | None = None,
+    tracer: Tracer | None = None,
 ) -> int:
     """Serve until told to stop; return the exit code.
 
     directory  the tenants; None: there are no keys
     ledger     entered, and to be left when this has returned: then every request has ended
+    tracer     likewise
     """
-    app = create_app(engine, settings, metrics, directory, ledger)
+    app = create_app(engine, settings, metrics, directory, ledger, tracer)
     api: Api = app.state.api
     server = Server(uvicorn_config(app, settings), UnsentWatch(metrics.unsent_bytes.set))
     control = Control(api, server)
