@@ -48,7 +48,8 @@ ENV PATH=/opt/venv/bin:$PATH \
     IMPART_PORT=8000 \
     IMPART_BASE=/models/base \
     IMPART_DELTAS=/models/deltas
-RUN install -d -o 10001 -g 10001 /var/cache/impart
+RUN install -d -o 10001 -g 10001 /var/cache/impart \
+    && install -d -m 0700 -o 10001 -g 10001 /var/lib/impart
 USER 10001:10001
 WORKDIR /tmp
 ARG COMPILE=

@@ -66,6 +66,7 @@ def show_usage(
     except ServeError as error:
         typer.echo(f"impart-serve usage: {error.message}", err=True)
         raise typer.Exit(FAILED) from None
+    rows.sort(key=lambda row: [getattr(row, name) for name in groups])
     lines = [_cells(row, groups) for row in rows]
     columns = [*groups, *COUNTS]
     typer.echo(csv_text(columns, lines) if as_csv else _table(columns, lines), nl=False)
@@ -89,7 +90,7 @@ def _groups(by: str) -> tuple[Group, ...]:
     for name in names:
         if name not in GROUPS:
             raise typer.BadParameter(f"--by {name!r} is none of {', '.join(GROUPS)}")
-    return tuple(cast(Group, name) for name in GROUPS if name in names)
+    return tuple(cast(Group, name) for name in dict.fromkeys(names))
 
 
 def _day(text: str) -> float:

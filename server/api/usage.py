@@ -157,7 +157,7 @@ async def _usage(ledger: Ledger, asked: Period, by: list[Any], tenant: str | Non
 
 
 async def _read(ledger: Ledger, read: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(ledger.readers, read)
+    return await asyncio.wrap_future(ledger.submit(read))
 
 
 def _csv(

@@ -7,8 +7,9 @@ SQLAlchemy and Alembic take a third of a second.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import datetime
 from typing import Self, TypeVar
 
@@ -22,7 +23,7 @@ from sqlalchemy.exc import (
     StatementError,
 )
 
-from server.errors import Unavailable
+from server.errors import QueueFull, Unavailable
 from server.ledger import queries
 from server.ledger.database import open_database, reason
 from server.ledger.records import AuditRow, LedgerStats, RequestRow, UsageQuery, UsageRow
@@ -31,6 +32,7 @@ from server.ledger.writes import LedgerTables
 from server.settings import Settings
 
 CLOSE_TIMEOUT_S = 5.0
+MAX_READS = 32  # running and waiting
 AUDIT_BEYOND = 1000  # rows of the audit log that find room in a full queue
 # The row is to blame, not the database: no try will make it take the row, or a driver send it.
 REFUSALS = (DataError, IntegrityError, InterfaceError, ValueError, TypeError, OverflowError)
@@ -50,7 +52,7 @@ class Ledger:
     """Use it as a context manager: entering it starts the writer, leaving it writes what waits.
 
     Adding never waits and never raises; reading does both, so keep it off the event loop
-    (`readers`: two threads, so that who asks for sums takes neither all connections nor all cores).
+    (`submit`).
     """
 
     def __init__(self, database: Engine, *, max_pending: int = MAX_PENDING) -> None:
@@ -61,7 +63,9 @@ class Ledger:
             explain=self._reason,
             max_pending=max_pending,
         )
-        self.readers = ThreadPoolExecutor(2, thread_name_prefix="ledger-reader")
+        # Who asks for sums takes neither all connections nor all cores.
+        self._readers = ThreadPoolExecutor(2, thread_name_prefix="ledger-reader")
+        self._free_reads = threading.BoundedSemaphore(MAX_READS)
 
     def __enter__(self) -> Self:
         self._writer.start()
@@ -71,7 +75,7 @@ class Ledger:
         n_lost = self._writer.close(CLOSE_TIMEOUT_S)
         if n_lost:
             log.error("the ledger could not be written in time; %d rows are lost", n_lost)
-        self.readers.shutdown(wait=False, cancel_futures=True)
+        self._readers.shutdown(wait=False, cancel_futures=True)
         self._database.dispose()
 
     # -- writing ---------------------------------------------------------------------------------
@@ -88,6 +92,16 @@ class Ledger:
         return self._writer.stats()
 
     # -- reading ---------------------------------------------------------------------------------
+
+    def submit(self, read: Callable[[], T]) -> Future[T]:
+        """Read on a thread of the ledger's. Raises QueueFull where too many wait for one."""
+        if not self._free_reads.acquire(blocking=False):
+            raise QueueFull(
+                "Too many requests wait for the ledger; try again later.", retry_after_s=5
+            )
+        future = self._readers.submit(read)
+        future.add_done_callback(lambda _: self._free_reads.release())
+        return future
 
     def used_tokens(self, tenant: str, since: datetime) -> int:
         """Return the tokens, of prompts and outputs, of requests that ended since then.

@@ -51,6 +51,12 @@ def test_days_are_bounded_by_since_and_until_and_the_folder_comes_from_the_envir
     ]
 
 
+def test_columns_and_rows_are_in_the_order_that_was_asked_for(state_dir: Path) -> None:
+    done = run("--state-dir", str(state_dir), "--by", "model,day", "--since", "2026-11-02", "--csv")
+    lines = [line.split(",")[:2] for line in done.output.splitlines()]
+    assert lines == [["model", "day"], ["intent", "2026-11-02"], ["intent", "2026-11-03"]]
+
+
 def test_csv_holds_no_formula_and_no_group_is_the_total(state_dir: Path) -> None:
     url = f"sqlite:///{state_dir}/ledger.db"
     done = run("--ledger-url", url, "--by", "tenant", "--tenant", "=b", "--csv")

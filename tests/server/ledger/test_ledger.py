@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +18,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import Engine, event
 
-from server.errors import Unavailable
+from server.errors import QueueFull, Unavailable
 from server.ledger.database import open_database
-from server.ledger.ledger import Ledger
+from server.ledger.ledger import MAX_READS, Ledger
 from server.ledger.records import DAY_S, AuditRow, Group, RequestRow, UsageQuery, UsageRow, utc_day
 from tests.server.ledger.rows import NOON, request_row
 
@@ -216,6 +217,18 @@ def test_locked_database_is_waited_for(tmp_path: Path) -> None:
             other.exec_driver_sql("COMMIT")
             other.exec_driver_sql("BEGIN")
         until(lambda: ledger.stats().n_written == 1)
+
+
+def test_readers_beyond_the_bound_are_refused_until_others_are_done(tmp_path: Path) -> None:
+    go = threading.Event()
+    with Ledger(open_database(tmp_path, None)) as ledger:
+        waiting = [ledger.submit(go.wait) for _ in range(MAX_READS)]
+        with pytest.raises(QueueFull):
+            ledger.submit(go.wait)
+        go.set()
+        assert all(one.result(20) for one in waiting)
+        until(lambda: ledger._free_reads._value == MAX_READS)  # type: ignore[attr-defined]
+        assert ledger.submit(go.wait).result(20)
 
 
 def test_unreadable_database_is_unavailable_and_says_nothing_of_it(tmp_path: Path) -> None:

@@ -116,6 +116,15 @@ def test_close_tries_until_its_time_is_up_and_says_what_is_lost(quick: None) -> 
     assert not writing.put(2), "nobody would write it"
 
 
+def test_close_does_not_wait_for_a_database_that_hangs() -> None:
+    hangs = threading.Event()
+    writing = BatchWriter[int](lambda rows: int(not hangs.wait(60)))
+    writing.start()
+    writing.put(1)
+    assert writing.close(0.1) == 1
+    hangs.set()
+
+
 def test_close_writes_what_the_database_takes_in_the_last_moment(quick: None) -> None:
     store = Store()
     store.broken.set()
