@@ -100,8 +100,8 @@ def _wrapped(
     app.add_middleware(EarlyRefusal, check=api.check_open)
     if ledger is not None:
         app.add_middleware(LedgerRecorder, ledger=ledger)
-    app.add_middleware(Authentication, identify=identify)
     if tracer is not None:
         app.add_middleware(SpanRecorder, tracer=tracer)
+    app.add_middleware(Authentication, identify=identify)
     app.add_middleware(RequestContext, metrics=api.metrics)
     return app

@@ -62,7 +62,10 @@ class Tracer(Protocol):
 
 
 class SpanRecorder:
-    """Gives the tracer a span for each request for text or tokens, when its answer has ended."""
+    """Gives the tracer a span for each request for text or tokens, when its answer has ended.
+
+    Behind the authentication: whoever has no key fills no collector.
+    """
 
     def __init__(self, app: ASGIApp, tracer: Tracer) -> None:
         self._app = app
@@ -92,6 +95,7 @@ class SpanRecorder:
 def span_of(scope: Scope, status: int, ended_s: float) -> RequestSpan:
     """Say what is known of a request whose answer ended."""
     account = cast("Account | None", scope.get("impart.account"))
+    principal: Principal = scope["impart.principal"]
     began_s: float = scope["impart.arrived"]
     method = scope["method"] if scope["method"] in METHODS else "other"
     headers = Headers(scope=scope)
@@ -100,7 +104,7 @@ def span_of(scope: Scope, status: int, ended_s: float) -> RequestSpan:
         "http.route": scope["path"],
         "http.response.status_code": status,
         "gen_ai.request.id": scope["impart.request_id"],
-        **_tenant_attributes(scope),
+        "impart.tenant": principal.tenant,
     }
     first_token_s: float | None = None
     phases: tuple[Phase, ...] = ()
@@ -122,11 +126,6 @@ def span_of(scope: Scope, status: int, ended_s: float) -> RequestSpan:
         first_token_s,
         error if status >= 500 or (account is not None and account.failed) else "",
     )
-
-
-def _tenant_attributes(scope: Scope) -> dict[str, Attribute]:
-    principal: Principal | None = scope.get("impart.principal")
-    return {} if principal is None else {"impart.tenant": principal.tenant}
 
 
 def _model_attributes(path: str, account: Account) -> dict[str, Attribute]:

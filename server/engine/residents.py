@@ -153,6 +153,8 @@ class Residents:
             if not self._is_settled(pin):
                 return
             del self._unloaded[0]
+            if not self._unloaded:
+                self._tell_over()
 
     def load_failed(self, failed: LoadFailed) -> None:
         """A load ended; one of a pinned variant is an operator's matter."""
@@ -181,6 +183,19 @@ class Residents:
         if any(claims.victims(key, holder) is not None for holder in pin.holders):
             self._loader.request(self._job_for(pin.variant), pin.holders)
         return False
+
+    def _tell_over(self) -> None:
+        """Tenants may pin what others have loaded, and so more than they may hold."""
+        for holder in {holder for pin in self._pins.values() for holder in pin.holders}:
+            n_bytes = self._slots.pinned_bytes(holder.tenant)
+            if holder.max_bytes is not None and n_bytes > holder.max_bytes:
+                log.error(
+                    "the pinned variants of tenant %s take %d bytes of device memory, and it may "
+                    "hold %d: it can load no other; raise its resident_bytes or pin less",
+                    holder.tenant,
+                    n_bytes,
+                    holder.max_bytes,
+                )
 
 
 def holder_of(principal: Principal) -> Holder:

@@ -11,6 +11,7 @@ import pytest
 from server.api.app import create_app
 from server.api.spans import RequestSpan
 from server.errors import GenerationFailed, QueueFull
+from server.tenants.directory import Directory
 from tests.server.api.call import Call, body, until
 from tests.server.api.conftest import make_settings
 from tests.server.api.fake import BASE, FakeEngine
@@ -108,6 +109,14 @@ async def test_span_of_a_request_whose_client_left_ends_in_its_phase(recorder: R
     assert span.attributes["http.response.status_code"] == 499
     assert [phase.name for phase in span.phases] == ["prepare", "queue"]
     assert span.attributes["gen_ai.response.finish_reasons"] == ["abort"]
+
+
+async def test_request_without_a_key_has_no_span(recorder: Recorder) -> None:
+    directory = Directory(api_key="right-key-0123456789")
+    app = create_app(recorder.engine, make_settings(), directory=directory, tracer=recorder)
+    call = Call(app, "/v1/completions", body(stream=False))
+    await call.finish()
+    assert (call.status, recorder.spans) == (401, [])
 
 
 async def test_probes_have_no_spans(recorder: Recorder) -> None:

@@ -154,3 +154,17 @@ def test_pin_over_the_bound_of_its_tenant_is_told_with_the_numbers(
     assert [A in caplog.messages[0], B in caplog.messages[1]] == [True, True]
     assert all("bounded may hold 1000 bytes" in line for line in caplog.messages)
     assert resident(engine) == set()
+
+
+def test_pins_of_what_others_have_loaded_over_the_bound_are_told_with_the_numbers(
+    engine: CoreHarness, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.run(*(ask(engine, name, OTHER, max_tokens=1) for name in (A, B)))
+    n_bytes = sum(slot.n_bytes for slot in engine.core.slots.residents())
+    with caplog.at_level(logging.ERROR):
+        pin(engine, A, B, principal=Principal("bounded", resident_bytes=n_bytes - 1))
+        engine.core.turn()
+    (line,) = caplog.messages
+    assert f"take {n_bytes} bytes" in line
+    assert f"hold {n_bytes - 1}:" in line
+    assert resident(engine) == {A, B}
