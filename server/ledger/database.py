@@ -95,12 +95,15 @@ def _sqlite_url(state_dir: Path | None, *, create: bool) -> URL:
 
 def _parsed(ledger_url: str) -> URL:
     try:
-        return make_url(ledger_url)
+        url = make_url(ledger_url)
     except ArgumentError:
         raise ConfigError(
             "the ledger: ledger_url is no URL; write DIALECT+DRIVER://USER:PASSWORD@HOST/DATABASE, "
             "e.g. postgresql+psycopg://..."
         ) from None
+    if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
+        raise ConfigError("the ledger: ledger_url names no file; write sqlite:////PATH/ledger.db")
+    return url
 
 
 def _engine(url: URL) -> Engine:

@@ -18,7 +18,8 @@ from server.ledger.records import LedgerStats
 
 GATHER_S = 0.2  # rows that come within so long are one batch
 BREATH_S = 0.01  # between batches while more wait: streams want the interpreter, too
-MAX_BATCH = 200
+MAX_BATCH = 50  # few, so that the event loop soon has the interpreter again
+LAST_BATCH = 1000  # when nobody else needs it
 MAX_PENDING = 50_000  # rows; 31 MB
 FIRST_RETRY_S = 0.25
 LAST_RETRY_S = 5.0
@@ -107,7 +108,8 @@ class BatchWriter(Generic[T]):
                 if time.monotonic() >= self._closes_at:
                     return []
                 self._changed.wait(FIRST_RETRY_S)
-            return list(islice(self._pending, MAX_BATCH))
+            most = MAX_BATCH if self._closes_at is None else LAST_BATCH
+            return list(islice(self._pending, most))
 
     def _done(self, n_rows: int, n_refused: int) -> None:
         with self._changed:

@@ -16,7 +16,7 @@ from server.ledger.database import open_database
 from server.ledger.ledger import Ledger
 from server.ledger.records import DAY_S, AuditRow, UsageQuery, UsageRow
 from server.metrics.series import Metrics
-from tests.server.api.tenancy import Tenancy, bearer, completion
+from tests.server.api.tenancy import TENANTS, Tenancy, bearer, completion
 from tests.server.ledger.rows import NOON, request_row
 
 MIDNIGHT = NOON - DAY_S // 2
@@ -155,10 +155,13 @@ async def test_server_without_a_ledger_says_how_to_have_one(tmp_path: Path) -> N
 async def test_what_a_tenant_uses_and_an_admin_does_is_in_the_ledger(
     tmp_path: Path,
 ) -> None:
-    """Who has no key has no row."""
+    """Who has no key has no row; who is over its limits has one without tokens."""
     with Ledger(open_database(tmp_path, None)) as ledger:
         tenancy = Tenancy(tmp_path, ledger=ledger)
-        for headers in (bearer("acme"), {}):
+        limited = TENANTS.replace("weight = 2", "requests_per_minute = 1")
+        tenancy.path.write_text(limited)
+        tenancy.app.state.api.directory.reload()
+        for headers in (bearer("acme"), {}, bearer("acme")):
             json = completion("alpha", prompt="Hello")
             await tenancy.call("POST", "/v1/completions", headers=headers, json=json)
         for path in ("/v1/deltas/rescan", "/v1/tenants/reload"):
@@ -168,7 +171,10 @@ async def test_what_a_tenant_uses_and_an_admin_does_is_in_the_ledger(
     with Ledger(open_database(tmp_path, None)) as ledger:
         used = ledger.usage(UsageQuery(0, 2**33, ("tenant", "model", "key")))
         done = ledger.audited(0, 2**33, limit=9)
-    assert used == [UsageRow(1, 5, 0, 3, tenant="acme", model="alpha", key="one")]
+    assert used == [
+        UsageRow(1, 0, 0, 0, tenant="acme", model="", key="one"),
+        UsageRow(1, 5, 0, 3, tenant="acme", model="alpha", key="one"),
+    ]
     assert [(one.actor, one.action, one.target, one.outcome) for one in reversed(done)] == [
         ("admin", "rescan", "deltas", "ok"),
         ("admin", "reload", "tenants", "ok"),

@@ -79,6 +79,7 @@ def test_reading_makes_no_ledger_where_there_is_none(tmp_path: Path) -> None:
         (f"nosuch://u:{SECRET}@host/db", "nosuch has no driver here"),
         (f"postgresql+nosuch://u:{SECRET}@host/db", "brings psycopg"),
         (f"postgresql+asyncpg://u:{SECRET}@host/db", "driver"),
+        ("sqlite://", "names no file"),
         ("sqlite:////nowhere/x.db", "/nowhere/x.db cannot be used"),
         (
             f"postgresql+psycopg://u:{SECRET}@127.0.0.1:1/db?password={SECRET}",

@@ -25,6 +25,7 @@ from server.ledger.ledger import Ledger
 from server.ledger.records import DAY_S, AuditRow, Group, UsageQuery
 from server.ledger.tables import metadata
 from tests.server.ledger.rows import NOON, request_row
+from tests.server.ledger.test_ledger import share
 from tests.unprivileged import open_folder
 
 GROUPS: tuple[Group, ...] = ("tenant", "model", "key", "day")
@@ -148,6 +149,14 @@ def test_postgres_sums_as_sqlite_does_and_an_outage_loses_nothing(
         since = datetime.fromtimestamp(NOON + DAY_S, UTC)
         assert ledger.used_tokens("t1", since) == expected.used_tokens("t1", since) > 0
         assert ledger.audited(0, 2, limit=9) == [audit]
+
+
+def test_servers_that_share_a_postgres_lose_no_row_of_the_same_sums(postgres: Postgres) -> None:
+    database = open_database(None, postgres.url)
+    with database.begin() as connection:
+        connection.exec_driver_sql("TRUNCATE requests, usage_days")
+    database.dispose()
+    share(lambda: open_database(None, postgres.url))
 
 
 def test_postgres_of_a_newer_version_or_without_the_database_is_refused(postgres: Postgres) -> None:

@@ -141,6 +141,27 @@ def test_sums_that_were_deleted_while_the_server_runs_begin_anew(tmp_path: Path)
         assert ledger.usage(UsageQuery(0, math.inf))[0].n_requests == 1
 
 
+def test_servers_that_share_a_database_lose_no_row_of_the_same_sums(tmp_path: Path) -> None:
+    share(lambda: open_database(tmp_path, None))
+
+
+def share(opened: Callable[[], Engine]) -> None:
+    """Two servers write rows of the same sums, in opposite orders, at once."""
+    names = [f"m{n}" for n in range(20)]
+    with Ledger(opened()) as one, Ledger(opened()) as other:
+        for n in range(300):
+            one.add(request_row(model=names[n % 20]))
+            other.add(request_row(model=names[-n % 20]))
+            if n % 50 == 0:
+                time.sleep(0.02)
+        until(lambda: one.stats().n_pending == other.stats().n_pending == 0)
+        assert one.stats().n_dropped == other.stats().n_dropped == 0
+        found = one.usage(UsageQuery(0, math.inf, ("model",)))
+        assert [(row.model, row.n_requests) for row in found] == [(n, 30) for n in sorted(names)]
+        (total,) = one.usage(UsageQuery(NOON, NOON + 1))
+        assert total.n_requests == 600
+
+
 def test_pages_of_usage_follow_each_other_without_gap_or_overlap(tmp_path: Path) -> None:
     rows = [request_row(model=f"m{n:02}") for n in range(7)]
     query = UsageQuery(0, NOON + 1, ("model",), limit=3)

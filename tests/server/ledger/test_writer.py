@@ -65,7 +65,7 @@ def test_rows_of_several_threads_are_written_whole_and_in_batches() -> None:
         thread.join()
     assert writing.close(20) == 0
     assert sorted(store.rows) == list(range(2000))
-    assert max(store.batches) <= writer.MAX_BATCH
+    assert max(store.batches) <= writer.LAST_BATCH
     assert len(store.batches) < 500, "most rows share a transaction"
     assert writing.stats().n_written == 2000
 
