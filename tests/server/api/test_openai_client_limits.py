@@ -51,6 +51,17 @@ def test_openais_client_raises_its_exceptions_with_our_codes(tmp_path: Path) -> 
         assert (often.value.code, often.value.type) == ("rate_limit_exceeded", "rate_limit_error")
 
 
+def test_openais_client_raises_what_ends_a_stream(tmp_path: Path) -> None:
+    engine = FakeEngine()
+    engine.fail_at = 2
+    with client_of(tmp_path, engine=engine, tokens_per_minute=100) as client:
+        stream = ask(client, stream=True)
+        assert stream.response.headers["x-ratelimit-remaining-tokens"] == "95"
+        with pytest.raises(openai.APIError) as failed:
+            list(stream)
+    assert (failed.value.code, failed.value.type) == ("server_error", "server_error")
+
+
 def test_openais_client_learns_that_the_server_is_full(tmp_path: Path) -> None:
     engine = FakeEngine(max_open=1)
     taken = engine.admit(1, Principal("acme"))

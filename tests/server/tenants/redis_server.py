@@ -16,7 +16,10 @@ import pytest
 
 @dataclass
 class Redis:
+    """One server, and its two addresses."""
+
     url: str
+    unix_url: str
     process: subprocess.Popen[bytes]
 
     def hang(self) -> None:
@@ -35,6 +38,7 @@ def free_port() -> int:
 
 def started(program: str, folder: Path, port: int) -> subprocess.Popen[bytes]:
     arguments = ["--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
+    arguments += ["--unixsocket", str(folder / "socket")]
     process = subprocess.Popen([program, *arguments], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 20
     while True:
@@ -54,9 +58,10 @@ def redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Redis]:
     if program is None:
         pytest.skip("there is no redis-server on the path")
     port = free_port()
-    process = started(program, tmp_path_factory.mktemp("redis"), port)
+    folder = tmp_path_factory.mktemp("redis")
+    process = started(program, folder, port)
     try:
-        yield Redis(f"redis://127.0.0.1:{port}/0", process)
+        yield Redis(f"redis://127.0.0.1:{port}/0", f"redis+unix://{folder}/socket", process)
     finally:
         process.kill()
         process.wait(10)

@@ -231,7 +231,9 @@ def test_duration_is_written_as_openai_does(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-@pytest.mark.parametrize("url", ["memcached://h:1", "nonsense", "redis://h:port"])
+@pytest.mark.parametrize(
+    "url", ["memcached://h:1", "redis+cluster://h:1", "nonsense", "redis://h:port"]
+)
 def test_storage_that_is_none_is_refused_at_the_start(url: str) -> None:
     with pytest.raises(ConfigError, match="limits_storage"):
         limiter_of(make_settings(limits_storage=SecretStr(url)))
