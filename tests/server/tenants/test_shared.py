@@ -41,6 +41,7 @@ async def test_many_at_once_on_two_servers_are_counted_exactly(redis: Redis) -> 
 async def test_what_one_server_adds_all_count(redis: Redis) -> None:
     async with store_of(redis.url) as one, store_of(redis.unix_url) as two:
         one.add("acme/tokens", 300)
+        await asyncio.sleep(0)  # Redis is being told
         one.add("acme/tokens", 30)
         one.add_total("acme", QuotaPeriod.DAY, 7)
         one.add_total("acme", QuotaPeriod.MONTH, 8)
