@@ -8,7 +8,7 @@ places run out: a preempted request's KV blocks are freed, and it will be recomp
 request whose variant is being read from disk is passed over, never waited for. One that is passed
 over for another reason is overtaken for `MAX_OVERTAKEN_S` at most: where too many variants are
 mixed already, no later request is admitted any more; where every slot is held, no later request
-takes another hold, so that one comes free.
+takes another hold, so that one comes free, and where a tenant's own bound is reached, none of its.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class _Turn:
 
     variants       of the requests that run
     may_hold       whether a candidate may take another hold of a slot
+    full           tenants whose candidates may not, since one of theirs waits for its own room
     first_blocked  the first that found no place for its variant
     stuck          tenants for whom nobody gave way, with or without a place for a variant
     gave_way       tenants of requests that were preempted for others
@@ -65,6 +66,7 @@ class _Turn:
     variants: set[str]
     long_runs: bool
     may_hold: bool = True
+    full: set[str] = field(default_factory=set)
     first_blocked: Request | None = None
     stuck: set[tuple[str, bool]] = field(default_factory=set)
     gave_way: set[str] = field(default_factory=set)
@@ -234,9 +236,12 @@ class Scheduler:
         is_blocked  the step has no place for its variant
         """
         overdue = turn.now - request.queued_at > MAX_OVERTAKEN_S
-        missing = self._hold_slot(request, turn.may_hold)
+        missing = self._hold_slot(request, turn)
         if missing is not None:
-            turn.may_hold = turn.may_hold and not (missing is Missing.NO_ROOM and overdue)
+            if overdue and missing is Missing.NO_ROOM:
+                turn.may_hold = False
+            if overdue and missing is Missing.OVER_BOUND:
+                turn.full.add(request.principal.tenant)
             return Verdict.NOT_NOW
         if is_blocked:
             turn.first_blocked = turn.first_blocked or request
@@ -332,11 +337,13 @@ class Scheduler:
                 n_full,
             )
 
-    def _hold_slot(self, request: Request, may_hold: bool) -> Missing | None:
+    def _hold_slot(self, request: Request, turn: _Turn) -> Missing | None:
         """Give the request its variant's slot, held to its end. Says why if that cannot be."""
         if request.slot is not None or request.variant.key == BASE_KEY:
             return None
-        answer = self._acquire(request) if may_hold else Missing.NO_ROOM
+        if request.principal.tenant in turn.full:
+            return Missing.OVER_BOUND
+        answer = self._acquire(request) if turn.may_hold else Missing.NO_ROOM
         if isinstance(answer, Missing):
             return answer
         request.slot = answer

@@ -97,6 +97,27 @@ def test_tenant_whose_variants_are_in_use_waits_and_others_do_not(
     engine.assert_idle()
 
 
+def test_stream_of_a_tenants_variant_does_not_starve_its_other(
+    engine: CoreHarness, many: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bounded = Principal("bounded", resident_bytes=max(sizes(engine).values()))
+    monkeypatch.setattr("server.engine.schedule.scheduler.MAX_OVERTAKEN_S", 0.0)
+    stream = [ask(engine, A, bounded, ignore_eos=True) for _ in range(2)]
+    engine.until(lambda: stream[0].request.n_output > 0)
+    waits = ask(engine, B, bounded)
+
+    def is_served() -> bool:
+        if sum(not r.done for r in stream) < 3:  # there is always one more that wants A
+            stream.append(ask(engine, A, bounded, ignore_eos=True))
+        assert len(stream) < 60, "it starves"
+        return waits.done
+
+    engine.until(is_served)
+    engine.run(*stream)
+    assert_true_text(many, waits)
+    engine.assert_idle()
+
+
 def test_variant_larger_than_its_tenants_bound_is_refused_with_the_numbers(
     engine: CoreHarness,
 ) -> None:
