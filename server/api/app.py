@@ -56,7 +56,7 @@ def create_app(
         OpenRequests(),
         MetricsPage(metrics.registry),
         directory or Directory(),
-        limiter_of(settings, ledger),
+        limiter_of(settings, ledger, metrics.limits_unreachable.inc),
         ledger,
     )
     identify = by_tenant(

@@ -73,6 +73,9 @@ class Metrics:
         self.http_in_flight = Gauge(
             "impart_http_requests_in_flight", "Requests being answered", registry=self.registry
         )
+        self.limits_unreachable = self._counter(
+            "impart_limits_unreachable", "Times that what a tenant has used could not be read", ()
+        )
         self.unsent_bytes = Gauge(
             "impart_unsent_response_bytes",
             "Bytes of answers that wait for their clients to take them",

@@ -12,9 +12,8 @@ may be several servers'. Each tenant is counted by its name: nobody feels anothe
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
@@ -33,7 +32,6 @@ from server.tenants.tenant import Tenant, TenantLimits
 Unit = Literal["requests", "tokens"]
 SOON_S = 1.0  # when a running request may end: nobody knows
 
-log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -57,12 +55,20 @@ class Running:
 class Limiter:
     """Decides for each request. Event loop only.
 
-    fail_open  admit requests that the store cannot be asked about
+    fail_open       admit requests that the store cannot be asked about
+    on_unreachable  told of each time that it could not
     """
 
-    def __init__(self, store: LimitStore, *, fail_open: bool = False) -> None:
+    def __init__(
+        self,
+        store: LimitStore,
+        *,
+        fail_open: bool = False,
+        on_unreachable: Callable[[], None] = lambda: None,
+    ) -> None:
         self.store = store
         self._fail_open = fail_open
+        self._on_unreachable = on_unreachable
         self._running: dict[str, Running] = {}
 
     def begin(self, tenant: Tenant) -> Running:
@@ -87,6 +93,7 @@ class Limiter:
         try:
             return await question
         except StoreUnreachable as error:
+            self._on_unreachable()
             if self._fail_open:
                 return None
             raise LimitsUnreachable(
@@ -104,6 +111,7 @@ class Visit:
     def __init__(self, limiter: Limiter, tenant: Tenant) -> None:
         self._limiter = limiter
         self._tenant = tenant
+        self._running = Running()  # until it enters
         self._n_reserved = 0
         self.rates: dict[Unit, Rate] = {}
 
@@ -218,12 +226,17 @@ class Visit:
         )
 
 
-def limiter_of(settings: Settings, ledger: UsedTokens | None = None) -> Limiter:
+def limiter_of(
+    settings: Settings,
+    ledger: UsedTokens | None = None,
+    on_unreachable: Callable[[], None] = lambda: None,
+) -> Limiter:
     """Return what decides by the settings' store. Raises ConfigError.
 
     ledger  what goes on with days and months after a start, unless the store is shared
     """
-    return Limiter(_store_of(settings, ledger), fail_open=settings.limits_fail_open)
+    store = _store_of(settings, ledger)
+    return Limiter(store, fail_open=settings.limits_fail_open, on_unreachable=on_unreachable)
 
 
 def _store_of(settings: Settings, ledger: UsedTokens | None) -> LimitStore:

@@ -292,6 +292,9 @@ async def test_store_that_is_away_refuses_or_admits_as_set(
     answer = await served.post(COMPLETIONS, prompt="Hi", max_tokens=2)
     assert time.monotonic() - began < 5
     assert answer.status_code == status
+    metrics = served.app.state.api.metrics.render().decode()
+    assert "impart_limits_unreachable_total 0.0" not in metrics
+    assert "impart_limits_unreachable_total " in metrics
     assert not any("ratelimit" in name for name in answer.headers)
     assert (await served.post(COMPLETIONS, OTHER, prompt="Hi")).status_code == 200  # has no limits
     if not fail_open:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -206,9 +207,11 @@ async def test_store_that_cannot_be_asked_refuses_or_lets_in_as_the_setting_says
     assert closed._running == {}
     (await entered(closed, tenant("free", max_concurrent_requests=1), 10)).leave()
 
-    opened = Limiter(BrokenStore(), fail_open=True)
+    n_told = Counter[str]()
+    opened = Limiter(BrokenStore(), fail_open=True, on_unreachable=lambda: n_told.update(["times"]))
     visit = await entered(opened, acme, 10)
     assert visit.rates == {}
+    assert n_told == {"times": 1}
     visit.leave(5)
     assert opened._running == {}
 
