@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,8 @@ def open_database(state_dir: Path | None, ledger_url: str | None, *, create: boo
     url = _sqlite_url(state_dir, create=create) if ledger_url is None else _parsed(ledger_url)
     engine = _engine(url)
     try:
-        with engine.connect() as connection:
-            if create:
-                connection = connection.execution_options(**{BEGIN_OPTION: "BEGIN IMMEDIATE"})
-            with connection.begin():
-                _bring_up(connection, create=create)
+        with writing(engine) if create else engine.begin() as connection:
+            _bring_up(connection, create=create)
     except (SQLAlchemyError, OSError) as error:
         engine.dispose()
         raise ConfigError(
@@ -54,6 +53,17 @@ def open_database(state_dir: Path | None, ledger_url: str | None, *, create: boo
         engine.dispose()
         raise
     return engine
+
+
+@contextmanager
+def writing(engine: Engine) -> Iterator[Connection]:
+    """A transaction that writes after it has read. SQLite must know that before: it would fail
+    where another process has written between.
+    """
+    with engine.connect() as connection:
+        immediate = connection.execution_options(**{BEGIN_OPTION: "BEGIN IMMEDIATE"})
+        with immediate.begin():
+            yield immediate
 
 
 def database_name(url: URL) -> str:

@@ -6,17 +6,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from sqlalchemy import Connection, Engine, and_, bindparam, exists, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
+from server.ledger.database import writing
 from server.ledger.records import AuditRow, RequestRow, utc_day
 from server.ledger.tables import NAME, audit, requests, usage_days
 
 SUMMED = ("n_requests", "prompt_tokens", "cached_tokens", "output_tokens")
 KEY = ("tenant", "day", "model", "key_id")
-MAX_KNOWN = 100_000  # of them; then all are looked up again
+MAX_KNOWN = 20_000  # rows of sums; then all are looked up again
 
 SumKey = tuple[str, str, str, str]  # the columns of `KEY`
 
@@ -53,24 +55,31 @@ class LedgerTables:
             raise
 
     def _make(self, keys: Iterable[SumKey]) -> None:
-        """Make rows of sums that are not there yet. In a transaction each, because another server
-        may make the same one, which must not fail the batch.
+        """Make rows of sums that are not there yet, before the batch: another server may make the
+        same at the same time, which must not fail it.
         """
         if len(self._known) > MAX_KNOWN:
             self._known.clear()
-        for key in keys:
-            if key in self._known:
-                continue
-            try:
-                with self._database.begin() as connection:
-                    if not connection.execute(_has_sums(key)).scalar_one():
-                        zeros = dict.fromkeys(SUMMED, 0)
-                        connection.execute(
-                            insert(usage_days), dict(zip(KEY, key, strict=True)) | zeros
-                        )
-            except IntegrityError:
-                pass  # it is there now
-            self._known.add(key)
+        new = [key for key in keys if key not in self._known]
+        if not new:
+            return
+        try:
+            self._make_at_once(new)
+        except IntegrityError:
+            for key in new:
+                with suppress(IntegrityError):  # it is there now
+                    self._make_at_once([key])
+        self._known.update(new)
+
+    def _make_at_once(self, keys: Iterable[SumKey]) -> None:
+        with writing(self._database) as connection:
+            zeros = [
+                dict(zip(KEY, key, strict=True)) | dict.fromkeys(SUMMED, 0)
+                for key in keys
+                if not connection.execute(_has_sums(key)).scalar_one()
+            ]
+            if zeros:
+                connection.execute(insert(usage_days), zeros)
 
 
 def _has_sums(key: SumKey) -> Any:

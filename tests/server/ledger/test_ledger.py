@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from sqlalchemy import Engine, event
+from sqlalchemy import Engine, event, literal, select
 
 from server.errors import QueueFull, Unavailable
+from server.ledger import writes
 from server.ledger.database import open_database
 from server.ledger.ledger import MAX_READS, Ledger
 from server.ledger.records import DAY_S, AuditRow, Group, RequestRow, UsageQuery, UsageRow, utc_day
@@ -160,6 +161,18 @@ def share(opened: Callable[[], Engine]) -> None:
         assert [(row.model, row.n_requests) for row in found] == [(n, 30) for n in sorted(names)]
         (total,) = one.usage(UsageQuery(NOON, NOON + 1))
         assert total.n_requests == 600
+
+
+def test_sums_that_another_server_makes_at_the_same_time_are_added_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with written(tmp_path, [request_row(), request_row(model="b")]):
+        pass
+    monkeypatch.setattr(writes, "_has_sums", lambda key: select(literal(0)))  # it looked before
+    rows = [request_row(model=model) for model in ("b", "intent", "new")]
+    with written(tmp_path, rows) as ledger:
+        found = ledger.usage(UsageQuery(0, math.inf, ("model",)))
+    assert [(row.model, row.n_requests) for row in found] == [("b", 2), ("intent", 2), ("new", 1)]
 
 
 def test_pages_of_usage_follow_each_other_without_gap_or_overlap(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import pytest
 
 from server.ledger.database import open_database
 from server.ledger.ledger import Ledger
@@ -140,6 +141,7 @@ def test_sigkill_leaves_a_whole_ledger_with_all_that_was_written(tmp_path: Path)
         assert connection.exec_driver_sql("PRAGMA integrity_check").scalar_one() == "ok"
 
 
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux limits other processes")
 def test_full_disk_never_stops_serving_is_counted_and_loses_nothing(tmp_path: Path) -> None:
     """The kernel lets the process write no byte to any file for a while."""
     with server(tmp_path) as one:
