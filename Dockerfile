@@ -25,7 +25,7 @@ RUN pip install "${TORCH}" ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"}
 COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY compressor compressor
 COPY server server
-RUN pip install -c constraints.txt .
+RUN pip install -c constraints.txt ".[otel,postgres,redis]"
 
 FROM python:${PYTHON}-slim AS run
 # libgomp1: torch's CPU threads.
