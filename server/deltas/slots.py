@@ -15,6 +15,7 @@ Used by the engine thread only.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -57,6 +58,9 @@ class SlotTable:
         self.pinned: Mapping[str, Collection[str]] = {}  # key -> tenants; see `pin`
         self._by_key: dict[str, Slot] = {}
         self._clock = itertools.count(1)
+        # Asked for each request that waits, in each step: kept, not summed up.
+        self._held_bytes: Counter[str] = Counter()  # by tenant
+        self._unused: dict[str, list[Slot]] = {}  # by tenant, until something changes
 
     @property
     def used_bytes(self) -> int:
@@ -74,6 +78,7 @@ class SlotTable:
         pinned  with the tenants that each is pinned for
         """
         self.pinned = pinned
+        self._unused.clear()
         for slot in self._by_key.values():
             self._count_pinned(slot)
 
@@ -88,9 +93,11 @@ class SlotTable:
         slot.refs += 1
         slot.last_used = next(self._clock)
         if holder is not None:
-            use = slot.uses.setdefault(holder.tenant, SlotUse())
+            self._count(slot, holder.tenant)
+            use = slot.uses[holder.tenant]
             use.refs += 1
             use.last_used = slot.last_used
+            self._unused.pop(holder.tenant, None)
         return slot
 
     def release(self, slot: Slot, tenant: str | None = None) -> None:
@@ -100,12 +107,13 @@ class SlotTable:
         if tenant is not None:
             assert slot.uses[tenant].refs > 0, "slot released more often than acquired"
             slot.uses[tenant].refs -= 1
+            self._unused.pop(tenant, None)
 
     # -- room under the budget of all ------------------------------------------------------------
 
     def fits(self, key: str, n_bytes: int) -> bool:
         """Whether there can be room, beside what is pinned."""
-        pinned = [slot for slot in self._by_key.values() if self._stays(slot) and slot.key != key]
+        pinned = [slot for slot in self._resident_pinned() if slot.key != key]
         room = self.budget_bytes - sum(slot.n_bytes for slot in pinned)
         return len(pinned) < self.n_slots and n_bytes <= room
 
@@ -129,6 +137,8 @@ class SlotTable:
     def evict(self, slot: Slot) -> None:
         assert slot.refs == 0, "a slot in use must not be evicted"
         del self._by_key[slot.key]
+        for tenant in list(slot.uses):
+            self._uncount(slot, tenant)
 
     def assign(self, key: str, n_bytes: int, tenant: str | None = None) -> Slot:
         """Give `key` the lowest free slot, for a tenant. Call `victims_for` and `evict` first."""
@@ -138,14 +148,14 @@ class SlotTable:
         self._by_key[key] = slot
         self._count_pinned(slot)
         if tenant is not None:
-            slot.uses.setdefault(tenant, SlotUse(last_used=slot.last_used))
+            self._count(slot, tenant)
         return slot
 
     # -- room under a tenant's own bound ---------------------------------------------------------
 
     def held_bytes(self, tenant: str) -> int:
         """Bytes of all variants that count for a tenant."""
-        return sum(slot.n_bytes for slot in self._used_by(tenant))
+        return self._held_bytes[tenant]
 
     def may_ever_hold(self, holder: Holder, key: str, n_bytes: int) -> bool:
         """Whether a tenant may hold so many bytes more, beside what is pinned for it."""
@@ -155,7 +165,7 @@ class SlotTable:
 
     def pinned_bytes(self, tenant: str, beside: str = "") -> int:
         """Bytes of the resident variants that are pinned for a tenant, `beside` not counted."""
-        pinned = (s for s in self._used_by(tenant) if self._is_pinned(s, tenant))
+        pinned = (slot for slot in self._resident_pinned() if tenant in self.pinned[slot.key])
         return sum(slot.n_bytes for slot in pinned if slot.key != beside)
 
     def own_victims(self, holder: Holder, key: str, n_bytes: int) -> list[Slot] | None:
@@ -175,10 +185,9 @@ class SlotTable:
 
     def _least_recent(self, tenant: str, n_bytes: int) -> list[Slot]:
         """Slots of so many bytes that a tenant may give up, or all of those."""
-        idle = sorted(
-            (s for s in self._used_by(tenant) if self._may_give_up(s, tenant)),
-            key=lambda s: s.uses[tenant].last_used,
-        )
+        if n_bytes <= 0:
+            return []
+        idle = [slot for slot in self._unused_by(tenant) if slot.ready]
         before = itertools.accumulate((s.n_bytes for s in idle), initial=0)
         return [slot for slot, n_given in zip(idle, before, strict=False) if n_given < n_bytes]
 
@@ -187,21 +196,42 @@ class SlotTable:
         used it.
         """
         assert slot.uses[tenant].refs == 0, "a tenant must not give up what it uses"
-        del slot.uses[tenant]
+        self._uncount(slot, tenant)
         return not slot.uses and slot.refs == 0
 
-    def _used_by(self, tenant: str) -> Iterator[Slot]:
-        return (slot for slot in self._by_key.values() if tenant in slot.uses)
+    def _unused_by(self, tenant: str) -> list[Slot]:
+        """What counts for a tenant and none of its requests holds, nor is pinned for it; the least
+        recently used first.
+        """
+        if tenant not in self._unused:
+            found = [slot for slot in self._by_key.values() if self._is_unused(slot, tenant)]
+            found.sort(key=lambda slot: slot.uses[tenant].last_used)
+            self._unused[tenant] = found
+        return self._unused[tenant]
 
-    def _may_give_up(self, slot: Slot, tenant: str) -> bool:
-        return slot.ready and slot.uses[tenant].refs == 0 and not self._is_pinned(slot, tenant)
-
-    def _is_pinned(self, slot: Slot, tenant: str) -> bool:
-        return tenant in self.pinned.get(slot.key, ())
+    def _is_unused(self, slot: Slot, tenant: str) -> bool:
+        use = slot.uses.get(tenant)
+        return use is not None and use.refs == 0 and tenant not in self.pinned.get(slot.key, ())
 
     def _stays(self, slot: Slot) -> bool:
         return slot.key in self.pinned
 
+    def _resident_pinned(self) -> Iterator[Slot]:
+        return (self._by_key[key] for key in self.pinned if key in self._by_key)
+
     def _count_pinned(self, slot: Slot) -> None:
         for tenant in self.pinned.get(slot.key, ()):
-            slot.uses.setdefault(tenant, SlotUse(last_used=slot.last_used))
+            self._count(slot, tenant)
+
+    def _count(self, slot: Slot, tenant: str) -> None:
+        if tenant not in slot.uses:
+            slot.uses[tenant] = SlotUse(last_used=slot.last_used)
+            self._held_bytes[tenant] += slot.n_bytes
+            self._unused.pop(tenant, None)
+
+    def _uncount(self, slot: Slot, tenant: str) -> None:
+        del slot.uses[tenant]
+        self._unused.pop(tenant, None)
+        self._held_bytes[tenant] -= slot.n_bytes
+        if self._held_bytes[tenant] == 0:
+            del self._held_bytes[tenant]

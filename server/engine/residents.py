@@ -115,6 +115,8 @@ class Residents:
 
     def _refusal(self, request: Request, holder: Holder) -> ServeError | None:
         """Why a variant of known size can never be resident beside what is pinned, if so."""
+        if holder.max_bytes is None and not self._slots.pinned:
+            return None
         key, name = request.variant.key, request.variant.name
         n_bytes = self._loader.claims.size_of(key)
         if n_bytes is None:

@@ -112,6 +112,8 @@ class World:
         table, before = self.table, {slot: set(slot.uses) for slot in self.table.residents()}
         victims = table.own_victims(holder, key, n_bytes)
         if victims is None:
+            over = table.held_bytes(holder.tenant) + n_bytes - (holder.max_bytes or 0)
+            assert sum(slot.n_bytes for slot in self.unused_by(holder)) < over
             return
         assert all(holder.tenant in before[slot] for slot in victims), "it belongs to others"
         self.give_up(victims, holder)
@@ -134,6 +136,12 @@ class World:
                 assert users == {holder.tenant}, "others have used it"
                 self.evict(slot)
 
+    def unused_by(self, holder: Holder) -> list[Slot]:
+        in_use = [slot for slot, held_by in self.held if held_by is holder]
+        own = [slot for slot in self.table.residents() if holder.tenant in slot.uses]
+        pinned = self.table.pinned
+        return [s for s in own if s not in in_use and holder.tenant not in pinned.get(s.key, ())]
+
     def trim(self) -> None:
         """What follows when something is pinned or given back."""
         for holder in HOLDERS:
@@ -149,6 +157,7 @@ class World:
             assert table.get(slot.key) is slot
         for holder in HOLDERS:
             used = sum(s.n_bytes for s in table.residents() if holder.tenant in s.uses)
+            assert table.held_bytes(holder.tenant) == used
             pinned = table.pinned_bytes(holder.tenant)
             in_use = {slot for slot, held_by in self.held if held_by is holder}
             # What is pinned or in use while it is pinned may be more than the bound; nothing else.
