@@ -10,7 +10,7 @@ while one is being replaced. So may each tenant, once there are several.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator
+from itertools import chain
 from typing import Generic, Protocol, TypeVar
 
 
@@ -43,7 +43,7 @@ class ShareQueue(Generic[T]):
         self._running_of: Counter[str] = Counter()  # by tenant
 
     def __len__(self) -> int:
-        return sum(1 for _ in self._waiting())
+        return sum(len(tasks) for turns in self._turns.values() for tasks in turns.values())
 
     def put(self, task: T) -> bool:
         """Queue a task; False if too many wait."""
@@ -81,14 +81,9 @@ class ShareQueue(Generic[T]):
 
     def clear(self) -> list[T]:
         """Forget all that wait, and return them."""
-        tasks = list(self._waiting())
+        waiting = [tasks for turns in self._turns.values() for tasks in turns.values()]
         self._turns.clear()
-        return tasks
-
-    def _waiting(self) -> Iterator[T]:
-        return (
-            task for turns in self._turns.values() for tasks in turns.values() for task in tasks
-        )
+        return list(chain.from_iterable(waiting))
 
     def _add(self, task: T) -> None:
         if task.tenant:
