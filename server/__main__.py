@@ -100,7 +100,7 @@ def _serve(
     disable_created_metrics()  # type: ignore[no-untyped-call]
     metrics = Metrics()
     engine = LLMEngine.from_settings(settings, metrics)
-    metrics.watch(engine, settings.max_variants_per_step)
+    metrics.watch(engine, settings.max_resident_variants)
     if ledger is not None:
         metrics.watch_ledger(ledger)
     # The engine takes the Variant its own `open` returned; the protocol says any VariantHandle.

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
 from server.api.access import no_such_model, visible_models
+from server.api.context import api_of, tenant
 from server.engine.types import ModelInfo
 
 router = APIRouter()
@@ -29,10 +30,10 @@ def _listing(request: Request) -> JSONResponse:
 @router.get("/v1/models/{name:path}")
 async def get_model(request: Request, name: str) -> JSONResponse:
     """Describe one model."""
-    for info in visible_models(request):
-        if info.is_named(name):
-            return JSONResponse(model_entry(info))
-    raise no_such_model(name)
+    info = api_of(request).engine.model(name)
+    if info is None or not tenant(request).may_use(info.name):
+        raise no_such_model(name)
+    return JSONResponse(model_entry(info))
 
 
 def model_entry(info: ModelInfo) -> dict[str, Any]:

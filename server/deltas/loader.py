@@ -98,6 +98,10 @@ class DeltaLoader:
         self.errors: dict[str, str] = {}  # by key, until it loads after all; safe to show
         self._tried: set[str] = set()  # keys whose terms were found right, see `VariantTrial`
 
+    def loading(self) -> list[str]:
+        """Keys that are on their way. Any thread."""
+        return list(self._loading)
+
     def is_loading(self, key: str) -> bool:
         return key in self._loading
 

@@ -52,6 +52,19 @@ class RegisteredDelta:
         return None if self.failure is None else self.failure.reason
 
 
+class _Names:
+    """One whole map, and what is looked for in it."""
+
+    def __init__(self, by_name: dict[str, RegisteredDelta]) -> None:
+        self.by_name = by_name
+        self.in_order = sorted(by_name.values(), key=lambda delta: delta.name)
+        self.failed = [delta for delta in self.in_order if delta.failure is not None]
+        self.by_digest: dict[str, list[RegisteredDelta]] = {}
+        for delta in self.in_order:
+            if delta.failure is None:
+                self.by_digest.setdefault(delta.digest, []).append(delta)
+
+
 class DeltaRegistry:
     """Name -> artifact. Readers see one whole map or the next.
 
@@ -69,19 +82,22 @@ class DeltaRegistry:
         self._base_identity = base_identity
         self._reserved = reserved
         self._check = check
-        self._by_name: dict[str, RegisteredDelta] = {}
+        self._names = _Names({})
         self._lock = threading.Lock()  # of whoever replaces the map
 
     def get(self, name: str) -> RegisteredDelta | None:
-        return self._by_name.get(name)
+        return self._names.by_name.get(name)
 
     def with_digest(self, digest: str | None) -> list[RegisteredDelta]:
         """Servable artifacts that claim to have these bytes, under whatever names they have now."""
-        servable = (d for d in self._by_name.values() if d.failure is None)
-        return [d for d in servable if d.digest == digest]
+        return self._names.by_digest.get(digest or "", [])
+
+    def failed(self) -> list[RegisteredDelta]:
+        """Those that cannot be served, by name."""
+        return self._names.failed
 
     def all(self) -> list[RegisteredDelta]:
-        return sorted(self._by_name.values(), key=lambda d: d.name)
+        return self._names.in_order
 
     def rescan(self) -> None:
         """Read the directory again. A bad artifact is listed with its error, never hidden.
@@ -92,7 +108,7 @@ class DeltaRegistry:
             return
         with self._lock:
             found = {shown(path.name): self._read(path) for path in _folders(self._root)}
-            self._by_name = found
+            self._names = _Names(found)
         log_found(self._root, found.values())
 
     def refresh(self, failed: RegisteredDelta) -> RegisteredDelta:
@@ -100,15 +116,15 @@ class DeltaRegistry:
         if failed.seen is not None and fingerprint_of(failed.path) == failed.seen:
             return failed
         with self._lock:
-            now = self._by_name.get(failed.name)
+            now = self.get(failed.name)
             if now is not failed:  # somebody else was here
                 return now or failed
             fresh = self._read(failed.path)
-            self._by_name = self._by_name | {failed.name: fresh}
+            self._names = _Names(self._names.by_name | {failed.name: fresh})
         return fresh
 
     def _read(self, path: Path) -> RegisteredDelta:
-        old = self._by_name.get(shown(path.name))
+        old = self.get(shown(path.name))
         seen = fingerprint_of(path)
         digest = ""
         try:

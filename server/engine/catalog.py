@@ -85,6 +85,10 @@ class VariantCatalog:
     def key_of(self, delta: RegisteredDelta) -> str:
         return f"{delta.digest}:{self.mode_of(delta.name)}"
 
+    def digest_of(self, key: str) -> str:
+        """The digest in a key that `key_of` made."""
+        return key.partition(":")[0]
+
     def open_error(self, delta: RegisteredDelta) -> str | None:
         """Why it could not be opened when it was last asked for; safe to show."""
         digest, reason = self._errors.get(delta.name, ("", ""))
@@ -163,9 +167,12 @@ class VariantCatalog:
         """Of all variants that the directory has."""
         return {self.key_of(delta) for delta in self.registry.all() if delta.failure is None}
 
+    def find(self, model: str) -> RegisteredDelta | None:
+        """What a request's `model` means; None for the base, and where no delta has that name."""
+        return self.registry.get(model.removeprefix(f"{self.base_name}:"))
+
     def _registered(self, model: str) -> RegisteredDelta:
-        prefix = f"{self.base_name}:"
-        delta = self.registry.get(model.removeprefix(prefix))
+        delta = self.find(model)
         if delta is None:
             raise ModelNotFound(f"The model `{model[:200]}` does not exist.", param="model")
         return delta

@@ -164,6 +164,7 @@ class EngineCore:
         return CoreStats(
             n_running=len(self.scheduler.running),
             n_waiting=len(self.scheduler.waiting),
+            kv_block_tokens=kv_blocks.block_tokens,
             n_kv_blocks=kv_blocks.n_kv_blocks,
             n_free_kv_blocks=kv_blocks.n_free,
             n_preemptions=self.scheduler.n_preemptions,

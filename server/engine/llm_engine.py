@@ -10,8 +10,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Self
 
 from server.deltas.background import background_pool
-from server.deltas.registry import RegisteredDelta
-from server.deltas.slots import Slot
 from server.engine.build import (
     ChooseSteps,
     EngineParts,
@@ -21,6 +19,7 @@ from server.engine.build import (
 )
 from server.engine.lifecycle import Events
 from server.engine.limits import check_request
+from server.engine.listing import ModelListing
 from server.engine.observer import CoreStats, Observer
 from server.engine.output import RequestOutput, TextOutput
 from server.engine.pauses import PauseWatch
@@ -35,7 +34,6 @@ from server.engine.types import (
     SamplingParams,
     TenantUse,
     TextWorkerStats,
-    VariantState,
 )
 from server.engine.variant import Variant
 from server.settings import Settings
@@ -68,6 +66,7 @@ class LLMEngine:
         self._swap = parts.swap
         self._publisher = publisher
         self._text = parts.text
+        self._listing = ModelListing(parts.core, parts.catalog, parts.text, self.max_model_len)
         # Their own, of low priority: who opens a variant must not keep others from tokenising. They
         # may wait long for a text worker that loads a tokenizer, which costs nothing.
         self._openers = background_pool(4, "opener")
@@ -122,47 +121,13 @@ class LLMEngine:
     # -- names -----------------------------------------------------------------------------------
 
     def models(self) -> Sequence[ModelInfo]:
-        stats = self.core.stats()
-        resident = {key: slot for key, slot in stats.resident.items() if slot.ready}
-        infos = [
-            ModelInfo(
-                self.base_name, None, None, "ready", self._catalog.created_s, self.max_model_len
-            )
-        ]
-        for delta in self._catalog.registry.all():
-            key = self._catalog.key_of(delta)
-            reconstructed_bytes = stats.reconstructed_bytes.get(key, 0)
-            infos.append(self._info(delta, key, resident.get(key), reconstructed_bytes))
-        return infos
+        return self._listing.all()
 
-    def _info(
-        self, delta: RegisteredDelta, key: str, slot: Slot | None, reconstructed_bytes: int
-    ) -> ModelInfo:
-        error = delta.error or self._catalog.open_error(delta) or self.core.loader.errors.get(key)
-        quarantine = self._text.quarantine.reason(delta.digest)
-        return ModelInfo(
-            name=delta.name,
-            parent=self.base_name,
-            digest=delta.digest or None,
-            state="quarantined" if quarantine else self._state(key, slot, error),
-            created_s=delta.created_s,
-            max_model_len=self.max_model_len,
-            n_bytes=delta.n_bytes,
-            resident_bytes=0 if slot is None else slot.n_bytes,
-            reconstructed_bytes=reconstructed_bytes,
-            mode=self._catalog.mode_of(delta.name),
-            codec=delta.codec,
-            error=quarantine or error,
-            fidelity=dict(delta.fidelity),
-            pinned=key in self.core.slots.pinned,
-        )
+    def model(self, name: str) -> ModelInfo | None:
+        return self._listing.named(name)
 
-    def _state(self, key: str, slot: Slot | None, error: str | None) -> VariantState:
-        if slot is not None:
-            return "ready"
-        if self.core.loader.is_loading(key):
-            return "loading"
-        return "failed" if error else "registered"
+    def models_at_work(self) -> Sequence[ModelInfo]:
+        return self._listing.at_work()
 
     async def open(self, model: str) -> Variant:
         """See EngineClient. An artifact's configuration and text files are read on a thread of

@@ -163,6 +163,7 @@ class EngineStats:
 
     n_running: int
     n_waiting: int
+    kv_block_tokens: int
     n_kv_blocks: int
     n_free_kv_blocks: int
     n_preemptions: int
@@ -249,6 +250,10 @@ class EngineClient(Protocol):
     max_model_len: int
 
     def models(self) -> Sequence[ModelInfo]: ...
+
+    def model(self, name: str) -> ModelInfo | None:
+        """What a request's `model` means, as listed; None: no model has that name."""
+        ...
 
     def check_open(self, principal: Principal = ANYBODY) -> None:
         """Refuse what no request of this tenant can change. Raises QueueFull, Draining, EngineDead.

@@ -23,7 +23,7 @@ class StatsProvider(Protocol):
     base_name: str
 
     def stats(self) -> EngineStats: ...
-    def models(self) -> Sequence[ModelInfo]: ...
+    def models_at_work(self) -> Sequence[ModelInfo]: ...
     def text_workers(self) -> TextWorkerStats: ...
     def tenant_use(self) -> Mapping[str, TenantUse]: ...
 
@@ -57,22 +57,22 @@ class EngineCollector(Collector):
     def __init__(
         self,
         provider: StatsProvider,
-        max_variants: int,
+        max_resident: int,
         in_flight: Callable[[], Mapping[str, SequenceCounts]],
     ) -> None:
         self._provider = provider
-        self._max_variants = max_variants
+        self._max_resident = max_resident
         self._in_flight = in_flight
 
     def describe(self) -> list[Metric]:
         return []  # so that registering does not read the engine
 
     def collect(self) -> Iterator[Metric]:
-        models = self._provider.models()
+        variants = self._provider.models_at_work()
         yield from self._load()
         yield from self._text_workers()
-        yield from self._in_use()
-        yield from self._variants([info for info in models if info.parent is not None])
+        yield from self._in_use([info.name for info in variants if info.resident_bytes])
+        yield from self._variants(variants)
 
     def _load(self) -> Iterator[Metric]:
         stats = self._provider.stats()
@@ -87,8 +87,17 @@ class EngineCollector(Collector):
             yield self._gauge(name, text, value)
         yield self._count("vllm:num_preemptions", "Preemptions", stats.n_preemptions)
         queried, hit = stats.n_prefix_queried, stats.n_prefix_hit
-        yield self._count("vllm:prefix_cache_queries", "Prompt tokens looked up", queried)
-        yield self._count("vllm:prefix_cache_hits", "Prompt tokens found", hit)
+        for name in ("vllm:prefix_cache_queries", "vllm:gpu_prefix_cache_queries"):
+            yield self._count(name, "Prompt tokens looked up", queried)
+        for name in ("vllm:prefix_cache_hits", "vllm:gpu_prefix_cache_hits"):  # gpu: the older name
+            yield self._count(name, "Prompt tokens found", hit)
+        geometry = GaugeMetricFamily(
+            "vllm:cache_config_info",
+            "1; the KV cache's geometry is in the labels",
+            labels=["block_size", "num_gpu_blocks", "engine"],
+        )
+        geometry.add_metric([str(stats.kv_block_tokens), str(stats.n_kv_blocks), ENGINE], 1)
+        yield geometry
         yield self._gauge("impart_base_weight_bytes", "Base weights in memory", stats.base_bytes)
         steps = Metric("impart_decode_steps", "Steps that only decoded, by how they ran", "counter")
         ways = (("graph", stats.n_static_steps), ("eager", stats.n_eager_decode_steps))
@@ -118,18 +127,20 @@ class EngineCollector(Collector):
             kills.add_sample("impart_text_worker_kills_total", {"reason": reason}, count)
         yield kills
 
-    def _in_use(self) -> Iterator[Metric]:
-        """Which variants are at work: vLLM's series that gateways route by, and the counts."""
-        base = self._provider.base_name
+    def _in_use(self, resident: Sequence[str]) -> Iterator[Metric]:
+        """What gateways route by, with the meaning that their protocol gives to vLLM's series:
+        who is in device memory, who is asked for and is not; and the counts.
+        """
         counts = self._in_flight()
-        running = sorted(name for name, c in counts.items() if c.running and name != base)
-        waiting = sorted(name for name, c in counts.items() if c.waiting and name != base)
+        elsewhere = {self._provider.base_name, *resident}
+        waiting = sorted(name for name, c in counts.items() if c.waiting and name not in elsewhere)
         info = GaugeMetricFamily(
             "vllm:lora_requests_info",
-            "Variants in use; the value is the time of this scrape",
+            "Variants in device memory, and those asked for that are not; the value is the time of "
+            "this scrape",
             labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
         )
-        labels = [str(self._max_variants), ",".join(running), ",".join(waiting)]
+        labels = [str(self._max_resident), ",".join(sorted(resident)), ",".join(waiting)]
         info.add_metric(labels, time.time())
         yield info
         sequences = GaugeMetricFamily(
@@ -168,6 +179,8 @@ class EngineCollector(Collector):
         yield self._states(variants)
         n_resident = sum(1 for info in variants if info.resident_bytes)
         yield self._gauge("vllm:num_gpu_loaded_lora_adapters", "Resident variants", n_resident)
+        most = self._max_resident
+        yield self._gauge("vllm:max_gpu_lora_adapters", "Most variants that can be resident", most)
 
     def _states(self, variants: Sequence[ModelInfo]) -> Metric:
         """1 for the state a variant is in; none for variants that are merely registered, and for no

@@ -91,6 +91,12 @@ class Metrics:
             registry=self.registry,
         )
         by_name = ("model_name",)
+        self._adapter_load_seconds = Histogram(
+            "vllm:lora_adapter_load_seconds",
+            "From the first request for a variant to its deltas in device memory, of all variants",
+            buckets=LOAD_BUCKETS,
+            registry=self.registry,
+        )
         self._load_seconds = Histogram(
             "impart_variant_load_seconds",
             "From the first request for a variant to its deltas in device memory",
@@ -150,6 +156,7 @@ class Metrics:
     def on_loaded(self, name: str, seconds: float) -> None:
         """A variant's deltas are in device memory."""
         self._load_seconds.labels(self._label(name)).observe(seconds)
+        self._adapter_load_seconds.observe(seconds)
 
     def on_load_failed(self, name: str) -> None:
         """A variant could not be loaded."""
@@ -172,9 +179,9 @@ class Metrics:
 
     # -- scraping ----------------------------------------------------------------------------------
 
-    def watch(self, provider: StatsProvider, max_variants: int) -> None:
-        """Read the gauges of `provider` at every scrape; max_variants is the most per step."""
-        self.registry.register(EngineCollector(provider, max_variants, self._in_flight))
+    def watch(self, provider: StatsProvider, max_resident: int) -> None:
+        """Read the gauges of `provider` at every scrape; max_resident is the number of slots."""
+        self.registry.register(EngineCollector(provider, max_resident, self._in_flight))
         self.tenants.watch(provider.tenant_use)
 
     def watch_ledger(self, ledger: WatchedLedger) -> None:

@@ -133,6 +133,7 @@ class FakeEngine:
         return EngineStats(
             n_running=self.n_active,
             n_waiting=0,
+            kv_block_tokens=16,
             n_kv_blocks=10,
             n_free_kv_blocks=10,
             n_preemptions=0,
@@ -163,6 +164,12 @@ class FakeEngine:
         self.pinned.append({p.tenant: list(names) for p, names in pinned.items()})
 
     # -- names
+
+    def model(self, name: str) -> ModelInfo | None:
+        return next((info for info in self.models() if info.is_named(name)), None)
+
+    def models_at_work(self) -> Sequence[ModelInfo]:
+        return [info for info in self.models() if info.parent is not None]
 
     def models(self) -> Sequence[ModelInfo]:
         infos = [ModelInfo(BASE, None, None, "ready", 1, self.max_model_len)]

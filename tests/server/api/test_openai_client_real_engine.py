@@ -35,7 +35,7 @@ def live(tiny_llama: Path, tiny_llama_ft: Path, tmp_path_factory) -> Iterator[Li
     )
     metrics = Metrics()
     engine = LLMEngine.from_settings(settings, metrics)
-    metrics.watch(engine, settings.max_variants_per_step)
+    metrics.watch(engine, settings.max_resident_variants)
     with serve(engine, settings, metrics=metrics) as url:
         yield Live(url, engine, "tiny", "tuned")
 

@@ -21,7 +21,6 @@ from server.engine.types import OutputChunk, SamplingParams
 from server.engine.variant import Variant
 from server.errors import (
     ConfigError,
-    DeltaBroken,
     Draining,
     EngineDead,
     GenerationFailed,
@@ -235,38 +234,6 @@ async def test_concurrent_first_requests_for_a_variant_open_and_read_it_once(
         prompt = await engine.encode(await engine.open("base"), PROMPT)
     assert read == [("open_artifact", "opener"), ("read_terms", "delta-reader")]
     assert answers == [pair.truth("impart", prompt)[:12]] * 6
-
-
-async def test_models_show_state_mode_bytes_and_failure(pair: Served, tmp_path: Path) -> None:
-    deltas = shutil.copytree(pair.deltas, tmp_path / "deltas")
-    bad = shutil.copytree(deltas / "impart", deltas / "bad")
-    with (bad / "delta_config.json").open("ab") as config:
-        config.write(b"\n")  # of a digest of its own: no other copy can stand in
-    seal(bad)
-    (bad / "delta.safetensors").write_bytes(b"cut short")
-    modes = {"impart": "reconstruct"}
-    async with running(replace(pair, deltas=deltas), mode_overrides=modes) as engine:
-        assert {i.name: i.state for i in engine.models()} == {
-            "base": "ready",
-            "bad": "registered",
-            "blockdiag": "registered",
-            "impart": "registered",
-        }
-        answers = [await ask(engine, name) for name in ("impart", "blockdiag")]
-        with pytest.raises(DeltaBroken, match="Corrupt"):
-            await ask(engine, "bad")
-        infos = {i.name: i for i in engine.models()}
-        assert [infos[n].state for n in ("base", "impart", "blockdiag", "bad")] == [
-            *["ready"] * 3,
-            "failed",
-        ]
-        assert [infos[n].mode for n in ("impart", "blockdiag")] == ["reconstruct", "apply"]
-        assert infos["impart"].resident_bytes > infos["blockdiag"].resident_bytes > 0
-        assert infos["bad"].error is not None
-        assert str(deltas) not in infos["bad"].error
-        prompt = await engine.encode(await engine.open("base"), PROMPT)
-        names = ("impart", "blockdiag")
-        assert answers == [pair.truth(name, prompt)[:12] for name in names]
 
 
 async def test_rescan_while_serving_shows_new_variants(pair: Served, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_metrics_give_series_to_a_bounded_number_of_names():
 def test_metrics_have_the_names_that_gateways_read():
     metrics, engine = Metrics(), FakeEngine()
     metrics.watch(engine, 8)
-    waiting, running = (metrics.sequence(name, "t", 5, 0.0) for name in ("alpha", "beta"))
+    waiting, running = (metrics.sequence(name, "t", 5, 0.0) for name in ("gamma", "beta"))
     running.tokens(1)
     text = metrics.render().decode()
 
@@ -42,11 +42,17 @@ def test_metrics_have_the_names_that_gateways_read():
         assert f'vllm:{name}{{engine="0",model_name="{BASE}"}}' in text or (
             f'vllm:{name}{{model_name="{BASE}",engine="0"}}' in text
         )
-    info = 'max_lora="8",running_lora_adapters="beta",waiting_lora_adapters="alpha"'
+    info = 'max_lora="8",running_lora_adapters="alpha,beta",waiting_lora_adapters="gamma"'
     assert f"vllm:lora_requests_info{{{info}}}" in text
+    geometry = 'block_size="16",engine="0",num_gpu_blocks="10"'
+    assert f"vllm:cache_config_info{{{geometry}}} 1.0" in text.replace(
+        'block_size="16",num_gpu_blocks="10",engine="0"', geometry
+    )
+    assert "vllm:max_gpu_lora_adapters" in text
+    assert "vllm:gpu_prefix_cache_hits_total" in text
     assert 'impart_kernel_state{state="compiled"} 1.0' in text
     assert 'impart_variant_resident_bytes{model_name="alpha"} 500.0' in text
     assert 'impart_variant_state{model_name="broken",state="failed"} 1.0' in text
     waiting.finish("abort")
     running.finish("stop")
-    assert 'running_lora_adapters="",waiting_lora_adapters=""' in metrics.render().decode()
+    assert 'adapters="alpha,beta",waiting_lora_adapters=""' in metrics.render().decode()

@@ -83,7 +83,7 @@ def running(base: Path, deltas: Path, tuned: Path, **changes: object) -> Iterato
     settings = Settings(**fields)
     metrics = Metrics()
     engine = LLMEngine.from_settings(settings, metrics)
-    metrics.watch(engine, settings.max_variants_per_step)
+    metrics.watch(engine, settings.max_resident_variants)
     with serve(engine, settings, metrics=metrics) as url:
         server = Server(url, engine, deltas, tuned)
         with server.http:
