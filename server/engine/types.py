@@ -11,7 +11,19 @@ from typing import Any, Literal, NamedTuple, Protocol, Self
 from server.tenants.principal import ANYBODY, NOBODY, Principal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-VariantState = Literal["registered", "loading", "ready", "failed", "quarantined"]
+# In the order of a variant's life: on disk, being made ready there, in host memory, on its way to
+# the device, in device memory; the last two may come at any time.
+VariantState = Literal[
+    "registered",
+    "fetching",
+    "verifying",
+    "host",
+    "loading",
+    "ready",
+    "failed",
+    "quarantined",
+]
+IN_USE: tuple[VariantState, ...] = ("fetching", "verifying", "host", "loading", "ready")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Protocol
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from server.engine.types import EngineStats, ModelInfo, TenantUse, TextWorkerStats
+from server.engine.types import IN_USE, EngineStats, ModelInfo, TenantUse, TextWorkerStats
 
 ENGINE = "0"  # vLLM labels its engines; we have one
 LABELS = ("model_name", "engine")
@@ -189,7 +189,7 @@ class EngineCollector(Collector):
         family = GaugeMetricFamily(
             "impart_variant_state", "State of each variant in use", labels=["model_name", "state"]
         )
-        in_use = [info for info in variants if info.state in ("ready", "loading")]
+        in_use = [info for info in variants if info.state in IN_USE]
         failed = [info for info in variants if info.state == "failed"]
         for info in (in_use + failed)[:MAX_STATES]:
             family.add_metric([info.name, info.state], 1)
