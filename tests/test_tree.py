@@ -44,6 +44,7 @@ ELSEWHERE = {
     "compressor.checkpoint.quantised.parts": "tests/compressor/checkpoint/quantised/test_index.py",
     "compressor.checkpoint.quantised.scaled": "tests/compressor/checkpoint/quantised/test_index.py",
     "compressor.cli": "tests/compressor/cli/test_app.py",
+    "compressor.cli.certify": "tests/compressor/cli/test_app.py",
     "compressor.cli.check": "tests/server/test_check.py",
     "compressor.cli.compress": "tests/compressor/cli/test_app.py",
     "compressor.cli.eval": "tests/compressor/measure/test_evaluation.py",

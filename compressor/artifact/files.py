@@ -19,6 +19,7 @@ from compressor.errors import Corrupt, NotADelta, TooLarge, Unreadable
 TENSORS = "delta.safetensors"
 CONFIG = "delta_config.json"
 CHECKSUMS = "SHA256SUMS"
+CERTIFICATE = "certificate.json"
 README = "README.md"
 GENERATION = "generation_config.json"
 TEMPLATE = "chat_template.jinja"
@@ -26,6 +27,7 @@ _MAX_BYTES = {
     TENSORS: 1 << 36,
     CONFIG: 64 << 20,
     CHECKSUMS: 1 << 16,
+    CERTIFICATE: 1 << 18,
     GENERATION: 1 << 20,
     TEMPLATE: 1 << 20,
 }
@@ -36,8 +38,10 @@ _LINE = re.compile(r"([0-9a-f]{64})  ([A-Za-z0-9][A-Za-z0-9._-]{0,127})")
 
 
 def is_auxiliary(name: str) -> bool:
-    """Whether a file of this name may travel in an artifact: data that transformers parses."""
-    return name in COMPANIONS
+    """Whether a file of this name may travel in an artifact beside tensors and configuration: data
+    that transformers parses, and the certificate.
+    """
+    return name in COMPANIONS or name == CERTIFICATE
 
 
 @contextmanager

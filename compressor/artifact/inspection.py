@@ -12,11 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from compressor.artifact.certificate import Certificate
 from compressor.artifact.config import DeltaConfig, TensorEntry
+from compressor.artifact.files import CERTIFICATE
 from compressor.artifact.identity import base_identity
 from compressor.artifact.reader import Artifact, read_artifact
 from compressor.artifact.wording import (
     ERROR_MEANS,
+    certified,
     choice,
     difference_from,
     ignored_settings,
@@ -37,6 +40,7 @@ class Inspection:
     config: DeltaConfig
     digest: str
     files: dict[str, int]
+    certificate: Certificate | None
 
     @property
     def n_bytes(self) -> int:
@@ -76,6 +80,7 @@ class Inspection:
             "relative_error": self.mean_error(),
             "ignored_config": config.finetuned_details.get("ignored_config", {}),
             "fidelity": config.fidelity,
+            "certificate": None if self.certificate is None else self.certificate.summary(),
         }
 
     def groups(self) -> dict[str, int]:
@@ -87,6 +92,8 @@ class Inspection:
         groups["configuration"] = files.pop("delta_config.json")
         card_and_sums = files.pop("README.md", 0) + files.pop("SHA256SUMS")
         groups["model card and checksums"] = card_and_sums
+        if CERTIFICATE in files:
+            groups["certificate"] = files.pop(CERTIFICATE)
         if files:
             groups["tokenizer and generation files"] = sum(files.values())
         return groups
@@ -107,7 +114,9 @@ def inspect_artifact(path: Path) -> Inspection:
     """Verify the whole artifact (checksums, shapes, values) and describe it."""
     artifact = read_artifact(path)
     files = {f.name: f.stat().st_size for f in path.iterdir() if not f.name.startswith(".")}
-    return Inspection(artifact.config, artifact.digest, dict(sorted(files.items())))
+    return Inspection(
+        artifact.config, artifact.digest, dict(sorted(files.items())), artifact.certificate
+    )
 
 
 def check(path: Path, base: str | Path | None) -> Artifact:
@@ -149,6 +158,7 @@ def print_inspection(
         ("ratio", f"{inspection.ratio:.2f}{asked}, {inspection.n_bytes:,} bytes in all"),
         ("tensors", f"{len(config.tensors)} stored, {len(config.unchanged)} as in the base"),
         *(("fidelity", line) for line in measured(config.fidelity) or ["not measured"]),
+        ("certificate", certified(inspection.certificate)),
         *_error(inspection),
         ("made by", f"{config.created_by}, seed {config.seed}"),
     ]

@@ -7,6 +7,7 @@ An artifact is a directory:
     delta_config.json    what they mean; see `DeltaConfig`
     tokenizer*, chat_template.jinja, generation_config.json, ...   where they differ from the base
     README.md            model card; the only file that is not covered by the digest
+    certificate.json     what the fine-tune says to a few prompts, if that was recorded
     SHA256SUMS           of all the others; its own sha256 is the artifact's digest, its identity
 
 Every file is read once into memory, compared with its checksum, and that buffer is parsed: what
@@ -25,9 +26,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from compressor.artifact.certificate import Certificate, parse_certificate
 from compressor.artifact.coded_file import decode_frames
 from compressor.artifact.config import BaseInfo, DeltaConfig, TensorEntry, TermEntry, parse_config
 from compressor.artifact.files import (
+    CERTIFICATE,
     CONFIG,
     TENSORS,
     check_files,
@@ -76,6 +79,7 @@ class OpenedArtifact:
     path: Path
     n_bytes: int
     aux: dict[str, bytes]
+    certificate: Certificate | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,7 @@ class Artifact:
     digest   sha256 of ``SHA256SUMS``
     n_bytes  of the whole directory on disk, model card included
     aux      the other files by name: tokenizer, chat template, generation config
+    certificate  what the fine-tune says to a few prompts, if the artifact has it
     """
 
     config: DeltaConfig
@@ -94,6 +99,7 @@ class Artifact:
     path: Path
     n_bytes: int
     aux: dict[str, bytes]
+    certificate: Certificate | None = None
 
 
 def read_digest(path: str | Path) -> str:
@@ -179,7 +185,10 @@ def _open(
     aux = {name: bytes(read_verified(directory, name, sums)) for name in names}
     for name in names:
         check_settings_file(name, aux[name])
-    return OpenedArtifact(config, digest, path, n_bytes, aux), sums
+    certificate = None
+    if CERTIFICATE in sums:
+        certificate = parse_certificate(bytes(read_verified(directory, CERTIFICATE, sums)))
+    return OpenedArtifact(config, digest, path, n_bytes, aux, certificate), sums
 
 
 def _read(path: Path, base_identity: str | None, n_threads: int, *, with_text: bool) -> Artifact:
@@ -189,7 +198,9 @@ def _read(path: Path, base_identity: str | None, n_threads: int, *, with_text: b
     config = opened.config
     stored = _uncoded(stored, config, n_threads)
     tensors = _decode(config, stored, n_threads)
-    return Artifact(config, tensors, opened.digest, path, opened.n_bytes, opened.aux)
+    return Artifact(
+        config, tensors, opened.digest, path, opened.n_bytes, opened.aux, opened.certificate
+    )
 
 
 def _uncoded(stored: TensorFile, config: DeltaConfig, n_threads: int) -> TensorFile:

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+from compressor.artifact.certificate import Certificate
 from compressor.artifact.config import BaseInfo, DeltaConfig
 
 AUTO = "auto"
@@ -79,6 +80,19 @@ def measured(fidelity: dict[str, Any]) -> list[str]:
         name: _measured(part, name) for name, part in fidelity.items() if isinstance(part, dict)
     }
     return [line for line in (first, *rest.values()) if line is not None]
+
+
+def certified(certificate: Certificate | None) -> str:
+    """What an artifact's certificate says, in a line."""
+    if certificate is None:
+        return "none (impart certify adds one)"
+    return (
+        f"{len(certificate.prompts)} prompts from {certificate.texts} texts, "
+        f"{certificate.n_tokens} tokens: KL {certificate.kl_per_token:.4g} nats per token, "
+        f"agreement {certificate.top1_agreement:.2%} "
+        f"(of the base {certificate.base_kl_per_token:.4g} and "
+        f"{certificate.base_top1_agreement:.2%})"
+    )
 
 
 def unknown(fidelity: dict[str, Any]) -> dict[str, Any]:

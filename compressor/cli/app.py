@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from compressor import __version__
+from compressor.cli.certify import certify
 from compressor.cli.check import check_served
 from compressor.cli.compress import compress
 from compressor.cli.eval import evaluate
@@ -71,3 +72,4 @@ app.command("report")(report)
 app.command("merge")(merge)
 app.command("export")(export)
 app.command("import")(import_adapter)
+app.command("certify")(certify)

@@ -105,6 +105,18 @@ def compress(
             metavar="ORIGINAL",
         ),
     ] = None,
+    certificate: Annotated[
+        bool,
+        typer.Option(
+            "--certificate/--no-certificate",
+            help="Record what the fine-tune says to a few prompts, so that a server can check what "
+            "it serves.",
+        ),
+    ] = True,
+    certificate_prompts: Annotated[
+        Path | None,
+        typer.Option(help="Your own prompts for the certificate; they are then in the artifact."),
+    ] = None,
     base_revision: BaseRevision = None,
     revision: Annotated[
         str | None, typer.Option(help="Branch, tag or commit, if FINETUNED is a Hub id.")
@@ -124,7 +136,7 @@ def compress(
 ) -> None:
     """Compress FINETUNED, a full fine-tune of BASE, into the delta artifact OUT."""
     models = [base, finetuned] if difference_from is None else [base, finetuned, difference_from]
-    look_at(*models, files=[calibration], out=out, overwrite=overwrite)
+    look_at(*models, files=[calibration, certificate_prompts], out=out, overwrite=overwrite)
     from compressor.checkpoint.folder import resolve
     from compressor.checkpoint.hub import with_revision
     from compressor.compress.options import Options
@@ -159,6 +171,8 @@ def compress(
         tune=tune,
         ignore_config=tuple(ignore_config or ()),
         difference_from=difference_from,
+        certificate=certificate,
+        certificate_prompts=certificate_prompts,
     )
     with progress_bar(quiet) as progress:
         base_dir = resolve(with_revision(base, base_revision, "--base-revision"))

@@ -47,6 +47,7 @@ def verify(
     """Check every byte of an artifact, and with --base that it fits that model."""
     look_at(*([base] if base else []), deltas=[delta])
     from compressor.artifact.inspection import check, describe_stored
+    from compressor.artifact.wording import certified
     from compressor.checkpoint.hub import with_revision
 
     if base is not None:
@@ -55,4 +56,5 @@ def verify(
     artifact = check(delta, base)
     fits = f", fits {base}" if base else ""
     typer.echo(f"{delta}: ok, {describe_stored(artifact)}{fits}")
+    typer.echo(f"certificate {certified(artifact.certificate)}")
     typer.echo(f"digest {artifact.digest}")

@@ -43,6 +43,8 @@ class Options:
                    difference is the fine-tune's from these, and is applied to the base
     ignore_config  settings of config.json that may differ though they change the computation
     entropy        coder of the tensors on disk: "zstd" or "none"
+    certificate    record what the fine-tune says to a few prompts, if it can be run here
+    certificate_prompts  texts of the user's to take those from, which are then in the artifact
     """
 
     codec: str = "blockdiag"
@@ -60,6 +62,8 @@ class Options:
     entropy: str = CODER
     ignore_config: tuple[str, ...] = ()
     difference_from: str | None = None
+    certificate: bool = False
+    certificate_prompts: Path | None = None
 
     def __post_init__(self) -> None:
         if self.entropy not in (CODER, NO_CODER):
@@ -74,6 +78,10 @@ class Options:
             raise InputError("this torch sees no GPU; leave --device out")
         if self.device == "cuda" and self.codec not in _ON_GPU:
             raise InputError(f"{self.codec} encodes on the CPU only; leave --device out")
+        if self.certificate_prompts is not None and not self.certificate:
+            raise InputError(
+                "--certificate-prompts is for a certificate; leave --no-certificate out"
+            )
         if not 0 <= self.seed < 1 << 63:
             raise InputError(f"the seed must be within [0, 2^63), got {self.seed}")
 

@@ -21,9 +21,10 @@ from compressor import __version__
 from compressor.artifact.assembly import TensorBytes
 from compressor.artifact.card import model_card, own_facts
 from compressor.artifact.config import CODER, Coding, DeltaConfig
+from compressor.artifact.files import CERTIFICATE
 from compressor.artifact.identity import identity_of
 from compressor.artifact.settings_files import companions_of
-from compressor.artifact.staging import StagedTensor
+from compressor.artifact.staging import StagedDeltas, StagedTensor
 from compressor.artifact.writer import ArtifactWriter
 from compressor.auto.goal import Chosen, Inputs
 from compressor.auto.search import choose
@@ -32,6 +33,7 @@ from compressor.checkpoint.files import Checkpoint
 from compressor.checkpoint.original import pair_with_original
 from compressor.checkpoint.outputs import check_output
 from compressor.checkpoint.pairing import Pairing, TensorPair, is_unchanged, pair_tensors, to_store
+from compressor.compress.certify import Draft, draft
 from compressor.compress.describe import (
     base_info,
     checkpoint_dtype,
@@ -67,7 +69,8 @@ def compress(
     options = options or Options()
     original = options.difference_from
     models = [base, tuned] if original is None else [base, tuned, original]
-    check_output(out, models, [options.calibration] if options.calibration else [])
+    files = [file for file in (options.calibration, options.certificate_prompts) if file]
+    check_output(out, models, files)
     progress = progress or silent
     codec = None if options.codec == AUTO else make_encoder(options.codec, **options.codec_options)
     if codec is None and options.codec_options:
@@ -94,6 +97,9 @@ def compress(
         ) as writer:
             pairs, unchanged = _compare(source, tuned_files, pairing, progress)
             unserved = warn_if_unservable(base_files, pairs)
+            drafted = _draft(base_files, tuned_files, pairs, options, progress)
+            if isinstance(drafted, Draft):
+                companions = {**companions, CERTIFICATE: drafted.room}
             run = _Run(
                 base=base_files,
                 original=source,
@@ -108,8 +114,12 @@ def compress(
             )
             made = _with_auto(run) if codec is None else _with_codec(run, codec)
             card = partial(_card, made.config)
-            digest = writer.finish(made.config, run.companions, card)
-    notes = (*warned, *unserved, *pairing.notes, *made.notes)
+            if isinstance(drafted, Draft):
+                with whole(progress, "certify"):
+                    companions[CERTIFICATE] = drafted.complete(made.deltas)
+            digest = writer.finish(made.config, companions, card)
+    uncertified = [drafted] if isinstance(drafted, str) else []
+    notes = (*warned, *unserved, *pairing.notes, *made.notes, *uncertified)
     return summarise(Path(out), digest, made.config, len(pairs), notes)
 
 
@@ -149,9 +159,10 @@ class _Run:
 
 @dataclass(frozen=True, slots=True)
 class _Made:
-    """Tensors are written; this says the rest."""
+    """Tensors are written; this says the rest, and what they are."""
 
     config: DeltaConfig
+    deltas: StagedDeltas
     notes: tuple[str, ...] = ()
 
 
@@ -181,7 +192,7 @@ def _with_codec(run: _Run, codec: Codec) -> _Made:
     check_size(made.config, options.goal.max_bytes, made.n_bytes)
     change = relative_change(run.original, run.tuned, run.pairs)
     error = mean_error([tensor.entry for tensor in made.staged])
-    return _Made(made.config, tuple(heavy_warnings(change, error)))
+    return _Made(made.config, StagedDeltas(made.staged), tuple(heavy_warnings(change, error)))
 
 
 def _with_auto(run: _Run) -> _Made:
@@ -212,7 +223,22 @@ def _with_auto(run: _Run) -> _Made:
     config = with_bytes(chosen.config, written)
     n_bytes = artifact_bytes(config, staged, written, run.companions)
     check_size(config, options.goal.max_bytes, n_bytes)
-    return _Made(config, chosen.notes)
+    return _Made(config, StagedDeltas(staged), chosen.notes)
+
+
+def _draft(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    pairs: Sequence[TensorPair],
+    options: Options,
+    progress: Progress,
+) -> Draft | str | None:
+    """The certificate's beginning, why there is none, or None where none is wanted."""
+    if not options.certificate:
+        return None
+    with whole(progress, "golden"):
+        found = draft(base, tuned, options.certificate_prompts, [pair.name for pair in pairs])
+    return f"no certificate: {found}" if isinstance(found, str) else found
 
 
 def _calibration(options: Options, codec: Codec | None) -> list[str]:
@@ -281,7 +307,15 @@ def _run_key(config: DeltaConfig, options: Options, tuned: Checkpoint) -> str:
     """Name the inputs and settings: a run with the same key may take over staged tensors."""
     files = sorted({tensor.file for tensor in tuned.tensors.values()})
     given = asdict(
-        replace(options, overwrite=False, resume=False, calibration=None, difference_from=None)
+        replace(
+            options,
+            overwrite=False,
+            resume=False,
+            calibration=None,
+            difference_from=None,
+            certificate=False,
+            certificate_prompts=None,
+        )
     )
     texts = options.calibration
     record = {

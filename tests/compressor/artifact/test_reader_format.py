@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from compressor.artifact.certificate import dump_certificate
 from compressor.artifact.config import dump_config
 from compressor.artifact.identity import base_identity
 from compressor.artifact.reader import read_artifact
@@ -23,6 +24,7 @@ from tests.compressor.artifact.every_codec import (
     every_term_in_columns,
     write_every_codec,
 )
+from tests.compressor.artifact.test_certificate import FOUND
 from tests.compressor.codec_oracles import random_matrix
 
 pytest.importorskip("zstandard")
@@ -157,3 +159,12 @@ def test_page_names_every_field_of_the_configuration_and_no_other(tmp_path: Path
 def test_page_lists_the_auxiliary_files_that_an_artifact_may_hold() -> None:
     section = PAGE.partition("## 1.")[2].partition("## 2.")[0]
     assert all(f"`{name}`" in section for name in COMPANIONS)
+
+
+def test_page_names_every_field_of_the_certificate_and_no_other() -> None:
+    section = PAGE.partition("## 10.")[2]
+    named = set(
+        re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)))
+    )
+    raw = json.loads(dump_certificate(FOUND))
+    assert named == raw.keys() | raw["prompts"][0].keys()

@@ -278,3 +278,22 @@ def test_compress_without_codec_is_auto(
     assert "auto chose" in stdout
     config = json.loads((tmp_path / "out" / "delta_config.json").read_text())
     assert config["options"]["auto"]["tried"]
+
+
+def test_certify_and_inspect_show_what_compress_has_recorded(
+    delta: Path, copy: Path, tiny_llama: Path, tiny_llama_ft: Path
+) -> None:
+    shown = impart("inspect", delta, "--json")[1]
+    recorded = json.loads(shown)["certificate"]
+    assert (recorded["n_prompts"], recorded["texts"]) == (8, "built-in")
+    assert json.loads(shown)["groups"]["certificate"] < 8192
+    line = f"8 prompts from built-in texts, {recorded['n_tokens']} tokens"
+    assert line in impart("inspect", delta)[1]
+    assert line in impart("verify", delta)[1]
+    old = read_artifact(copy).digest
+    prompts = copy.parent / "own.txt"
+    prompts.write_text("The quick brown fox jumps over the lazy dog\n")
+    code, stdout, _ = impart("certify", tiny_llama, tiny_llama_ft, copy, "--prompts", prompts)
+    assert code == 0
+    assert "1 prompts from own texts" in stdout
+    assert f"digest {read_artifact(copy).digest} (it was {old})" in stdout
