@@ -196,6 +196,13 @@ class Settings:
     max_resident_variants: Count = Field(
         default=64, gt=0, description="Slots for resident variants."
     )
+    verify_on_load: Annotated[Ratio | None, WhenUnset("none")] = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="Agreement with its certificate's tokens that a variant must reach before it "
+        "is first served; one below it, or without a certificate, is refused.",
+    )
     max_variants_per_step: Count = Field(
         default=32, gt=0, description="Distinct variants mixed in one engine step."
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from fastapi import Request
 
-from server.api.context import api_of, tenant
+from server.api.context import api_of, principal, tenant
 from server.engine.types import ModelInfo, VariantHandle
 from server.errors import Forbidden, ModelNotFound
 
@@ -22,7 +22,8 @@ async def open_variant(request: Request, model: str) -> VariantHandle:
     engine = api_of(request).engine
     name = model.removeprefix(f"{engine.base_name}:")
     try:
-        return await engine.open(model if tenant(request).may_use(name) else NO_NAME)
+        allowed = model if tenant(request).may_use(name) else NO_NAME
+        return await engine.open(allowed, principal(request))
     except ModelNotFound:
         raise no_such_model(model) from None
 

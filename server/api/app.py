@@ -7,7 +7,18 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, FastAPI
 
-from server.api import chat, completions, deltas, errors, health, models, tenants, tokens, usage
+from server.api import (
+    chat,
+    completions,
+    deltas,
+    errors,
+    health,
+    models,
+    tenants,
+    tokens,
+    trust,
+    usage,
+)
 from server.api.account import LedgerRecorder
 from server.api.auth import Authentication, Identify, by_admin_key, by_tenant
 from server.api.context import Api
@@ -23,7 +34,14 @@ from server.tenants.directory import Directory
 from server.tenants.limits import limiter_of
 
 TENANT_ROUTERS = (completions.router, chat.router, tokens.router)
-SHARED_ROUTERS = (models.router, deltas.router, health.router, tenants.router, usage.router)
+SHARED_ROUTERS = (
+    models.router,
+    deltas.router,
+    trust.router,
+    health.router,
+    tenants.router,
+    usage.router,
+)
 
 if TYPE_CHECKING:  # SQLAlchemy is imported where there is a ledger only
     from server.ledger.ledger import Ledger

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from compressor.artifact.certificate import Certificate, read_certificate
 from compressor.artifact.reader import (
     Artifact,
     OpenedArtifact,
@@ -153,6 +154,13 @@ class VariantCatalog:
 
         return LoadJob(variant.key, variant.name, variant.mode, read, reject)
 
+    def certificate_of(self, variant: Variant) -> Certificate | None:
+        """What the fine-tune said to a few prompts, if its artifact has it. Raises Failed."""
+        if variant.origin is None:
+            return None
+        copies = self._copies_of(variant.origin, variant.name)
+        return self._from_copies(copies, _read_certificate, "certificate")
+
     def rescan(self) -> None:
         """Read the directory again and forget what is there no more. Raises DeltasUnreadable."""
         self.registry.rescan()
@@ -253,6 +261,13 @@ class VariantCatalog:
     def _fingerprint(self, digest: str | None) -> str:
         delta = "base" if digest is None else digest[:FINGERPRINT_CHARS]
         return f"impart-{self._identity[:FINGERPRINT_CHARS]}-{delta}"
+
+
+def _read_certificate(delta: RegisteredDelta) -> Certificate | None:
+    certificate, digest = read_certificate(delta.path)
+    if digest != delta.digest:
+        raise Changed
+    return certificate
 
 
 def _vocabulary_rows(opened: OpenedArtifact) -> list[int]:

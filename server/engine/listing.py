@@ -14,6 +14,7 @@ from server.engine.catalog import VariantCatalog
 from server.engine.core import EngineCore
 from server.engine.observer import CoreStats
 from server.engine.types import ModelInfo, VariantState
+from server.engine.vetting import Vetter
 from server.text.service import TextService
 
 MAX_FAILED = 256  # listed among those at work
@@ -23,11 +24,17 @@ class ModelListing:
     """Any thread may ask."""
 
     def __init__(
-        self, core: EngineCore, catalog: VariantCatalog, text: TextService, max_model_len: int
+        self,
+        core: EngineCore,
+        catalog: VariantCatalog,
+        text: TextService,
+        vetter: Vetter,
+        max_model_len: int,
     ) -> None:
         self._core = core
         self._catalog = catalog
         self._text = text
+        self._vetter = vetter
         self._max_model_len = max_model_len
 
     def all(self) -> list[ModelInfo]:
@@ -44,7 +51,12 @@ class ModelListing:
     def at_work(self) -> list[ModelInfo]:
         """The variants in device memory or on their way there, and some of those that failed."""
         registry, loader = self._catalog.registry, self._core.loader
-        keys = {*self._core.stats().resident, *loader.loading(), *loader.errors}
+        keys = {
+            *self._core.stats().resident,
+            *loader.loading(),
+            *loader.errors,
+            *self._vetter.failed(),
+        }
         found = {
             delta.name: delta
             for key in keys
@@ -73,12 +85,13 @@ class ModelListing:
         if slot is not None and not slot.ready:
             slot = None
         error = delta.error or self._catalog.open_error(delta) or self._core.loader.errors.get(key)
+        wanting = self._vetter.reason(key)
         quarantine = self._text.quarantine.reason(delta.digest)
         return ModelInfo(
             name=delta.name,
             parent=self._catalog.base_name,
             digest=delta.digest or None,
-            state="quarantined" if quarantine else self._state(key, slot, error),
+            state="quarantined" if quarantine else self._state(key, slot, wanting, error),
             created_s=delta.created_s,
             max_model_len=self._max_model_len,
             n_bytes=delta.n_bytes,
@@ -86,12 +99,16 @@ class ModelListing:
             reconstructed_bytes=stats.reconstructed_bytes.get(key, 0),
             mode=self._catalog.mode_of(delta.name),
             codec=delta.codec,
-            error=quarantine or error,
+            error=quarantine or wanting or error,
             fidelity=dict(delta.fidelity),
             pinned=key in self._core.slots.pinned,
         )
 
-    def _state(self, key: str, slot: Slot | None, error: str | None) -> VariantState:
+    def _state(
+        self, key: str, slot: Slot | None, wanting: str | None, error: str | None
+    ) -> VariantState:
+        if wanting:
+            return "failed"
         if slot is not None:
             return "ready"
         if self._core.loader.is_loading(key):

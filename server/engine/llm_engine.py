@@ -36,6 +36,7 @@ from server.engine.types import (
     TextWorkerStats,
 )
 from server.engine.variant import Variant
+from server.engine.vetting import Vetter
 from server.settings import Settings
 from server.tenants.principal import ANYBODY, NOBODY, Principal
 
@@ -66,11 +67,19 @@ class LLMEngine:
         self._swap = parts.swap
         self._publisher = publisher
         self._text = parts.text
-        self._listing = ModelListing(parts.core, parts.catalog, parts.text, self.max_model_len)
         # Their own, of low priority: who opens a variant must not keep others from tokenising. They
         # may wait long for a text worker that loads a tokenizer, which costs nothing.
         self._openers = background_pool(4, "opener")
         self._openings: SingleFlight[Variant] = SingleFlight(self._openers)
+        self._vetter = Vetter(
+            parts.catalog.certificate_of,
+            self.generate,
+            self._openers,
+            parts.settings.verify_on_load,
+        )
+        self._listing = ModelListing(
+            parts.core, parts.catalog, parts.text, self._vetter, self.max_model_len
+        )
         self._pinner = Pinner(
             parts.catalog,
             parts.settings.max_resident_variants,
@@ -129,10 +138,19 @@ class LLMEngine:
     def models_at_work(self) -> Sequence[ModelInfo]:
         return self._listing.at_work()
 
-    async def open(self, model: str) -> Variant:
+    async def open(self, model: str, principal: Principal = ANYBODY) -> Variant:
         """See EngineClient. An artifact's configuration and text files are read on a thread of
         their own, once for all who ask meanwhile; its weights when the engine needs them.
         """
+        variant = await self._opened(model)
+        await self._vetter.vet(variant, principal)
+        return variant
+
+    async def verify(self, model: str) -> dict[str, Any]:
+        variant = await self._opened(model)
+        return {"digest": variant.digest, **await self._vetter.verify(variant)}
+
+    async def _opened(self, model: str) -> Variant:
         known = self._catalog.cached(model)
         if known is not None:
             return known
@@ -141,6 +159,7 @@ class LLMEngine:
     def rescan(self) -> None:
         self._catalog.rescan()
         self.core.loader.keep_errors(self._catalog.keys())
+        self._vetter.keep(self._catalog.keys())
         if self._publisher.loop is not None and self._publisher.loop.is_running():
             asyncio.run_coroutine_threadsafe(self._pinner.again(), self._publisher.loop)
 

@@ -286,8 +286,19 @@ class EngineClient(Protocol):
         """Admit nobody any more; who has a ticket goes on."""
         ...
 
-    async def open(self, model: str) -> VariantHandle:
-        """Resolve a name and begin loading. Raises ModelNotFound, DeltaBroken, DeltaUnusable."""
+    async def open(self, model: str, principal: Principal = ANYBODY) -> VariantHandle:
+        """Resolve a name; the first time, check that the variant does not answer as the base does.
+
+        Raises ModelNotFound, DeltaBroken, DeltaUnusable, and what a request of the principal would.
+        """
+        ...
+
+    async def verify(self, model: str) -> dict[str, Any]:
+        """Replay the variant's certificate and return what came of it: `server.engine.replay`.
+
+        A variant that is found wanting is refused from then on, one that was is served again.
+        Raises as `open` does, and InvalidRequest where there is no certificate.
+        """
         ...
 
     async def encode(

@@ -183,7 +183,13 @@ class FakeEngine:
         infos.append(ModelInfo("broken", BASE, "d" * 64, "failed", 1, 0, error="Corrupt"))
         return infos
 
-    async def open(self, model: str) -> FakeVariant:
+    async def verify(self, model: str) -> dict[str, Any]:
+        variant = await self.open(model)
+        if variant.digest is None:
+            raise InvalidRequest("`tiny-base` has no certificate.", param="model")
+        return {"digest": variant.digest, "verdict": "faithful"}
+
+    async def open(self, model: str, principal: Principal = ANYBODY) -> FakeVariant:
         await asyncio.sleep(0)
         if self.open_error is not None:
             raise self.open_error

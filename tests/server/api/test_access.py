@@ -29,9 +29,9 @@ async def test_foreign_model_is_answered_as_an_unknown_one(tenancy, foreign):
     asked: list[str] = []
     opened = tenancy.engine.open
 
-    async def open_noted(model: str):
+    async def open_noted(model: str, *caller: object):
         asked.append(model)
-        return await opened(model)
+        return await opened(model, *caller)
 
     tenancy.engine.open = open_noted
     unknown = "x" * len(foreign)
