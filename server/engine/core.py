@@ -85,6 +85,7 @@ class EngineCore:
             pacer=self._pacer,
             max_variants=settings.max_variants_per_step,
             acquire=self.residents.acquire,
+            let_go=self.residents.release,
             wipe=runner.base.store.wipe,
         )
         self._sampler = Sampler()

@@ -36,7 +36,8 @@ class Request:
     tokens      prompt, then output
     n_computed  tokens whose keys and values are in the cache
     n_prompt_computed  the most of the prompt's that ever were there; it stays when they go
-    slot        held from its start (or the arrival of its delta) to the end; None for the base
+    slot        held from its start (or the arrival of its delta) to the end, unless it waits and a
+                queue lets it go for another tenant's; None for the base
     n_settled_kv_blocks  leading KV blocks that are findable by others, or never will be
     cache_salt  only requests of the same salt find each other's KV blocks: who shares none cannot
                 tell by its time to the first token what others have sent

@@ -114,12 +114,13 @@ async def test_broken_answer_is_a_wire_error(answer: bytes, message: str) -> Non
             await client.get("/x")
 
 
-async def test_no_answer_in_time_is_a_wire_error_and_hangs_up() -> None:
+async def test_no_answer_in_time_is_a_wire_error_and_resets_the_connection() -> None:
     hung_up = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_request(reader)
-        assert await reader.read() == b""
+        with pytest.raises(ConnectionResetError):
+            await reader.read()
         hung_up.set()
 
     async with served(serve, timeout_s=0.05) as client:
@@ -127,6 +128,22 @@ async def test_no_answer_in_time_is_a_wire_error_and_hangs_up() -> None:
             await client.get("/x")
         async with asyncio.timeout(5):
             await hung_up.wait()
+
+
+@pytest.mark.parametrize("key", [None, "secret"])
+async def test_key_is_a_bearer_token(key: str | None) -> None:
+    heads: list[list[str]] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        heads.append((await reader.readuntil(b"\r\n\r\n")).decode().splitlines())
+        writer.write(OK)
+
+    async with served(serve) as client:
+        keyed = HttpClient(f"http://{client._host}:{client._port}", 5.0, key)
+        await keyed.get("/x")
+        await keyed.close()
+    sent = [line for line in heads[0] if line.startswith("authorization")]
+    assert sent == ([] if key is None else ["authorization: Bearer secret"])
 
 
 async def test_failure_in_the_readers_callback_fails_the_request() -> None:

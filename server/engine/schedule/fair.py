@@ -3,7 +3,7 @@
 The tenant that was served least for its weight is next (`counters`), its own requests in the order
 they came. What is shared is counted in tokens, but held as places among the running requests, as
 places for variants in a step and as KV blocks, for as long as an output is. So a tenant that comes
-to a server full of another's long outputs would wait for one of them to end. Three rules:
+to a server full of another's long outputs would wait for one of them to end. Four rules:
 
 - **A place is taken back, not kept free.** While every place is held, a waiting request of a tenant
   that holds fewer than its share, and was served no more, takes the place of the youngest request
@@ -19,6 +19,9 @@ to a server full of another's long outputs would wait for one of them to end. Th
   than `QUANTUM_TOKENS` ahead; a tenant below its share has all requests of one variant preempted,
   the variant that fewest run of. Below that limit one variant more costs a step half a percent
   (benchmarks/RESULTS.md), and nobody waits for the sake of it.
+
+- **Slots** of requests that wait (they hold them, so that a variant that was loaded for them stays)
+  go back in the same way, from the end of the queue of the tenant whose requests hold most.
 
 With one tenant nobody takes anything from anybody else: who comes first is served first.
 """
@@ -42,6 +45,7 @@ class FairQueue:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.counters = TokenCounters(clock)
+        self.charge = self.counters.charge  # once for each token: no call more than that
         self._n_waiting = 0
 
     def __len__(self) -> int:
@@ -80,9 +84,6 @@ class FairQueue:
             self.counters.leave_queue(standing)
         else:
             standing.n_running -= 1
-
-    def charge(self, request: Request, n_input: int, n_output: int) -> None:
-        self.counters.charge(request, n_input, n_output)
 
     def candidates(self) -> Iterator[Request]:
         """The least served tenant's first; what a candidate's start costs its tenant counts for the
@@ -146,9 +147,28 @@ class FairQueue:
         other = _youngest(other for other in running if other.principal.tenant == most.tenant)
         left = (held[most.tenant] - len(other.kv_blocks)) / most.weight
         wanted = held[own.tenant] + len(request.kv_blocks) + n
-        if other is _oldest(running) or left < wanted / own.weight:
-            return None
-        return other
+        return other if left >= wanted / own.weight else None
+
+    def lets_go(self, request: Request, running: Sequence[Request]) -> list[Request]:
+        own = self._standing(request)
+        if self.counters.n_open < 2:
+            return []
+        held: dict[str, set[str]] = {own.tenant: set()}
+        for other in (*running, *self):
+            if other.slot is not None:
+                held.setdefault(other.principal.tenant, set()).add(other.variant.key)
+        levels = {name: len(keys) / self.counters.of(name).weight for name, keys in held.items()}
+        most = self.counters.of(max(levels, key=lambda name: levels[name]))
+        left, wanted = len(held[most.tenant]) - 1, len(held[own.tenant]) + 1
+        if own.served > most.served or left / most.weight < wanted / own.weight:
+            return []
+        in_use = {other.variant.key for other in running}
+        for last in reversed(most.waiting):
+            if last.slot is not None and last.variant.key not in in_use:
+                holders = [r for r in self if r.slot is last.slot]
+                if all(holder.principal.tenant == most.tenant for holder in holders):
+                    return holders
+        return []
 
     def gives_blocks(
         self, request: Request, running: Sequence[Request], batch: Collection[Request]

@@ -49,6 +49,9 @@ class FcfsQueue:
     ) -> list[Request]:
         return []
 
+    def lets_go(self, request: Request, running: Sequence[Request]) -> list[Request]:
+        return []
+
     def gives_room(self, request: Request, running: Sequence[Request], n: int) -> Request | None:
         return None
 

@@ -64,6 +64,9 @@ class PriorityQueue:
     ) -> list[Request]:
         return []
 
+    def lets_go(self, request: Request, running: Sequence[Request]) -> list[Request]:
+        return []
+
     def gives_room(self, request: Request, running: Sequence[Request], n: int) -> Request | None:
         """A less urgent one, so that it does not hold the KV blocks until its end."""
         last = max(enumerate(running), key=lambda pair: (pair[1].priority, pair[0]), default=None)

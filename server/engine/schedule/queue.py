@@ -80,6 +80,12 @@ class RequestQueue(Protocol):
         """Who is to be preempted so that one that waits has `n` KV blocks; None: it has to wait."""
         ...
 
+    def lets_go(self, request: Request, running: Sequence[Request]) -> list[Request]:
+        """Who is to give back the slot of a variant while they wait, so that the variant of one
+        that finds no room has one; nobody: it has to wait.
+        """
+        ...
+
     def gives_blocks(
         self, request: Request, running: Sequence[Request], batch: Collection[Request]
     ) -> Request:

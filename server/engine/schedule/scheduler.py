@@ -86,6 +86,7 @@ class Scheduler:
         long_prefill_tokens: int,
         pacer: PrefillPacer,
         acquire: Acquire,
+        let_go: Callable[[Request], None],
         wipe: Callable[[list[int]], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -97,7 +98,7 @@ class Scheduler:
         self._max_variants = max_variants
         self._long_prefill_tokens = long_prefill_tokens
         self._pacer = pacer
-        self._acquire = acquire
+        self._acquire, self._let_go = acquire, let_go
         self._wipe = wipe
         self._clock = clock
         self.n_preemptions = 0
@@ -238,8 +239,8 @@ class Scheduler:
         overdue = turn.now - request.queued_at > MAX_OVERTAKEN_S
         missing = self._hold_slot(request, turn)
         if missing is not None:
-            if overdue and missing is Missing.NO_ROOM:
-                turn.may_hold = False
+            if missing is Missing.NO_ROOM and turn.may_hold:
+                turn.may_hold = not (self._makes_slot(request) or overdue)
             if overdue and missing is Missing.OVER_BOUND:
                 turn.full.add(request.principal.tenant)
             return Verdict.NOT_NOW
@@ -252,6 +253,15 @@ class Scheduler:
         if turn.long_runs and self._has_long_prefill(request):
             return Verdict.NOT_NOW
         return Verdict.NOW
+
+    def _makes_slot(self, request: Request) -> bool:
+        """Whether others that wait have let a slot go for a request's variant. The loader takes
+        it after this step; until then nobody is to hold it again.
+        """
+        holders = self.waiting.lets_go(request, self.running)
+        for holder in holders:
+            self._let_go(holder)
+        return bool(holders)
 
     def _start(
         self,

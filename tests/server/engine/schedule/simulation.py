@@ -56,6 +56,7 @@ class Simulation:
             long_prefill_tokens=self.max_batch_tokens,
             pacer=PrefillPacer(0),
             acquire=lambda request: Slot(0, request.variant.key, 0),
+            let_go=lambda request: None,
             wipe=lambda kv_blocks: None,
             clock=lambda: self.now,
         )
