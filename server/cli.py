@@ -28,7 +28,8 @@ from server.settings import GROUPS, Settings
 PREFIX = "IMPART_"
 SWITCH = "SWITCH"
 UNGROUPED = ("version", "help")  # options that are no settings
-FLAGS = {"mode_overrides": "--mode-override"}  # takes one of them; the others are named as they are
+# Those that take one of several; the others are named as they are.
+FLAGS = {"mode_overrides": "--mode-override", "require_signature": "--require-signature"}
 
 
 @dataclass(frozen=True, slots=True)

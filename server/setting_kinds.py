@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, SecretStr
@@ -45,6 +46,11 @@ def parse_overrides(overrides: object) -> object:
     return modes
 
 
+def parse_paths(paths: object) -> object:
+    """Return a list of paths from one (flags), or from text with spaces between (a variable)."""
+    return paths.split() if isinstance(paths, str) else paths
+
+
 @dataclass(frozen=True, slots=True)
 class Unit:
     """What a value counts, as ``--help`` shows it in place of the value."""
@@ -67,4 +73,5 @@ Ratio = Annotated[float, Unit("RATIO")]
 Key = Annotated[SecretStr, Unit("KEY")]
 Mode = Literal["apply", "reconstruct"]
 Overrides = Annotated[dict[str, Mode], BeforeValidator(parse_overrides), Unit("VARIANT=MODE")]
+KeyFiles = Annotated[tuple[Path, ...], BeforeValidator(parse_paths), Unit("PUBKEYFILE")]
 Url = Annotated[SecretStr, Unit("URL")]

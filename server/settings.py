@@ -27,6 +27,7 @@ from server.setting_kinds import (
     Bytes,
     Count,
     Key,
+    KeyFiles,
     Mode,
     Overrides,
     Ratio,
@@ -195,6 +196,11 @@ class Settings:
     )
     max_resident_variants: Count = Field(
         default=64, gt=0, description="Slots for resident variants."
+    )
+    require_signature: KeyFiles = Field(
+        default=(),
+        description="Public key that a variant's artifact must be signed by; the flag may be "
+        "repeated, then by one of them; the variable takes several with spaces between.",
     )
     verify_on_load: Annotated[Ratio | None, WhenUnset("none")] = Field(
         default=None,

@@ -54,6 +54,7 @@ ELSEWHERE = {
     "compressor.cli.merge": "tests/compressor/merge/test_merge.py",
     "compressor.cli.reconstruct": "tests/compressor/cli/test_app.py",
     "compressor.cli.report": "tests/compressor/report/test_html.py",
+    "compressor.cli.sign": "tests/compressor/artifact/test_signature.py",
     "compressor.codecs": "tests/compressor/encoders/test_codec.py",
     "compressor.codecs.block_factors": "tests/compressor/codecs/test_impart.py",
     "compressor.codecs.impart_qt_sampling": "tests/compressor/codecs/test_impart_qt.py",

@@ -20,6 +20,7 @@ TENSORS = "delta.safetensors"
 CONFIG = "delta_config.json"
 CHECKSUMS = "SHA256SUMS"
 CERTIFICATE = "certificate.json"
+SIGNATURES = "SHA256SUMS.sig"
 README = "README.md"
 GENERATION = "generation_config.json"
 TEMPLATE = "chat_template.jinja"
@@ -28,6 +29,7 @@ _MAX_BYTES = {
     CONFIG: 64 << 20,
     CHECKSUMS: 1 << 16,
     CERTIFICATE: 1 << 18,
+    SIGNATURES: 1 << 13,
     GENERATION: 1 << 20,
     TEMPLATE: 1 << 20,
 }
@@ -119,6 +121,17 @@ def _read_exactly(descriptor: int, size: int, name: str) -> bytearray:
     return buffer
 
 
+def read_if_there(directory: int, name: str) -> bytes | None:
+    """Read one file as `read_file` does; None if there is none."""
+    try:
+        os.stat(name, dir_fd=directory, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _unreadable(name, error)
+    return bytes(read_file(directory, name))
+
+
 def read_checksums(directory: int) -> tuple[dict[str, str], str]:
     """Return the sha256 of every file by name, and the artifact's digest.
 
@@ -180,7 +193,7 @@ def check_listing(directory: int, sums: Mapping[str, str]) -> int:
             for entry in entries:
                 if entry.name.startswith("."):
                     continue
-                if entry.name not in sums and entry.name not in (README, CHECKSUMS):
+                if entry.name not in sums and entry.name not in (README, CHECKSUMS, SIGNATURES):
                     raise Corrupt(f"{entry.name!r:.80} is not listed in {CHECKSUMS}; remove it")
                 total += entry.stat(follow_symlinks=False).st_size
     except OSError as error:

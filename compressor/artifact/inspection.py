@@ -14,9 +14,10 @@ from rich.text import Text
 
 from compressor.artifact.certificate import Certificate
 from compressor.artifact.config import DeltaConfig, TensorEntry
-from compressor.artifact.files import CERTIFICATE
+from compressor.artifact.files import CERTIFICATE, SIGNATURES
 from compressor.artifact.identity import base_identity
 from compressor.artifact.reader import Artifact, read_artifact
+from compressor.artifact.signature import read_signatures
 from compressor.artifact.wording import (
     ERROR_MEANS,
     certified,
@@ -41,6 +42,7 @@ class Inspection:
     digest: str
     files: dict[str, int]
     certificate: Certificate | None
+    signed_by: tuple[str, ...]
 
     @property
     def n_bytes(self) -> int:
@@ -81,6 +83,7 @@ class Inspection:
             "ignored_config": config.finetuned_details.get("ignored_config", {}),
             "fidelity": config.fidelity,
             "certificate": None if self.certificate is None else self.certificate.summary(),
+            "signed_by": list(self.signed_by),
         }
 
     def groups(self) -> dict[str, int]:
@@ -91,6 +94,7 @@ class Inspection:
         groups["tensor file header"] = tensors - sum(groups.values())
         groups["configuration"] = files.pop("delta_config.json")
         card_and_sums = files.pop("README.md", 0) + files.pop("SHA256SUMS")
+        card_and_sums += files.pop(SIGNATURES, 0)
         groups["model card and checksums"] = card_and_sums
         if CERTIFICATE in files:
             groups["certificate"] = files.pop(CERTIFICATE)
@@ -115,7 +119,11 @@ def inspect_artifact(path: Path) -> Inspection:
     artifact = read_artifact(path)
     files = {f.name: f.stat().st_size for f in path.iterdir() if not f.name.startswith(".")}
     return Inspection(
-        artifact.config, artifact.digest, dict(sorted(files.items())), artifact.certificate
+        artifact.config,
+        artifact.digest,
+        dict(sorted(files.items())),
+        artifact.certificate,
+        tuple(signature.key_id for signature in read_signatures(path)[0]),
     )
 
 
@@ -159,6 +167,7 @@ def print_inspection(
         ("tensors", f"{len(config.tensors)} stored, {len(config.unchanged)} as in the base"),
         *(("fidelity", line) for line in measured(config.fidelity) or ["not measured"]),
         ("certificate", certified(inspection.certificate)),
+        *(("signed by key", f"{key_id} (not verified)") for key_id in inspection.signed_by),
         *_error(inspection),
         ("made by", f"{config.created_by}, seed {config.seed}"),
     ]

@@ -23,6 +23,7 @@ from compressor.cli.inspect import inspect, verify
 from compressor.cli.merge import merge
 from compressor.cli.reconstruct import reconstruct
 from compressor.cli.report import report
+from compressor.cli.sign import keygen, sign
 from compressor.usable_cpus import set_thread_defaults
 
 app = typer.Typer(
@@ -73,3 +74,5 @@ app.command("merge")(merge)
 app.command("export")(export)
 app.command("import")(import_adapter)
 app.command("certify")(certify)
+app.command("keygen")(keygen)
+app.command("sign")(sign)

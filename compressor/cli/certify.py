@@ -33,4 +33,6 @@ def certify(
     silence_libraries()
     made = add_certificate(base, finetuned, delta, prompts)
     typer.echo(f"{delta}: certified, {certified(made.certificate)}")
+    if made.was_signed:
+        typer.echo("its signature was of the old digest and is gone: sign it again")
     typer.echo(f"digest {made.digest} (it was {made.old_digest})")

@@ -20,9 +20,11 @@ from compressor.artifact.files import (
     CERTIFICATE,
     CHECKSUMS,
     README,
+    SIGNATURES,
     format_checksums,
     open_directory,
     read_checksums,
+    read_if_there,
 )
 from compressor.artifact.identity import base_identity
 from compressor.artifact.reader import read_artifact
@@ -80,6 +82,7 @@ class Certified:
     certificate: Certificate
     old_digest: str
     digest: str
+    was_signed: bool
 
 
 def add_certificate(
@@ -100,6 +103,7 @@ def add_certificate(
         recover_directory(delta)
         with open_directory(delta) as directory:
             sums, digest = read_checksums(directory)
+            was_signed = read_if_there(directory, SIGNATURES) is not None
         if digest != artifact.digest:
             raise OutputError(f"{delta} changed while it was certified; run again")
         text = dump_certificate(found)
@@ -110,7 +114,7 @@ def add_certificate(
             n_bytes = kept + len(text) + len(listing)
             fresh[README] = card(artifact.config, n_bytes).encode()
         _replace(delta, [name for name in sums if name != CERTIFICATE], fresh)
-    return Certified(found, digest, hashlib.sha256(listing).hexdigest())
+    return Certified(found, digest, hashlib.sha256(listing).hexdigest(), was_signed)
 
 
 def _replace(folder: Path, kept: Collection[str], fresh: Mapping[str, bytes]) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compressor.artifact.reader import DeltaConfig, describe_artifact, read_digest
+from compressor.artifact.signature import PublicKey, why_not_vouched
 from compressor.errors import ArtifactError, Unreadable, UnsupportedTensor
 from server.deltas.failures import Failure, Refused, failure_of
 from server.deltas.fingerprint import Fingerprint, fingerprint_of
@@ -69,6 +70,7 @@ class DeltaRegistry:
     """Name -> artifact. Readers see one whole map or the next.
 
     check  of what an artifact changes; it is listed with the UnsupportedTensor that this raises
+    signers  keys of which one must have signed an artifact; none: nobody must
     """
 
     def __init__(
@@ -77,11 +79,13 @@ class DeltaRegistry:
         base_identity: str,
         reserved: frozenset[str] = frozenset(),
         check: Callable[[DeltaConfig], None] = lambda config: None,
+        signers: Collection[PublicKey] = (),
     ) -> None:
         self._root = root
         self._base_identity = base_identity
         self._reserved = reserved
         self._check = check
+        self._signers = signers
         self._names = _Names({})
         self._lock = threading.Lock()  # of whoever replaces the map
 
@@ -137,6 +141,7 @@ class DeltaRegistry:
                 return old
             described = describe_artifact(path, base_identity=self._base_identity)
             self._check(described.config)
+            self._check_signed(path, described.digest)
         except (ArtifactError, UnsupportedTensor, OSError, MemoryError, Refused) as error:
             return self._failed(path, digest, seen, error, old)
         return RegisteredDelta(
@@ -148,6 +153,11 @@ class DeltaRegistry:
             fidelity=dict(described.config.fidelity),
             created_s=int(time.time()),
         )
+
+    def _check_signed(self, path: Path, digest: str) -> None:
+        """Raises Refused, and what reading the signatures does."""
+        if self._signers and (reason := why_not_vouched(path, digest, self._signers)):
+            raise Refused(reason)
 
     def _failed(
         self,

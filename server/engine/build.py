@@ -16,7 +16,8 @@ from compressor.artifact.files import GENERATION
 from compressor.artifact.identity import base_identity
 from compressor.artifact.servable import ServedBase, check_servable
 from compressor.artifact.settings_files import check_settings_file
-from compressor.errors import Corrupt
+from compressor.artifact.signature import PublicKey, load_public_key
+from compressor.errors import Corrupt, InputError
 from compressor.usable_cpus import Threads, product_threads
 from compressor.usable_memory import usable_memory_bytes
 from server.deltas.loads import LoadJob
@@ -142,6 +143,7 @@ def build_catalog(settings: Settings, base: BaseModel, text: TextService) -> Var
         identity,
         reserved=frozenset({name}),
         check=lambda config: check_servable(config.tensors, served),
+        signers=_signers(settings),
     )
     try:
         registry.rescan()
@@ -157,6 +159,13 @@ def build_catalog(settings: Settings, base: BaseModel, text: TextService) -> Var
         text,
         read_threads=decode_threads(base.device),
     )
+
+
+def _signers(settings: Settings) -> list[PublicKey]:
+    try:
+        return [load_public_key(file) for file in settings.require_signature]
+    except InputError as error:
+        raise ConfigError(f"require_signature: {error}") from error
 
 
 def _served_base(base: BaseModel) -> ServedBase:

@@ -11,6 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from compressor.artifact.reader import read_digest
+from compressor.artifact.signature import (
+    dump_signatures,
+    generate_key,
+    load_private_key,
+    load_public_key,
+    signature_of,
+)
 from server.deltas import registry as registry_module
 from server.deltas.registry import DeltaRegistry
 from server.errors import DeltaBroken, DeltasUnreadable
@@ -319,3 +327,34 @@ def test_rescan_circle_of_links_is_listed_with_an_error(root: Path) -> None:
     good = registry.get("one")
     assert good is not None
     assert good.error is None
+
+
+def test_rescan_with_signers_refuses_what_none_of_them_signed(root: Path) -> None:
+    keys = {}
+    for name in ("key", "other"):
+        private, public = generate_key()
+        (root / f"{name}.pem").write_bytes(private)
+        (root / f"{name}.pub").write_bytes(public)
+        keys[name] = load_private_key(root / f"{name}.pem")
+    for name in ("signed", "foreign", "changed", "torn"):
+        shutil.copytree(root / "one", root / name)
+        key = keys["other" if name == "foreign" else "key"]
+        signature = signature_of(read_digest(root / name), key)
+        (root / name / "SHA256SUMS.sig").write_bytes(dump_signatures([signature]))
+    config = root / "changed" / "delta_config.json"
+    config.write_bytes(config.read_bytes() + b"\n")
+    seal(root / "changed")
+    (root / "torn" / "SHA256SUMS.sig").write_bytes(b"ed25519")
+    registry = DeltaRegistry(root, BASE, signers=[load_public_key(root / "key.pub")])
+    registry.rescan()
+    errors = {delta.name: delta.error or "" for delta in registry.all()}
+    assert errors["signed"] == ""
+    assert "not signed" in errors["one"]
+    assert "none of the keys" in errors["foreign"]
+    assert "changed after" in errors["changed"]
+    assert "SHA256SUMS.sig" in errors["torn"]
+    # Signed now: found at the next request, without a rescan.
+    shutil.copy(root / "signed" / "SHA256SUMS.sig", root / "one")
+    failed = registry.get("one")
+    assert failed is not None
+    assert registry.refresh(failed).error is None
