@@ -30,10 +30,11 @@ NEWEST_WEIGHT = 0.1  # of a wait in the moving average
 
 @dataclass(slots=True)
 class _Held:
-    """Permits of one tenant."""
+    """Permits of one tenant, and what its sequences waited of late."""
 
     n_open: int = 0
     weight: float = 1.0
+    queue_wait_s: float | None = None
 
 
 class Admission:
@@ -55,11 +56,6 @@ class Admission:
         self.draining = False
         self.stopped = False
         self.dead = False
-
-    @property
-    def retry_after_s(self) -> int:
-        """Whole seconds after which a refused client may try again: what others have waited."""
-        return min(MAX_RETRY_S, max(MIN_RETRY_S, math.ceil(self._queue_wait_s or 0.0)))
 
     def check(self, principal: Principal = ANYBODY) -> None:
         """Refuse what one sequence more would be refused for. Raises as `admit`."""
@@ -91,8 +87,17 @@ class Admission:
         if is_full and not self._is_within_share(n_sequences, principal):
             raise QueueFull(
                 "The server is at its limit of waiting requests. Try again.",
-                retry_after_s=self.retry_after_s,
+                retry_after_s=self._retry_after_s(principal),
             )
+
+    def _retry_after_s(self, principal: Principal) -> int:
+        """Whole seconds after which a refused client may try again: what its tenant has waited, or
+        all tenants if it has no sequence that ended.
+        """
+        held = self._held.get(principal.tenant)
+        own_wait_s = None if held is None else held.queue_wait_s
+        wait_s = self._queue_wait_s if own_wait_s is None else own_wait_s
+        return min(MAX_RETRY_S, max(MIN_RETRY_S, math.ceil(wait_s or 0.0)))
 
     def _is_within_share(self, n_sequences: int, principal: Principal) -> bool:
         """Whether the tenant has no more than its share of the capacity with so many more."""
@@ -114,11 +119,11 @@ class Admission:
     def leave(self, waited_s: float | None, principal: Principal = ANYBODY) -> None:
         """A sequence ended; it had waited so long until it ran, None: it never did."""
         with self._lock:
+            if waited_s is not None:
+                held = self._held[principal.tenant]
+                held.queue_wait_s = _moved(held.queue_wait_s, waited_s)
+                self._queue_wait_s = _moved(self._queue_wait_s, waited_s)
             self._give_back(1, principal)
-            if waited_s is None:
-                return
-            before = waited_s if self._queue_wait_s is None else self._queue_wait_s
-            self._queue_wait_s = before + NEWEST_WEIGHT * (waited_s - before)
 
     def give_back(self, n_permits: int, principal: Principal) -> None:
         """Take back permits that no sequence has used."""
@@ -179,6 +184,11 @@ class AdmissionTicket:
         """Give back the permits that no sequence has taken."""
         n_permits, self._n_permits = self._n_permits, 0
         self._admission.give_back(n_permits, self._principal)
+
+
+def _moved(average: float | None, newest: float) -> float:
+    """Return a moving average with one value more."""
+    return newest if average is None else average + NEWEST_WEIGHT * (newest - average)
 
 
 def _draining() -> Draining:

@@ -152,6 +152,21 @@ def test_flood_of_one_tenant_fills_the_server_for_itself_only() -> None:
     assert admitted(admission, quiet, 100) == 1  # within the capacity for anybody
 
 
+def test_refused_flood_hears_what_it_waited_itself() -> None:
+    admission = Admission(max_waiting=2, max_running=2)
+    flood, quiet = Principal("flood"), Principal("quiet")
+    admission.admit(3, flood)
+    admission.admit(2, quiet)
+    admission.leave(20.0, flood)
+    for _ in range(50):
+        admission.leave(0.0, quiet)
+        admission.admit(1, quiet)
+    for principal, seconds in ((flood, 20), (quiet, 1)):
+        with pytest.raises(QueueFull) as caught:
+            admission.admit(3, principal)
+        assert caught.value.retry_after_s == seconds
+
+
 def test_tenant_of_little_weight_always_has_one() -> None:
     admission = Admission(max_waiting=1, max_running=1)
     for i in range(20):
