@@ -14,7 +14,7 @@ import io
 import logging
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import TYPE_CHECKING, cast
 
 import typer
@@ -35,6 +35,7 @@ from server.tenants.limits import limiter_of
 from server.usage import usage_app
 
 if TYPE_CHECKING:
+    from server.fleet.store import FleetStore
     from server.ledger.ledger import Ledger
     from server.process.otel import OtelTracer
 
@@ -68,8 +69,15 @@ def _prepare_and_serve(settings: Settings) -> int:
         listeners(settings, has_keys=directory.has_keys) as bound,
         _opened_ledger(settings) as ledger,
         traces(os.environ) as tracer,
+        _opened_fleet(settings) as fleet,
     ):
-        return _serve(located(settings), directory, bound, ledger, tracer)
+        return _serve(located(settings), directory, bound, ledger, tracer, fleet)
+
+
+def _opened_fleet(settings: Settings) -> AbstractContextManager[FleetStore]:
+    from server.fleet.store import FleetStore  # which imports SQLAlchemy
+
+    return closing(FleetStore(settings.state_dir))
 
 
 def _opened_ledger(settings: Settings) -> AbstractContextManager[Ledger | None]:
@@ -87,6 +95,7 @@ def _serve(
     bound: Listeners,
     ledger: Ledger | None,
     tracer: OtelTracer | None,
+    fleet: FleetStore,
 ) -> int:
     set_thread_defaults(settings.torch_threads)
     # Here, because they import torch and fastapi: what comes before should answer at once.
@@ -105,7 +114,9 @@ def _serve(
         metrics.watch_ledger(ledger)
     # The engine takes the Variant its own `open` returned; the protocol says any VariantHandle.
     return run_in_loop(
-        run(cast(RunnableEngine, engine), settings, metrics, bound, directory, ledger, tracer)
+        run(
+            cast(RunnableEngine, engine), settings, metrics, bound, directory, ledger, tracer, fleet
+        )
     )
 
 

@@ -8,6 +8,7 @@ clients tell errors apart; `server.api.errors` makes answers of them.
     │   ├── Unauthenticated 401         invalid_api_key: no key, or none that is known here
     │   ├── Forbidden 403               insufficient_permissions
     │   ├── ModelNotFound 404           model_not_found, also where it is not for this tenant
+    │   ├── Conflict 409                conflict: things are such now that it cannot be done
     │   ├── BodyTooLarge 413            request_too_large
     │   ├── UnsupportedMediaType 415    unsupported_content_type
     │   └── RateLimited 429             rate_limit_exceeded; `retry_after_s` says when
@@ -107,6 +108,13 @@ class Forbidden(ClientError):
 
     status = 403
     code = "insufficient_permissions"
+
+
+class Conflict(ClientError):
+    """It cannot be done as things are now."""
+
+    status = 409
+    code = "conflict"
 
 
 class BodyTooLarge(ClientError):

@@ -10,6 +10,8 @@ from fastapi import APIRouter, FastAPI
 from server.api import (
     chat,
     completions,
+    delta_events,
+    delta_life,
     deltas,
     errors,
     health,
@@ -36,14 +38,17 @@ from server.tenants.limits import limiter_of
 TENANT_ROUTERS = (completions.router, chat.router, tokens.router)
 SHARED_ROUTERS = (
     models.router,
+    delta_events.router,  # before the delta of any name
     deltas.router,
+    delta_life.router,
     trust.router,
     health.router,
     tenants.router,
     usage.router,
 )
 
-if TYPE_CHECKING:  # SQLAlchemy is imported where there is a ledger only
+if TYPE_CHECKING:  # SQLAlchemy is imported by who makes an application only
+    from server.fleet.store import FleetStore
     from server.ledger.ledger import Ledger
 
 
@@ -54,6 +59,7 @@ def create_app(
     directory: Directory | None = None,
     ledger: Ledger | None = None,
     tracer: Tracer | None = None,
+    fleet: FleetStore | None = None,
 ) -> FastAPI:
     """Return the ASGI application over a started (or starting) engine.
 
@@ -62,6 +68,7 @@ def create_app(
     directory  who the tenants are; None: there are no keys
     ledger     where generation requests and what administrators do are noted; None: nowhere
     tracer     takes a span for each request; None: there are no traces
+    fleet      what operators have said of variants; None: it is kept in memory
 
     The parts are at ``app.state.api``. Without keys whoever is here may also change the server,
     unless there is an admin listener for that.
@@ -75,12 +82,19 @@ def create_app(
         MetricsPage(metrics.registry),
         directory or Directory(),
         limiter_of(settings, ledger, metrics.limits_unreachable.inc),
+        fleet or _in_memory(),
         ledger,
     )
     identify = by_tenant(
         api.directory, settings.tenant_header, shares_admin=settings.admin_key is None
     )
     return _wrapped(api, (*TENANT_ROUTERS, *SHARED_ROUTERS), identify, ledger, tracer)
+
+
+def _in_memory() -> FleetStore:
+    from server.fleet.store import FleetStore
+
+    return FleetStore(None)
 
 
 def create_admin_app(api: Api, admin_key: str) -> FastAPI:

@@ -24,6 +24,7 @@ from server.tenants.principal import ANYBODY, Principal
 from server.tenants.tenant import EVERYBODY, Tenant
 
 if TYPE_CHECKING:  # SQLAlchemy is imported where there is a ledger only
+    from server.fleet.store import FleetStore
     from server.ledger.ledger import Ledger
 
 
@@ -31,7 +32,9 @@ if TYPE_CHECKING:  # SQLAlchemy is imported where there is a ledger only
 class Api:
     """The application's parts.
 
+    fleet         what operators have said of variants
     ledger        None: what was used is not kept
+    changing      held while what operators have said is changed
     tasks         that nobody waits for
     body_parsers  one thread: several large bodies at once would only take the interpreter from the
                   event loop more often
@@ -44,7 +47,9 @@ class Api:
     metrics_page: MetricsPage
     directory: Directory
     limiter: Limiter
+    fleet: FleetStore
     ledger: Ledger | None = None
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     body_parsers: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="body-parser")

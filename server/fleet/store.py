@@ -152,7 +152,8 @@ class FleetStore:
 
 def _opened(state_dir: Path | None) -> Engine:
     if state_dir is None:
-        engine = create_engine("sqlite://", poolclass=StaticPool)
+        alone = {"check_same_thread": False}  # `FleetStore` lets one thread in at a time
+        engine = create_engine("sqlite://", poolclass=StaticPool, connect_args=alone)
         _metadata.create_all(engine)
         return engine
     path = state_dir / FILE_NAME
