@@ -23,6 +23,7 @@ from compressor.usable_cpus import set_thread_defaults
 from server.cli import app
 from server.compile import compile_app
 from server.errors import ConfigError
+from server.fleet.place import allowed_of
 from server.process import logs
 from server.process.early_stop import Stopped, stop_signals
 from server.process.inputs import located
@@ -68,16 +69,10 @@ def _prepare_and_serve(settings: Settings) -> int:
     with (
         listeners(settings, has_keys=directory.has_keys) as bound,
         _opened_ledger(settings) as ledger,
-        traces(os.environ) as tracer,
         _opened_fleet(settings) as fleet,
+        traces(os.environ) as tracer,
     ):
         return _serve(located(settings), directory, bound, ledger, tracer, fleet)
-
-
-def _opened_fleet(settings: Settings) -> AbstractContextManager[FleetStore]:
-    from server.fleet.store import FleetStore  # which imports SQLAlchemy
-
-    return closing(FleetStore(settings.state_dir))
 
 
 def _opened_ledger(settings: Settings) -> AbstractContextManager[Ledger | None]:
@@ -87,6 +82,13 @@ def _opened_ledger(settings: Settings) -> AbstractContextManager[Ledger | None]:
     from server.ledger.ledger import open_ledger
 
     return open_ledger(settings)
+
+
+def _opened_fleet(settings: Settings) -> AbstractContextManager[FleetStore]:
+    from server.fleet.store import FleetStore
+
+    allowed_of(settings.allow_sources, [])  # a mistake in it is found out now
+    return closing(FleetStore(settings.state_dir))
 
 
 def _serve(

@@ -29,7 +29,11 @@ PREFIX = "IMPART_"
 SWITCH = "SWITCH"
 UNGROUPED = ("version", "help")  # options that are no settings
 # Those that take one of several; the others are named as they are.
-FLAGS = {"mode_overrides": "--mode-override", "require_signature": "--require-signature"}
+FLAGS = {
+    "mode_overrides": "--mode-override",
+    "allow_sources": "--allow-source",
+    "require_signature": "--require-signature",
+}
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,11 @@ clients tell errors apart; `server.api.errors` makes answers of them.
     │   ├── Unauthenticated 401         invalid_api_key: no key, or none that is known here
     │   ├── Forbidden 403               insufficient_permissions
     │   ├── ModelNotFound 404           model_not_found, also where it is not for this tenant
-    │   ├── Conflict 409                conflict: things are such now that it cannot be done
+    │   ├── SourceNotFound 404          source_not_found: nothing is where a variant is to come from
+    │   ├── Conflict 409                conflict: the name is taken, or cannot be
     │   ├── BodyTooLarge 413            request_too_large
     │   ├── UnsupportedMediaType 415    unsupported_content_type
+    │   ├── ArtifactRefused 422         artifact_refused: what was sent or named cannot be served
     │   └── RateLimited 429             rate_limit_exceeded; `retry_after_s` says when
     │       ├── TooManyAtOnce           for whoever counts refusals
     │       └── QuotaExceeded           insufficient_quota: trying again does not help
@@ -22,10 +24,12 @@ clients tell errors apart; `server.api.errors` makes answers of them.
     │   ├── Draining
     │   ├── TextLimit                   work on this text ran into the limits of text workers
     │   ├── LimitsUnreachable           what a tenant has used cannot be read now
+    │   ├── SourceUnreachable           where a variant should come from does not answer now
     │   ├── DeltaUnusable               this variant's artifact cannot be read now
     │   ├── DeltasUnreadable            the directory of the deltas cannot be read now
     │   └── StateUnwritable             a change could not be kept, so it was not made
     ├── DeadlineExceeded 504            timeout
+    ├── StorageFull 507                 insufficient_storage: no room on disk for one more variant
     └── EngineError
         ├── GenerationFailed 500        this request only
         └── EngineDead 503              service_unavailable: every request; the process exits
@@ -110,11 +114,25 @@ class Forbidden(ClientError):
     code = "insufficient_permissions"
 
 
+class SourceNotFound(ClientError):
+    """Nothing is at the place that a variant should come from."""
+
+    status = 404
+    code = "source_not_found"
+
+
 class Conflict(ClientError):
-    """It cannot be done as things are now."""
+    """The name is taken, or no variant can have it."""
 
     status = 409
     code = "conflict"
+
+
+class ArtifactRefused(ClientError):
+    """What was sent, or is at the place that was named, cannot be served here."""
+
+    status = 422
+    code = "artifact_refused"
 
 
 class BodyTooLarge(ClientError):
@@ -191,6 +209,10 @@ class LimitsUnreachable(Unavailable):
     """What the tenant has used is kept where it cannot be read now."""
 
 
+class SourceUnreachable(Unavailable):
+    """The place that a variant should come from does not answer."""
+
+
 class DeltaUnusable(Unavailable):
     """The variant's artifact could not be read or loaded this time."""
 
@@ -208,6 +230,13 @@ class DeadlineExceeded(ServeError):
 
     status = 504
     code = "timeout"
+
+
+class StorageFull(ServeError):
+    """The disk, or what may be used of it, has no room for one more variant."""
+
+    status = 507
+    code = "insufficient_storage"
 
 
 class EngineError(ServeError):

@@ -46,9 +46,9 @@ def parse_overrides(overrides: object) -> object:
     return modes
 
 
-def parse_paths(paths: object) -> object:
-    """Return a list of paths from one (flags), or from text with spaces between (a variable)."""
-    return paths.split() if isinstance(paths, str) else paths
+def parse_words(words: object) -> object:
+    """Return ``("a", "b")`` from ``["a", "b"]`` (flags) or ``"a b"`` (a variable)."""
+    return tuple(words.split()) if isinstance(words, str) else words
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,5 +73,6 @@ Ratio = Annotated[float, Unit("RATIO")]
 Key = Annotated[SecretStr, Unit("KEY")]
 Mode = Literal["apply", "reconstruct"]
 Overrides = Annotated[dict[str, Mode], BeforeValidator(parse_overrides), Unit("VARIANT=MODE")]
-KeyFiles = Annotated[tuple[Path, ...], BeforeValidator(parse_paths), Unit("PUBKEYFILE")]
+KeyFiles = Annotated[tuple[Path, ...], BeforeValidator(parse_words), Unit("PUBKEYFILE")]
 Url = Annotated[SecretStr, Unit("URL")]
+Prefixes = Annotated[tuple[str, ...], BeforeValidator(parse_words), Unit("PREFIX")]

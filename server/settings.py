@@ -30,6 +30,7 @@ from server.setting_kinds import (
     KeyFiles,
     Mode,
     Overrides,
+    Prefixes,
     Ratio,
     Seconds,
     Tokens,
@@ -78,6 +79,21 @@ class Settings:
     deltas: Annotated[Path | None, WhenUnset("none")] = Field(
         default=None,
         description="Folder of delta artifacts; a variant's name is its folder's name.",
+    )
+    allow_sources: Prefixes = Field(
+        default=(),
+        description="Where variants may come from over HTTP: a folder, hf://org, "
+        "s3://bucket/prefix, gs://, az://, https://host/prefix; the flag may be repeated, the "
+        "variable takes several with spaces between.",
+    )
+    disk_budget_bytes: Bytes = Field(
+        default=100 * GIB,
+        gt=0,
+        description="Disk space for variants that were fetched, uploaded or converted "
+        "(state_dir/deltas).",
+    )
+    max_artifact_bytes: Bytes = Field(
+        default=16 * GIB, gt=0, description="Largest artifact that is fetched or uploaded."
     )
     served_base_name: Annotated[str | None, WhenUnset("the folder's name, or the Hub id")] = Field(
         default=None, description="Name of the base in requests."
@@ -192,13 +208,7 @@ class Settings:
     delta_budget_bytes: Bytes = Field(
         default=4 * GIB,
         gt=0,
-        description="Device memory for resident deltas; what is missed least goes first.",
-    )
-    host_delta_budget_bytes: Bytes = Field(
-        default=0,
-        ge=0,
-        description="Host memory for decoded variants, resident ones included, so that coming back "
-        "is a copy; 0: none.",
+        description="Device memory for resident deltas; the least recently used go first.",
     )
     max_resident_variants: Count = Field(
         default=64, gt=0, description="Slots for resident variants."

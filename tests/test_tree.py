@@ -18,6 +18,11 @@ PACKAGES = ("compressor", "server")
 
 # Module -> the test files that cover it, or why there are none.
 ELSEWHERE = {
+    "server.engine.names": "tests/server/api/test_registration.py",
+    "server.fleet.files": "tests/server/fleet/test_fetch.py",
+    "server.fleet.folder": "tests/server/fleet/test_fetch.py",
+    "server.fleet.names": "tests/server/api/test_registration.py",
+    "server.fleet.registrar": "tests/server/api/test_registration.py",
     "compressor.__main__": "tests/compressor/cli/test_app.py",
     "compressor.artifact.entropy": "tests/compressor/artifact/test_coded_file.py",
     "compressor.artifact.inspection": "tests/compressor/cli/test_app.py",
@@ -103,7 +108,6 @@ ELSEWHERE = {
     "server.api.schemas": "tests/server/api/test_hostile.py",
     "server.api.sse": "tests/server/api/test_generation.py",
     "server.deltas.loads": "tests/server/engine/test_core_variants.py",
-    "server.deltas.reader": "tests/server/engine/test_core_variants.py",
     "server.deltas.parameter": "tests/server/engine/test_core_variants.py",
     "server.deltas.pools.base": "tests/server/deltas/pools/test_geometry.py",
     "server.deltas.pools.blockdiag": "tests/server/deltas/pools/test_geometry.py",
@@ -113,8 +117,6 @@ ELSEWHERE = {
     "server.deltas.residency": "tests/server/engine/step/test_static_step_parity.py",
     "server.engine.accounting": "tests/server/engine/test_core.py",
     "server.engine.check.steps": "tests/server/engine/check/test_selfcheck.py",
-    "server.engine.events": "tests/server/api/test_delta_events.py",
-    "server.engine.life_types": "tests/server/api/test_delta_life.py",
     "server.engine.lifecycle": "tests/server/engine/test_core.py",
     "server.engine.observer": "tests/server/engine/test_core.py",
     "server.engine.request": "tests/server/engine/test_core.py",

@@ -35,6 +35,7 @@ from compressor.artifact.files import (
     TENSORS,
     check_files,
     check_listing,
+    check_sums,
     open_directory,
     read_checksums,
     read_verified,
@@ -59,6 +60,7 @@ __all__ = [
     "TensorEntry",
     "TermEntry",
     "base_identity",
+    "check_bytes",
     "describe_artifact",
     "open_artifact",
     "read_artifact",
@@ -109,6 +111,17 @@ def read_digest(path: str | Path) -> str:
     """
     with open_directory(Path(path)) as directory:
         return read_checksums(directory)[1]
+
+
+def check_bytes(path: str | Path) -> None:
+    """Compare every file with its checksum, without keeping any of it.
+
+    Raises NotADelta, Corrupt, TooLarge, Unreadable.
+    """
+    with open_directory(Path(path)) as directory:
+        sums, _ = read_checksums(directory)
+        check_listing(directory, sums)
+        check_sums(directory, sums)
 
 
 def read_config(path: str | Path) -> DeltaConfig:

@@ -10,12 +10,12 @@ from fastapi import APIRouter, FastAPI
 from server.api import (
     chat,
     completions,
-    delta_events,
-    delta_life,
     deltas,
     errors,
     health,
+    lora,
     models,
+    registration,
     tenants,
     tokens,
     trust,
@@ -29,6 +29,7 @@ from server.api.open_requests import OpenRequests
 from server.api.quota import CountedRequests
 from server.api.spans import SpanRecorder, Tracer
 from server.engine.types import EngineClient
+from server.fleet.registrar import registrar_of
 from server.metrics.page import MetricsPage
 from server.metrics.series import Metrics
 from server.settings import Settings
@@ -38,16 +39,16 @@ from server.tenants.limits import limiter_of
 TENANT_ROUTERS = (completions.router, chat.router, tokens.router)
 SHARED_ROUTERS = (
     models.router,
-    delta_events.router,  # before the delta of any name
     deltas.router,
-    delta_life.router,
     trust.router,
+    registration.router,
+    lora.router,
     health.router,
     tenants.router,
     usage.router,
 )
 
-if TYPE_CHECKING:  # SQLAlchemy is imported by who makes an application only
+if TYPE_CHECKING:  # SQLAlchemy is imported where there is something to keep only
     from server.fleet.store import FleetStore
     from server.ledger.ledger import Ledger
 
@@ -68,12 +69,13 @@ def create_app(
     directory  who the tenants are; None: there are no keys
     ledger     where generation requests and what administrators do are noted; None: nowhere
     tracer     takes a span for each request; None: there are no traces
-    fleet      what operators have said of variants; None: it is kept in memory
+    fleet      what operators have said of variants; None: nothing, and it is kept in memory
 
     The parts are at ``app.state.api``. Without keys whoever is here may also change the server,
     unless there is an admin listener for that.
     """
     metrics = metrics or Metrics()
+    fleet = fleet or _store_in_memory()
     api = Api(
         engine,
         settings,
@@ -82,7 +84,8 @@ def create_app(
         MetricsPage(metrics.registry),
         directory or Directory(),
         limiter_of(settings, ledger, metrics.limits_unreachable.inc),
-        fleet or _in_memory(),
+        fleet,
+        registrar_of(settings, engine.names, fleet),
         ledger,
     )
     identify = by_tenant(
@@ -91,7 +94,7 @@ def create_app(
     return _wrapped(api, (*TENANT_ROUTERS, *SHARED_ROUTERS), identify, ledger, tracer)
 
 
-def _in_memory() -> FleetStore:
+def _store_in_memory() -> FleetStore:
     from server.fleet.store import FleetStore
 
     return FleetStore(None)

@@ -184,7 +184,8 @@ class RequestCap:
 
     With a Content-Length beyond the cap nothing is read at all. The body is kept as one buffer,
     because a list of one-byte chunks would take a hundred times its size. Where no route reads a
-    body (`BODY_PATHS`) the cap is a small one, whatever `max_bytes` is.
+    body (`BODY_PATHS`) the cap is a small one, whatever `max_bytes` is. An administrator's upload
+    is not read here: its route takes it piece by piece, and has a bound of its own.
     """
 
     def __init__(
@@ -206,6 +207,9 @@ class RequestCap:
         refusal = _refusal_of_headers(scope)
         if refusal is not None:
             await refusal(scope, receive, send)
+            return
+        if uploads(scope):
+            await self._app(scope, _bounded_in_time(receive, self._timeout_s), send)
             return
         with self._held.counted() as take:
             try:
@@ -243,6 +247,35 @@ class RequestCap:
 def refusal_of(error: ServeError | None) -> str | None:
     """The reason under which an error counts as a refusal of its tenant; None if it is none."""
     return next((reason for kind, reason in REFUSALS.items() if isinstance(error, kind)), None)
+
+
+def uploads(scope: Scope) -> bool:
+    """Whether a request brings an artifact, from somebody who may."""
+    if not scope.get("impart.admin", False):
+        return False
+    path: str = scope["path"]
+    return scope["method"] == "PUT" and path.startswith("/v1/deltas/")
+
+
+def _bounded_in_time(receive: Receive, timeout_s: float) -> Receive:
+    """Return a `receive` that waits for each piece of the body so long, then says the client left:
+    it may as well have.
+    """
+    is_whole = False
+
+    async def receive_soon() -> Message:
+        nonlocal is_whole
+        if is_whole:
+            return await receive()
+        try:
+            async with asyncio.timeout(timeout_s):
+                message = await receive()
+        except TimeoutError:
+            return {"type": "http.disconnect"}
+        is_whole = not message.get("more_body", False)
+        return message
+
+    return receive_soon
 
 
 def _refusal_of_headers(scope: Scope) -> JSONResponse | None:

@@ -152,8 +152,7 @@ class VariantCatalog:
             for path in seen:
                 self._known.note(path, use, seen[path], failure)
 
-        n_bytes = variant.origin.n_bytes
-        return LoadJob(variant.key, variant.name, variant.mode, read, reject, n_bytes)
+        return LoadJob(variant.key, variant.name, variant.mode, read, reject)
 
     def certificate_of(self, variant: Variant) -> Certificate | None:
         """What the fine-tune said to a few prompts, if its artifact has it. Raises Failed."""
@@ -165,6 +164,14 @@ class VariantCatalog:
     def rescan(self) -> None:
         """Read the directory again and forget what is there no more. Raises DeltasUnreadable."""
         self.registry.rescan()
+        self._forget_gone()
+
+    def reread(self, name: str, moved_to: Path | None = None) -> None:
+        """See `DeltaRegistry.reread`."""
+        self.registry.reread(name, moved_to)
+        self._forget_gone()
+
+    def _forget_gone(self) -> None:
         deltas = self.registry.all()
         with self._lock:
             keys, digests = self.keys(), {delta.name: delta.digest for delta in deltas}
@@ -175,11 +182,6 @@ class VariantCatalog:
     def keys(self) -> set[str]:
         """Of all variants that the directory has."""
         return {self.key_of(delta) for delta in self.registry.all() if delta.failure is None}
-
-    def names_of(self, key: str) -> list[tuple[str, str]]:
-        """Names that have this key now, with their digest."""
-        deltas = self.registry.with_digest(self.digest_of(key))
-        return [(delta.name, delta.digest) for delta in deltas if self.key_of(delta) == key]
 
     def find(self, model: str) -> RegisteredDelta | None:
         """What a request's `model` means; None for the base, and where no delta has that name."""

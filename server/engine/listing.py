@@ -49,16 +49,13 @@ class ModelListing:
         return None if delta is None else next(self._infos([delta]))
 
     def at_work(self) -> list[ModelInfo]:
-        """The variants in memory, of the device or the host, or on their way there, and some of
-        those that failed.
-        """
+        """The variants in device memory or on their way there, and some of those that failed."""
         registry, loader = self._catalog.registry, self._core.loader
         keys = {
             *self._core.stats().resident,
             *loader.loading(),
             *loader.errors,
             *self._vetter.failed(),
-            *loader.host.keys(),
         }
         found = {
             delta.name: delta
@@ -94,12 +91,11 @@ class ModelListing:
             name=delta.name,
             parent=self._catalog.base_name,
             digest=delta.digest or None,
-            state="quarantined" if quarantine else self._state(key, slot, wanting, error),
+            state="quarantined" if quarantine else self._state(delta, slot, wanting, error),
             created_s=delta.created_s,
             max_model_len=self._max_model_len,
             n_bytes=delta.n_bytes,
             resident_bytes=0 if slot is None else slot.n_bytes,
-            host_bytes=self._core.loader.host.bytes_of(key),
             reconstructed_bytes=stats.reconstructed_bytes.get(key, 0),
             mode=self._catalog.mode_of(delta.name),
             codec=delta.codec,
@@ -109,14 +105,14 @@ class ModelListing:
         )
 
     def _state(
-        self, key: str, slot: Slot | None, wanting: str | None, error: str | None
+        self, delta: RegisteredDelta, slot: Slot | None, wanting: str | None, error: str | None
     ) -> VariantState:
+        if delta.stage in ("fetching", "verifying"):
+            return delta.stage
         if wanting:
             return "failed"
         if slot is not None:
             return "ready"
-        if self._core.loader.is_loading(key):
+        if self._core.loader.is_loading(self._catalog.key_of(delta)):
             return "loading"
-        if self._core.loader.host.bytes_of(key):
-            return "host"
         return "failed" if error else "registered"

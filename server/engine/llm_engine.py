@@ -17,10 +17,10 @@ from server.engine.build import (
     log_cpu,
     use_threads,
 )
-from server.engine.control import LiveVariants, tell_changes
 from server.engine.lifecycle import Events
 from server.engine.limits import check_request
 from server.engine.listing import ModelListing
+from server.engine.names import CatalogNames
 from server.engine.observer import CoreStats, Observer
 from server.engine.output import RequestOutput, TextOutput
 from server.engine.pauses import PauseWatch
@@ -81,15 +81,14 @@ class LLMEngine:
         self._listing = ModelListing(
             parts.core, parts.catalog, parts.text, self._vetter, self.max_model_len
         )
-        self._history = parts.history
-        self.variants = LiveVariants(parts.core, parts.catalog, parts.history, self.open)
         self._pinner = Pinner(
             parts.catalog,
             parts.settings.max_resident_variants,
             open=self.open,
-            take=self.variants.take_pins,
+            take=lambda pins: self.core.between_steps(lambda: self.core.residents.pin(pins)),
             is_warming=lambda: self.core.stats().kernel_state == "compiling",
         )
+        self.names = CatalogNames(parts.catalog, self._names_changed)
         self._pauses = PauseWatch(parts.settings.heartbeat_timeout_s / 2)
         self._started = False
 
@@ -160,25 +159,14 @@ class LLMEngine:
         return await self._openings.run(model, lambda: self._catalog.open(model))
 
     def rescan(self) -> None:
-        before = self._catalog.registry.all()
         self._catalog.rescan()
-        keys = self._catalog.keys()
-        self.core.loader.keep_errors(keys)
-        self._vetter.keep(keys)
-        self.core.between_steps(lambda: self._keep(keys))
-        tell_changes(self._history, before, self._catalog.registry.all())
+        self._names_changed()
+
+    def _names_changed(self) -> None:
+        self.core.loader.keep_errors(self._catalog.keys())
+        self._vetter.keep(self._catalog.keys())
         if self._publisher.loop is not None and self._publisher.loop.is_running():
-            asyncio.run_coroutine_threadsafe(self._mean_again(), self._publisher.loop)
-
-    def _keep(self, keys: Collection[str]) -> None:
-        """Forget what the folder has no more. Engine thread."""
-        self.core.orders.keep(keys)
-        self._history.keep(keys)
-
-    async def _mean_again(self) -> None:
-        """Names may mean others now."""
-        self.variants.again()
-        await self._pinner.again()
+            asyncio.run_coroutine_threadsafe(self._pinner.again(), self._publisher.loop)
 
     async def pin(self, pinned: Mapping[Principal, Collection[str]]) -> None:
         await self._pinner.pin(pinned)
@@ -239,7 +227,6 @@ class LLMEngine:
 
     def drain(self) -> None:
         self.core.admission.drain()
-        self._history.feed.close()
 
     def generate(
         self,

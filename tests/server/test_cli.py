@@ -36,7 +36,7 @@ def test_cli_without_options_gives_the_defaults_of_settings():
 def test_help_shows_every_setting_with_its_default():
     shown = CliRunner().invoke(cli.app(lambda _: None), ["--help"], terminal_width=80).output
     for field in fields(Settings):
-        flag = "--mode-override" if field.name == "mode_overrides" else field.name
+        flag = cli.FLAGS.get(field.name, field.name)
         assert flag.replace("_", "-") in shown
     text = " ".join(shown.split())
     assert "--delta-budget-bytes SIZE" in text

@@ -31,7 +31,6 @@ from server.errors import (
     ServeError,
 )
 from server.tenants.principal import ANYBODY, NOBODY, Principal
-from tests.server.api.fake_variants import FakeVariants
 
 BASE = "tiny-base"
 LETTERS = {BASE: "0", "alpha": "A", "beta": "B"}
@@ -92,11 +91,11 @@ class FakeEngine:
     its prompt's tokens)."""
 
     base_name = BASE
+    names: Any = None  # registering variants is tested with the real engine
 
     def __init__(self, max_model_len: int = 512, max_open: int = 320) -> None:
         self.max_model_len = max_model_len
         self.admission = Admission(max_waiting=max_open, max_running=0)
-        self.variants = FakeVariants()
         self.waited_s = 0.0
         self.n_cached = 0
         self.n_prompt_computed = 0
@@ -261,7 +260,6 @@ class FakeEngine:
 
     def drain(self) -> None:
         self.admission.drain()
-        self.variants.feed.close()
 
     def generate(
         self,
