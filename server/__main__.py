@@ -69,10 +69,17 @@ def _prepare_and_serve(settings: Settings) -> int:
     with (
         listeners(settings, has_keys=directory.has_keys) as bound,
         _opened_ledger(settings) as ledger,
-        _opened_fleet(settings) as fleet,
         traces(os.environ) as tracer,
+        _opened_fleet(settings) as fleet,
     ):
         return _serve(located(settings), directory, bound, ledger, tracer, fleet)
+
+
+def _opened_fleet(settings: Settings) -> AbstractContextManager[FleetStore]:
+    from server.fleet.store import FleetStore  # which imports SQLAlchemy
+
+    allowed_of(settings.allow_sources, [])  # a mistake in it is found out now
+    return closing(FleetStore(settings.state_dir))
 
 
 def _opened_ledger(settings: Settings) -> AbstractContextManager[Ledger | None]:
@@ -82,13 +89,6 @@ def _opened_ledger(settings: Settings) -> AbstractContextManager[Ledger | None]:
     from server.ledger.ledger import open_ledger
 
     return open_ledger(settings)
-
-
-def _opened_fleet(settings: Settings) -> AbstractContextManager[FleetStore]:
-    from server.fleet.store import FleetStore
-
-    allowed_of(settings.allow_sources, [])  # a mistake in it is found out now
-    return closing(FleetStore(settings.state_dir))
 
 
 def _serve(

@@ -9,7 +9,7 @@ clients tell errors apart; `server.api.errors` makes answers of them.
     │   ├── Forbidden 403               insufficient_permissions
     │   ├── ModelNotFound 404           model_not_found, also where it is not for this tenant
     │   ├── SourceNotFound 404          source_not_found: nothing is where a variant is to come from
-    │   ├── Conflict 409                conflict: the name is taken, or cannot be
+    │   ├── Conflict 409                conflict: things are such now that it cannot be done
     │   ├── BodyTooLarge 413            request_too_large
     │   ├── UnsupportedMediaType 415    unsupported_content_type
     │   ├── ArtifactRefused 422         artifact_refused: what was sent or named cannot be served
@@ -122,7 +122,7 @@ class SourceNotFound(ClientError):
 
 
 class Conflict(ClientError):
-    """The name is taken, or no variant can have it."""
+    """It cannot be done as things are now."""
 
     status = 409
     code = "conflict"

@@ -208,7 +208,13 @@ class Settings:
     delta_budget_bytes: Bytes = Field(
         default=4 * GIB,
         gt=0,
-        description="Device memory for resident deltas; the least recently used go first.",
+        description="Device memory for resident deltas; what is missed least goes first.",
+    )
+    host_delta_budget_bytes: Bytes = Field(
+        default=0,
+        ge=0,
+        description="Host memory for decoded variants, resident ones included, so that coming back "
+        "is a copy; 0: none.",
     )
     max_resident_variants: Count = Field(
         default=64, gt=0, description="Slots for resident variants."

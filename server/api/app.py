@@ -10,6 +10,8 @@ from fastapi import APIRouter, FastAPI
 from server.api import (
     chat,
     completions,
+    delta_events,
+    delta_life,
     deltas,
     errors,
     health,
@@ -39,7 +41,9 @@ from server.tenants.limits import limiter_of
 TENANT_ROUTERS = (completions.router, chat.router, tokens.router)
 SHARED_ROUTERS = (
     models.router,
+    delta_events.router,  # before the delta of any name
     deltas.router,
+    delta_life.router,
     trust.router,
     registration.router,
     lora.router,
@@ -48,7 +52,7 @@ SHARED_ROUTERS = (
     usage.router,
 )
 
-if TYPE_CHECKING:  # SQLAlchemy is imported where there is something to keep only
+if TYPE_CHECKING:  # SQLAlchemy is imported by who makes an application only
     from server.fleet.store import FleetStore
     from server.ledger.ledger import Ledger
 
@@ -69,13 +73,13 @@ def create_app(
     directory  who the tenants are; None: there are no keys
     ledger     where generation requests and what administrators do are noted; None: nowhere
     tracer     takes a span for each request; None: there are no traces
-    fleet      what operators have said of variants; None: nothing, and it is kept in memory
+    fleet      what operators have said of variants; None: it is kept in memory
 
     The parts are at ``app.state.api``. Without keys whoever is here may also change the server,
     unless there is an admin listener for that.
     """
     metrics = metrics or Metrics()
-    fleet = fleet or _store_in_memory()
+    fleet = fleet or _in_memory()
     api = Api(
         engine,
         settings,
@@ -94,7 +98,7 @@ def create_app(
     return _wrapped(api, (*TENANT_ROUTERS, *SHARED_ROUTERS), identify, ledger, tracer)
 
 
-def _store_in_memory() -> FleetStore:
+def _in_memory() -> FleetStore:
     from server.fleet.store import FleetStore
 
     return FleetStore(None)

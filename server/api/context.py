@@ -24,7 +24,7 @@ from server.tenants.limits import Limiter
 from server.tenants.principal import ANYBODY, Principal
 from server.tenants.tenant import EVERYBODY, Tenant
 
-if TYPE_CHECKING:  # SQLAlchemy is imported where there is something to keep only
+if TYPE_CHECKING:  # SQLAlchemy is imported where there is a ledger only
     from server.fleet.store import FleetStore
     from server.ledger.ledger import Ledger
 
@@ -36,6 +36,7 @@ class Api:
     fleet         what operators have said of variants
     registrar     adds and removes variants
     ledger        None: what was used is not kept
+    changing      held while what operators have said is changed
     tasks         that nobody waits for
     body_parsers  one thread: several large bodies at once would only take the interpreter from the
                   event loop more often
@@ -51,6 +52,7 @@ class Api:
     fleet: FleetStore
     registrar: Registrar
     ledger: Ledger | None = None
+    changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)
     body_parsers: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="body-parser")

@@ -1,13 +1,17 @@
-"""Reading the tenants file again, and keeping resident what its tenants pin."""
+"""Reading the tenants file again, and keeping resident what is pinned."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 
 from server.api.context import Api
 from server.errors import ConfigError
 from server.ledger.audited import audited
 from server.ledger.records import Actor
+from server.tenants.principal import SERVER
+
+PIN_WAIT_S = 1.0  # kernels that are compiled first, or a slow disk, are not waited for
 
 
 async def reload_tenants(api: Api, actor: Actor, request_id: str = "") -> None:
@@ -24,15 +28,21 @@ async def reload_tenants(api: Api, actor: Actor, request_id: str = "") -> None:
             raise ConfigError(f"{error.message}; {stays}") from None
 
 
-async def begin_pinning(api: Api) -> None:
-    """Have the variants that tenants pin loaded, and kept. Returns before they are.
+async def begin_pinning(api: Api, by_admin: Collection[str] | None = None) -> None:
+    """Have the variants loaded that tenants pin and operators do, and kept. Returns before they
+    are.
 
-    Raises ConfigError where a name is wrong.
+    by_admin  what operators pin; None: what their documents say
+
+    Raises ConfigError where a tenant's name is wrong, or there are too many.
     """
-    task = asyncio.create_task(api.engine.pin(api.directory.pinned))
-    await asyncio.sleep(0)  # what is wrong with the names is found before anything is waited for
-    if task.done():
-        task.result()
-        return
+    if by_admin is None:
+        documents = await asyncio.to_thread(api.fleet.all, "variant")
+        by_admin = [name for name, body in documents.items() if body.get("pinned") is True]
+    pinned = {**api.directory.pinned, **({SERVER: by_admin} if by_admin else {})}
+    task = asyncio.create_task(api.engine.pin(pinned))
     api.tasks.add(task)  # the loop itself keeps weak references only
     task.add_done_callback(api.tasks.discard)
+    await asyncio.wait({task}, timeout=PIN_WAIT_S)
+    if task.done():
+        task.result()

@@ -33,6 +33,14 @@ class Claims:
         wanted = self._holders.setdefault(key, {})
         wanted.update((holder.tenant, holder) for holder in holders)
 
+    def is_wanted(self, key: str) -> bool:
+        """Whether a load under way is for any tenant."""
+        return key in self._holders
+
+    def has_room(self, key: str) -> bool:
+        """Whether a tenant that a load is for may hold it and give up nothing."""
+        return any(self.victims(key, holder) == [] for holder in self._holders[key].values())
+
     def ended(self, key: str) -> None:
         """A load is under way no more."""
         self._holders.pop(key, None)

@@ -24,17 +24,18 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
-from typing import Any, Protocol
 
 import torch
 
 from compressor.artifact.reader import Artifact
-from compressor.codecs.term import TensorDelta
 from server.deltas.background import background_pool
 from server.deltas.claims import Claims
-from server.deltas.failures import Failure, is_lasting
+from server.deltas.costs import ReloadCosts
+from server.deltas.failures import MEND_S, Failure
 from server.deltas.host_memory import trim_heap
+from server.deltas.host_tier import HostTier
 from server.deltas.loads import (
+    Happening,
     LoadCopied,
     LoadDecoded,
     LoaderMessage,
@@ -42,26 +43,20 @@ from server.deltas.loads import (
     LoadJob,
     failed_load,
 )
-from server.deltas.parameter import DeltaParameter, StagedParameter
+from server.deltas.parameter import DeltaParameter
+from server.deltas.reader import VariantReader, WeightsMaker
 from server.deltas.room import Room
 from server.deltas.slots import Holder, Slot, SlotTable
-from server.deltas.staging import decode_threads, reader_threads, stage_variant
-from server.deltas.trial import VariantTrial
 from server.deltas.upload import Ready, SlotUploader, Uploader
 
 log = logging.getLogger(__name__)
 MAX_PART_S = 0.002  # that a step waits for at a time
+NO_HOST_ROOM = Failure(
+    "host memory has no room for it",
+    "an operator must raise --host-delta-budget-bytes",
+    retry_after_s=MEND_S,
+)
 MAX_LOADS = 4  # under way at once, those that wait decoded in host memory for a slot included
-
-
-class WeightsMaker(Protocol):
-    """Makes, installs and forgets a slot's whole weights; `ReconstructedWeights` implements it."""
-
-    def replaces(self, parameter: DeltaParameter) -> bool: ...
-    def bytes_for(self, artifact: Artifact) -> int: ...
-    def build(self, artifact: Artifact) -> Any: ...
-    def install(self, slot: int, ops: Any, *, always: bool) -> None: ...
-    def remove(self, slot: int) -> None: ...
 
 
 class DeltaLoader:
@@ -74,29 +69,36 @@ class DeltaLoader:
         post: Callable[[LoaderMessage], None],
         weights: WeightsMaker,
         uploader: Uploader | None = None,
+        host_budget_bytes: int = 0,
+        watch: Callable[[Happening], None] = lambda happening: None,
     ) -> None:
         self._parameters = parameters
         self._slots = slots
+        self.costs = ReloadCosts()
+        self.host = HostTier(host_budget_bytes, self.costs)
+        slots.reload_s = self._reload_s
+        self._watch = watch
         self.claims = Claims(slots, self._clear)
         self._post = post
         self._weights = weights
         device = _device_of(parameters)
-        self._n_threads = decode_threads(device)
+        self._reader = VariantReader(parameters, weights, post, device)
         self._uploader = uploader or SlotUploader(device)
         # On a GPU new arrays are filled in the steps' own stream, which the copies wait for.
         self._copier_makes_room = device.type == "cpu"
-        self._readers = background_pool(reader_threads(device), "delta-reader")
         self._copier = background_pool(1, "delta-copier")
         # Its own: whole weights take seconds, and other variants come in meanwhile.
         self._builder = background_pool(1, "delta-builder")
         self._loading: set[str] = set()
         self._reads: dict[str, Future[None]] = {}  # by key, until they have ended
+        self._left: set[str] = set()  # keys on their way that nobody waits for any more
         self._waiting_for_room: list[LoadDecoded] = []
         self._copying: Slot | None = None  # where one variant's bytes are, or will be, copied
         self._showing: dict[Slot, Iterator[None]] = {}  # work of which steps see nothing yet
+        self.turn_wanted = False  # something may have a slot, or go, that no request waits for
+        self.evictions_wait = False
         self._untidy = False  # loads have ended since the heap was trimmed
         self.errors: dict[str, str] = {}  # by key, until it loads after all; safe to show
-        self._tried: set[str] = set()  # keys whose terms were found right, see `VariantTrial`
 
     def loading(self) -> list[str]:
         """Keys that are on their way. Any thread."""
@@ -119,20 +121,38 @@ class DeltaLoader:
 
         holders  the tenants that want it
         """
-        if job.key not in self._loading:
-            if len(self._loading) >= MAX_LOADS:
-                return
-            self._loading.add(job.key)
-            self._reads[job.key] = self._readers.submit(self._read, job)
-        self.claims.want(job.key, holders)
+        if self._begin(job):
+            self._left.discard(job.key)
+            self.claims.want(job.key, holders)
+
+    def prefetch(self, job: LoadJob) -> None:
+        """Likewise, but into host memory only, unless somebody wants it on the device meanwhile."""
+        self._begin(job)
+
+    def _begin(self, job: LoadJob) -> bool:
+        """Begin to load; whether it is under way now."""
+        if job.key in self._loading:
+            return True
+        if len(self._loading) >= MAX_LOADS:
+            return False
+        self._loading.add(job.key)
+        kept = self.host.get(job.key)
+        if kept is None:
+            self._reads[job.key] = self._reader.submit(job)
+        else:
+            self._post(replace(kept, job=job, started=time.monotonic(), read_s=None))
+        self._watch(Happening("loading", job.key))
+        return True
 
     def forget(self, key: str) -> None:
-        """Nobody waits for this variant any more: do not begin to read it. What has begun goes on,
-        so that a client who asks again finds it.
+        """Nobody waits for this variant any more. Do not begin to read it; what has begun goes on
+        as far as host memory, and into a slot where no other has to go for it.
         """
         read = self._reads.get(key)
         if read is not None and read.cancel():
             self._ended(key)
+        elif key in self._loading:
+            self._left.add(key)
 
     def handle(self, message: LoaderMessage) -> LoadFailed | LoadCopied | None:
         """Take a worker's message; return it if a load ended by it."""
@@ -151,6 +171,13 @@ class DeltaLoader:
         job, n_bytes = decoded.job, decoded.n_bytes
         self._reads.pop(job.key, None)
         self.claims.decoded(job.key, n_bytes)
+        if decoded.read_s is not None:
+            self.costs.was_read(job.key, job.n_bytes, decoded.read_s)
+            self._watch(Happening("host", job.key, decoded.read_s))
+        is_kept = self.host.put(decoded)
+        if not self.claims.is_wanted(job.key):
+            self._ended(job.key)
+            return None if is_kept else LoadFailed(job.key, job.name, NO_HOST_ROOM)
         if n_bytes > self._slots.budget_bytes:
             failure = Failure(
                 f"it needs {n_bytes} bytes of device memory, the delta budget is "
@@ -160,6 +187,7 @@ class DeltaLoader:
             job.reject(failure)
             return self._end(LoadFailed(job.key, job.name, failure))
         self._waiting_for_room.append(decoded)
+        self.turn_wanted = True
         return None
 
     def _show(self, copied: LoadCopied) -> LoadFailed | LoadCopied | None:
@@ -187,9 +215,15 @@ class DeltaLoader:
         self._untidy = True
         self._ended(decoded.job.key)
         self.errors.pop(decoded.job.key, None)
-        seconds = time.monotonic() - decoded.started
+        now = time.monotonic()
+        self.costs.was_copied(slot.key, now - copied.started)
+        self._watch(Happening("device", slot.key, now - copied.started))
+        self._watch(Happening("ready", slot.key, now - decoded.started))
         log.info(
-            "variant %s is ready in slot %d after %.2f s", decoded.job.name, slot.index, seconds
+            "variant %s is ready in slot %d after %.2f s",
+            decoded.job.name,
+            slot.index,
+            now - decoded.started,
         )
         return copied
 
@@ -213,11 +247,17 @@ class DeltaLoader:
         Call it after requests had their chance to take a variant that has just arrived: an idle
         slot is fair game. In order of arrival, so that a large variant cannot starve.
         """
+        self.turn_wanted = False
         if self._untidy and not self._loading:
             self._untidy = False
             self._copier.submit(trim_heap)
         while self._waiting_for_room and self._copying is None:
             decoded = self._waiting_for_room[0]
+            if decoded.job.key in self._left and not self._costs_nobody(decoded):
+                del self._waiting_for_room[0]
+                log.info("nobody waits for variant %s; it takes no slot", decoded.job.name)
+                self._ended(decoded.job.key)
+                continue
             fits = self._slots.fits(decoded.job.key, decoded.n_bytes)
             holder = self.claims.holder_for(decoded.job.key) if fits else None
             if holder is None:
@@ -229,6 +269,13 @@ class DeltaLoader:
                 return
             del self._waiting_for_room[0]
             self._assign(decoded, victims, holder)
+
+    def _costs_nobody(self, decoded: LoadDecoded) -> bool:
+        """Whether a load that nobody waits for any more may go on: there is room, and a tenant that
+        wanted it need give up nothing.
+        """
+        key, n_bytes = decoded.job.key, decoded.n_bytes
+        return self._slots.victims_for(n_bytes) == [] and self.claims.has_room(key)
 
     def _drop(self, decoded: LoadDecoded, *, fits: bool) -> None:
         """Forget what was decoded: nobody may hold it now, or it fits nowhere beside the pinned."""
@@ -258,22 +305,37 @@ class DeltaLoader:
             self._hide(slot)  # now: the step to come must not meet arrays that were never made
             self._post(failed_load(decoded.job, error, slot))
             return
-        self._copier.submit(self._copy, decoded, slot, room, made)
+        self._copier.submit(self._copy, decoded, slot, room, made, time.monotonic())
 
     def keep_errors(self, keys: Collection[str]) -> None:
         """Forget what is known of all other variants. Any thread."""
         for key in list(self.errors):
             if key not in keys:
                 self.errors.pop(key, None)
-        self._tried.intersection_update(keys)
+        self._reader.keep(keys)
         self.claims.keep(keys)
 
+    def keep(self, keys: Collection[str]) -> None:
+        """Forget what was measured of all other variants, and their host memory."""
+        self.costs.keep(keys)
+        self.host.keep(keys)
+
+    def unload(self, slot: Slot) -> None:
+        """Take a variant out of device and host memory."""
+        self._clear(slot)
+        self.host.drop(slot.key)
+
     def close(self) -> None:
-        for pool in (self._readers, self._copier, self._builder):
+        self._reader.close()
+        for pool in (self._copier, self._builder):
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _reload_s(self, slot: Slot) -> float:
+        return self.costs.reload_s(slot.key, from_host=self.host.bytes_of(slot.key) > 0)
 
     def _ended(self, key: str) -> None:
         self._loading.discard(key)
+        self._left.discard(key)
         self.claims.ended(key)
         self._reads.pop(key, None)
 
@@ -286,6 +348,8 @@ class DeltaLoader:
         self._showing.pop(slot, None)
         self._hide(slot)
         self._slots.evict(slot)
+        if slot.ready:
+            self._watch(Happening("evicted", slot.key))
 
     def _hide(self, slot: Slot) -> None:
         for parameter in set(self._parameters.values()):
@@ -295,35 +359,8 @@ class DeltaLoader:
     def _end(self, failed: LoadFailed) -> LoadFailed:
         self._ended(failed.key)
         self.errors[failed.key] = failed.failure.reason
+        self._watch(Happening("failed", failed.key, reason=failed.failure.reason))
         return failed
-
-    def _read(self, job: LoadJob) -> None:
-        started = time.monotonic()
-        try:
-            decoded = self._decoded(job, job.read(), started)
-        except Exception as error:
-            failed = failed_load(job, error)
-            if is_lasting(error):  # of staging: `read` knows its own
-                job.reject(failed.failure)
-            self._post(failed)
-        else:
-            self._post(decoded)
-
-    def _decoded(self, job: LoadJob, artifact: Artifact, started: float) -> LoadDecoded:
-        """Decoded; of a variant that was never loaded before, every term is tried too."""
-        weights, n_threads = self._weights, self._n_threads
-        check = _accept if job.key in self._tried else VariantTrial()
-        if job.mode == "apply":
-            parameters = stage_variant(artifact, self._parameters, n_threads, check=check)
-            n_bytes, whole = 0, None
-        else:
-            parameters = stage_variant(
-                artifact, self._parameters, n_threads, weights.replaces, check
-            )
-            n_bytes, whole = weights.bytes_for(artifact), artifact
-        self._tried.add(job.key)
-        n_bytes += sum(p.n_bytes for p in parameters)
-        return LoadDecoded(job, parameters, n_bytes, started, whole)
 
     def _reconstruct(self, copied: LoadCopied, artifact: Artifact) -> None:
         try:
@@ -332,7 +369,9 @@ class DeltaLoader:
         except Exception as error:
             self._post(failed_load(copied.decoded.job, error, copied.slot))
 
-    def _copy(self, decoded: LoadDecoded, slot: Slot, room: Room, made: Ready) -> None:
+    def _copy(
+        self, decoded: LoadDecoded, slot: Slot, room: Room, made: Ready, started: float
+    ) -> None:
         try:
             if self._copier_makes_room:
                 room.make(decoded.parameters)
@@ -340,7 +379,8 @@ class DeltaLoader:
             for parameter in decoded.parameters:
                 transfers += parameter.parameter.transfers(slot.index, parameter)
             self._uploader.copy(transfers, after=made).wait()
-            self._post(LoadCopied(decoded, slot, room if self._copier_makes_room else None))
+            opens = room if self._copier_makes_room else None
+            self._post(LoadCopied(decoded, slot, started, opens))
         except Exception as error:
             self._uploader.abandon()
             self._post(failed_load(decoded.job, error, slot))
@@ -350,9 +390,6 @@ def _is_done(work: Iterator[None]) -> bool:
     """Do some of the work; whether that was all of it."""
     end = time.perf_counter() + MAX_PART_S
     return not any(time.perf_counter() > end for _ in work)
-
-
-def _accept(delta: TensorDelta, staged: StagedParameter) -> None: ...
 
 
 def _device_of(parameters: Mapping[str, DeltaParameter]) -> torch.device:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from compressor.artifact.reader import Artifact
 from server.deltas.failures import Failure, failure_of
@@ -20,8 +20,9 @@ from server.deltas.slots import Slot
 class LoadJob:
     """What to load.
 
-    read    runs on a reader's thread and returns the verified weights
-    reject  is told if they cannot be used, so that `read` need not read them for the next who asks
+    read     runs on a reader's thread and returns the verified weights
+    reject   is told if they cannot be used, so that `read` need not read them for the next who asks
+    n_bytes  of the artifact
     """
 
     key: str
@@ -29,28 +30,37 @@ class LoadJob:
     mode: Mode
     read: Callable[[], Artifact]
     reject: Callable[[Failure], None] = field(default=lambda _: None, compare=False)
+    n_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class LoadDecoded:
-    """Decoded in host memory."""
+    """Decoded in host memory.
+
+    n_bytes   that it will take of the device's
+    artifact  whose weights are to be reconstructed
+    read_s    what reading and decoding took; None: it was there already
+    """
 
     job: LoadJob
     parameters: tuple[StagedParameter, ...]
     n_bytes: int
     started: float
-    artifact: Artifact | None = None  # whose weights are to be reconstructed
+    artifact: Artifact | None = None
+    read_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class LoadCopied:
     """Copied into its slot, and its weights reconstructed if its mode says so.
 
-    room  where it was copied, if that is not open to steps yet
+    room     where it was copied, if that is not open to steps yet
+    started  when it was given its slot
     """
 
     decoded: LoadDecoded
     slot: Slot
+    started: float
     room: Room | None = None
     weights: Any = None
 
@@ -63,6 +73,20 @@ class LoadFailed:
     name: str
     failure: Failure
     slot: Slot | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Happening:
+    """What happened to a variant, for whoever watches the loader.
+
+    seconds  reading and decoding took ("host"), copying into a slot ("device"), or all of it
+             ("ready"; "failed" until then)
+    """
+
+    kind: Literal["loading", "host", "device", "ready", "failed", "evicted"]
+    key: str
+    seconds: float | None = None
+    reason: str = ""
 
 
 LoaderMessage = LoadDecoded | LoadCopied | LoadFailed

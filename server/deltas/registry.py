@@ -60,6 +60,7 @@ class RegisteredDelta:
     codec: str
     fidelity: dict[str, object]
     created_s: int
+    finetuned_bytes: int = 0  # of the checkpoint that it stands for, on disk
     failure: Failure | None = None
     seen: Fingerprint | None = None
     stage: Stage | None = None
@@ -272,6 +273,7 @@ class DeltaRegistry:
             codec=described.config.codec,
             fidelity=dict(described.config.fidelity),
             created_s=int(time.time()),
+            finetuned_bytes=described.config.finetuned_bytes,
         )
 
     def _check_signed(self, path: Path, digest: str) -> None:

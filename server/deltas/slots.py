@@ -5,9 +5,9 @@ given away only after its last holder released it. Nor is a pinned variant. A `S
 one variant: whoever kept it compares it with `SlotTable.get` to learn whether that stay has ended.
 
 A variant counts for each tenant that has used it since it is resident, with all of its bytes, and
-for those it is pinned for. A tenant whose bytes are bounded (`Holder`) gives up its own: the least
-recently used of those that none of its requests holds. What only it has used is then evicted; what
-others have used too stays, and counts for them alone.
+for those it is pinned for. A tenant whose bytes are bounded (`Holder`) gives up its own, of
+those that none of its requests holds. What only it has used is then evicted; what others have used
+too stays, and counts for them alone.
 
 Used by the engine thread only.
 """
@@ -15,9 +15,12 @@ Used by the engine thread only.
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+
+from server.deltas.costs import in_order_of_worth
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class SlotUse:
 
     refs: int = 0
     last_used: int = 0
+    used_at: float | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -46,18 +50,25 @@ class Slot:
     refs: int = 0
     last_used: int = 0
     ready: bool = False  # the delta is in place and visible
+    leaving: bool = False  # who has it goes on, nobody else gets it
+    used_at: float = field(default_factory=time.monotonic)  # since then nobody has taken it
     uses: dict[str, SlotUse] = field(default_factory=dict)  # by tenant
 
 
 class SlotTable:
-    """LRU over slots under a byte budget."""
+    """Slots under a byte budget. Which goes first: see `server.deltas.costs`.
+
+    reload_s  what bringing a slot's variant back takes; by default they are all alike
+    """
 
     def __init__(self, n_slots: int, budget_bytes: int) -> None:
         self.n_slots = n_slots
         self.budget_bytes = budget_bytes
         self.pinned: Mapping[str, Collection[str]] = {}  # key -> tenants; see `pin`
         self._by_key: dict[str, Slot] = {}
+        self.reload_s: Callable[[Slot], float] = lambda slot: 0.0
         self._clock = itertools.count(1)
+        self._now = 0
         # Asked for each request that waits, in each step: kept, not summed up.
         self._held_bytes: Counter[str] = Counter()  # by tenant
         self._unused: dict[str, list[Slot]] = {}  # by tenant, until something changes
@@ -91,12 +102,13 @@ class SlotTable:
         if slot is None or not slot.ready:
             return None
         slot.refs += 1
-        slot.last_used = next(self._clock)
+        slot.last_used = self._tick()
+        slot.used_at = time.monotonic()
         if holder is not None:
             self._count(slot, holder.tenant)
             use = slot.uses[holder.tenant]
             use.refs += 1
-            use.last_used = slot.last_used
+            use.last_used, use.used_at = slot.last_used, slot.used_at
             self._unused.pop(holder.tenant, None)
         return slot
 
@@ -104,9 +116,11 @@ class SlotTable:
         """Give a reference back, for the tenant that it was taken for."""
         assert slot.refs > 0, "slot released more often than acquired"
         slot.refs -= 1
+        slot.used_at = time.monotonic()
         if tenant is not None:
             assert slot.uses[tenant].refs > 0, "slot released more often than acquired"
             slot.uses[tenant].refs -= 1
+            slot.uses[tenant].used_at = slot.used_at
             self._unused.pop(tenant, None)
 
     # -- room under the budget of all ------------------------------------------------------------
@@ -118,13 +132,13 @@ class SlotTable:
         return len(pinned) < self.n_slots and n_bytes <= room
 
     def victims_for(self, n_bytes: int) -> list[Slot] | None:
-        """Least recently used slots to evict so that `n_bytes` fit; None if that cannot be now."""
-        idle = sorted(
-            (s for s in self._by_key.values() if s.ready and s.refs == 0 and not self._stays(s)),
-            key=lambda s: s.last_used,
-        )
+        """Slots to evict so that `n_bytes` fit; None if that cannot be now."""
         free = self.n_slots - len(self._by_key)
         room = self.budget_bytes - self.used_bytes
+        if free >= 1 and room >= n_bytes:
+            return []
+        idle = [s for s in self._by_key.values() if s.ready and s.refs == 0 and not self._stays(s)]
+        idle = self._in_order(idle, [slot.last_used for slot in idle])
         victims: list[Slot] = []
         while free < 1 or room < n_bytes:
             if len(victims) == len(idle):
@@ -144,7 +158,7 @@ class SlotTable:
         """Give `key` the lowest free slot, for a tenant. Call `victims_for` and `evict` first."""
         taken = {slot.index for slot in self._by_key.values()}
         index = next(i for i in range(self.n_slots) if i not in taken)
-        slot = Slot(index, key, n_bytes, last_used=next(self._clock))
+        slot = Slot(index, key, n_bytes, last_used=self._tick())
         self._by_key[key] = slot
         self._count_pinned(slot)
         if tenant is not None:
@@ -200,14 +214,21 @@ class SlotTable:
         return not slot.uses and slot.refs == 0
 
     def _unused_by(self, tenant: str) -> list[Slot]:
-        """What counts for a tenant and none of its requests holds, nor is pinned for it; the least
-        recently used first.
+        """What counts for a tenant and none of its requests holds, nor is pinned for it; that first
+        which is to go first.
         """
         if tenant not in self._unused:
             found = [slot for slot in self._by_key.values() if self._is_unused(slot, tenant)]
-            found.sort(key=lambda slot: slot.uses[tenant].last_used)
-            self._unused[tenant] = found
+            last_used = [slot.uses[tenant].last_used for slot in found]
+            self._unused[tenant] = self._in_order(found, last_used)
         return self._unused[tenant]
+
+    def _in_order(self, slots: list[Slot], last_used: list[int]) -> list[Slot]:
+        return in_order_of_worth(slots, self._now, last_used, [self.reload_s(s) for s in slots])
+
+    def _tick(self) -> int:
+        self._now = next(self._clock)
+        return self._now
 
     def _is_unused(self, slot: Slot, tenant: str) -> bool:
         use = slot.uses.get(tenant)

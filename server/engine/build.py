@@ -20,12 +20,13 @@ from compressor.artifact.signature import PublicKey, load_public_key
 from compressor.errors import Corrupt, InputError
 from compressor.usable_cpus import Threads, product_threads
 from compressor.usable_memory import usable_memory_bytes
-from server.deltas.loads import LoadJob
+from server.deltas.loads import Happening, LoadJob
 from server.deltas.registry import DeltaRegistry
 from server.deltas.staging import decode_threads
 from server.engine.catalog import VariantCatalog
 from server.engine.check.selfcheck import Wanted, check_engine
 from server.engine.core import EngineCore
+from server.engine.history import VariantHistory
 from server.engine.kernel_swap import KernelSwap
 from server.engine.lifecycle import Events
 from server.engine.memory import allocate_kv_blocks, with_kv_cache
@@ -70,6 +71,7 @@ class EngineParts:
     settings: Settings
     base: BaseModel
     catalog: VariantCatalog
+    history: VariantHistory
     core: EngineCore
     text: TextService
     swap: KernelSwap
@@ -97,10 +99,13 @@ def build_engine(
     text = TextService(settings)
     catalog = build_catalog(settings, base, text)
     settings = with_kv_cache(settings, base.device)
-    parts = build_core(settings, base, catalog.job_for, publish, observer, choose_steps)
+    history = VariantHistory(catalog.names_of)
+    if observer is not None:
+        history.timed = observer.on_tier_loaded
+    parts = build_core(settings, base, catalog.job_for, publish, observer, choose_steps, history)
     core = parts.core
     swap = KernelSwap(parts.runner, core.slots, core.between_steps, wanted)
-    return EngineParts(parts.settings, base, catalog, core, text, swap)
+    return EngineParts(parts.settings, base, catalog, history, core, text, swap)
 
 
 def check_base(base: BaseModel, settings: Settings) -> Wanted | None:
@@ -184,10 +189,12 @@ def build_core(
     publish: Publish,
     observer: Observer | None = None,
     choose_steps: ChooseSteps | None = None,
+    watch: Callable[[Happening], None] = lambda happening: None,
 ) -> CoreParts:
     """Reserve the KV cache, whose size the settings know, and make a core over it.
 
     job_for  how the loader gets a variant's bytes
+    watch    is told what happens to variants
     """
     kv_blocks = allocate_kv_blocks(base, settings)
     room = kv_blocks.n_kv_blocks * kv_blocks.block_tokens
@@ -195,7 +202,7 @@ def build_core(
     settings = replace(settings, max_model_len=longest)
     runner = Runner(base)
     (choose_steps or graphs_on_cuda)(runner, settings)
-    core = EngineCore(runner, settings, kv_blocks, job_for, publish, observer)
+    core = EngineCore(runner, settings, kv_blocks, job_for, publish, observer, watch)
     return CoreParts(settings, runner, core)
 
 

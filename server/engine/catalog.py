@@ -152,7 +152,8 @@ class VariantCatalog:
             for path in seen:
                 self._known.note(path, use, seen[path], failure)
 
-        return LoadJob(variant.key, variant.name, variant.mode, read, reject)
+        n_bytes = variant.origin.n_bytes
+        return LoadJob(variant.key, variant.name, variant.mode, read, reject, n_bytes)
 
     def certificate_of(self, variant: Variant) -> Certificate | None:
         """What the fine-tune said to a few prompts, if its artifact has it. Raises Failed."""
@@ -182,6 +183,11 @@ class VariantCatalog:
     def keys(self) -> set[str]:
         """Of all variants that the directory has."""
         return {self.key_of(delta) for delta in self.registry.all() if delta.failure is None}
+
+    def names_of(self, key: str) -> list[tuple[str, str]]:
+        """Names that have this key now, with their digest."""
+        deltas = self.registry.with_digest(self.digest_of(key))
+        return [(delta.name, delta.digest) for delta in deltas if self.key_of(delta) == key]
 
     def find(self, model: str) -> RegisteredDelta | None:
         """What a request's `model` means; None for the base, and where no delta has that name."""

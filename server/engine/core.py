@@ -17,12 +17,20 @@ from contextlib import nullcontext
 import torch
 
 from server.deltas.loader import DeltaLoader
-from server.deltas.loads import LoadCopied, LoadDecoded, LoaderMessage, LoadFailed, LoadJob
+from server.deltas.loads import (
+    Happening,
+    LoadCopied,
+    LoadDecoded,
+    LoaderMessage,
+    LoadFailed,
+    LoadJob,
+)
 from server.deltas.slots import SlotTable
 from server.engine.accounting import Accounting
 from server.engine.inbox import Command, Inbox
 from server.engine.lifecycle import Events, RequestLifecycle
 from server.engine.observer import CoreStats, Observer
+from server.engine.orders import Orders
 from server.engine.reconstruct.reconstructor import BuildEnded, Reconstructor, only_variant
 from server.engine.request import Request
 from server.engine.residents import Residents
@@ -57,6 +65,7 @@ class EngineCore:
         job_for: Callable[[Variant], LoadJob],
         publish: Callable[[Events], None],
         observer: Observer | None = None,
+        watch: Callable[[Happening], None] = lambda happening: None,
     ) -> None:
         self._runner = runner
         self._settings = settings
@@ -68,7 +77,14 @@ class EngineCore:
         self.slots = SlotTable(settings.max_resident_variants, settings.delta_budget_bytes)
         runner.base.residency.n_slots = settings.max_resident_variants
         weights = runner.reconstructed
-        self.loader = DeltaLoader(runner.base.parameters, self.slots, self._post_load, weights)
+        self.loader = DeltaLoader(
+            runner.base.parameters,
+            self.slots,
+            self._post_load,
+            weights,
+            host_budget_bytes=settings.host_delta_budget_bytes,
+            watch=watch,
+        )
         self.residents = Residents(self.slots, self.loader, lambda v: self._job_for(v))
         budget = settings.reconstruct_budget_bytes
         self.reconstructor = Reconstructor(
@@ -103,10 +119,16 @@ class EngineCore:
         self._requests = RequestLifecycle(
             self.scheduler,
             self.residents,
-            self.loader,
             self._lookahead,
             self.admission,
             observer,
+        )
+        self.orders = Orders(
+            self.slots,
+            self.loader,
+            self.residents,
+            lambda v: self._job_for(v),
+            waits=lambda key: bool(self._requests.waiting_for(key)),
         )
         self._accounting = Accounting(self._requests, self.scheduler, self._max_len, observer)
         self._stop = False
@@ -206,11 +228,13 @@ class EngineCore:
         self._requests.expire()
         self.reconstructor.tend()
         self.residents.tend()
+        self.orders.tend()
         if self._lookahead.in_flight is not None:
             self._go_on(self._lookahead.in_flight)
         if self._lookahead.in_flight is None:
             scheduled = self.scheduler.schedule()
             self.residents.trim()
+            self.orders.trim()
             self.loader.assign_slots()
             for request, error in self.residents.take_refused():
                 self._requests.fail(request, error)
@@ -277,6 +301,7 @@ class EngineCore:
                 self._observer.on_loaded(decoded.job.name, time.monotonic() - decoded.started)
         if isinstance(ended, LoadFailed):
             self.residents.load_failed(ended)
+            self.orders.load_failed(ended)
             for request in self._requests.waiting_for(ended.key):
                 self._requests.fail(request, ended.failure.error_for(request.variant.name))
             if self._observer is not None:
@@ -300,15 +325,17 @@ class EngineCore:
 
     def _halt(self) -> None:
         self._drop_in_flight()
+        draining = Draining("the server is shutting down", retry_after_s=5)
         for request in self._requests.open_requests():
-            self._requests.fail(request, Draining("the server is shutting down", retry_after_s=5))
+            self._requests.fail(request, draining)
+        self.orders.stop(draining)
         self._stop = True
 
     def _die(self) -> None:
         self.admission.die()
         self._inbox.run_last()  # requests still in it must hear of it too
+        dead = EngineDead("the engine has stopped; the server is restarting")
         for request in self._requests.open_requests():
-            self._requests.emit(
-                request, EngineDead("the engine has stopped; the server is restarting")
-            )
+            self._requests.emit(request, dead)
+        self.orders.stop(dead)
         self._publish(self._requests.take_events())

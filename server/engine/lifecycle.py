@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 
-from server.deltas.loader import DeltaLoader
 from server.engine.observer import Observer
 from server.engine.request import Event, Request, Status
 from server.engine.residents import Residents
@@ -27,14 +26,12 @@ class RequestLifecycle:
         self,
         scheduler: Scheduler,
         residents: Residents,
-        loader: DeltaLoader,
         lookahead: Lookahead,
         admission: Admission,
         observer: Observer | None,
     ) -> None:
         self._scheduler = scheduler
         self._residents = residents
-        self._loader = loader
         self._lookahead = lookahead
         self._admission = admission
         self._observer = observer
@@ -78,8 +75,9 @@ class RequestLifecycle:
     def release(self, request: Request) -> None:
         """KV blocks and slot go back."""
         self._scheduler.remove(request)
-        if request.slot is None and not self.waiting_for(request.variant.key):
-            self._loader.forget(request.variant.key)
+        if request.slot is None:
+            key = request.variant.key
+            self._residents.forget(key, waits=bool(self.waiting_for(key)))
         self._residents.release(request)
         started_at = request.started_at
         waited_s = None if started_at is None else started_at - request.queued_at

@@ -49,13 +49,16 @@ class ModelListing:
         return None if delta is None else next(self._infos([delta]))
 
     def at_work(self) -> list[ModelInfo]:
-        """The variants in device memory or on their way there, and some of those that failed."""
+        """The variants in memory, of the device or the host, or on their way there, and some of
+        those that failed.
+        """
         registry, loader = self._catalog.registry, self._core.loader
         keys = {
             *self._core.stats().resident,
             *loader.loading(),
             *loader.errors,
             *self._vetter.failed(),
+            *loader.host.keys(),
         }
         found = {
             delta.name: delta
@@ -96,6 +99,7 @@ class ModelListing:
             max_model_len=self._max_model_len,
             n_bytes=delta.n_bytes,
             resident_bytes=0 if slot is None else slot.n_bytes,
+            host_bytes=self._core.loader.host.bytes_of(key),
             reconstructed_bytes=stats.reconstructed_bytes.get(key, 0),
             mode=self._catalog.mode_of(delta.name),
             codec=delta.codec,
@@ -113,6 +117,9 @@ class ModelListing:
             return "failed"
         if slot is not None:
             return "ready"
-        if self._core.loader.is_loading(self._catalog.key_of(delta)):
+        key = self._catalog.key_of(delta)
+        if self._core.loader.is_loading(key):
             return "loading"
+        if self._core.loader.host.bytes_of(key):
+            return "host"
         return "failed" if error else "registered"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Self
 
 from server.deltas.background import background_pool
+from server.deltas.registry import RegisteredDelta
 from server.engine.build import (
     ChooseSteps,
     EngineParts,
@@ -17,6 +18,7 @@ from server.engine.build import (
     log_cpu,
     use_threads,
 )
+from server.engine.control import LiveVariants, tell_changes
 from server.engine.lifecycle import Events
 from server.engine.limits import check_request
 from server.engine.listing import ModelListing
@@ -81,11 +83,13 @@ class LLMEngine:
         self._listing = ModelListing(
             parts.core, parts.catalog, parts.text, self._vetter, self.max_model_len
         )
+        self._history = parts.history
+        self.variants = LiveVariants(parts.core, parts.catalog, parts.history, self.open)
         self._pinner = Pinner(
             parts.catalog,
             parts.settings.max_resident_variants,
             open=self.open,
-            take=lambda pins: self.core.between_steps(lambda: self.core.residents.pin(pins)),
+            take=self.variants.take_pins,
             is_warming=lambda: self.core.stats().kernel_state == "compiling",
         )
         self.names = CatalogNames(parts.catalog, self._names_changed)
@@ -159,14 +163,29 @@ class LLMEngine:
         return await self._openings.run(model, lambda: self._catalog.open(model))
 
     def rescan(self) -> None:
+        before = self._catalog.registry.all()
         self._catalog.rescan()
-        self._names_changed()
+        self._names_changed(before)
 
-    def _names_changed(self) -> None:
-        self.core.loader.keep_errors(self._catalog.keys())
-        self._vetter.keep(self._catalog.keys())
+    def _names_changed(self, before: Sequence[RegisteredDelta]) -> None:
+        """Have everything that is kept by names and digests follow the registry."""
+        keys = self._catalog.keys()
+        self.core.loader.keep_errors(keys)
+        self._vetter.keep(keys)
+        self.core.between_steps(lambda: self._keep(keys))
+        tell_changes(self._history, before, self._catalog.registry.all())
         if self._publisher.loop is not None and self._publisher.loop.is_running():
-            asyncio.run_coroutine_threadsafe(self._pinner.again(), self._publisher.loop)
+            asyncio.run_coroutine_threadsafe(self._mean_again(), self._publisher.loop)
+
+    def _keep(self, keys: Collection[str]) -> None:
+        """Forget what the folder has no more. Engine thread."""
+        self.core.orders.keep(keys)
+        self._history.keep(keys)
+
+    async def _mean_again(self) -> None:
+        """Names may mean others now."""
+        self.variants.again()
+        await self._pinner.again()
 
     async def pin(self, pinned: Mapping[Principal, Collection[str]]) -> None:
         await self._pinner.pin(pinned)
@@ -227,6 +246,7 @@ class LLMEngine:
 
     def drain(self) -> None:
         self.core.admission.drain()
+        self._history.feed.close()
 
     def generate(
         self,

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from server.deltas.failures import Failed, Failure
+from server.deltas.registry import RegisteredDelta
 from server.engine.catalog import VariantCatalog
 from server.errors import ArtifactRefused, DeltaUnusable
 from server.fleet.names import Stage
 
 
 class CatalogNames:
-    """changed: called when what a name means may have changed."""
+    """changed: called, with what there was before, when what a name means may have changed."""
 
-    def __init__(self, catalog: VariantCatalog, changed: Callable[[], None]) -> None:
+    def __init__(
+        self, catalog: VariantCatalog, changed: Callable[[Sequence[RegisteredDelta]], None]
+    ) -> None:
         self._catalog = catalog
         self._registry = catalog.registry
         self._changed = changed
@@ -51,8 +54,9 @@ class CatalogNames:
             raise DeltaUnusable(message, retry_after_s=failure.retry_after_s) from error
 
     def reread(self, name: str, moved_to: Path | None = None) -> None:
+        before = self._registry.all()
         self._catalog.reread(name, moved_to)
-        self._changed()
+        self._changed(before)
 
     def forget(self, path: Path) -> None:
         self._registry.forget(path)

@@ -13,7 +13,7 @@ from server.engine.catalog import VariantCatalog
 from server.engine.residents import Pin, holder_of
 from server.engine.variant import Variant
 from server.errors import ConfigError, ServeError
-from server.tenants.principal import Principal
+from server.tenants.principal import SERVER, Principal
 
 log = logging.getLogger(__name__)
 KERNELS_WAIT_S = 0.5
@@ -35,7 +35,7 @@ class Pinner:
         n_slots: int,
         *,
         open: Callable[[str], Awaitable[Variant]],
-        take: Callable[[Sequence[Pin]], None],
+        take: Callable[[Sequence[Pin]], Awaitable[None]],
         is_warming: Callable[[], bool],
     ) -> None:
         self._catalog = catalog
@@ -53,7 +53,7 @@ class Pinner:
             await asyncio.sleep(KERNELS_WAIT_S)
         pins = await self._opened(pinned)
         if self._wanted is pinned:  # else others were asked for meanwhile
-            self._take(pins)
+            await self._take(pins)
 
     async def again(self) -> None:
         """Pin what the names mean now that the deltas were read again."""
@@ -69,6 +69,8 @@ class Pinner:
         for principal, names in pinned.items():
             for name in names:
                 delta = self._catalog.registry.get(name)
+                if delta is None and principal == SERVER:
+                    continue  # it was removed since an operator pinned it; opening it tells
                 if delta is None:
                     raise ConfigError(
                         f"tenant {principal.tenant} pins {name}, and no variant has that name; "
@@ -77,7 +79,7 @@ class Pinner:
                 keys.add(self._catalog.key_of(delta))
         if len(keys) > self._n_slots:
             raise ConfigError(
-                f"tenants pin {len(keys)} variants, and there are {self._n_slots} slots; pin "
+                f"{len(keys)} variants are pinned, and there are {self._n_slots} slots; pin "
                 "fewer, or raise --max-resident-variants"
             )
 

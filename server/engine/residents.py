@@ -13,10 +13,12 @@ from server.engine.request import Request
 from server.engine.schedule.scheduler import Missing
 from server.engine.variant import BASE_KEY, Variant
 from server.errors import Forbidden, NoSlot, ServeError
+from server.tenants.principal import SERVER as OPERATORS
 from server.tenants.principal import Principal
 
 log = logging.getLogger(__name__)
 RETRY_AFTER_S = 5
+SERVER = Holder(OPERATORS.tenant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,7 @@ class Residents:
         self._unloaded: list[str] = []  # keys of pins that are still to be loaded
         self._refused: list[tuple[Request, ServeError]] = []
         self._unchecked: dict[str, Holder] = {}  # by tenant, who may hold too much
+        self.ordered: set[str] = set()  # keys that operators wait for
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -56,7 +59,7 @@ class Residents:
             self._loader.request(self._job_for(request.variant), [holder])
             if self._loader.is_loading(key):  # now: else those might be in use when it is there
                 self._loader.claims.give_up(victims, holder.tenant)
-        elif slot.ready:
+        elif slot.ready and not slot.leaving:
             self._loader.claims.give_up(victims, holder.tenant)
             taken = self._slots.acquire(key, holder)
             assert taken is slot, "a ready slot can be acquired"
@@ -76,7 +79,17 @@ class Residents:
         if request.slot is not None:
             self._slots.release(request.slot, request.principal.tenant)
             request.slot = None
+            if self._loader.wants_room() or self._loader.evictions_wait:
+                self._loader.turn_wanted = True
             self._check_bounds([holder_of(request.principal)])
+
+    def forget(self, key: str, *, waits: bool) -> None:
+        """Somebody does not want a variant any more that was not there yet.
+
+        waits  whether other requests do
+        """
+        if not waits and key not in self.ordered and key not in self._unloaded:
+            self._loader.forget(key)
 
     def trim(self) -> None:
         """Have tenants give up what they hold beyond their bounds: those were lowered, or more was
@@ -144,6 +157,7 @@ class Residents:
         self._pins = {pin.variant.key: pin for pin in pins}
         tenants = {k: frozenset(h.tenant for h in p.holders) for k, p in self._pins.items()}
         self._slots.pin(tenants)
+        self._loader.host.pinned = tenants
         self._unloaded = list(self._pins)
         for pin in pins:
             self._check_bounds(pin.holders)
@@ -171,7 +185,7 @@ class Residents:
         key, claims = pin.variant.key, self._loader.claims
         slot = self._slots.get(key)
         if slot is not None or self._loader.is_loading(key):
-            is_there = slot is not None and slot.ready
+            is_there = slot is not None and slot.ready and not slot.leaving
             if is_there:
                 self._check_bounds(pin.holders)
             return is_there

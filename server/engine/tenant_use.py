@@ -17,7 +17,7 @@ def use_by_tenant(running: Iterable[Request], slots: Iterable[Slot]) -> dict[str
     for request in running:
         kv_blocks[request.principal.tenant].update(request.kv_blocks)
     for slot in slots:
-        for tenant in list(slot.uses):
+        for tenant in (tenant for tenant in list(slot.uses) if tenant):  # "": the operators
             sizes[tenant].append(slot.n_bytes)
     return {
         tenant: TenantUse(len(kv_blocks[tenant]), len(sizes[tenant]), sum(sizes[tenant]))

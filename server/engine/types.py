@@ -8,6 +8,7 @@ from itertools import chain
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
+from server.engine.life_types import VariantControl
 from server.fleet.names import ServedNames
 from server.tenants.principal import ANYBODY, NOBODY, Principal
 
@@ -154,6 +155,7 @@ class ModelInfo:
     max_model_len: int
     n_bytes: int = 0  # artifact bytes on disk
     resident_bytes: int = 0  # device bytes held now
+    host_bytes: int = 0  # host bytes of what was decoded, kept for its coming back
     reconstructed_bytes: int = 0  # device bytes of a hot variant's weights, more
     mode: str = "apply"
     codec: str = ""
@@ -257,10 +259,16 @@ class VariantHandle(Protocol):
 
 
 class EngineClient(Protocol):
-    """The engine as the HTTP layer sees it. Every coroutine may be cancelled."""
+    """The engine as the HTTP layer sees it. Every coroutine may be cancelled.
+
+    variants  what operators do with variants: see `server.engine.life_types`
+    """
 
     base_name: str
     max_model_len: int
+
+    @property
+    def variants(self) -> VariantControl: ...
 
     @property
     def names(self) -> ServedNames: ...

@@ -54,7 +54,7 @@ class Registration:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class Delivery:
     """What is wanted under a name.
 
     replace  also where another digest is served under it now
@@ -94,13 +94,13 @@ class Registrar:
 
     def order(
         self, name: str, source: str, revision: str | None = None, *, replace: bool = False
-    ) -> Order:
+    ) -> Delivery:
         """Check what is asked for. Raises InvalidRequest, Forbidden, Conflict."""
         place = self._allowed.place(source, revision)
         self._check_name(name)
-        return Order(name, place, replace)
+        return Delivery(name, place, replace)
 
-    def begin(self, order: Order) -> asyncio.Task[Registration]:
+    def begin(self, order: Delivery) -> asyncio.Task[Registration]:
         """Begin to bring a variant from its place, or join who does. Raises Conflict.
 
         The task raises ServeError.
@@ -210,7 +210,7 @@ class Registrar:
 
     # -- on threads --------------------------------------------------------------------------------
 
-    def _fetch(self, order: Order) -> Registration:
+    def _fetch(self, order: Delivery) -> Registration:
         place = order.place
         source = {"source": f"{place.scheme}://{place.path}", "revision": place.revision}
         self._store.put(FETCH, order.name, {**source, "replace": order.replace})
@@ -226,7 +226,7 @@ class Registrar:
         finally:
             self._store.delete(FETCH, order.name, "server")
 
-    def _staged(self, order: Order) -> Path | None:
+    def _staged(self, order: Delivery) -> Path | None:
         """The artifact in a folder of its own; None if it is served already."""
         files = PlaceFiles(order.place, self._allowed)
         raw = read_sums(files)

@@ -152,9 +152,8 @@ class FleetStore:
 
 def _opened(state_dir: Path | None) -> Engine:
     if state_dir is None:
-        # One connection for all threads, one at a time: `FleetStore` has a lock.
-        options = {"check_same_thread": False}
-        engine = create_engine("sqlite://", poolclass=StaticPool, connect_args=options)
+        alone = {"check_same_thread": False}  # `FleetStore` lets one thread in at a time
+        engine = create_engine("sqlite://", poolclass=StaticPool, connect_args=alone)
         _metadata.create_all(engine)
         return engine
     path = state_dir / FILE_NAME

@@ -104,6 +104,13 @@ class Metrics:
             buckets=LOAD_BUCKETS,
             registry=self.registry,
         )
+        self._tier_seconds = Histogram(
+            "impart_delta_load_seconds",
+            "Reading and decoding a variant (host), and copying it into its slot (device)",
+            ("tier",),
+            buckets=LOAD_BUCKETS,
+            registry=self.registry,
+        )
         self._load_failures = self._counter(
             "impart_variant_load_failures", "Loads that failed", by_name
         )
@@ -157,6 +164,10 @@ class Metrics:
         """A variant's deltas are in device memory."""
         self._load_seconds.labels(self._label(name)).observe(seconds)
         self._adapter_load_seconds.observe(seconds)
+
+    def on_tier_loaded(self, tier: str, seconds: float) -> None:
+        """A variant was read and decoded ("host"), or copied into its slot ("device")."""
+        self._tier_seconds.labels(tier).observe(seconds)
 
     def on_load_failed(self, name: str) -> None:
         """A variant could not be loaded."""

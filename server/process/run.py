@@ -21,7 +21,8 @@ import uvicorn
 
 from server.api.app import create_admin_app, create_app
 from server.api.context import Api
-from server.api.reload import begin_pinning, reload_tenants
+from server.api.keeping import apply_documents
+from server.api.reload import reload_tenants
 from server.api.spans import Tracer
 from server.engine.types import EngineClient
 from server.errors import ConfigError, Draining, EngineDead, ServeError
@@ -34,7 +35,7 @@ from server.process.unsent import UnsentWatch
 from server.settings import Settings
 from server.tenants.directory import Directory
 
-if TYPE_CHECKING:  # SQLAlchemy is imported where there is something to keep only
+if TYPE_CHECKING:  # SQLAlchemy is imported where there is a ledger only
     from server.fleet.store import FleetStore
     from server.ledger.ledger import Ledger
 
@@ -212,7 +213,7 @@ async def run(
     directory  the tenants; None: there are no keys
     ledger     entered, and to be left when this has returned: then every request has ended
     tracer     likewise
-    fleet      likewise; None: what operators say of variants ends with the process
+    fleet      likewise; None: it is kept in memory
     """
     app = create_app(engine, settings, metrics, directory, ledger, tracer, fleet)
     api: Api = app.state.api
@@ -226,8 +227,7 @@ async def run(
     gc.freeze()
     watch = asyncio.create_task(control.watch())
     try:
-        await begin_pinning(api)
-        api.registrar.resume()
+        await apply_documents(api)
         async with _admin_routes(api, bound):
             await server.serve(bound.main)
     finally:

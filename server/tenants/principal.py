@@ -27,4 +27,5 @@ class Principal:
     resident_bytes: int | None = None
 
 
+SERVER = Principal("")  # what operators ask for: no tenant has this name
 ANYBODY = Principal(max_priority=MOST_URGENT)  # whoever asks a server without keys

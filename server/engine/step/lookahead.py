@@ -172,6 +172,8 @@ class Lookahead:
     def _somebody_comes(self, last: InFlight) -> bool:
         """Whether a request could join the next step, which is then no longer that of these."""
         scheduler = self._scheduler
+        if self._loader.turn_wanted:
+            return True
         if not scheduler.may_admit:
             return False
         if self._loader.wants_room():

@@ -16,7 +16,14 @@ from tests.server.api.fake import BASE, FakeEngine
 class Call:
     """One request through an ASGI application; the test plays the network."""
 
-    def __init__(self, app: Any, path: str, body: dict[str, Any], key: str | None = None) -> None:
+    def __init__(
+        self,
+        app: Any,
+        path: str,
+        body: dict[str, Any],
+        key: str | None = None,
+        method: str = "POST",
+    ) -> None:
         self.sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self.messages: list[dict[str, Any]] = []
         self.gone = asyncio.Event()
@@ -28,7 +35,7 @@ class Call:
             "type": "http",
             "asgi": {"version": "3.0", "spec_version": "2.3"},
             "http_version": "1.1",
-            "method": "POST",
+            "method": method,
             "path": path,
             "raw_path": path.encode(),
             "query_string": b"",

@@ -31,6 +31,7 @@ from server.errors import (
     ServeError,
 )
 from server.tenants.principal import ANYBODY, NOBODY, Principal
+from tests.server.api.fake_variants import FakeVariants
 
 BASE = "tiny-base"
 LETTERS = {BASE: "0", "alpha": "A", "beta": "B"}
@@ -96,6 +97,7 @@ class FakeEngine:
     def __init__(self, max_model_len: int = 512, max_open: int = 320) -> None:
         self.max_model_len = max_model_len
         self.admission = Admission(max_waiting=max_open, max_running=0)
+        self.variants = FakeVariants()
         self.waited_s = 0.0
         self.n_cached = 0
         self.n_prompt_computed = 0
@@ -260,6 +262,7 @@ class FakeEngine:
 
     def drain(self) -> None:
         self.admission.drain()
+        self.variants.feed.close()
 
     def generate(
         self,

@@ -42,13 +42,15 @@ def tenants_file(folder: Path, text: str = TENANTS) -> Path:
 class Tenancy:
     """Both applications over one engine; `call` and `call_admin` ask them."""
 
-    def __init__(self, folder: Path, *, ledger: Any = None, **settings: Any) -> None:
+    def __init__(
+        self, folder: Path, *, ledger: Any = None, fleet: Any = None, **settings: Any
+    ) -> None:
         self.engine = FakeEngine()
         self.path = tenants_file(folder)
         header = settings.get("tenant_header")
         directory = Directory(self.path, proxy_key=KEYS["proxy"] if header else None)
         self.app = create_app(
-            self.engine, make_settings(**settings), directory=directory, ledger=ledger
+            self.engine, make_settings(**settings), directory=directory, ledger=ledger, fleet=fleet
         )
         self.admin = create_admin_app(self.app.state.api, KEYS["admin"])
 

@@ -41,7 +41,10 @@ def pinner(
     open: Callable[[str], Awaitable[Variant]] = opened,
     is_warming: Callable[[], bool] = lambda: False,
 ) -> Pinner:
-    return Pinner(cast(Any, Catalog()), 2, open=open, take=taken.append, is_warming=is_warming)
+    async def take(pins: Sequence[Pin]) -> None:
+        taken.append(pins)
+
+    return Pinner(cast(Any, Catalog()), 2, open=open, take=take, is_warming=is_warming)
 
 
 async def test_pin_names_of_one_digest_are_one_pin_for_all_its_tenants() -> None:
@@ -57,7 +60,10 @@ async def test_pin_names_of_one_digest_are_one_pin_for_all_its_tenants() -> None
 
 @pytest.mark.parametrize(
     ("names", "says"),
-    [(["unknown"], "tenant acme pins unknown"), (["a", "b", "c"], "3 variants, and there are 2")],
+    [
+        (["unknown"], "tenant acme pins unknown"),
+        (["a", "b", "c"], "3 variants are pinned, and there are 2"),
+    ],
 )
 async def test_pin_what_cannot_be_is_refused_and_the_former_pins_stay(
     names: list[str], says: str

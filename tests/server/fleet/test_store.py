@@ -101,3 +101,9 @@ def test_change_that_cannot_be_kept_is_not_made(tmp_path):
         store.put("variant", "a", {"n": "x" * 100_000})
     assert store.get("variant", "a") == {"n": 1}
     assert len(store.history("variant", "a")) == 1
+
+
+def test_store_is_asked_from_any_thread(store):
+    with ThreadPoolExecutor(1) as other:
+        other.submit(store.put, "alias", "prod", {"n": 1}).result()
+    assert store.get("alias", "prod") == {"n": 1}
