@@ -1,7 +1,10 @@
-"""A Hub of a few local folders: the routes of huggingface.co that a download needs, on loopback."""
+"""A Hub of a few local folders: the routes of huggingface.co that a download and a commit need, on
+loopback.
+"""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import threading
@@ -22,6 +25,9 @@ class FakeHub(ThreadingHTTPServer):
         self.repos: dict[tuple[str, str], Path] = {}
         self.gated: set[str] = set()
         self.downloads: list[str] = []
+        self.root: Path | None = None  # where repositories that are made lie; None: none may be
+        self.objects: dict[str, bytes] = {}  # of LFS, by their sha256
+        self.commits: list[str] = []
 
     @property
     def url(self) -> str:
@@ -48,6 +54,76 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_HEAD(self) -> None:
         self._answer(with_body=False)
+
+    def do_POST(self) -> None:
+        body = self._body()
+        path = unquote(urlsplit(self.path).path).strip("/")
+        if self.server.root is None:
+            self._refuse(403, "Forbidden", True)
+        elif path == "api/repos/create":
+            self._create(json.loads(body))
+        elif path == "api/validate-yaml":
+            self._json({"errors": [], "warnings": []})
+        elif path.endswith("/info/lfs/objects/batch"):
+            self._lfs(json.loads(body))
+        elif "/preupload/" in path:
+            self._json({"files": [_mode(file) for file in json.loads(body)["files"]]})
+        elif "/commit/" in path:
+            repo, _, revision = path.removeprefix("api/models/").partition("/commit/")
+            self._commit(repo, revision, [json.loads(line) for line in body.splitlines()])
+        else:
+            self._refuse(404, "EntryNotFound", True)
+
+    def do_PUT(self) -> None:
+        body = self._body()
+        assert hashlib.sha256(body).hexdigest() == self.path.rpartition("/")[2]
+        self.server.objects[self.path.rpartition("/")[2]] = body
+        self._send(200, b"", True, {})
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = b""
+        while size := int(self.rfile.readline(), 16):
+            body += self.rfile.read(size)
+            self.rfile.readline()
+        self.rfile.readline()
+        return body
+
+    def _create(self, asked: dict[str, str]) -> None:
+        hub, repo = self.server, f"{asked['organization']}/{asked['name']}"
+        status = 409 if any(known == repo for known, _ in hub.repos) else 200
+        if status == 200:
+            assert hub.root is not None
+            folder = hub.root / repo.replace("/", "--")
+            folder.mkdir()
+            hub.add(repo, folder)
+        self._json({"url": f"{hub.url}/{repo}", "name": repo}, status)
+
+    def _lfs(self, asked: dict[str, list[dict[str, object]]]) -> None:
+        def offer(item: dict[str, object]) -> dict[str, object]:
+            href = f"{self.server.url}/lfs/{item['oid']}"
+            return item | {"actions": {"upload": {"href": href}}}
+
+        self._json({"transfer": "basic", "objects": [offer(item) for item in asked["objects"]]})
+
+    def _commit(self, repo: str, revision: str, lines: list[dict[str, dict[str, str]]]) -> None:
+        hub = self.server
+        folder = hub.repos[repo, revision]
+        for line in lines:
+            value, kind = line["value"], str(line["key"])
+            if kind == "file":
+                (folder / value["path"]).write_bytes(base64.b64decode(value["content"]))
+            elif kind == "lfsFile":
+                (folder / value["path"]).write_bytes(hub.objects[value["oid"]])
+            elif kind == "deletedFile":
+                (folder / value["path"]).unlink()
+        hub.commits.append(repo)
+        oid = hub.commit(repo, revision)
+        self._json({"commitUrl": f"{hub.url}/{repo}/commit/{oid}", "commitOid": oid})
+
+    def _json(self, value: object, status: int = 200) -> None:
+        self._send(status, json.dumps(value).encode(), True, {"Content-Type": "application/json"})
 
     def log_message(self, *_: object) -> None:
         pass
@@ -118,6 +194,12 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if with_body:
             self.wfile.write(body)
+
+
+def _mode(file: dict[str, object]) -> dict[str, object]:
+    is_large = str(file["path"]).endswith(".safetensors")
+    mode = "lfs" if is_large else "regular"
+    return {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
 
 
 def _etag(file: Path) -> str:

@@ -54,6 +54,7 @@ ELSEWHERE = {
     "compressor.cli.compress": "tests/compressor/cli/test_app.py",
     "compressor.cli.eval": "tests/compressor/measure/test_evaluation.py",
     "compressor.cli.export": "tests/compressor/peft/test_export.py",
+    "compressor.cli.hub": "tests/compressor/export/test_publish.py",
     "compressor.cli.import_adapter": "tests/compressor/peft/test_importer.py",
     "compressor.cli.inspect": "tests/compressor/cli/test_app.py",
     "compressor.cli.merge": "tests/compressor/merge/test_merge.py",

@@ -8,16 +8,16 @@ is not fetched again; with ``HF_HUB_OFFLINE=1`` (or without a network) the cache
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from compressor.errors import CheckpointError, InputError
+from compressor.errors import CheckpointError, InputError, OutputError
 
 _REF = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*(/[\w.-]+)?)(@(?P<revision>\w[\w./-]*))?")
 _IN_CACHE = re.compile(r"models--(?P<repo>.+)/snapshots/(?P<commit>[0-9a-f]{40})$")
-_SETTINGS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "SHA256SUMS", "README.md")
+_SETTINGS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "SHA256SUMS*", "README.md")
 _DELTAS = "impart-deltas"  # folder in the Hub's cache; an artifact must not consist of links
 
 
@@ -88,6 +88,78 @@ def fetch_artifact(ref: HubRef, snapshot: Path) -> Path:
     local = hub_cache() / _DELTAS / folder
     names = (*_SETTINGS, "delta.safetensors")
     return _snapshot(HubRef(ref.repo, commit.revision), names, asked=ref, local_dir=local)
+
+
+def download(ref: HubRef, folder: Path, names: Sequence[str]) -> None:
+    """Fetch those of these files that there are, as plain files, into `folder`."""
+    _snapshot(ref, names, local_dir=folder)
+
+
+def file_names(repo: str, revision: str | None = None) -> list[str]:
+    """Return the names of all files of a repository; empty if there is no such branch yet."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, RevisionNotFoundError
+
+    try:
+        return list(HfApi().list_repo_files(repo, revision=revision))
+    except RevisionNotFoundError:
+        return []
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        _refuse_push(HubRef(repo, revision), error)
+
+
+def upload(
+    ref: HubRef,
+    folder: Path,
+    names: Sequence[str],
+    *,
+    replaced: Sequence[str],
+    check: Callable[[Sequence[str]], None],
+    private: bool | None = None,
+) -> str:
+    """Put files of a folder into a repository in one commit; return the commit's address.
+
+    replaced  other files of these names are removed in the same commit
+    check     is told the files that are there already, and may refuse
+    private   of a repository that is made
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi()
+    try:
+        api.create_repo(ref.repo, private=private, exist_ok=True)
+        there = file_names(ref.repo, ref.revision)
+        check(there)
+        if ref.revision is not None:
+            api.create_branch(ref.repo, branch=ref.revision, exist_ok=True)
+        gone = sorted(set(there).intersection(replaced).difference(names))
+        commit = api.create_commit(
+            ref.repo,
+            [
+                *(CommitOperationAdd(name, folder / name) for name in names),
+                *(CommitOperationDelete(name) for name in gone),
+            ],
+            commit_message="Delta artifact",
+            revision=ref.revision,
+        )
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError, RuntimeError) as error:
+        _refuse_push(ref, error)
+    return str(commit.commit_url)
+
+
+def _refuse_push(ref: HubRef, error: Exception) -> NoReturn:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if constants.is_offline_mode():
+        remedy = "HF_HUB_OFFLINE is set"
+    elif status in (401, 403):
+        remedy = "the Hub wants a token that may write there: set HF_TOKEN"
+    else:
+        remedy = f"the Hub did not take it ({type(error).__name__}); check the network and the name"
+    raise OutputError(f"cannot push to {ref}: {remedy}") from error
 
 
 def _snapshot(

@@ -18,6 +18,7 @@ from compressor.cli.check import check_served
 from compressor.cli.compress import compress
 from compressor.cli.eval import evaluate
 from compressor.cli.export import export
+from compressor.cli.hub import pull, push
 from compressor.cli.import_adapter import import_adapter
 from compressor.cli.inspect import inspect, verify
 from compressor.cli.merge import merge
@@ -76,3 +77,5 @@ app.command("import")(import_adapter)
 app.command("certify")(certify)
 app.command("keygen")(keygen)
 app.command("sign")(sign)
+app.command("push")(push)
+app.command("pull")(pull)
