@@ -22,12 +22,14 @@ from server.engine.build import build_core
 from server.engine.core import EngineCore
 from server.engine.lifecycle import Events
 from server.engine.request import Request
+from server.engine.residents import holder_of
 from server.engine.step.runner import Runner
 from server.engine.types import SamplingParams
 from server.engine.variant import BASE_KEY, Variant
 from server.ops.kernels import Kernels
 from server.ops.quantize import BaseQuant
 from server.settings import Settings
+from server.tenants.principal import ANYBODY
 from server.text.assets import TextAssets
 
 SPARE_STEPS = 1024  # that rows may live beside the timed ones: prefill of others, a load
@@ -118,6 +120,7 @@ class Engine:
         errors = self.core.loader.errors
         for key in keys:
             own = LoadJob(key, key, "apply", job.read)
+            self.core.loader.claims.want(key, [holder_of(ANYBODY)])
             self.core.loader.handle(replace(decoded, job=own))
             self.core.step()  # gives it a slot; a turn would first wait for something to do
             self.until(lambda key=key: self.is_ready(key) or key in errors)  # type: ignore[misc]

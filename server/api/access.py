@@ -6,26 +6,9 @@ from collections.abc import Iterator
 
 from fastapi import Request
 
-from server.api.context import api_of, principal, tenant
-from server.engine.types import ModelInfo, VariantHandle
+from server.api.context import api_of, tenant
+from server.engine.types import ModelInfo
 from server.errors import Forbidden, ModelNotFound
-
-NO_NAME = "/"  # no model can have it
-
-
-async def open_variant(request: Request, model: str) -> VariantHandle:
-    """Open a model for this request.
-
-    Another tenant's is looked for under a name that does not exist, so that the answer and the time
-    it takes are those of any unknown name. Raises as `EngineClient.open`.
-    """
-    engine = api_of(request).engine
-    name = model.removeprefix(f"{engine.base_name}:")
-    try:
-        allowed = model if tenant(request).may_use(name) else NO_NAME
-        return await engine.open(allowed, principal(request))
-    except ModelNotFound:
-        raise no_such_model(model) from None
 
 
 def visible_models(request: Request) -> Iterator[ModelInfo]:

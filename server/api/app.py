@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from fastapi import APIRouter, FastAPI
 
 from server.api import (
+    aliases,
     chat,
     completions,
     delta_events,
@@ -27,10 +28,12 @@ from server.api.account import LedgerRecorder
 from server.api.auth import Authentication, Identify, by_admin_key, by_tenant
 from server.api.context import Api
 from server.api.middleware import EarlyRefusal, HeadAsGet, RequestCap, RequestContext
+from server.api.names import find_model
 from server.api.open_requests import OpenRequests
 from server.api.quota import CountedRequests
 from server.api.spans import SpanRecorder, Tracer
 from server.engine.types import EngineClient
+from server.fleet.aliases import Aliases
 from server.fleet.registrar import registrar_of
 from server.metrics.page import MetricsPage
 from server.metrics.series import Metrics
@@ -46,6 +49,7 @@ SHARED_ROUTERS = (
     delta_life.router,
     trust.router,
     registration.router,
+    aliases.router,
     lora.router,
     health.router,
     tenants.router,
@@ -80,6 +84,7 @@ def create_app(
     """
     metrics = metrics or Metrics()
     fleet = fleet or _in_memory()
+    known = Aliases(fleet, lambda model: find_model(engine, model) is not None)
     api = Api(
         engine,
         settings,
@@ -89,7 +94,8 @@ def create_app(
         directory or Directory(),
         limiter_of(settings, ledger, metrics.limits_unreachable.inc),
         fleet,
-        registrar_of(settings, engine.names, fleet),
+        registrar_of(settings, engine.names, fleet, lambda name: known.get(name) is not None),
+        known,
         ledger,
     )
     identify = by_tenant(

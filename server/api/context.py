@@ -15,6 +15,7 @@ from starlette.types import Scope
 from server.api.open_requests import OpenRequests
 from server.engine.types import EngineClient, Ticket
 from server.errors import QueueFull
+from server.fleet.aliases import Aliases
 from server.fleet.registrar import Registrar
 from server.metrics.page import MetricsPage
 from server.metrics.series import Metrics
@@ -34,6 +35,7 @@ class Api:
     """The application's parts.
 
     fleet         what operators have said of variants
+    aliases       names that operators point to variants
     registrar     adds and removes variants
     ledger        None: what was used is not kept
     changing      held while what operators have said is changed
@@ -51,6 +53,7 @@ class Api:
     limiter: Limiter
     fleet: FleetStore
     registrar: Registrar
+    aliases: Aliases
     ledger: Ledger | None = None
     changing: asyncio.Lock = field(default_factory=asyncio.Lock)
     tasks: set[asyncio.Task[None]] = field(default_factory=set)

@@ -22,12 +22,12 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from server.api import sse
-from server.api.access import open_variant
 from server.api.account import account_of
 from server.api.chunks import ChunkWriter
 from server.api.context import Api, arrival, log_fields, principal, request_id
 from server.api.errors import body_of, internal_error_body
 from server.api.fanout import Fanout, Timed
+from server.api.names import Opened, open_model
 from server.api.open_requests import OpenRequest
 from server.api.prompts import Prompt
 from server.api.quota import granted
@@ -76,7 +76,8 @@ class GenerationResponse(Response):
 
     async def _run(self, ticket: Ticket, opened: OpenRequest, send: Send) -> None:
         engine, reply = self._api.engine, self._reply
-        variant, prompts = await self._prepare()
+        model, prompts = await self._prepare()
+        variant = model.variant
         self._account.opened(variant, (len(prompt.ids) for prompt in prompts))
         asked = [
             (prompt, reply.params(prompt, variant, engine.max_model_len, child))
@@ -86,7 +87,7 @@ class GenerationResponse(Response):
         asked = await granted(self._request.scope, reply, prompts, asked)
         choices = [Choice(i, prompt) for i, (prompt, _) in enumerate(asked)]
         kind = reply.chunk_object if reply.body.stream else reply.object
-        envelope = Envelope.of(reply.id_prefix, kind, variant)
+        envelope = Envelope.of(reply.id_prefix, kind, model)
         begins = [
             partial(self._begin, variant, ticket, envelope.id, choice, params)
             for choice, (_, params) in zip(choices, asked, strict=True)
@@ -106,14 +107,15 @@ class GenerationResponse(Response):
             self._log["prompt_tokens"] = self._account.prompt_tokens
             self._log["completion_tokens"] = self._account.output_tokens
 
-    async def _prepare(self) -> tuple[VariantHandle, list[Prompt]]:
+    async def _prepare(self) -> tuple[Opened, list[Prompt]]:
         """Open the variant and tokenise, within the deadline."""
         engine, reply = self._api.engine, self._reply
         try:
             async with asyncio.timeout(self._deadline - time.monotonic()):
-                variant = await open_variant(self._request, reply.body.model)
+                opened = await open_model(self._request, reply.body.model, reply.body.user)
+                variant = opened.variant
                 self._log["model"] = variant.name
-                return variant, await reply.prompts(engine, variant, self._principal.tenant)
+                return opened, await reply.prompts(engine, variant, self._principal.tenant)
         except TimeoutError:
             raise DeadlineExceeded("the request ran out of its time") from None
 

@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 
 from server.api.access import no_such_model, visible_models
 from server.api.context import api_of, tenant
+from server.api.names import alias_info, find_model
 from server.engine.types import ModelInfo
 
 router = APIRouter()
@@ -23,14 +24,19 @@ async def list_models(request: Request) -> JSONResponse:
 
 def _listing(request: Request) -> JSONResponse:
     """Beside the event loop: there may be thousands."""
-    entries = [model_entry(info) for info in visible_models(request)]
+    api, may_use = api_of(request), tenant(request).may_use
+    aliases = [alias for alias in api.aliases.all() if may_use(alias.name)]
+    infos = [*visible_models(request), *(alias_info(api.engine, alias) for alias in aliases)]
+    entries = [model_entry(info) for info in infos]
     return JSONResponse({"object": "list", "data": entries})
 
 
 @router.get("/v1/models/{name:path}")
 async def get_model(request: Request, name: str) -> JSONResponse:
     """Describe one model."""
-    info = api_of(request).engine.model(name)
+    api = api_of(request)
+    alias = api.aliases.get(name)
+    info = find_model(api.engine, name) if alias is None else alias_info(api.engine, alias)
     if info is None or not tenant(request).may_use(info.name):
         raise no_such_model(name)
     return JSONResponse(model_entry(info))

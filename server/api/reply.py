@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from server.api.names import Opened
 from server.api.prompts import Prompt
 from server.api.schemas import GenerationRequest
 from server.engine.types import (
@@ -105,14 +106,14 @@ class Envelope:
     system_fingerprint: str
 
     @classmethod
-    def of(cls, prefix: str, kind: str, variant: VariantHandle) -> Envelope:
+    def of(cls, prefix: str, kind: str, model: Opened) -> Envelope:
         """Return the envelope of a new answer."""
         return cls(
             f"{prefix}-{uuid.uuid4().hex}",
             kind,
             int(time.time()),
-            variant.name,
-            variant.fingerprint,
+            model.shown,
+            model.variant.fingerprint,
         )
 
     def wrap(

@@ -6,10 +6,10 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 
-from server.api.access import open_variant
 from server.api.body import parse_body
 from server.api.context import api_of, principal
 from server.api.errors import invalid_request
+from server.api.names import open_model
 from server.api.prompts import check_length, render_messages
 from server.api.schemas import DetokenizeRequest, TokenizeRequest
 from server.errors import InvalidRequest
@@ -24,7 +24,7 @@ async def tokenize(request: Request) -> JSONResponse:
     """Return the token ids of a text or a conversation."""
     api = api_of(request)
     body = await parse_body(request, TokenizeRequest)
-    variant = await open_variant(request, body.model)
+    variant = (await open_model(request, body.model)).variant
     try:
         chat = body.chat
     except ValidationError as error:
@@ -60,7 +60,7 @@ async def detokenize(request: Request) -> JSONResponse:
     """Return the text of token ids."""
     api = api_of(request)
     body = await parse_body(request, DetokenizeRequest)
-    variant = await open_variant(request, body.model)
+    variant = (await open_model(request, body.model)).variant
     most = 2 * api.engine.max_model_len
     if len(body.tokens) > most:
         raise InvalidRequest(

@@ -71,6 +71,7 @@ class Registrar:
     folder     None: this server has no place for variants of its own
     max_bytes  of one artifact
     keep_s     for how long a request may still load what has lost its name
+    is_alias   whether an operator has pointed this name to variants already
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Registrar:
         *,
         max_bytes: int,
         keep_s: float,
+        is_alias: Callable[[str], bool],
     ) -> None:
         self._names = names
         self._store = store
@@ -89,6 +91,7 @@ class Registrar:
         self._allowed = allowed
         self._max_bytes = max_bytes
         self._keep_s = keep_s
+        self._is_alias = is_alias
         self._changes: dict[str, tuple[object, asyncio.Task[Registration]]] = {}
         self._pool = ThreadPoolExecutor(N_WORKERS, "registrar")
 
@@ -192,6 +195,8 @@ class Registrar:
         """Raises Conflict."""
         if self._folder is None:
             raise Conflict("This server keeps no variants of its own: it has no --state-dir.")
+        if self._is_alias(name):
+            raise Conflict(f"`{name}` is an alias. Choose another name, or delete the alias first.")
         if self._names.is_reserved(name):
             raise Conflict(
                 "No variant can have this name: it is the base's, or not 1 to 128 letters, digits, "
@@ -316,7 +321,9 @@ def _append(path: Path, piece: bytearray) -> None:
         file.write(piece)
 
 
-def registrar_of(settings: Settings, names: ServedNames, store: FleetStore) -> Registrar:
+def registrar_of(
+    settings: Settings, names: ServedNames, store: FleetStore, is_alias: Callable[[str], bool]
+) -> Registrar:
     """Return the registrar that the settings describe. Raises ConfigError."""
     path = managed_path(settings.state_dir)
     roots = [] if settings.deltas is None else [settings.deltas]
@@ -327,4 +334,5 @@ def registrar_of(settings: Settings, names: ServedNames, store: FleetStore) -> R
         allowed_of(settings.allow_sources, roots),
         max_bytes=settings.max_artifact_bytes,
         keep_s=settings.request_timeout_s,
+        is_alias=is_alias,
     )
