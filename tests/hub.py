@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -169,8 +170,11 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if with_body:
             self.server.downloads.append(f"{repo}/{name}")
+        body, status = file.read_bytes(), 200
+        if asked := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+            body, status = body[int(asked[1]) : int(asked[2]) + 1], 206
         headers = {"ETag": f'"{_etag(file)}"', "X-Repo-Commit": self.server.commit(repo, revision)}
-        self._send(200, file.read_bytes(), with_body, headers)
+        self._send(status, body, with_body, headers)
 
     def _known(self, repo: str, revision: str, with_body: bool) -> bool:
         hub = self.server

@@ -1,6 +1,6 @@
 """Adding and removing variants over HTTP: from a place, as an upload, and by name. Admin only.
 
-    POST    /v1/deltas          {"name", "source", "revision"?, "replace"?}
+    POST    /v1/deltas          {"name", "source", "revision"?, "replace"?, "load"?}
     PUT     /v1/deltas/{name}   a tar of the artifact's folder
     DELETE  /v1/deltas/{name}
 
@@ -41,10 +41,11 @@ class RegisterRequest(BaseModel):
     source: str = Field(min_length=1, max_length=MAX_SOURCE_CHARS)
     revision: str | None = Field(default=None, max_length=MAX_NAME_CHARS)
     replace: bool = False
+    load: bool = False
 
 
 @router.post("/v1/deltas")
-async def register(request: Request) -> JSONResponse:
+async def register_delta(request: Request) -> JSONResponse:
     """Serve what is at a place under a name."""
     body = await parse_body(request, RegisterRequest)
     api = api_of(request)
@@ -56,11 +57,13 @@ async def register(request: Request) -> JSONResponse:
             entry = {"id": body.name, "object": "delta", "state": "fetching"}
             return JSONResponse(entry, 202)
         done = await asyncio.shield(task)
+        if body.load:
+            await api.engine.variants.load(body.name)
     return _answer(request, body.name, done)
 
 
 @router.put("/v1/deltas/{name}")
-async def upload(request: Request, name: str) -> Response:
+async def upload_delta(request: Request, name: str) -> Response:
     """Serve the artifact in the body under a name, instead of what had it."""
     api = api_of(request)
     try:
@@ -72,7 +75,7 @@ async def upload(request: Request, name: str) -> Response:
 
 
 @router.delete("/v1/deltas/{name}")
-async def delete(request: Request, name: str) -> JSONResponse:
+async def delete_delta(request: Request, name: str) -> JSONResponse:
     """Serve a name no more; requests that run end as they began."""
     api = api_of(request)
     with audited(api.ledger, "admin", "delete", name[:MAX_NAME_CHARS], request_id(request)):

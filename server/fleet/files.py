@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 4 << 20
 RETRY_S = 30
+_MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 EXTRAS = {  # module, extra, by scheme
     "s3": ("s3fs", "s3"),
     "gs": ("gcsfs", "gcs"),
@@ -50,9 +51,8 @@ class PlaceFiles:
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> Iterator[bytes]:
         """Yield a file's bytes from `start` on, up to `end`."""
-        with _in_our_words(self._place), self._system.open(self._path(name), "rb") as file:
-            if start:
-                file.seek(start)
+        with _in_our_words(self._place), self._opened(self._path(name)) as file:
+            _skip(file, start)
             left = None if end is None else end - start
             while left is None or left > 0:
                 piece: bytes = file.read(CHUNK_BYTES if left is None else min(left, CHUNK_BYTES))
@@ -61,11 +61,28 @@ class PlaceFiles:
                 left = None if left is None else left - len(piece)
                 yield piece
 
+    def _opened(self, path: str) -> Any:
+        if self._place.scheme not in ("http", "https"):
+            return self._system.open(path, "rb")
+        has_ranges = self._system.info(path).get("partial", False)
+        return self._system.open(path, "rb", **({} if has_ranges else {"block_size": 0}))
+
     def _path(self, name: str) -> str:
         path = f"{self._root}/{name}"
         if self._place.scheme == "file" and not self._allowed.allows_path(path):
             raise Forbidden("A file of the source is a link to elsewhere: see --allow-source.")
         return path
+
+
+def _skip(file: Any, n_bytes: int) -> None:
+    """Go to where reading begins; a web server that has no ranges sends what lies before, too."""
+    if n_bytes == 0:
+        return
+    try:
+        file.seek(n_bytes)
+    except ValueError:
+        while n_bytes and (piece := file.read(min(n_bytes, CHUNK_BYTES))):
+            n_bytes -= len(piece)
 
 
 def _opened(place: Place) -> tuple[AbstractFileSystem, str]:
@@ -119,23 +136,32 @@ def _in_our_words(place: Place) -> Iterator[None]:
         yield
     except ServeError:
         raise
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
-        raise SourceNotFound(f"{place} has no such variant.", param="source") from error
-    except PermissionError as error:
-        raise SourceNotFound(
-            f"{place} may not be read with the credentials of this server.", param="source"
-        ) from error
     except Exception as error:
-        if _is_missing(error):
-            raise SourceNotFound(f"{place} has no such variant.", param="source") from error
-        raise SourceUnreachable(
-            f"{place.scheme} does not answer ({type(error).__name__}). Try again later.",
-            retry_after_s=RETRY_S,
-        ) from error
+        raise _in_one_word(place, _reason(error)) from error
 
 
-def _is_missing(error: Exception) -> bool:
-    """What the Hub, and web servers, answer where nothing is."""
+def _reason(error: Exception) -> Exception:
+    """What was wrong: fsspec says of every failure of a web server that there is no such file."""
+    cause = error.__cause__
+    return cause if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) else error
+
+
+def _in_one_word(place: Place, error: Exception) -> ServeError:
+    if isinstance(error, ServeError):
+        return error
+    if isinstance(error, PermissionError):
+        says = f"{place} may not be read with the credentials of this server."
+        return SourceNotFound(says, param="source")
+    if isinstance(error, _MISSING) or _status(error) in (401, 403, 404, 410):
+        return SourceNotFound(f"{place} has no such variant.", param="source")
+    return SourceUnreachable(
+        f"{place.scheme} does not answer ({type(error).__name__}). Try again later.",
+        retry_after_s=RETRY_S,
+    )
+
+
+def _status(error: Exception) -> int | None:
+    """What the Hub, or a web server, has answered."""
     response = getattr(error, "response", None)
-    status = getattr(error, "status", None) or getattr(response, "status_code", None)
-    return status in (401, 403, 404, 410)
+    found: int | None = getattr(error, "status", None) or getattr(response, "status_code", None)
+    return found
