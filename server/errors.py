@@ -20,7 +20,8 @@ clients tell errors apart; `server.api.errors` makes answers of them.
     ├── Unavailable 503                 service_unavailable: try again; `retry_after_s` says when
     │   ├── Overloaded                  server_is_overloaded
     │   │   ├── QueueFull               too many requests wait, or their bodies are too large
-    │   │   └── NoSlot                  every slot is in use and stayed so
+    │   │   ├── NoSlot                  every slot is in use and stayed so
+    │   │   └── LoadsBehind             other variants are loaded first, for longer than it has time
     │   ├── Draining
     │   ├── TextLimit                   work on this text ran into the limits of text workers
     │   ├── LimitsUnreachable           what a tenant has used cannot be read now
@@ -195,6 +196,10 @@ class QueueFull(Overloaded):
 
 class NoSlot(Overloaded):
     """Every slot is held by running requests."""
+
+
+class LoadsBehind(Overloaded):
+    """The loads that come first take longer than the request has time."""
 
 
 class Draining(Unavailable):

@@ -16,7 +16,14 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from server.deltas.costs import ReloadCosts, in_order_of_worth
+from server.deltas.failures import MEND_S, Failure
 from server.deltas.loads import LoadDecoded
+
+NO_HOST_ROOM = Failure(
+    "host memory has no room for it",
+    "an operator must raise --host-delta-budget-bytes",
+    retry_after_s=MEND_S,
+)
 
 
 @dataclass(slots=True)

@@ -31,9 +31,9 @@ from compressor.artifact.reader import Artifact
 from server.deltas.background import background_pool
 from server.deltas.claims import Claims
 from server.deltas.costs import ReloadCosts
-from server.deltas.failures import MEND_S, Failure
+from server.deltas.failures import Failure
 from server.deltas.host_memory import trim_heap
-from server.deltas.host_tier import HostTier
+from server.deltas.host_tier import NO_HOST_ROOM, HostTier
 from server.deltas.loads import (
     Happening,
     LoadCopied,
@@ -51,11 +51,6 @@ from server.deltas.upload import Ready, SlotUploader, Uploader
 
 log = logging.getLogger(__name__)
 MAX_PART_S = 0.002  # that a step waits for at a time
-NO_HOST_ROOM = Failure(
-    "host memory has no room for it",
-    "an operator must raise --host-delta-budget-bytes",
-    retry_after_s=MEND_S,
-)
 MAX_LOADS = 4  # under way at once, those that wait decoded in host memory for a slot included
 
 
@@ -111,6 +106,11 @@ class DeltaLoader:
         """Whether only a free slot is missing: for this key, or for one that is before it."""
         waiting = {decoded.job.key for decoded in self._waiting_for_room}
         return key in waiting or (bool(waiting) and key not in self._loading)
+
+    def expected_s(self, artifact_bytes: int) -> float | None:
+        """How long reading so many bytes takes; None: it was never measured."""
+        one_by_one = self.costs.expected_s(artifact_bytes)
+        return None if one_by_one is None else one_by_one / self._reader.n_at_once
 
     def wants_room(self) -> bool:
         """Whether `assign_slots` may have something to do."""

@@ -43,7 +43,8 @@ class VariantReader:
         self._weights = weights
         self._post = post
         self._n_threads = decode_threads(device)
-        self._pool = background_pool(reader_threads(device), "delta-reader")
+        self.n_at_once = reader_threads(device)
+        self._pool = background_pool(self.n_at_once, "delta-reader")
         self.tried: set[str] = set()  # keys whose terms were found right, see `VariantTrial`
 
     def submit(self, job: LoadJob) -> Future[None]:

@@ -29,6 +29,7 @@ from server.deltas.slots import SlotTable
 from server.engine.accounting import Accounting
 from server.engine.inbox import Command, Inbox
 from server.engine.lifecycle import Events, RequestLifecycle
+from server.engine.load_queue import too_late
 from server.engine.observer import CoreStats, Observer
 from server.engine.orders import Orders
 from server.engine.reconstruct.reconstructor import BuildEnded, Reconstructor, only_variant
@@ -151,7 +152,13 @@ class EngineCore:
         admission = self.admission
         own = admission.admit(1, request.principal) if ticket is None else nullcontext(ticket)
         with own as admitted:
-            admitted.hand_over(lambda: self._inbox.put(lambda: self.scheduler.add(request)))
+            admitted.hand_over(lambda: self._inbox.put(lambda: self._add(request)))
+
+    def _add(self, request: Request) -> None:
+        self.scheduler.add(request)
+        error = too_late(request, self.scheduler.waiting, self.slots, self.loader)
+        if error is not None:
+            self._requests.fail(request, error)
 
     def between_steps(self, command: Command) -> None:
         """Have the engine's thread run it; see `Inbox`."""

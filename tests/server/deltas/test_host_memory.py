@@ -48,7 +48,7 @@ def test_heap_is_trimmed_once_after_the_last_load(monkeypatch: pytest.MonkeyPatc
         job = LoadJob(name, name, "apply", unreadable)
         loads._loading.add(name)
         decoded = LoadDecoded(job, (), 0, time.monotonic())
-        loads.handle(LoadCopied(decoded, slots.assign(name, 0)))
+        loads.handle(LoadCopied(decoded, slots.assign(name, 0), 0.0))
     loads._loading.add("c")
     loads.assign_slots()
     loads._loading.discard("c")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -21,6 +22,7 @@ from server.fleet.store import FleetStore
 from server.metrics.series import Metrics
 from tests.server.api.conftest import make_settings
 from tests.server.conftest import PAIR, Served
+from tests.server.engine.test_core_variants import intercept_reads
 from tests.server.engine.test_llm_engine import running, until
 
 pytestmark = pytest.mark.usefixtures("shared_text_workers")
@@ -141,3 +143,25 @@ async def test_rescan_tells_what_was_added_replaced_and_removed(pair: Served) ->
         assert sorted(told) == [
             ("registered", "new"), ("removed", "blockdiag"), ("replaced", "impart"),
         ]  # fmt: skip
+
+
+async def test_request_behind_long_loads_is_answered_with_503_and_the_seconds(
+    pair: Served,
+) -> None:
+    may_read = threading.Event()
+
+    def wait(name: str) -> None:
+        assert may_read.wait(60)
+
+    async with running(pair, kernels="torch", self_check=False) as engine:
+        client = Client(engine)
+        engine.core.loader.costs.was_read("another", 1, 1.0)  # a second for each byte
+        intercept_reads(cast(Any, engine), wait)
+        first = asyncio.create_task(client.complete("impart", 2))
+        await until(lambda: engine.core.loader.loading() != [])
+        refused = await client.complete("blockdiag", 2)
+        may_read.set()
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "server_is_overloaded"
+        assert int(refused.headers["retry-after"]) > 1000
+        assert (await first).status_code == 200
