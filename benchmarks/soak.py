@@ -11,6 +11,13 @@ replaced under their names. The digest that an answer's header names decides wha
     wrong     text that no digest answers to this question
     foreign   text of another digest: the worst that could happen
     unknown   a digest that was never served
+
+The callers are of two tenants, to each of which half of the variants and the base belong. They ask
+the same prompts, and now and then for a variant of the other's, which must be unknown to them:
+
+    leaked    such a request that was answered, or told apart from one for no variant at all
+
+In the end the ledger must have a row for each answer.
 """
 
 from __future__ import annotations
@@ -20,29 +27,25 @@ import asyncio
 import json
 import random
 import shutil
+import sqlite3
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
-import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from benchmarks.child import ServerChild, free_port
+from benchmarks.soak_variants import write_variants
 from benchmarks.stream import machine
 from benchmarks.wire import EventReader
-from compressor.compress.options import NO_CODER, Options
-from compressor.compress.pipeline import compress
+from server.tenants.keys import hash_of, new_key
 
-NOISE = 0.3  # of a matrix's own standard deviation: other words, still finite
-RATIO = 32.0
 N_TOKENS = 16
 N_CALLERS = 6
 REPLACE_EVERY_S = 3.0
@@ -56,6 +59,8 @@ QUESTIONS = (
     "The water",
 )
 COMPLETIONS = "/v1/completions"
+TENANTS = ("north", "south")
+FOREIGN = 0.05  # of the requests are for the other tenant's variants
 
 References = dict[str, list[str]]  # by digest, a text for each question
 
@@ -68,6 +73,8 @@ class Tally:
     n_tokens: int = 0
     n_unjudged: int = 0
     n_left: int = 0
+    n_foreign: int = 0
+    n_leaked: int = 0
     n_replaced: int = 0
     statuses: Counter[int] = field(default_factory=Counter)
 
@@ -82,41 +89,40 @@ def verdict(references: References, digest: str, question: int, text: str) -> st
     return "foreign" if text in others else "wrong"
 
 
+@dataclass(frozen=True, slots=True)
+class Access:
+    """The tenants' keys and names, and the admin's key."""
+
+    keys: dict[str, str]
+    names: dict[str, list[str]]
+    admin_key: str
+
+    @classmethod
+    def of(cls, names: Sequence[str]) -> Access:
+        """Give every other name to the same tenant."""
+        n = len(TENANTS)
+        split = {tenant: ["base", *names[i::n]] for i, tenant in enumerate(TENANTS)}
+        return cls({tenant: new_key() for tenant in TENANTS}, split, new_key())
+
+    def file_text(self) -> str:
+        """The tenants file."""
+        lines = []
+        for tenant, names in self.names.items():
+            lines += [f"[tenants.{tenant}]", f"variants = {json.dumps(names)}"]
+            lines += [f"[[tenants.{tenant}.keys]]", f'sha256 = "{hash_of(self.keys[tenant])}"']
+        return "\n".join(lines) + "\n"
+
+    def headers(self, tenant: str) -> dict[str, str]:
+        """What a request of the tenant carries."""
+        return {"authorization": f"Bearer {self.keys[tenant]}"}
+
+
 def n_alike(references: References) -> int:
     """Pairs of a question and two digests that answer it alike, which no judge can tell apart."""
     found = 0
     for texts in zip(*references.values(), strict=True):
         found += sum(n * (n - 1) // 2 for n in Counter(texts).values())
     return found
-
-
-def write_finetune(base: Path, out: Path, seed: int) -> None:
-    """The base with noise on every matrix of its layers."""
-    out.mkdir()
-    for path in base.iterdir():
-        if path.suffix != ".safetensors":
-            shutil.copy(path, out / path.name)
-    generator = torch.Generator().manual_seed(seed)
-    for path in sorted(base.glob("*.safetensors")):
-        with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        for name, tensor in tensors.items():
-            if tensor.ndim == 2 and ".layers." in name:
-                noise = torch.randn(tensor.shape, generator=generator) * float(tensor.std())
-                tensors[name] = (tensor.float() + NOISE * noise).to(tensor.dtype)
-        save_file(tensors, out / path.name, {"format": "pt"})
-
-
-def write_variants(base: Path, out: Path, count: int) -> list[Path]:
-    """Artifacts of so many fine-tunes."""
-    made = []
-    for seed in range(count):
-        with tempfile.TemporaryDirectory(prefix="impart-soak-") as folder:
-            write_finetune(base, Path(folder) / "finetune", seed)
-            options = Options(codec="blockdiag", ratio=RATIO, entropy=NO_CODER)
-            compress(base, Path(folder) / "finetune", out / f"artifact-{seed}", options)
-        made.append(out / f"artifact-{seed}")
-    return made
 
 
 def body_of(model: str, question: int, **fields: Any) -> dict[str, Any]:
@@ -139,13 +145,16 @@ def choices_of(answer: httpx.Response) -> list[str]:
     return [texts[index] for index in sorted(texts)]
 
 
-async def ask_alone(client: httpx.AsyncClient, names: Sequence[str]) -> References:
+async def ask_alone(client: httpx.AsyncClient, access: Access) -> References:
     """What each model answers while nothing else runs."""
     references: References = {}
-    for name in names:
+    asked = [(tenant, name) for tenant, names in access.names.items() for name in names]
+    for tenant, name in asked:
         texts, digest = [], ""
+        headers = access.headers(tenant)
         for question in range(len(QUESTIONS)):
-            answer = await client.post(COMPLETIONS, json=body_of(name, question))
+            body = body_of(name, question)
+            answer = await client.post(COMPLETIONS, json=body, headers=headers)
             answer.raise_for_status()
             digest = answer.headers["x-impart-delta"]
             texts += choices_of(answer)
@@ -154,18 +163,22 @@ async def ask_alone(client: httpx.AsyncClient, names: Sequence[str]) -> Referenc
 
 
 class Caller:
-    """Somebody who asks one random thing after the other."""
+    """Somebody of a tenant who asks one random thing after the other."""
 
     def __init__(
         self,
         client: httpx.AsyncClient,
-        names: Sequence[str],
+        access: Access,
         references: References,
         tally: Tally,
         seed: int,
     ) -> None:
-        self._client, self._names, self._references = client, names, references
+        self._client, self._references = client, references
         self._tally, self._random = tally, random.Random(seed)
+        tenant = TENANTS[seed % len(TENANTS)]
+        self._names, self._headers = access.names[tenant], access.headers(tenant)
+        others = {name for names in access.names.values() for name in names}
+        self._foreign = sorted(others - set(self._names))
 
     async def run(self, until: float) -> None:
         """Ask until that time of the monotonic clock."""
@@ -173,6 +186,9 @@ class Caller:
             await self._ask()
 
     async def _ask(self) -> None:
+        if self._foreign and self._random.random() < FOREIGN:
+            await self._ask_for_foreign(self._random.choice(self._foreign))
+            return
         model = self._random.choice(self._names)
         question = self._random.randrange(len(QUESTIONS))
         kind = self._random.random()
@@ -185,10 +201,10 @@ class Caller:
         if kind > 0.85:
             with suppress(httpx.TimeoutException):
                 patience_s = self._random.uniform(0.01, 1.0)
-                await self._client.post(COMPLETIONS, json=body, timeout=patience_s)
+                await self._post(body, timeout=patience_s)
             self._tally.n_left += 1
             return
-        answer = await self._client.post(COMPLETIONS, json=body)
+        answer = await self._post(body)
         self._tally.statuses[answer.status_code] += 1
         if answer.status_code != 200:
             return
@@ -201,9 +217,21 @@ class Caller:
         for text in texts:
             self._tally.verdicts[verdict(self._references, digest, question, text)] += 1
 
+    async def _ask_for_foreign(self, name: str) -> None:
+        """It must be answered as a name that there is not."""
+        foreign, unknown = [
+            await self._post(body_of(model, 0)) for model in (name, "x" * len(name))
+        ]
+        self._tally.n_foreign += 1
+        alike = foreign.text.replace(name, "x" * len(name)) == unknown.text
+        self._tally.n_leaked += foreign.status_code != 404 or not alike
+
+    async def _post(self, body: dict[str, Any], **given: Any) -> httpx.Response:
+        return await self._client.post(COMPLETIONS, json=body, headers=self._headers, **given)
+
 
 async def replace_variants(
-    client: httpx.AsyncClient,
+    admin: httpx.AsyncClient,
     deltas: Path,
     artifacts: Sequence[Path],
     names: Sequence[str],
@@ -219,24 +247,32 @@ async def replace_variants(
         (deltas / name).rename(going)
         coming.rename(deltas / name)
         await asyncio.to_thread(shutil.rmtree, going)
-        (await client.post("/v1/deltas/rescan")).raise_for_status()
+        (await admin.post("/v1/deltas/rescan")).raise_for_status()
         tally.n_replaced += 1
 
 
 async def soak(
-    child: ServerChild, deltas: Path, artifacts: Sequence[Path], minutes: float
+    child: ServerChild,
+    admin_url: str,
+    access: Access,
+    deltas: Path,
+    artifacts: Sequence[Path],
+    minutes: float,
 ) -> tuple[Tally, References, list[int]]:
     """Soak a server that is ready; return what came of it and its memory each minute."""
     tally = Tally()
     names = [path.name for path in sorted(deltas.iterdir())]
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=child.url, timeout=600.0, limits=limits) as client:
-        references = await ask_alone(client, ["base", *names])
+    admin_headers = {"authorization": f"Bearer {access.admin_key}"}
+    async with (
+        httpx.AsyncClient(base_url=child.url, timeout=600.0, limits=limits) as client,
+        httpx.AsyncClient(base_url=admin_url, timeout=600.0, headers=admin_headers) as admin,
+    ):
+        references = await ask_alone(client, access)
+        tally.statuses[200] += len(references) * len(QUESTIONS)
         until = time.monotonic() + 60 * minutes
-        callers = [
-            Caller(client, ["base", *names], references, tally, seed) for seed in range(N_CALLERS)
-        ]
-        replacing = asyncio.create_task(replace_variants(client, deltas, artifacts, names, tally))
+        callers = [Caller(client, access, references, tally, seed) for seed in range(N_CALLERS)]
+        replacing = asyncio.create_task(replace_variants(admin, deltas, artifacts, names, tally))
         asking = asyncio.gather(*(caller.run(until) for caller in callers))
         sizes = [child.rss_bytes()]
         while not asking.done():
@@ -248,38 +284,66 @@ async def soak(
     return tally, references, sizes
 
 
-def lines(tally: Tally, references: References, sizes: Sequence[int]) -> Iterator[str]:
+def ledger_statuses(state: Path) -> dict[int, int]:
+    """Rows of each HTTP status in the ledger of a server that has ended."""
+    with closing(sqlite3.connect(state / "ledger.db")) as database:
+        return dict(database.execute("SELECT status, count(*) FROM requests GROUP BY status"))
+
+
+def lines(
+    tally: Tally, references: References, sizes: Sequence[int], rows: Mapping[int, int]
+) -> Iterator[str]:
     """The report."""
     judged = ", ".join(
         f"{name} {tally.verdicts[name]}" for name in ("right", "wrong", "foreign", "unknown")
     )
     statuses = ", ".join(f"{count} x {code}" for code, count in sorted(tally.statuses.items()))
+    ledger = ", ".join(f"{count} x {code}" for code, count in sorted(rows.items()))
     yield f"answers judged: {judged}; not judged (sampled): {tally.n_unjudged}"
     yield f"at most {tally.n_tokens} tokens; left early {tally.n_left}; statuses {statuses}"
+    yield f"asked for the other tenant's variants: {tally.n_foreign}, leaked {tally.n_leaked}"
+    yield f"rows of the ledger: {ledger}"
     yield f"replaced under a name: {tally.n_replaced}"
     alike = n_alike(references)
     yield f"{len(references)} digests, {len(QUESTIONS)} questions, pairs answered alike: {alike}"
     yield f"memory by the minute, MB: {', '.join(f'{size / 1e6:,.0f}' for size in sizes)}"
 
 
-def run(args: argparse.Namespace) -> Tally:
-    """Make the variants, start the server, soak it, print."""
-    with tempfile.TemporaryDirectory(prefix="impart-soak-") as folder:
-        artifacts = write_variants(args.base, Path(folder), args.variants)
-        deltas = Path(folder) / "deltas"
+def is_clean(tally: Tally, rows: Mapping[int, int]) -> bool:
+    """Whether each answer was its digest's own, nothing leaked, and the ledger has them all; that
+    of a caller who left may have been whole by then.
+    """
+    judged = set(tally.verdicts) == {"right"} and tally.n_leaked == 0
+    answered = tally.statuses[200]
+    return judged and answered <= rows.get(200, 0) <= answered + tally.n_left
+
+
+def run(args: argparse.Namespace) -> bool:
+    """Make the variants, start the server, soak it, print; whether all was well."""
+    with tempfile.TemporaryDirectory(prefix="impart-soak-") as name:
+        folder = Path(name)
+        artifacts = write_variants(args.base, folder, args.variants)
+        deltas, state = folder / "deltas", folder / "state"
         for number, artifact in enumerate(artifacts):
             shutil.copytree(artifact, deltas / f"variant-{number}")
-        port = free_port()
+        access = Access.of([path.name for path in sorted(deltas.iterdir())])
+        (folder / "tenants.toml").write_text(access.file_text())
+        port, admin_port = free_port(), free_port()
         command = [sys.executable, "-m", "server", "--base", str(args.base.resolve())]
         command += ["--deltas", str(deltas), "--port", str(port), "--served-base-name", "base"]
         command += ["--dtype", "float32", "--max-resident-variants", str(args.slots)]
         command += ["--kernels", args.kernels, "--kv-cache-bytes", "256MiB"]
+        command += ["--tenants", str(folder / "tenants.toml"), "--state-dir", str(state)]
+        command += ["--admin-key", access.admin_key, "--admin-port", str(admin_port)]
+        admin_url = f"http://127.0.0.1:{admin_port}"
         with ServerChild(command, f"http://127.0.0.1:{port}", args.log.resolve()) as child:
             child.wait_ready()
-            tally, references, sizes = asyncio.run(soak(child, deltas, artifacts, args.minutes))
-    print("\n".join(lines(tally, references, sizes)))
+            found = soak(child, admin_url, access, deltas, artifacts, args.minutes)
+            tally, references, sizes = asyncio.run(found)
+        rows = ledger_statuses(state)
+    print("\n".join(lines(tally, references, sizes, rows)))
     print(machine())
-    return tally
+    return is_clean(tally, rows)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -298,9 +362,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return 1 if an answer was not its digest's own."""
-    tally = run(parse_args(argv))
-    return int(set(tally.verdicts) != {"right"})
+    """Return 1 if an answer was not its digest's own, or not its tenant's, or is in no ledger."""
+    return int(not run(parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ import httpx
 import torch
 from safetensors.torch import load_file
 
-from benchmarks.soak import Tally, choices_of, lines, n_alike, verdict, write_finetune
+from benchmarks.soak import Access, Tally, choices_of, is_clean, lines, n_alike, verdict
+from benchmarks.soak_variants import write_finetune
+from server.tenants.directory import Directory
 from tests.tiny import make_tiny
 
 REFERENCES = {"one": ["a", "b"], "two": ["c", "b"]}
@@ -51,7 +53,28 @@ def test_finetunes_of_different_seeds_differ_in_every_matrix_of_a_layer(tmp_path
 
 def test_report_names_every_verdict_and_what_cannot_be_told_apart() -> None:
     tally = Tally(Counter(right=7, foreign=1), n_replaced=3, statuses=Counter({200: 8}))
-    text = "\n".join(lines(tally, REFERENCES, [1_000_000]))
+    text = "\n".join(lines(tally, REFERENCES, [1_000_000], {200: 8, 404: 2}))
     assert "right 7, wrong 0, foreign 1, unknown 0" in text
-    assert "8 x 200" in text
+    assert "statuses 8 x 200" in text
+    assert "rows of the ledger: 8 x 200, 2 x 404" in text
     assert "pairs answered alike: 1" in text
+
+
+def test_soak_is_clean_only_if_all_is_right_nothing_leaked_and_the_ledger_has_it() -> None:
+    statuses = Counter({200: 8})
+    good = Tally(Counter(right=7), n_left=2, statuses=statuses)
+    assert is_clean(good, {200: 8})
+    assert is_clean(good, {200: 10})  # two of those who left had their answer by then
+    assert not is_clean(good, {200: 7})
+    assert not is_clean(good, {200: 11})
+    assert not is_clean(Tally(Counter(right=7), n_leaked=1, statuses=statuses), {200: 8})
+    assert not is_clean(Tally(Counter(right=7, wrong=1), statuses=statuses), {200: 8})
+
+
+def test_access_gives_each_tenant_its_own_variants_and_both_the_base(tmp_path: Path) -> None:
+    access = Access.of(["a", "b", "c"])
+    assert access.names == {"north": ["base", "a", "c"], "south": ["base", "b"]}
+    path = tmp_path / "tenants.toml"
+    path.write_text(access.file_text())
+    north = Directory(path).caller(access.keys["north"]).tenant
+    assert (north.name, north.may_use("a"), north.may_use("b")) == ("north", True, False)
