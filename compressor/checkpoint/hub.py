@@ -108,7 +108,7 @@ def file_names(repo: str, revision: str | None = None) -> list[str]:
         _refuse_push(HubRef(repo, revision), error)
 
 
-def upload(
+def commit_files(
     ref: HubRef,
     folder: Path,
     names: Sequence[str],

@@ -21,7 +21,7 @@ from compressor.artifact.files import (
 from compressor.artifact.reader import read_artifact
 from compressor.atomic import RunLock, publish_directory, recover_directory
 from compressor.checkpoint.companions import COMPANIONS
-from compressor.checkpoint.hub import HubRef, download, parse_ref, upload
+from compressor.checkpoint.hub import HubRef, commit_files, download, parse_ref
 from compressor.checkpoint.outputs import check_free
 from compressor.errors import InputError, OutputError
 from compressor.printable import printable
@@ -62,7 +62,7 @@ def push_artifact(delta: Path, target: str, *, private: bool | None = None) -> P
     with open_directory(delta) as directory:
         names = [*read_checksums(directory)[0], CHECKSUMS]
     names += [name for name in (README, SIGNATURES) if (delta / name).is_file()]
-    url = upload(ref, delta, names, replaced=FILES, check=_check_kept, private=private)
+    url = commit_files(ref, delta, names, replaced=FILES, check=_check_kept, private=private)
     return Pushed(url, artifact.digest, artifact.n_bytes, tuple(_notes(artifact.config.base)))
 
 
