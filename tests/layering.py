@@ -106,6 +106,7 @@ ON_TOP = {
     "server.__main__",
     "server.check",
     "server.compile",
+    "server.plan",
     "server.usage",
     "compressor",
 }

@@ -22,6 +22,7 @@ from compressor.cli.hub import pull, push
 from compressor.cli.import_adapter import import_adapter
 from compressor.cli.inspect import inspect, verify
 from compressor.cli.merge import merge
+from compressor.cli.plan import plan
 from compressor.cli.reconstruct import reconstruct
 from compressor.cli.report import report
 from compressor.cli.sign import keygen, sign
@@ -77,5 +78,6 @@ app.command("import")(import_adapter)
 app.command("certify")(certify)
 app.command("keygen")(keygen)
 app.command("sign")(sign)
+app.command("plan")(plan)
 app.command("push")(push)
 app.command("pull")(pull)

@@ -99,7 +99,7 @@ class VariantCatalog:
         """The variant if it needs no reading from disk. Raises ModelNotFound."""
         if model == self.base_name:
             return self._base
-        delta = self._registered(model)
+        delta = self.registered(model)
         variant = None if delta.failure is not None else self._opened.get(self.key_of(delta))
         if variant is None or variant.name == delta.name:
             return variant
@@ -113,7 +113,7 @@ class VariantCatalog:
         known = self.cached(model)
         if known is not None:
             return known
-        delta = self._registered(model)
+        delta = self.registered(model)
         if delta.failure is not None:
             delta = self.registry.refresh(delta)
         if delta.failure is not None:
@@ -193,7 +193,7 @@ class VariantCatalog:
         """What a request's `model` means; None for the base, and where no delta has that name."""
         return self.registry.get(model.removeprefix(f"{self.base_name}:"))
 
-    def _registered(self, model: str) -> RegisteredDelta:
+    def registered(self, model: str) -> RegisteredDelta:
         delta = self.find(model)
         if delta is None:
             raise ModelNotFound(f"The model `{model[:200]}` does not exist.", param="model")

@@ -7,8 +7,10 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 from server.deltas.registry import RegisteredDelta
+from server.engine.capacity import capacity
 from server.engine.catalog import VariantCatalog
 from server.engine.core import EngineCore
 from server.engine.history import VariantHistory
@@ -62,6 +64,10 @@ class LiveVariants:
             last_used_s=None if used_at is None else time.time() - time.monotonic() + used_at,
             loads=self._history.loads(key),
         )
+
+    async def capacity(self, names: Sequence[str]) -> dict[str, Any]:
+        """See VariantControl."""
+        return await asyncio.to_thread(capacity, self._core, self._catalog, names)
 
     async def load(self, name: str) -> None:
         await self._bring(name, "device")

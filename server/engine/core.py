@@ -73,7 +73,8 @@ class EngineCore:
         self._job_for = job_for
         self._publish = publish
         self._observer = observer
-        self._max_len = settings.max_model_len or runner.base.max_len
+        self.value_bytes = runner.base.dtype.itemsize
+        self.max_len = settings.max_model_len or runner.base.max_len
         self._inbox = Inbox()
         self.slots = SlotTable(settings.max_resident_variants, settings.delta_budget_bytes)
         runner.base.residency.n_slots = settings.max_resident_variants
@@ -112,7 +113,7 @@ class EngineCore:
             self._sampler,
             self.scheduler,
             self.loader,
-            self._max_len,
+            self.max_len,
             enabled=settings.async_scheduling and runner.is_static,
         )
         self._failed_steps = 0
@@ -131,7 +132,7 @@ class EngineCore:
             lambda v: self._job_for(v),
             waits=lambda key: bool(self._requests.waiting_for(key)),
         )
-        self._accounting = Accounting(self._requests, self.scheduler, self._max_len, observer)
+        self._accounting = Accounting(self._requests, self.scheduler, self.max_len, observer)
         self._stop = False
         self.heartbeat = time.monotonic()
         for module in runner.base.store.layers:  # a long step is alive as long as layers go by

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 EventKind = Literal[
     "registered", "replaced", "removed",
@@ -65,6 +65,10 @@ class VariantControl(Protocol):
 
     def detail(self, name: str, tenant: str | None = None) -> VariantDetail:
         """Of a tenant's own use only, if one is named."""
+        ...
+
+    async def capacity(self, names: Sequence[str]) -> dict[str, Any]:
+        """Say how memory is shared out and whether these fit: see `server.engine.capacity`."""
         ...
 
     async def load(self, name: str) -> None:

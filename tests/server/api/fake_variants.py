@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from typing import Any
 
 from server.engine.events import EventFeed
 from server.engine.life_types import EventKind, LoadRecord, VariantDetail, VariantEvent
@@ -28,6 +29,9 @@ class FakeVariants:
         self.asked_for.append(tenant)
         loads = (LoadRecord(20.0, "device", 0.25), LoadRecord(10.0, "host", 1.5, "it broke"))
         return VariantDetail(5000, 3, 12.5, loads)
+
+    async def capacity(self, names: Sequence[str]) -> dict[str, Any]:
+        return {"asked": list(names), "fits": True}
 
     async def load(self, name: str) -> None:
         await asyncio.sleep(self.delay_s)

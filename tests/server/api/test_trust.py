@@ -34,3 +34,13 @@ async def test_verify_answers_admins_and_nobody_else() -> None:
         assert (await http.post("/v1/deltas/broken/verify")).status_code == 424
         other_site = {"origin": "http://elsewhere.example"}
         assert (await http.post(path, headers=other_site)).status_code == 403
+
+
+async def test_capacity_takes_names_of_models_and_not_too_many() -> None:
+    app = create_app(FakeEngine(), make_settings())
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+        found = await http.get("/v1/capacity?model=alpha&model=beta")
+        assert found.json() == {"object": "capacity", "asked": ["alpha", "beta"], "fits": True}
+        many = [("model", "alpha")] * 257
+        assert (await http.get("/v1/capacity", params=many)).status_code == 400
