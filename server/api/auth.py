@@ -60,7 +60,7 @@ class Authentication:
         scope["impart.principal"] = caller.principal
         scope["impart.admin"] = rights.is_admin
         if caller.key_id:
-            scope["impart.log"].update(tenant=caller.tenant.name, key=caller.key_id)
+            scope["impart.log"].update(tenant=caller.tenant.name, key_id=caller.key_id)
         await self._app(scope, receive, send)
 
 

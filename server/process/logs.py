@@ -12,6 +12,8 @@ from server.errors import ConfigError
 LEVELS = ("debug", "info", "warning", "error", "critical")
 EXTRA = (
     "request_id",
+    "tenant",
+    "key_id",
     "model",
     "duration_s",
     "prompt_tokens",
@@ -29,6 +31,7 @@ def configure(level: str, style: Literal["plain", "json"]) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     if level.lower() == "info":  # torch tells statistics of its caches at the end of the process
         logging.getLogger("torch").setLevel(logging.WARNING)
+        logging.getLogger("alembic").setLevel(logging.WARNING)  # names its plugins at each start
 
 
 def extras(record: logging.LogRecord) -> dict[str, Any]:

@@ -54,4 +54,5 @@ def test_no_key_is_in_the_log(server: Running) -> None:
     server.client(None).get("/v1/models", headers={"authorization": "Bearer stolen-secret-123"})
     assert server.said("GET other 401")
     text = server.log.read_text()
+    assert "tenant=acme key_id=one" in text
     assert not any(key in text for key in (*KEYS.values(), "stolen-secret-123"))

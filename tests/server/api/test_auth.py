@@ -93,7 +93,7 @@ async def test_key_is_in_no_log_line_and_its_id_is(tenancy, caplog):
         await tenancy.call("GET", "/v1/models", headers={"authorization": "Bearer wrong-secret"})
     said = "".join(str(vars(record)) for record in caplog.records if "server" in record.name)
     assert not any(key in said for key in (*KEYS.values(), "wrong-secret"))
-    assert "'tenant': 'acme', 'key': 'one'" in said.replace('"', "'")
+    assert "'tenant': 'acme', 'key_id': 'one'" in said.replace('"', "'")
 
 
 @pytest.mark.parametrize(
