@@ -27,6 +27,8 @@ from server.errors import (
     ServeError,
 )
 
+COMING = ("fetching", "verifying", "failed")  # stages of a name that nothing is served under
+
 
 class LiveVariants:
     """Event loop only.
@@ -158,8 +160,8 @@ def tell_changes(
     after: Sequence[RegisteredDelta],
 ) -> None:
     """Tell what a rescan has changed. Any thread."""
-    old = {delta.name: delta for delta in before}
-    for delta in after:
+    old = {delta.name: delta for delta in before if delta.stage not in COMING}
+    for delta in (delta for delta in after if delta.stage not in COMING):
         known = old.pop(delta.name, None)
         if known is None:
             history.tell("registered", delta.name, delta.digest)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 EventKind = Literal[
-    "registered", "replaced", "removed",
+    "fetching", "verifying", "registered", "replaced", "removed",
     "loading", "host", "ready", "failed", "evicted",
     "pinned", "unpinned", "missed",
 ]  # fmt: skip

@@ -92,7 +92,11 @@ class LLMEngine:
             take=self.variants.take_pins,
             is_warming=lambda: self.core.stats().kernel_state == "compiling",
         )
-        self.names = CatalogNames(parts.catalog, self._names_changed)
+        self.names = CatalogNames(
+            parts.catalog,
+            self._names_changed,
+            lambda stage, name, why: self._history.tell(stage, name, None, reason=why),
+        )
         self._pauses = PauseWatch(parts.settings.heartbeat_timeout_s / 2)
         self._started = False
 

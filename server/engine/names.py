@@ -14,14 +14,22 @@ from server.fleet.names import Stage
 
 
 class CatalogNames:
-    """changed: called, with what there was before, when what a name means may have changed."""
+    """Of the catalog.
+
+    changed  called, with what there was before, when what a name means may have changed
+    tell     is told of each stage of what is coming, and why it never came
+    """
 
     def __init__(
-        self, catalog: VariantCatalog, changed: Callable[[Sequence[RegisteredDelta]], None]
+        self,
+        catalog: VariantCatalog,
+        changed: Callable[[Sequence[RegisteredDelta]], None],
+        tell: Callable[[Stage, str, str], None],
     ) -> None:
         self._catalog = catalog
         self._registry = catalog.registry
         self._changed = changed
+        self._tell = tell
 
     def is_reserved(self, name: str) -> bool:
         return self._registry.is_reserved(name)
@@ -39,6 +47,7 @@ class CatalogNames:
     def announce(self, name: str, stage: Stage, error: str | None = None) -> None:
         failure = None if error is None else Failure(error, "an operator must see to it")
         self._registry.announce(name, stage, failure)
+        self._tell(stage, name, error or "")
 
     def withdraw(self, name: str) -> bool:
         return self._registry.withdraw(name)

@@ -130,6 +130,27 @@ async def test_prefetch_without_a_host_tier_is_a_conflict_that_names_the_setting
         assert "--host-delta-budget-bytes" in error["message"]
 
 
+async def test_stages_of_what_is_coming_are_told_and_then_that_it_is_registered(
+    pair: Served, tmp_path: Path
+) -> None:
+    settings = {**HOST, "state_dir": tmp_path / "state"}
+    async with running(pair, **settings) as engine, read_events(engine) as told:
+        managed = tmp_path / "state" / "deltas"
+        managed.mkdir(parents=True, exist_ok=True)
+        engine.names.announce("new", "fetching")
+        engine.names.announce("new", "verifying")
+        shutil.copytree(pair.deltas / "impart", managed / "new")
+        engine.names.reread("new")
+        shutil.rmtree(managed / "new")
+        engine.names.announce("lost", "fetching")
+        engine.names.announce("lost", "failed", "the source cannot be reached")
+        engine.names.reread("new")
+        kinds = [(kind, "new") for kind in ("fetching", "verifying", "registered")]
+        kinds += [("fetching", "lost"), ("failed", "lost"), ("removed", "new")]
+        await until(lambda: len(told) == len(kinds))
+        assert told == kinds
+
+
 async def test_rescan_tells_what_was_added_replaced_and_removed(pair: Served) -> None:
     async with running(pair, **HOST) as engine, read_events(engine) as told:
         client = Client(engine)
