@@ -105,6 +105,7 @@ ELSEWHERE = {
         "tests/server/api/test_hostile_folder.py"
     ),
     "server.api.prompts": "tests/server/api/test_hostile.py",
+    "server.api.query": "tests/server/api/test_usage.py, tests/server/api/test_keeping.py",
     "server.api.reply": "tests/server/api/test_chunks.py",
     "server.api.schemas": "tests/server/api/test_hostile.py",
     "server.api.sse": "tests/server/api/test_generation.py",

@@ -11,16 +11,36 @@ from functools import partial
 
 from fastapi import APIRouter, Depends, Request
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
 
 from server.api.access import require_admin
 from server.api.context import api_of, request_id
 from server.api.deltas import get_delta, variant_named
-from server.api.keeping import set_pinned
+from server.api.keeping import set_pinned, set_ttl
 from server.api.origin import refuse_other_sites
+from server.api.query import parse_query
 from server.errors import DeadlineExceeded
 from server.ledger.audited import audited
 
 router = APIRouter(dependencies=[Depends(require_admin), Depends(refuse_other_sites)])
+
+MAX_TTL_S = 366 * 24 * 3600
+
+
+class UnloadQuery(BaseModel):
+    """What `unload` may be asked with."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    force: bool = False
+
+
+class ExpireQuery(BaseModel):
+    """What `expire` may be asked with."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    after_s: float | None = Field(default=None, gt=0, le=MAX_TTL_S, allow_inf_nan=False)
 
 
 @router.post("/v1/deltas/{name}/load")
@@ -36,8 +56,9 @@ async def prefetch_delta(request: Request, name: str) -> JSONResponse:
 
 
 @router.post("/v1/deltas/{name}/unload")
-async def unload_delta(request: Request, name: str, force: bool = False) -> JSONResponse:
+async def unload_delta(request: Request, name: str) -> JSONResponse:
     """Take a variant out of device and host memory; `force`: once its running requests end."""
+    force = parse_query(request, UnloadQuery).force
     unloading = partial(api_of(request).engine.variants.unload, force=force)
     return await _done(request, name, "unload", unloading)
 
@@ -52,6 +73,13 @@ async def pin_delta(request: Request, name: str) -> JSONResponse:
 async def unpin_delta(request: Request, name: str) -> JSONResponse:
     """Let a variant go again; what tenants pin stays."""
     return await _done(request, name, "unpin", partial(set_pinned, api_of(request), pinned=False))
+
+
+@router.post("/v1/deltas/{name}/expire")
+async def expire_delta(request: Request, name: str) -> JSONResponse:
+    """Unload a variant whenever nobody has used it for so many seconds; without: never for that."""
+    after_s = parse_query(request, ExpireQuery).after_s
+    return await _done(request, name, "expire", partial(set_ttl, api_of(request), after_s=after_s))
 
 
 async def _done(

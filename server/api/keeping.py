@@ -52,6 +52,19 @@ async def set_pinned(api: Api, name: str, *, pinned: bool) -> None:
     api.engine.variants.tell("pinned" if pinned else "unpinned", name)
 
 
+async def set_ttl(api: Api, name: str, *, after_s: float | None) -> None:
+    """Unload a variant whenever nobody has used it for so long, None: never for that; kept.
+
+    Raises StateUnwritable.
+    """
+    async with api.changing:
+        documents = await asyncio.to_thread(api.fleet.all, KIND)
+        body = {**EMPTY, **documents.get(name, {}), "ttl_s": after_s}
+        if body != {**EMPTY, **documents.get(name, {})}:
+            await asyncio.to_thread(api.fleet.put, KIND, name, body)
+        api.engine.variants.expire_after(_ttls(documents | {name: body}))
+
+
 def _pinned(documents: dict[str, dict[str, Any]]) -> list[str]:
     return sorted(name for name, body in documents.items() if body.get("pinned") is True)
 

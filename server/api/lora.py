@@ -20,6 +20,7 @@ from server.api.access import require_admin
 from server.api.body import parse_body
 from server.api.context import api_of, request_id
 from server.api.errors import headers_of
+from server.api.keeping import apply_documents
 from server.errors import ModelNotFound, ServeError, SourceNotFound
 from server.ledger.audited import audited
 
@@ -88,6 +89,7 @@ async def unload_adapter(request: Request) -> Response:
     try:
         with audited(api.ledger, "admin", "delete", name[:128], request_id(request)):
             await api.registrar.remove(name)
+            await apply_documents(api)  # of another variant of this name nothing was said
     except ModelNotFound:
         return _refusal(404, "NotFoundError", UNKNOWN.format(name))
     except ServeError as error:

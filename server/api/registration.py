@@ -22,6 +22,7 @@ from server.api.access import require_admin
 from server.api.body import parse_body
 from server.api.context import api_of, request_id
 from server.api.deltas import delta_entry
+from server.api.keeping import apply_documents
 from server.api.origin import refuse_other_sites
 from server.errors import ServeError
 from server.fleet.registrar import Registration
@@ -80,6 +81,7 @@ async def delete_delta(request: Request, name: str) -> JSONResponse:
     api = api_of(request)
     with audited(api.ledger, "admin", "delete", name[:MAX_NAME_CHARS], request_id(request)):
         await api.registrar.remove(name)
+        await apply_documents(api)  # of another variant of this name nothing was said
     return JSONResponse({"id": name, "object": "delta", "deleted": True})
 
 

@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from server.api.access import is_admin, require_admin
 from server.api.context import api_of, tenant
-from server.api.errors import http_error, invalid_request
+from server.api.errors import http_error
+from server.api.query import parse_query
 from server.errors import InvalidRequest
 from server.ledger.csv_table import csv_text
 from server.ledger.records import DAY_S, AuditRow, Group, UsageQuery, UsageRow
@@ -99,9 +100,6 @@ class AllUsage(Period):
     tenant: str | None = Field(default=None, max_length=255)
 
 
-P = TypeVar("P", bound=Period)
-
-
 @router.get("/v1/usage")
 async def usage(request: Request) -> Response:
     """Return the sums of the caller's own tenant; to an administrator those of all, or of one."""
@@ -109,9 +107,9 @@ async def usage(request: Request) -> Response:
     if ledger is None:
         return http_error(404, NO_LEDGER)
     if is_admin(request):
-        all_asked = _parsed(request, AllUsage)
+        all_asked = parse_query(request, AllUsage)
         return await _usage(ledger, all_asked, all_asked.group_by, all_asked.tenant)
-    asked = _parsed(request, OwnUsage)
+    asked = parse_query(request, OwnUsage)
     return await _usage(ledger, asked, asked.group_by, tenant(request).name)
 
 
@@ -121,7 +119,7 @@ async def audit_log(request: Request) -> Response:
     ledger = api_of(request).ledger
     if ledger is None:
         return http_error(404, NO_LEDGER)
-    asked = _parsed(request, Period)
+    asked = parse_query(request, Period)
     start_s, end_s = asked.range_s()
     limit, offset = asked.limit + 1, asked.page * asked.limit
     rows = await _read(ledger, lambda: ledger.audited(start_s, end_s, limit, offset))
@@ -215,15 +213,3 @@ def _action(row: AuditRow) -> dict[str, Any]:
         "outcome": row.outcome,
         "request_id": row.request_id,
     }
-
-
-def _parsed(request: Request, model: type[P]) -> P:
-    """Read the query: what is given twice, or as `name[]`, is a list. Raises InvalidRequest."""
-    given: dict[str, Any] = {}
-    for name, value in request.query_params.multi_items():
-        plain = name.removesuffix("[]")
-        given[plain] = f"{given[plain]},{value}" if plain in given else value
-    try:
-        return model.model_validate(given)
-    except ValidationError as error:
-        raise invalid_request(error) from None

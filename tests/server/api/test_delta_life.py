@@ -54,6 +54,12 @@ async def test_action_that_the_engine_refuses_is_a_conflict_and_audited(tmp_path
     assert noted == [("load", "alpha", "ok"), ("unload", "alpha", "Conflict")]
 
 
+async def test_question_that_is_none_is_refused(tenancy):
+    for query in ("force=maybe", "now=true"):
+        assert (await act(tenancy, f"alpha/unload?{query}")).status_code == 400
+    assert tenancy.engine.variants.calls == []
+
+
 async def test_load_that_takes_too_long_is_told(tmp_path):
     tenancy = Tenancy(tmp_path, request_timeout_s=0.01)
     tenancy.engine.variants.delay_s = 5.0

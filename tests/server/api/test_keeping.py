@@ -65,3 +65,15 @@ async def test_pin_that_cannot_be_kept_is_taken_back(tenancy, monkeypatch):
     monkeypatch.setattr(FleetStore, "put", full)
     assert (await act(tenancy, "beta/pin")).status_code == 503
     assert tenancy.engine.pinned[-1] == {"acme": ["alpha"]}
+
+
+async def test_time_to_live_is_kept_carried_out_and_taken_back(tenancy):
+    engine, fleet = tenancy.engine, tenancy.app.state.api.fleet
+    for _ in range(2):
+        assert (await act(tenancy, "beta/expire?after_s=90")).json()["ttl_s"] == 90
+    assert engine.variants.ttls == {"beta": 90.0}
+    assert len(fleet.history("variant", "beta")) == 1
+    for wrong in ("0", "-1", "nan", "inf", "soon"):
+        assert (await act(tenancy, f"beta/expire?after_s={wrong}")).status_code == 400
+    assert (await act(tenancy, "beta/expire")).json()["ttl_s"] is None
+    assert engine.variants.ttls == {}

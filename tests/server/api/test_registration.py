@@ -93,9 +93,13 @@ def test_posted_variant_is_served_and_is_the_same_when_posted_again(fleet: Fleet
     assert replaced.status_code == 201
     assert fleet.entry("one")["digest"] == read_digest(fleet.sources / "second")
 
+    assert fleet.http.post("/v1/deltas/one/pin").json()["pinned_by_admin"] is True
     assert fleet.http.delete("/v1/deltas/one").json()["deleted"] is True
     assert fleet.complete("one").status_code == 404
     assert fleet.http.delete("/v1/deltas/one").status_code == 404
+    anew = fleet.post(name="one", source=str(fleet.sources / "first"))
+    assert (anew.status_code, anew.json()["pinned"]) == (201, False)
+    assert fleet.http.delete("/v1/deltas/one").status_code == 200
 
 
 def test_request_that_runs_ends_on_what_was_deleted(fleet: Fleet) -> None:
