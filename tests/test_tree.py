@@ -19,6 +19,7 @@ PACKAGES = ("compressor", "server")
 # Module -> the test files that cover it, or why there are none.
 ELSEWHERE = {
     "server.engine.names": "tests/server/api/test_registration.py",
+    "server.fleet.adapters": "tests/server/api/test_lora.py",
     "server.fleet.folder": "tests/server/fleet/test_fetch.py",
     "server.fleet.names": "tests/server/api/test_registration.py",
     "server.fleet.registrar": "tests/server/api/test_registration.py",

@@ -26,6 +26,7 @@ from server.errors import (
     ServeError,
     SourceNotFound,
 )
+from server.fleet.adapters import AdapterImport
 from server.fleet.fetch import digest_of, fetch_delta, read_sums
 from server.fleet.files import PlaceFiles
 from server.fleet.folder import ManagedFolder, managed_path, remove, telling_full
@@ -43,6 +44,7 @@ VARIANT, FETCH = "variant", "fetch"
 N_WORKERS = 4
 WRITE_BYTES = 4 << 20
 T = TypeVar("T")
+Source = dict[str, str | None]  # of a document: where a variant came from
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +82,7 @@ class Registrar:
         store: FleetStore,
         folder: ManagedFolder | None,
         allowed: Allowed,
+        imports: AdapterImport,
         *,
         max_bytes: int,
         keep_s: float,
@@ -89,6 +92,7 @@ class Registrar:
         self._store = store
         self._folder = folder
         self._allowed = allowed
+        self._imports = imports
         self._max_bytes = max_bytes
         self._keep_s = keep_s
         self._is_alias = is_alias
@@ -221,29 +225,49 @@ class Registrar:
         self._store.put(FETCH, order.name, {**source, "replace": order.replace})
         try:
             self._names.announce(order.name, "fetching")
-            staged = self._staged(order)
-            if staged is None:
-                digest = self._names.digest(order.name)
-                assert digest is not None, "see `_staged`"
-                self._names.withdraw(order.name)
-                return Registration(digest, is_new=False)
-            return self._publish(order.name, staged, source)
+            return self._fetched(order, source)
         finally:
             self._store.delete(FETCH, order.name, "server")
 
-    def _staged(self, order: Delivery) -> Path | None:
-        """The artifact in a folder of its own; None if it is served already."""
+    def _fetched(self, order: Delivery, source: Source) -> Registration:
         files = PlaceFiles(order.place, self._allowed)
         raw = read_sums(files)
         if raw is None:
-            raise SourceNotFound(f"{order.place} has no delta artifact.", param="source")
+            return self._imported(order, source, files)
         if self._is_served(order.name, digest_of(raw)):
-            return None
+            return self._unchanged(order.name)
+        self._check_free(order)
+        staged = fetch_delta(files, raw, order.name, self._own_folder, self._max_bytes)
+        return self._publish(order.name, staged, source)
+
+    def _imported(self, order: Delivery, source: Source, files: PlaceFiles) -> Registration:
+        """Serve a PEFT adapter by an artifact that is made of it, once for the same bytes."""
+        name, folder = order.name, self._own_folder
+        fetched = self._imports.fetch(files, name, folder, self._max_bytes)
+        if fetched is None:
+            raise SourceNotFound(f"{order.place} has no delta and no adapter.", param="source")
+        adapter, digest = fetched
+        try:
+            known = (self._store.get(VARIANT, name) or {}).get("adapter")
+            if known == digest and self._names.digest(name) is not None:
+                return self._unchanged(name)
+            self._check_free(order)
+            made = self._imports.convert(adapter)
+            return self._publish(name, made, {**source, "adapter": digest})
+        finally:
+            remove(adapter.parent)
+
+    def _check_free(self, order: Delivery) -> None:
         if self._names.digest(order.name) is not None and not order.replace:
             raise Conflict(
                 f"`{order.name}` is another variant; delete it first, or ask with `replace`."
             )
-        return fetch_delta(files, raw, order.name, self._own_folder, self._max_bytes)
+
+    def _unchanged(self, name: str) -> Registration:
+        digest = self._names.digest(name)
+        assert digest is not None, "whoever calls this has seen it served"
+        self._names.withdraw(name)
+        return Registration(digest, is_new=False)
 
     def _is_served(self, name: str, digest: str) -> bool:
         return self._names.digest(name) == digest
@@ -257,7 +281,7 @@ class Registrar:
             raise
         return self._publish(name, staged, {"source": None, "revision": None})
 
-    def _publish(self, name: str, staged: Path, source: dict[str, str | None]) -> Registration:
+    def _publish(self, name: str, staged: Path, source: Source) -> Registration:
         """Serve what was staged, if it is good: from here on nothing is fetched again."""
         self._names.announce(name, "verifying")
         try:
@@ -267,13 +291,13 @@ class Registrar:
             raise
         if self._is_served(name, digest):
             remove(staged)
-            self._names.withdraw(name)
-            return Registration(digest, is_new=False)
+            return self._unchanged(name)
         with telling_full():
             moved = self._own_folder.publish(staged, name)
         self._names.reread(name, moved)
         self._drop_later(moved)
         body = {"pinned": False, "ttl_s": None, **(self._store.get(VARIANT, name) or {})}
+        body.pop("adapter", None)
         self._store.put(VARIANT, name, {**body, **source, "registered_at": time.time()})
         return Registration(digest, is_new=True)
 
@@ -332,6 +356,7 @@ def registrar_of(
         store,
         None if path is None else ManagedFolder(path, settings.disk_budget_bytes),
         allowed_of(settings.allow_sources, roots),
+        AdapterImport(settings.base),
         max_bytes=settings.max_artifact_bytes,
         keep_s=settings.request_timeout_s,
         is_alias=is_alias,

@@ -7,8 +7,12 @@ Bearer key and look for the name in `/v1/models`; AIBrix adds `base_model_name` 
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from tests.server.api.test_registration import Fleet, fleet
 
@@ -76,3 +80,39 @@ def test_fields_that_other_versions_send_are_accepted(fleet: Fleet) -> None:
     more = {"base_model_name": "base", "lora_name": "extra", "lora_path": path}
     assert call(fleet, "load", **more)[0] == 200
     assert call(fleet, "unload", lora_name="extra", lora_int_id=7)[0] == 200
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_peft_folder_is_served_as_it_is(fleet: Fleet, tiny_llama: Path, use_dora: bool) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    torch.manual_seed(1)
+    config = LoraConfig(
+        r=4, target_modules=["q_proj", "up_proj"], init_lora_weights=False, use_dora=use_dora
+    )
+    tuned = get_peft_model(model, config)
+    folder = fleet.sources / f"adapter-{use_dora}"
+    tuned.save_pretrained(folder)
+    body = {"lora_name": "adapter", "lora_path": str(folder)}
+    assert call(fleet, "load", **body)[0] == 200
+    ids = fleet.http.post("/tokenize", json={"model": "adapter", "prompt": "The quick"}).json()
+    if not use_dora:  # whose rescaled rows are compressed
+        prompt = torch.tensor([ids["tokens"]])
+        wanted = tuned.generate(prompt, do_sample=False, max_new_tokens=8, pad_token_id=0)
+        asked = {"model": "adapter", "prompt": ids["tokens"], "max_tokens": 8, "temperature": 0}
+        found = fleet.http.post("/v1/completions", json={**asked, "logprobs": 0}).json()
+        told = fleet.http.post(
+            "/detokenize", json={"model": "adapter", "tokens": wanted[0].tolist()}
+        ).json()["prompt"]
+        assert told.endswith(found["choices"][0]["text"])
+
+    digest = fleet.entry("adapter")["digest"]
+    again = fleet.post(name="adapter", source=str(folder))
+    assert (again.status_code, again.json()["digest"]) == (200, digest)
+    (folder / "adapter_config.json").write_text('{"peft_type": "PROMPT_TUNING"}')
+    refused = fleet.post(name="other", source=str(folder))
+    assert refused.status_code == 422
+    assert str(fleet.managed) not in refused.text
+    assert call(fleet, "unload", lora_name="other")[0] == 200
+    assert call(fleet, "unload", lora_name="adapter")[0] == 200
+    for name in ("adapter", "other"):
+        assert not list(fleet.managed.glob(f".{name}.partial-*"))
