@@ -97,6 +97,10 @@ class StagedDeltas(Mapping[str, TensorDelta]):
     def __len__(self) -> int:
         return len(self.staged | self.changed)
 
+    def entries(self) -> tuple[TensorEntry, ...]:
+        """What the configuration says of the staged ones, by name."""
+        return tuple(self.staged[name].entry for name in sorted(self.staged))
+
     def with_changes(self, changed: Mapping[str, TensorDelta]) -> StagedDeltas:
         """Return the same tensors but for these."""
         return StagedDeltas(self.staged.values(), self.changed | dict(changed))

@@ -113,7 +113,7 @@ def compress(
                 progress=progress,
             )
             made = _with_auto(run) if codec is None else _with_codec(run, codec)
-            card = partial(_card, made.config)
+            card = partial(_card, made.config.with_tensors(made.deltas.entries()))
             if isinstance(drafted, Draft):
                 with whole(progress, "certify"):
                     companions[CERTIFICATE] = drafted.complete(made.deltas)

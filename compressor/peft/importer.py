@@ -132,6 +132,7 @@ def _store(
     )
     described = replace(
         config,
+        tensors=tuple(stored[name] for name in sorted(stored)),
         bytes=written.stored,
         unchanged=tuple(name for name in names if name not in stored),
         finetuned_details=details,

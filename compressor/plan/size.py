@@ -123,8 +123,9 @@ def surroundings_bytes(
     """Bytes of every file but delta.safetensors: configuration, card, checksums, companions."""
     target = round(config.finetuned_bytes / (config.ratio_requested or 1.0))
     digest = hashlib.sha256().hexdigest()
+    config = config.with_tensors(tuple(entries))
     return (
-        len(dump_config(config.with_tensors(tuple(entries))))
+        len(dump_config(config))
         + len(model_card(config, target).encode())
         + len(format_checksums(dict.fromkeys((TENSORS, CONFIG, *companions), digest)))
         + sum(map(len, companions.values()))

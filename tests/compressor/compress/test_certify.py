@@ -34,6 +34,7 @@ def test_certify_adds_what_compress_would_have_recorded_and_nothing_else(
     delta = tmp_path / "delta"
     before = compress(tiny_llama, tiny_llama_ft, delta, Options(ratio=8))
     tensors = (delta / "delta.safetensors").read_bytes()
+    assert f"| tensors | {before.n_tensors} stored" in (delta / "README.md").read_text("utf-8")
     plain = read_artifact(delta)
     assert plain.certificate is None
     found = add_certificate(tiny_llama, tiny_llama_ft, delta)
@@ -46,6 +47,8 @@ def test_certify_adds_what_compress_would_have_recorded_and_nothing_else(
     assert f"{after.n_bytes - (delta / 'README.md').stat().st_size:,} bytes" in (
         delta / "README.md"
     ).read_text("utf-8")
+    card = (delta / "README.md").read_text("utf-8")
+    assert f"{len(after.tensors)} stored" in card
     again = add_certificate(tiny_llama, tiny_llama_ft, delta)
     assert again.digest == found.digest
 
