@@ -31,9 +31,7 @@ def compress(
     out: Annotated[Path, typer.Argument(help="Directory to write the artifact to.")],
     codec: Annotated[
         str,
-        typer.Option(
-            help="auto, blockdiag (the quick one: runs nothing), impart, impart-qt or lowrank."
-        ),
+        typer.Option(help="auto, blockdiag (the quick one), impart, impart-qt or lowrank."),
     ] = "auto",
     ratio: Annotated[
         float | None,
