@@ -80,6 +80,9 @@ class Settings:
         default=None,
         description="Folder of delta artifacts; a variant's name is its folder's name.",
     )
+    watch_deltas: bool = Field(
+        default=True, description="Read the folder of deltas again when something in it changed."
+    )
     allow_sources: Prefixes = Field(
         default=(),
         description="Where variants may come from over HTTP: a folder, hf://org, "

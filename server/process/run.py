@@ -32,6 +32,7 @@ from server.process.listen import listen, urls
 from server.process.listeners import Listeners
 from server.process.protocol import BoundedProtocol
 from server.process.unsent import UnsentWatch
+from server.process.watch import watch_deltas
 from server.settings import Settings
 from server.tenants.directory import Directory
 
@@ -225,13 +226,17 @@ async def run(
     # second and holds up every stream.
     gc.collect()
     gc.freeze()
-    watch = asyncio.create_task(control.watch())
+    tasks = [asyncio.create_task(control.watch())]
+    if settings.watch_deltas and settings.deltas is not None:
+        tasks.append(asyncio.create_task(watch_deltas(settings.deltas, engine.rescan)))
     try:
         await apply_documents(api)
+        api.registrar.resume()
         async with _admin_routes(api, bound):
             await server.serve(bound.main)
     finally:
-        watch.cancel()
+        for task in tasks:
+            task.cancel()
         api.registrar.close()
         await _stop_engine(engine)
         await api.limiter.store.close()

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
@@ -20,6 +21,8 @@ from tests.server.api.fake import BASE, FakeEngine
 
 PROGRAM = """
 import asyncio, os, signal, sys
+from pathlib import Path
+from server.fleet.store import FleetStore
 from server.metrics.series import Metrics
 from server.process import logs
 from server.process.listeners import Listeners
@@ -36,7 +39,10 @@ engine = Engine()
 engine.hold = asyncio.Event()
 engine.hold_after = 2
 listener = __import__("socket").socket(fileno=int(sys.argv[1]))
-settings = make_settings(drain_timeout_s=float(sys.argv[2]))
+deltas = Path(sys.argv[3]) if sys.argv[3:] else None
+settings = make_settings(drain_timeout_s=float(sys.argv[2]), deltas=deltas)
+fleet = FleetStore(None)
+fleet.put("fetch", "begun", {"source": "file:///gone", "revision": None, "replace": False})
 logs.configure("info", "json")
 
 async def main():
@@ -45,20 +51,20 @@ async def main():
     loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGUSR1, release)
     loop.add_signal_handler(signal.SIGUSR2, die)
-    return await run(engine, settings, Metrics(), Listeners([listener], []))
+    return await run(engine, settings, Metrics(), Listeners([listener], []), fleet=fleet)
 
 sys.exit(run_in_loop(main()))
 """
 
 
 class Process:
-    def __init__(self, drain_s: float) -> None:
+    def __init__(self, drain_s: float, *more: str) -> None:
         listener = socket.socket()
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         self.process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(listener.fileno()), str(drain_s)],
+            [sys.executable, "-c", PROGRAM, str(listener.fileno()), str(drain_s), *more],
             pass_fds=[listener.fileno()],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -75,8 +81,8 @@ class Process:
 
 
 @contextmanager
-def process(drain_s: float) -> Iterator[Process]:
-    started = Process(drain_s)
+def process(drain_s: float, *more: str) -> Iterator[Process]:
+    started = Process(drain_s, *more)
     try:
         assert httpx.get(f"{started.url}/health/ready", timeout=20).status_code == 200
         yield started
@@ -168,6 +174,20 @@ def raw_exchange(url: str, data: bytes) -> bytes:
         while chunk := connection.recv(65536):
             answer += chunk
         return answer
+
+
+def test_deltas_are_read_again_when_they_change_and_a_fetch_that_was_begun_goes_on(
+    tmp_path: Path,
+) -> None:
+    with process(30, str(tmp_path)) as server:
+        time.sleep(0.5)  # the kernel is told what to watch
+        (tmp_path / "new").mkdir()
+        assert server.process.stdout is not None
+        assert server.process.stdout.readline() == "rescanned\n"
+        server.signal(signal.SIGTERM)
+        code, _, err = server.end()
+    assert code == 0
+    assert "the fetch of begun cannot go on" in err  # its place is allowed no more
 
 
 def test_slow_or_giant_headers_are_cut_and_others_are_served(monkeypatch):
