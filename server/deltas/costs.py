@@ -48,18 +48,22 @@ class ReloadCosts:
     def __init__(self) -> None:
         self._read_s: dict[str, float] = {}
         self._copy_s: dict[str, float] = {}
+        self._is_warm = False
         self._s_per_byte: float | None = None  # of artifacts that were read, moving average
 
     def __len__(self) -> int:
         return len(self._read_s.keys() | self._copy_s.keys())
 
     def was_read(self, key: str, artifact_bytes: int, seconds: float) -> None:
-        """A variant was read and decoded."""
+        """A variant was read and decoded. The first of all takes ten times as long as it will
+        again, and says nothing of the rate.
+        """
         self._read_s[key] = seconds
-        if artifact_bytes:
+        if artifact_bytes and self._is_warm:
             own = seconds / artifact_bytes
             before = own if self._s_per_byte is None else self._s_per_byte
             self._s_per_byte = before + NEWEST_WEIGHT * (own - before)
+        self._is_warm = True
 
     def was_copied(self, key: str, seconds: float) -> None:
         """A variant was copied into its slot."""

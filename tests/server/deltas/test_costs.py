@@ -70,6 +70,8 @@ def test_order_dear_variant_stays_for_a_younger_cheap_one_until_it_is_old() -> N
 def test_costs_are_of_what_is_still_to_be_done_and_shrink() -> None:
     costs = ReloadCosts()
     assert costs.expected_s(1000) is None
+    costs.was_read("a", 1000, 20.0)
+    assert costs.expected_s(1000) is None, "the first says nothing of the rate"
     costs.was_read("a", 1000, 2.0)
     costs.was_copied("a", 0.5)
     assert costs.reload_s("a", from_host=False) == 2.5

@@ -176,7 +176,8 @@ async def test_request_behind_long_loads_is_answered_with_503_and_the_seconds(
 
     async with running(pair, kernels="torch", self_check=False) as engine:
         client = Client(engine)
-        engine.core.loader.costs.was_read("another", 1, 1.0)  # a second for each byte
+        for _ in range(2):
+            engine.core.loader.costs.was_read("another", 1, 1.0)  # a second for each byte
         intercept_reads(cast(Any, engine), wait)
         first = asyncio.create_task(client.complete("impart", 2))
         await until(lambda: engine.core.loader.loading() != [])
