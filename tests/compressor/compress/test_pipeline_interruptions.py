@@ -204,6 +204,7 @@ def test_compress_killed_and_not_resumed_does_everything_again(
     assert len(staged) == 5
     added = count_added(monkeypatch)
     arguments = ["--codec", "blockdiag", "--ratio", "10", "--no-resume", "--quiet"]
+    arguments.append("--no-certificate")  # as the run that nothing interrupted
     inputs = [str(path) for path in (tiny_llama, tiny_llama_ft, out)]
     done = CliRunner().invoke(app, ["compress", *inputs, *arguments])
     assert done.exit_code == 0, done.stderr

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compressor.compress.options import Options
-from server.deltas import loader
+from server.deltas import reader
 from server.ops.attention import AttentionCall
 from server.ops.kernels import TorchKernels
 from server.ops.packed import PackedBlocks
@@ -98,7 +98,7 @@ def test_static_step_does_nothing_that_a_graph_cannot_hold(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # These kernels add nothing, which the trial of a variant's terms would notice.
-    monkeypatch.setattr(loader, "VariantTrial", lambda: lambda delta, staged: None)
+    monkeypatch.setattr(reader, "VariantTrial", lambda: lambda delta, staged: None)
     pair = served(kind, codecs, **options)
     engine = harness(pair, static=True, kernels=NoKernels())
     step = engine.core._runner._static
