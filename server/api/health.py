@@ -36,6 +36,12 @@ async def load(request: Request) -> JSONResponse:
     return JSONResponse({"server_load": len(api_of(request).open_requests)})
 
 
+@router.get("/is_sleeping")
+async def is_sleeping() -> JSONResponse:
+    """Whether the weights were put aside (vLLM's question): this server never does that."""
+    return JSONResponse({"is_sleeping": False})
+
+
 @router.get("/version")
 async def show_version() -> JSONResponse:
     """The version of this server."""
