@@ -29,9 +29,12 @@ async def test_capacity_is_measured_once_loaded_and_refuses_what_has_no_room(
         assert impart["device_bytes"] == resident["impart"] == after["deltas"]["used_bytes"]
         assert (impart["is_measured"], impart["is_resident"]) == (True, True)
         assert impart["cold_load_s"] > 0
-        assert blockdiag["cold_load_s"] > 0  # by the rate that the other one gave
+        assert blockdiag["cold_load_s"] is None  # the first load of all tells no rate
         assert after["needed_bytes"] == impart["device_bytes"] + blockdiag["device_bytes"]
         assert after["kv_cache"]["tokens"] >= engine.max_model_len
+        await ask(engine, "blockdiag")
+        measured = (await engine.variants.capacity(["blockdiag"]))["asked"][0]
+        assert measured["cold_load_s"] > 0
         with pytest.raises(ModelNotFound):
             await engine.variants.capacity(["nobody"])
         tight = after["needed_bytes"] - 1
