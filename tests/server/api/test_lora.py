@@ -82,7 +82,7 @@ def test_fields_that_other_versions_send_are_accepted(fleet: Fleet) -> None:
     assert call(fleet, "unload", lora_name="extra", lora_int_id=7)[0] == 200
 
 
-@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("use_dora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_peft_folder_is_served_as_it_is(fleet: Fleet, tiny_llama: Path, use_dora: bool) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     torch.manual_seed(1)
