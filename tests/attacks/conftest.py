@@ -67,7 +67,7 @@ class Running:
             self.clients[name] = httpx.Client(base_url=url, headers=headers, timeout=60)
         return self.clients[name]
 
-    def complete(self, who: str, model: str, prompt: str = "Hello", **fields: Any) -> Any:
+    def complete(self, who: str, model: str, prompt: Any = "Hello", **fields: Any) -> Any:
         """The answer to a completion."""
         body = {"model": model, "prompt": prompt, "max_tokens": 4, "temperature": 0, **fields}
         return self.client(who).post("/v1/completions", json=body)

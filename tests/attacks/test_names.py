@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from statistics import median
+from time import perf_counter
+
 import pytest
 
 from tests.attacks.conftest import Running
@@ -74,9 +77,6 @@ def test_request_id_of_another_is_nobodys_handle(server: Running) -> None:
 @pytest.mark.slow
 def test_time_of_a_foreign_name_is_that_of_an_unknown_one(server: Running) -> None:
     """Medians of many in turn; a look at the disk or a load would be several times as long."""
-    from statistics import median
-    from time import perf_counter
-
     times: dict[str, list[float]] = {"globex-one": [], "nobody-one": []}
     for _ in range(300):
         for name, taken in times.items():
@@ -85,3 +85,23 @@ def test_time_of_a_foreign_name_is_that_of_an_unknown_one(server: Running) -> No
             taken.append(perf_counter() - before)
     foreign, unknown = (median(taken) for taken in times.values())
     assert 0.8 < foreign / unknown < 1.25
+
+
+@pytest.mark.slow
+def test_first_token_of_a_prompt_that_another_tenant_has_sent_comes_no_sooner(
+    server: Running,
+) -> None:
+    """Medians of many in turn: one that is found in the cache is far below."""
+    times: dict[str, list[float]] = {"shared": [], "new": [], "own": []}
+    for i in range(40):
+        prompts = {name: [30 + i, 100 + n] * 200 for n, name in enumerate(times)}
+        server.complete("globex", "base", prompts["shared"], max_tokens=1)
+        server.complete("acme", "base", prompts["own"], max_tokens=1)
+        for name, prompt in prompts.items():
+            before = perf_counter()
+            answer = server.complete("acme", "base", prompt, max_tokens=1)
+            times[name].append(perf_counter() - before)
+            assert answer.status_code == 200
+    medians = {name: median(taken) for name, taken in times.items()}
+    assert 0.8 < medians["shared"] / medians["new"] < 1.25
+    assert medians["own"] < medians["new"]
