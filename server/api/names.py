@@ -42,14 +42,12 @@ async def open_model(request: Request, model: str, user: str | None = None) -> O
     alias = api.aliases.get(model)
     if alias is not None and tenant(request).may_use(alias.name):
         return Opened(await _open_target(request, alias, user), alias.name)
-    name, prefix = versioned(model) or (model, "")
+    name, _ = versioned(model) or (model, "")
     may_use = tenant(request).may_use(name.removeprefix(f"{api.engine.base_name}:"))
     try:
-        variant = await api.engine.open(name if may_use else NO_NAME, principal(request))
+        variant = await _open_version(request, model if may_use else NO_NAME)
     except ModelNotFound:
         raise no_such_model(model) from None
-    if not (variant.digest or "").startswith(prefix):
-        raise no_such_model(model)
     return Opened(variant, variant.name)
 
 
@@ -73,9 +71,8 @@ def alias_info(engine: EngineClient, alias: Alias) -> ModelInfo:
 async def _open_target(request: Request, alias: Alias, user: str | None) -> VariantHandle:
     caller = principal(request)
     sticky = f"{caller.tenant}\n{user or caller.key_id}" if user or caller.key_id else ""
-    name, prefix = versioned(target := alias.choose(sticky)) or (target, "")
     try:
-        variant = await api_of(request).engine.open(name, caller)
+        return await _open_version(request, alias.choose(sticky))
     except ModelNotFound:
         raise _gone(alias) from None
     except (DeltaBroken, DeltaUnusable) as error:  # whose message names the target
@@ -85,8 +82,14 @@ async def _open_target(request: Request, alias: Alias, user: str | None) -> Vari
             param="model",
             retry_after_s=error.retry_after_s,
         ) from error
+
+
+async def _open_version(request: Request, model: str) -> VariantHandle:
+    """Open a name, or a version of one. Raises as `EngineClient.open`."""
+    name, prefix = versioned(model) or (model, "")
+    variant = await api_of(request).engine.open(name, principal(request))
     if not (variant.digest or "").startswith(prefix):
-        raise _gone(alias)
+        raise no_such_model(model)
     return variant
 
 
