@@ -11,10 +11,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.fanout import Timed
-from server.api.middleware import generates
+from server.api.middleware import STATUS, generates
 from server.api.sse import Stalled
 from server.engine.types import SamplingParams, VariantHandle
 from server.ledger.records import RequestRow
@@ -115,25 +115,17 @@ class LedgerRecorder:
         if scope["type"] != "http" or not generates(scope):
             await self._app(scope, receive, send)
             return
-        status = 0
-
-        async def send_noted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        account = account_of(scope)
+        account, unsent = account_of(scope), CLIENT_LEFT
         try:
-            await self._app(scope, receive, send_noted)
+            await self._app(scope, receive, send)
         except Stalled:  # the client is to blame
             raise
         except Exception:
             account.failed = True
-            status = status or 500  # which `RequestContext` answers
+            unsent = 500  # which `RequestContext` answers
             raise
         finally:
-            self._ledger.add(_row(scope, account, status or CLIENT_LEFT))
+            self._ledger.add(_row(scope, account, scope.get(STATUS, unsent)))
 
 
 def _row(scope: Scope, account: Account, status: int) -> RequestRow:

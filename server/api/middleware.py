@@ -41,6 +41,7 @@ from server.tenants.principal import Principal
 MAX_HEADERS = 128
 MAX_HEADER_BYTES = 16 << 10  # names and values; the protocol bounds them before they are parsed
 BODY_TIMEOUT_S = 30.0  # from the first byte after the headers to the last
+STATUS = "impart.status"  # in the scope, once an answer has begun
 QUIET_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/ping", "/metrics"})
 GENERATION_PATHS = frozenset({"/v1/completions", "/v1/chat/completions"})
 BODY_PATHS = GENERATION_PATHS | {"/tokenize", "/detokenize"}
@@ -61,7 +62,7 @@ log = logging.getLogger("server.access")
 
 class RequestContext:
     """Outermost: names the request and notes when it came, logs one line for it, turns surprises
-    into a constant 500.
+    into a constant 500. What was answered is in the scope, for whoever else notes it.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
@@ -78,12 +79,10 @@ class RequestContext:
         scope["impart.request_id"] = request_id
         scope["impart.arrived"] = started
         fields: dict[str, Any] = scope.setdefault("impart.log", {})
-        status = 0
 
         async def send_named(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                scope[STATUS] = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 if generates(scope):
@@ -98,14 +97,16 @@ class RequestContext:
             fields["ended"] = "stalled"  # the server closes an unfinished response
         except Exception:
             log.exception("an unforeseen error ended a request", extra={"request_id": request_id})
-            if status == 0:
+            if STATUS not in scope:
                 response = JSONResponse(internal_error_body(request_id), 500)
                 await response(scope, receive, send_named)
             else:
                 fields["ended"] = "failed"
         finally:
             self._metrics.http_in_flight.dec()
-            self._finish(scope, request_id, status, time.monotonic() - started, fields)
+            self._finish(
+                scope, request_id, scope.get(STATUS, 0), time.monotonic() - started, fields
+            )
 
     def _finish(
         self, scope: Scope, request_id: str, status: int, seconds: float, fields: dict[str, Any]

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import Protocol, cast
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.api.account import CLIENT_LEFT, Account
 from server.api.errors import answered_error
-from server.api.middleware import BODY_PATHS, METHODS, generates
+from server.api.middleware import BODY_PATHS, METHODS, STATUS, generates
 from server.tenants.principal import Principal
 
 GENERATION = "llm_request"  # vLLM's name of the span
@@ -75,21 +75,15 @@ class SpanRecorder:
         if scope["type"] != "http" or scope["path"] not in BODY_PATHS:
             await self._app(scope, receive, send)
             return
-        status = 0
-
-        async def send_noted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
+        unsent = CLIENT_LEFT
         try:
-            await self._app(scope, receive, send_noted)
+            await self._app(scope, receive, send)
         except Exception:
-            status = status or 500  # which `RequestContext` answers
+            unsent = 500  # which `RequestContext` answers
             raise
         finally:
-            self._tracer.record(span_of(scope, status or CLIENT_LEFT, time.monotonic()))
+            status = scope.get(STATUS, unsent)
+            self._tracer.record(span_of(scope, status, time.monotonic()))
 
 
 def span_of(scope: Scope, status: int, ended_s: float) -> RequestSpan:
