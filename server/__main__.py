@@ -24,6 +24,7 @@ from server.cli import app
 from server.compile import compile_app
 from server.errors import ConfigError
 from server.fleet.place import allowed_of
+from server.fleet.store import FleetStore
 from server.process import logs
 from server.process.early_stop import Stopped, stop_signals
 from server.process.inputs import located
@@ -36,7 +37,6 @@ from server.tenants.limits import limiter_of
 from server.usage import usage_app
 
 if TYPE_CHECKING:
-    from server.fleet.store import FleetStore
     from server.ledger.ledger import Ledger
     from server.process.otel import OtelTracer
 
@@ -76,8 +76,6 @@ def _prepare_and_serve(settings: Settings) -> int:
 
 
 def _opened_fleet(settings: Settings) -> AbstractContextManager[FleetStore]:
-    from server.fleet.store import FleetStore  # which imports SQLAlchemy
-
     allowed_of(settings.allow_sources, [])  # a mistake in it is found out now
     return closing(FleetStore(settings.state_dir))
 

@@ -35,6 +35,7 @@ from server.api.spans import SpanRecorder, Tracer
 from server.engine.types import EngineClient
 from server.fleet.aliases import Aliases
 from server.fleet.registrar import registrar_of
+from server.fleet.store import FleetStore
 from server.metrics.page import MetricsPage
 from server.metrics.series import Metrics
 from server.settings import Settings
@@ -56,8 +57,7 @@ SHARED_ROUTERS = (
     usage.router,
 )
 
-if TYPE_CHECKING:  # SQLAlchemy is imported by who makes an application only
-    from server.fleet.store import FleetStore
+if TYPE_CHECKING:  # SQLAlchemy is imported where there is a ledger only
     from server.ledger.ledger import Ledger
 
 
@@ -83,7 +83,7 @@ def create_app(
     unless there is an admin listener for that.
     """
     metrics = metrics or Metrics()
-    fleet = fleet or _in_memory()
+    fleet = fleet or FleetStore(None)
     known = Aliases(fleet, lambda model: find_model(engine, model) is not None)
     api = Api(
         engine,
@@ -102,12 +102,6 @@ def create_app(
         api.directory, settings.tenant_header, shares_admin=settings.admin_key is None
     )
     return _wrapped(api, (*TENANT_ROUTERS, *SHARED_ROUTERS), identify, ledger, tracer)
-
-
-def _in_memory() -> FleetStore:
-    from server.fleet.store import FleetStore
-
-    return FleetStore(None)
 
 
 def create_admin_app(api: Api, admin_key: str) -> FastAPI:

@@ -17,6 +17,7 @@ from server.engine.types import EngineClient, Ticket
 from server.errors import QueueFull
 from server.fleet.aliases import Aliases
 from server.fleet.registrar import Registrar
+from server.fleet.store import FleetStore
 from server.metrics.page import MetricsPage
 from server.metrics.series import Metrics
 from server.settings import Settings
@@ -26,7 +27,6 @@ from server.tenants.principal import ANYBODY, Principal
 from server.tenants.tenant import EVERYBODY, Tenant
 
 if TYPE_CHECKING:  # SQLAlchemy is imported where there is a ledger only
-    from server.fleet.store import FleetStore
     from server.ledger.ledger import Ledger
 
 

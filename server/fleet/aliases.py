@@ -18,14 +18,12 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from server.errors import Conflict, InvalidRequest, ModelNotFound
-
-if TYPE_CHECKING:  # SQLAlchemy is imported where there is something to keep only
-    from server.fleet.store import Change, FleetStore
+from server.fleet.store import Change, FleetStore
 
 KIND = "alias"
 MAX_TARGETS = 16

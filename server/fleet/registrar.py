@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from server.errors import (
     ArtifactRefused,
@@ -32,12 +32,10 @@ from server.fleet.files import PlaceFiles
 from server.fleet.folder import ManagedFolder, managed_path, remove, telling_full
 from server.fleet.names import ServedNames
 from server.fleet.place import Allowed, Place, allowed_of
+from server.fleet.store import FleetStore
 from server.fleet.unpack import unpack_upload
 from server.setting_kinds import size_text
 from server.settings import Settings
-
-if TYPE_CHECKING:  # SQLAlchemy is imported where a store is opened only
-    from server.fleet.store import FleetStore
 
 log = logging.getLogger(__name__)
 VARIANT, FETCH = "variant", "fetch"

@@ -26,6 +26,7 @@ from server.api.reload import reload_tenants
 from server.api.spans import Tracer
 from server.engine.types import EngineClient
 from server.errors import ConfigError, Draining, EngineDead, ServeError
+from server.fleet.store import FleetStore
 from server.ledger.audited import audited
 from server.metrics.series import Metrics
 from server.process.listen import listen, urls
@@ -37,7 +38,6 @@ from server.settings import Settings
 from server.tenants.directory import Directory
 
 if TYPE_CHECKING:  # SQLAlchemy is imported where there is a ledger only
-    from server.fleet.store import FleetStore
     from server.ledger.ledger import Ledger
 
 WATCH_S = 0.5

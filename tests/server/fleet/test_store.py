@@ -94,9 +94,8 @@ def test_file_of_a_newer_version_or_none_at_all_is_refused_by_name(tmp_path):
 def test_change_that_cannot_be_kept_is_not_made(tmp_path):
     store = FleetStore(tmp_path)
     store.put("variant", "a", {"n": 1})
-    with store._engine.connect() as connection:
-        pages = connection.exec_driver_sql("PRAGMA page_count").scalar_one()
-        connection.exec_driver_sql(f"PRAGMA max_page_count = {pages}")
+    pages = store._connection.execute("PRAGMA page_count").fetchone()[0]
+    store._connection.execute(f"PRAGMA max_page_count = {pages}")
     with pytest.raises(StateUnwritable, match="full"):
         store.put("variant", "a", {"n": "x" * 100_000})
     assert store.get("variant", "a") == {"n": 1}
