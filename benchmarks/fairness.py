@@ -33,8 +33,9 @@ import numpy as np
 
 from benchmarks.child import ServerChild, free_port
 from benchmarks.stream import machine
+from benchmarks.tenants import tenants_text
 from benchmarks.wire import EventReader, HttpClient
-from server.tenants.keys import hash_of, new_key
+from server.tenants.keys import new_key
 
 POLICIES = ("fair", "fcfs")
 WEIGHTS = {"quiet": 1, "flood": 1, "other": 1, "heavy": 3}
@@ -212,11 +213,7 @@ class Measurement:
 def write_tenants(path: Path) -> dict[str, str]:
     """Write a tenants file; return each tenant's key."""
     keys = {tenant: new_key() for tenant in WEIGHTS}
-    lines = []
-    for tenant, key in keys.items():
-        lines += [f"[tenants.{tenant}]", f"weight = {WEIGHTS[tenant]}"]
-        lines += [f"[[tenants.{tenant}.keys]]", f'sha256 = "{hash_of(key)}"']
-    path.write_text("\n".join(lines) + "\n")
+    path.write_text(tenants_text(keys, {name: {"weight": WEIGHTS[name]} for name in keys}))
     return keys
 
 

@@ -43,8 +43,9 @@ import httpx
 from benchmarks.child import ServerChild, free_port
 from benchmarks.soak_variants import write_variants
 from benchmarks.stream import machine
+from benchmarks.tenants import tenants_text
 from benchmarks.wire import EventReader
-from server.tenants.keys import hash_of, new_key
+from server.tenants.keys import new_key
 
 N_TOKENS = 16
 N_CALLERS = 6
@@ -106,11 +107,8 @@ class Access:
 
     def file_text(self) -> str:
         """The tenants file."""
-        lines = []
-        for tenant, names in self.names.items():
-            lines += [f"[tenants.{tenant}]", f"variants = {json.dumps(names)}"]
-            lines += [f"[[tenants.{tenant}.keys]]", f'sha256 = "{hash_of(self.keys[tenant])}"']
-        return "\n".join(lines) + "\n"
+        settings = {tenant: {"variants": names} for tenant, names in self.names.items()}
+        return tenants_text(self.keys, settings)
 
     def headers(self, tenant: str) -> dict[str, str]:
         """What a request of the tenant carries."""
