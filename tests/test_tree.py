@@ -199,6 +199,7 @@ ELSEWHERE = {
     "server.api.reload": "tests/server/api/test_tenants.py",
     "server.process.otel": "tests/server/process/test_tracing.py",
     "server.api.names": "tests/server/api/test_aliases.py",
+    "server.engine.schedule.no_shares": "tests/server/engine/schedule/test_priority.py",
     "server.tenants.principal": "tests/server/api/test_generation.py",
     "server.text.byte_run": "tests/server/text/test_text_stream.py",
     "server.text.workers.child": "tests/server/text/workers/test_worker.py",

@@ -6,12 +6,11 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 
 from server.engine.request import Request
+from server.engine.schedule.no_shares import NoShares
 
 
-class FcfsQueue:
+class FcfsQueue(NoShares):
     """See `server.engine.schedule.queue.RequestQueue`."""
-
-    shifts = False
 
     def __init__(self) -> None:
         self._waiting: OrderedDict[Request, None] = OrderedDict()
@@ -35,22 +34,8 @@ class FcfsQueue:
     def end(self, request: Request) -> None:
         self._waiting.pop(request, None)
 
-    def charge(self, request: Request, n_input: int, n_output: int) -> None:
-        """Nobody counts."""
-
     def candidates(self) -> Iterator[Request]:
         return iter(tuple(self._waiting))
-
-    def may_overtake(self, request: Request, blocked: Request) -> bool:
-        return True
-
-    def gives_way(
-        self, request: Request, running: Sequence[Request], *, variant: bool
-    ) -> list[Request]:
-        return []
-
-    def lets_go(self, request: Request, running: Sequence[Request]) -> list[Request]:
-        return []
 
     def gives_room(self, request: Request, running: Sequence[Request], n: int) -> Request | None:
         return None

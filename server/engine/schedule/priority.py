@@ -12,14 +12,13 @@ from collections.abc import Collection, Iterator, Sequence
 from itertools import count
 
 from server.engine.request import Request
+from server.engine.schedule.no_shares import NoShares
 
 Place = tuple[int, int]  # (priority, turn): turns of preempted requests are before all others
 
 
-class PriorityQueue:
+class PriorityQueue(NoShares):
     """See `server.engine.schedule.queue.RequestQueue`."""
-
-    shifts = False
 
     def __init__(self) -> None:
         self._places: dict[Request, Place] = {}
@@ -50,22 +49,8 @@ class PriorityQueue:
         if request in self._places:
             self.start(request)
 
-    def charge(self, request: Request, n_input: int, n_output: int) -> None:
-        """Nobody counts."""
-
     def candidates(self) -> Iterator[Request]:
         return iter([request for _, request in self._order])
-
-    def may_overtake(self, request: Request, blocked: Request) -> bool:
-        return True
-
-    def gives_way(
-        self, request: Request, running: Sequence[Request], *, variant: bool
-    ) -> list[Request]:
-        return []
-
-    def lets_go(self, request: Request, running: Sequence[Request]) -> list[Request]:
-        return []
 
     def gives_room(self, request: Request, running: Sequence[Request], n: int) -> Request | None:
         """A less urgent one, so that it does not hold the KV blocks until its end."""
