@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from compressor.measure.continuation import continued
 from compressor.measure.samples import Sample
 from compressor.measure.texts import built_in_texts
 from compressor.progress import Progress, silent, within
@@ -76,40 +76,20 @@ def _empty_chat(tokenizer: Any) -> list[int]:
 def _continue(
     model: Any, tokenizer: Any, beginnings: Sequence[Sequence[int]], progress: Progress
 ) -> list[Sample]:
-    from transformers import GenerationConfig
-
-    def tell(drawn: Tensor, _: Any) -> Tensor:
-        """Called with all tokens ``[B, T]`` after each that is drawn; asks no text to stop."""
-        progress(SELF, drawn.shape[1] - ids.shape[1], _NEW_TOKENS)
-        return torch.zeros(len(drawn), dtype=torch.bool, device=drawn.device)
-
-    eos = _eos(tokenizer)
-    ids = torch.tensor(beginnings, device=model.device)
-    config = GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=_NEW_TOKENS,
-        eos_token_id=eos,
-        pad_token_id=0 if eos is None else eos,
-    )
     progress(SELF, 0, _NEW_TOKENS)
-    drawn = model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        generation_config=config,
-        stopping_criteria=[tell],
+    answers = continued(
+        model,
+        beginnings,
+        eos=_eos(tokenizer),
+        n_tokens=_NEW_TOKENS,
+        sampled=True,
+        tell=lambda n: progress(SELF, n, _NEW_TOKENS),
     )
     progress(SELF, _NEW_TOKENS, _NEW_TOKENS)  # also where all texts ended before
-    n_given = ids.shape[1]
-    samples = []
-    for row in drawn.tolist():
-        own = row[n_given:]
-        own = own[: own.index(eos) + 1] if eos in own else own
-        counted = (False,) * n_given + (True,) * len(own)
-        samples.append(Sample((*row[:n_given], *own), counted))
-    return samples
+    return [
+        Sample((*given, *own), (False,) * len(given) + (True,) * len(own))
+        for given, own in zip(beginnings, answers, strict=True)
+    ]
 
 
 def _eos(tokenizer: Any) -> int | None:

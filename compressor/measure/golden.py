@@ -25,6 +25,7 @@ from compressor.checkpoint.files import Checkpoint
 from compressor.codecs import TensorDelta
 from compressor.errors import CheckpointError, InputError
 from compressor.measure.comparison import kl_per_token, padded
+from compressor.measure.continuation import continued
 from compressor.measure.samples import Sample, load_tokenizer, read_samples
 from compressor.measure.swapped_model import SwappedModel
 from compressor.measure.texts import built_in_texts
@@ -94,7 +95,7 @@ class Recorder:
         prompts = built_in_prompts(tokenizer) if own is None else own_prompts(own, tokenizer)
         model = SwappedModel(base, tuned)
         self.names = frozenset(model.names)
-        answers = [_greedy(model.module, prompt, tokenizer.eos_token_id) for prompt in prompts]
+        answers = _answers(model.module, prompts, tokenizer.eos_token_id)
         self._samples = [
             Sample((*prompt, *answer), (False,) * len(prompt) + (True,) * len(answer))
             for prompt, answer in zip(prompts, answers, strict=True)
@@ -145,17 +146,15 @@ class Recorder:
 
 
 @torch.inference_mode()
-def _greedy(model: Any, prompt: Sequence[int], eos: int | None) -> list[int]:
-    """The most likely tokens one after the other, up to the end of text, which counts."""
-    cache, given, answer = None, list(prompt), list[int]()
-    while len(answer) < _ANSWER_TOKENS:
-        ids = torch.tensor([given], device=model.device)
-        output = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        cache, given = output.past_key_values, [int(output.logits[0, -1].argmax())]
-        answer += given
-        if given[0] == eos:
-            break
-    return answer
+def _answers(model: Any, prompts: Sequence[Sequence[int]], eos: int | None) -> list[list[int]]:
+    """The most likely tokens after each prompt, up to the end of text, which counts."""
+    found: dict[int, list[int]] = {}
+    for length in {len(prompt) for prompt in prompts}:  # together: each step reads all weights
+        alike = [i for i, prompt in enumerate(prompts) if len(prompt) == length]
+        beginnings = [prompts[i] for i in alike]
+        own = continued(model, beginnings, eos=eos, n_tokens=_ANSWER_TOKENS, sampled=False)
+        found.update(zip(alike, own, strict=True))
+    return [found[i] for i in range(len(prompts))]
 
 
 def why_not_runnable(tuned: Checkpoint) -> str:
